@@ -1,0 +1,55 @@
+# Every target works in a fresh clone: each makes what it needs, in .venv. `make help` lists them.
+
+PYTHON ?= python3
+JOBS ?= 2
+ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.installed
+CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+# Here a missing extension is a mistake; only a user's install may go on without it.
+export NEXUS_REQUIRE_NATIVE := 1
+
+.DEFAULT_GOAL := help
+.PHONY: .venv help build test lint format bench demo clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo 'PYTHON=python3.12 picks the interpreter; ARGS="..." goes to pytest, nexus bench or nexus demo.'
+
+.venv: $(STAMP) ## make the environment
+$(STAMP): pyproject.toml setup.py constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt setuptools pybind11 ninja
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+build: $(STAMP) ## compile what changed in csrc
+	@$(BIN)/python setup.py --quiet build_ext --inplace
+
+test: build ## run all tests
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+lint: $(STAMP) ## check style, types and compiler warnings
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CSRC)
+	@NEXUS_WERROR=1 $(BIN)/python setup.py --quiet build_ext --build-lib build/lint
+
+format: $(STAMP) ## rewrite the sources in the project's style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CSRC)
+
+bench: build ## time nexus beside torch
+	$(BIN)/python -m nexus bench $(ARGS)
+
+demo: build ## train a small GPT and draw its loss and rate
+	$(BIN)/python -m nexus demo --out build/demo $(ARGS)
+
+clean: ## remove the environment and everything built
+	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	rm -f nexus/_native*.so nexus/_native_build_failure.txt
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

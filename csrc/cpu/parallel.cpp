@@ -1,0 +1,93 @@
+// torch brings an OpenMP runtime whose threads spin for a while after each region, waiting for the next. A
+// second pool would fight them for the cores. So the runtime that this process has already loaded is looked
+// up, and entered through GOMP_parallel, which GNU's, LLVM's and Intel's runtimes all export. Where there is
+// none, and in a forked child (whose copy of the pool has no threads: entering it would hang), plain threads
+// do the work.
+#include "parallel.h"
+
+#include <dlfcn.h>
+#include <pthread.h>
+
+#include <atomic>
+#include <string>
+#include <thread>
+#include <vector>
+#ifdef __linux__
+#include <link.h>
+#endif
+
+namespace nexus::cpu {
+namespace {
+
+using Region = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags);
+
+struct Runtime {
+  Region enter = nullptr;
+  std::string name = "std::thread";
+};
+
+std::atomic<bool> forked{false};
+
+#ifdef __linux__
+// Prefers the runtime in torch's own folder to any other that the process has loaded.
+int find_openmp(dl_phdr_info* info, size_t, void* found) {
+  auto& path = *static_cast<std::string*>(found);
+  const std::string candidate = info->dlpi_name;
+  const std::string file = candidate.substr(candidate.rfind('/') + 1);
+  if (file.rfind("libgomp", 0) == 0 || file.rfind("libomp", 0) == 0 || file.rfind("libiomp", 0) == 0) {
+    if (path.empty() || candidate.find("/torch") != std::string::npos) {
+      path = candidate;
+    }
+  }
+  return 0;
+}
+#endif
+
+Runtime find_runtime() {
+  Runtime runtime;
+  pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#ifdef __linux__
+  std::string path;
+  dl_iterate_phdr(find_openmp, &path);
+  if (!path.empty()) {
+    if (void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
+      if (void* symbol = dlsym(library, "GOMP_parallel")) {
+        runtime.enter = reinterpret_cast<Region>(symbol);
+        runtime.name = path.substr(path.rfind('/') + 1);
+      }
+    }
+  }
+#endif
+  return runtime;
+}
+
+const Runtime& runtime() {
+  static const Runtime found = find_runtime();
+  return found;
+}
+
+}  // namespace
+
+void run_parallel(int threads, void (*work)(void*), void* context) {
+  if (threads <= 1) {
+    work(context);
+    return;
+  }
+  const Runtime& found = runtime();
+  if (found.enter != nullptr && !forked) {
+    found.enter(work, context, static_cast<unsigned>(threads), 0);
+    return;
+  }
+  std::vector<std::thread> others;
+  for (int i = 1; i < threads; ++i) {
+    others.emplace_back(work, context);
+  }
+  work(context);
+  for (std::thread& other : others) {
+    other.join();
+  }
+}
+
+const char* thread_runtime() { return runtime().name.c_str(); }
+
+}  // namespace nexus::cpu

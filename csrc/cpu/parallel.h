@@ -1,0 +1,13 @@
+// One parallel region at a time, on the threads that torch already has.
+#pragma once
+
+namespace nexus::cpu {
+
+// Calls work(context) on up to `threads` threads at once, this one among them, and returns when all have
+// returned. `work` must claim its share from `context`: fewer threads than asked for may come.
+void run_parallel(int threads, void (*work)(void*), void* context);
+
+// The name of what run_parallel uses: the OpenMP runtime's file, or "std::thread".
+const char* thread_runtime();
+
+}  // namespace nexus::cpu

@@ -1,0 +1,154 @@
+#include "step.h"
+
+#include <algorithm>
+#include <atomic>
+
+#include "parallel.h"
+
+namespace nexus::cpu {
+
+void TensorList::divide() {
+  chunks_.clear();
+  shares_.assign(1, 0);
+  int64_t elements = 0;  // in the current share
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const int64_t numel = tensors[i].numel;
+    for (int64_t k = 0; k < chunk_count(numel); ++k) {
+      chunks_.push_back(chunk_at(numel, k, static_cast<int32_t>(i)));
+      elements += chunks_.back().count;
+      if (elements >= kChunkElements) {
+        shares_.push_back(static_cast<int32_t>(chunks_.size()));
+        elements = 0;
+      }
+    }
+  }
+  if (elements > 0) {
+    shares_.push_back(static_cast<int32_t>(chunks_.size()));
+  }
+  partial_sums_.assign(chunks_.size(), 0.0);
+  float_coefficients_.resize(tensors.size());
+  double_coefficients_.resize(tensors.size());
+}
+
+std::pair<int64_t, int64_t> TensorList::overlap() const {
+  struct Range {
+    uintptr_t begin, end;
+    int64_t tensor;
+  };
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto begin = reinterpret_cast<uintptr_t>(tensors[i].param);
+    const auto bytes = static_cast<uintptr_t>(tensors[i].numel) * item_size(tensors[i].param_dtype);
+    if (bytes > 0) {
+      ranges.push_back({begin, begin + bytes, static_cast<int64_t>(i)});
+    }
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].begin < ranges[i - 1].end) {
+      return {ranges[i - 1].tensor, ranges[i].tensor};
+    }
+  }
+  return {-1, -1};
+}
+
+// Threads claim one share after another, so that a slow core takes fewer.
+template <class Work>
+void TensorList::for_each_chunk(int threads, const Work& work) {
+  struct Claim {
+    const TensorList& list;
+    const Work& work;
+    std::atomic<size_t> next{0};
+  } claim{*this, work};
+  const size_t shares = shares_.size() - 1;
+  const int wanted = static_cast<size_t>(threads) < shares ? threads : static_cast<int>(shares);
+  run_parallel(
+      wanted,
+      [](void* context) {
+        auto& c = *static_cast<Claim*>(context);
+        const std::vector<int32_t>& bounds = c.list.shares_;
+        for (size_t i = c.next++; i + 1 < bounds.size(); i = c.next++) {
+          for (int32_t k = bounds[i]; k < bounds[i + 1]; ++k) {
+            c.work(static_cast<size_t>(k), c.list.chunks_[static_cast<size_t>(k)]);
+          }
+        }
+      },
+      &claim);
+}
+
+double TensorList::sum_of_squares(int threads) {
+  for_each_chunk(threads, [this](size_t k, const Chunk& chunk) {
+    const TensorRecord& tensor = tensors[static_cast<size_t>(chunk.tensor)];
+    partial_sums_[k] = tensor.grad == nullptr ? 0.0
+                                              : kernels->sum_of_squares(tensor.grad, tensor.grad_dtype,
+                                                                        chunk.begin, chunk.count);
+  });
+  double sum = 0.0;
+  for (const double partial : partial_sums_) {
+    sum += partial;
+  }
+  return sum;
+}
+
+bool TensorList::prepare() {
+  const double grad_scale = gradient_scale(state);
+  double grad_norm = 0.0;
+  if (state.sum_of_squares != nullptr) {
+    grad_norm = sqrt(*state.sum_of_squares) / grad_scale;
+    *state.grad_norm = grad_norm;
+  }
+  if (skips(state)) {
+    ++*state.skipped;
+    return false;
+  }
+  const int64_t t = (*state.completed)++;
+  int32_t group = -1;
+  int64_t step = -1;  // of the coefficients at hand: tensors of one group mostly share theirs
+  Row row = {};
+  int32_t evaluated = 0;
+  Coefficients<double> as_double = {};
+  Coefficients<float> as_float = {};
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const TensorRecord& tensor = tensors[i];
+    // Tensors come in the order of their groups. Every group is evaluated, also one that has none.
+    for (; evaluated <= tensor.group; ++evaluated) {
+      row = row_at(groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
+    }
+    if (tensor.grad == nullptr) {
+      continue;
+    }
+    const int64_t count = ++*tensor.step;
+    if (tensor.group != group || count != step) {
+      group = tensor.group;
+      step = count;
+      as_double = coefficients(row, count);
+      as_float = rounded<float>(as_double);
+    }
+    float_coefficients_[i] = as_float;
+    double_coefficients_[i] = as_double;
+  }
+  for (; evaluated < static_cast<int32_t>(groups.size()); ++evaluated) {
+    row_at(groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
+  }
+  return true;
+}
+
+void TensorList::step(int threads) {
+  if (!prepare()) {
+    return;
+  }
+  for_each_chunk(threads, [this](size_t, const Chunk& chunk) {
+    const auto i = static_cast<size_t>(chunk.tensor);
+    const TensorRecord& tensor = tensors[i];
+    if (tensor.grad == nullptr) {
+      return;
+    }
+    if (tensor.param_dtype == DType::kFloat64) {
+      kernels->update_double(tensor, double_coefficients_[i], chunk.begin, chunk.count);
+    } else {
+      kernels->update_float(tensor, float_coefficients_[i], chunk.begin, chunk.count);
+    }
+  });
+}
+
+}  // namespace nexus::cpu

@@ -1,0 +1,254 @@
+#include "tensor_watch.h"
+
+#include <cmath>
+#include <stdexcept>
+#include <utility>
+
+namespace nexus {
+namespace {
+
+Object interned(const char* name) { return Object::own(PyUnicode_InternFromString(name)); }
+
+// Borrowed; null where there is none. The keys are interned strings, whose hash is at hand.
+PyObject* item(PyObject* dict, PyObject* key) {
+  PyObject* value = PyDict_GetItemWithError(dict, key);
+  if (value == nullptr) {
+    PyErr_Clear();
+  }
+  return value;
+}
+
+// Stands for the gradient of a parameter without elements: null would say that it has none.
+const char kEmptyGradient = 0;
+
+}  // namespace
+
+TensorWatch::TensorWatch(cpu::TensorList& list, PyObject* attributes, PyObject* setting_names,
+                         PyObject* grad_descriptor, TensorReader reader)
+    : list_(list),
+      attributes_(attributes),
+      setting_names_(setting_names),
+      grad_descriptor_(grad_descriptor),
+      reader_(std::move(reader)),
+      param_groups_name_(interned("param_groups")),
+      state_name_(interned("state")),
+      params_name_(interned("params")) {}
+
+PyObject* TensorWatch::attribute(const Object& name) const { return item(attributes_.get(), name.get()); }
+
+void TensorWatch::reset() {
+  groups_.clear();
+  states_.clear();
+  parameters_.clear();
+  fixed_tensors_.clear();
+  seen_groups_ = attribute(param_groups_name_);
+  seen_state_ = attribute(state_name_);
+  if (seen_groups_ == nullptr || !PyList_Check(seen_groups_) || seen_state_ == nullptr ||
+      !PyDict_Check(seen_state_)) {
+    throw std::invalid_argument("the optimizer's param_groups must be a list and its state a dict");
+  }
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(seen_groups_); ++i) {
+    PyObject* group = PyList_GET_ITEM(seen_groups_, i);
+    PyObject* params = PyDict_Check(group) ? item(group, params_name_.get()) : nullptr;
+    if (params == nullptr || !PyList_Check(params)) {
+      throw std::invalid_argument("every parameter group must be a dict whose 'params' is a list");
+    }
+    groups_.push_back({Object(group), Object(params), PyList_GET_SIZE(params), {}});
+  }
+  reset_settings();
+  PyObject *key, *entries, *name, *value;
+  for (Py_ssize_t at = 0; PyDict_Next(seen_state_, &at, &key, &entries);) {
+    StateSnapshot snapshot{Object(key), Object(entries), {}};
+    if (PyDict_Check(entries)) {
+      for (Py_ssize_t k = 0; PyDict_Next(entries, &k, &name, &value);) {
+        snapshot.values.emplace_back(value);
+      }
+    }
+    states_.push_back(std::move(snapshot));
+  }
+}
+
+void TensorWatch::reset_settings() {
+  for (GroupSnapshot& seen : groups_) {
+    seen.settings.clear();
+    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(setting_names_.get()); ++k) {
+      seen.settings.emplace_back(item(seen.group.get(), PyTuple_GET_ITEM(setting_names_.get(), k)));
+    }
+  }
+}
+
+void TensorWatch::add_parameter(PyObject* param, int64_t record, bool staged_param, void* staged_grad) {
+  Parameter parameter{Object(param), record, staged_param, staged_grad, {}, {}, {}, {}};
+  if (record >= 0) {
+    const TensorRecord& entry = list_.tensors.at(static_cast<size_t>(record));
+    parameter.dtype = entry.param_dtype;
+    parameter.grad_dtype = entry.grad_dtype;
+    Description now;
+    if (!reader_.describe(param, now)) {
+      throw std::invalid_argument("a parameter could not be read");
+    }
+    parameter.shape.assign(now.shape, now.shape + now.ndim);
+    parameter.strides.assign(now.strides, now.strides + now.ndim);
+  }
+  parameters_.push_back(std::move(parameter));
+}
+
+void TensorWatch::add_tensor(PyObject* tensor) {
+  Description now;
+  if (!reader_.describe(tensor, now)) {
+    throw std::invalid_argument("a state tensor could not be read");
+  }
+  fixed_tensors_.push_back({Object(tensor), now.data});
+}
+
+bool TensorWatch::same_groups() {
+  PyObject* groups = attribute(param_groups_name_);
+  if (groups != seen_groups_ || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
+    return false;
+  }
+  size_t k = 0;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    const GroupSnapshot& seen = groups_[i];
+    PyObject* params = seen.params.get();
+    if (PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)) != seen.group.get() ||
+        item(seen.group.get(), params_name_.get()) != params || PyList_GET_SIZE(params) != seen.count) {
+      return false;
+    }
+    for (Py_ssize_t j = 0; j < seen.count; ++j, ++k) {
+      if (PyList_GET_ITEM(params, j) != parameters_[k].tensor.get()) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+Change TensorWatch::same_settings() {
+  Change change = Change::kNone;
+  for (size_t i = 0; i < groups_.size(); ++i) {
+    GroupSnapshot& seen = groups_[i];
+    for (size_t k = 0; k < seen.settings.size(); ++k) {
+      PyObject* name = PyTuple_GET_ITEM(setting_names_.get(), static_cast<Py_ssize_t>(k));
+      PyObject* value = item(seen.group.get(), name);
+      if (value == seen.settings[k].get()) {
+        continue;
+      }
+      Rate& lr = list_.groups[i].lr;
+      const bool plain = k == 0 && value != nullptr && lr.table == nullptr && lr.tensor == nullptr;
+      if (plain && PyFloat_CheckExact(value)) {  // what torch's schedulers write at every step
+        const double number = PyFloat_AS_DOUBLE(value);
+        if (std::isfinite(number) && number >= 0.0) {
+          lr.value = number;
+          seen.settings[k] = Object(value);
+          continue;
+        }
+      }
+      change = Change::kSettings;
+    }
+  }
+  return change;
+}
+
+bool TensorWatch::same_state() {
+  PyObject* state = attribute(state_name_);
+  if (state != seen_state_ || PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(states_.size())) {
+    return false;
+  }
+  PyObject *key, *entries, *name, *value;
+  size_t i = 0;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &entries); ++i) {
+    const StateSnapshot& seen = states_[i];
+    if (key != seen.key.get() || entries != seen.entries.get() || !PyDict_Check(entries) ||
+        PyDict_GET_SIZE(entries) != static_cast<Py_ssize_t>(seen.values.size())) {
+      return false;
+    }
+    size_t j = 0;
+    for (Py_ssize_t k = 0; PyDict_Next(entries, &k, &name, &value); ++j) {
+      if (value != seen.values[j].get()) {
+        return false;
+      }
+    }
+  }
+  return true;
+}
+
+bool TensorWatch::same_fixed_tensors() {
+  Description now;
+  for (const FixedTensor& fixed : fixed_tensors_) {
+    if (!reader_.describe(fixed.tensor.get(), now) || now.data != fixed.data) {
+      return false;
+    }
+  }
+  return true;
+}
+
+Object TensorWatch::gradient(PyObject* param) {
+  // Straight to the getter: a look-up by name would add a quarter to the cost of a step over small tensors.
+  if (Py_IS_TYPE(grad_descriptor_.get(), &PyGetSetDescr_Type)) {
+    const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.get())->d_getset;
+    return Object::own(getset->get(param, getset->closure));
+  }
+  return Object::own(PyObject_GetAttrString(param, "grad"));
+}
+
+bool TensorWatch::same_layout(const Parameter& parameter, const Description& now) const {
+  if (!now.on_cpu || now.ndim != static_cast<int>(parameter.shape.size())) {
+    return false;
+  }
+  for (size_t d = 0; d < parameter.shape.size(); ++d) {
+    const int64_t size = parameter.shape[d];
+    if (now.shape[d] != size || (size > 1 && now.strides[d] != parameter.strides[d])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool TensorWatch::refresh_parameter(Parameter& parameter) {
+  PyObject* param = parameter.tensor.get();
+  const Object grad = gradient(param);
+  if (grad.get() == nullptr) {
+    PyErr_Clear();
+    return false;
+  }
+  const bool missing = grad.get() == Py_None;
+  if (parameter.record < 0) {
+    return missing;
+  }
+  TensorRecord& record = list_.tensors[static_cast<size_t>(parameter.record)];
+  if (missing) {
+    record.grad = nullptr;
+    return true;
+  }
+  Description now;
+  if (!reader_.describe(param, now) || now.dtype != parameter.dtype || !same_layout(parameter, now)) {
+    return false;
+  }
+  if (!parameter.staged_param) {
+    record.param = now.data;
+  }
+  if (parameter.staged_grad != nullptr) {
+    record.grad = parameter.staged_grad;
+    return true;
+  }
+  if (!reader_.describe(grad.get(), now) || now.dtype != parameter.grad_dtype ||
+      !same_layout(parameter, now)) {
+    return false;
+  }
+  record.grad = now.data != nullptr ? now.data : &kEmptyGradient;
+  return true;
+}
+
+Change TensorWatch::refresh() {
+  if (seen_groups_ == nullptr || !same_groups() || !same_state() || !same_fixed_tensors()) {
+    return Change::kTensors;
+  }
+  for (Parameter& parameter : parameters_) {
+    if (!refresh_parameter(parameter)) {
+      return Change::kTensors;
+    }
+  }
+  return same_settings();
+}
+
+}  // namespace nexus

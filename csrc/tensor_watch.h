@@ -1,0 +1,153 @@
+// Notices, once a step, whatever a user changed since the pointers were read: a gradient that moved, appeared
+// or went away, a parameter whose storage was swapped, a replaced moment, an added group, another
+// hyperparameter.
+//
+// Reads Python objects through the C API of CPython and tensors through DLPack's C exchange functions, which
+// torch publishes on its tensor type: a stable interface, so that this needs no header of torch, and about 20
+// ns a tensor. Where torch is too old to have them, the same is read through Python attributes.
+#pragma once
+
+#include <Python.h>
+
+#include <cstdint>
+#include <vector>
+
+#include "cpu/step.h"
+
+namespace nexus {
+
+// Ordered: a higher value asks for more.
+enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
+
+// A strong reference.
+class Object {
+ public:
+  Object() = default;
+  explicit Object(PyObject* borrowed) : pointer_(borrowed) { Py_XINCREF(pointer_); }
+  Object(const Object& other) : Object(other.pointer_) {}
+  Object(Object&& other) noexcept : pointer_(other.pointer_) { other.pointer_ = nullptr; }
+  Object& operator=(Object other) noexcept {
+    PyObject* mine = pointer_;
+    pointer_ = other.pointer_;
+    other.pointer_ = mine;
+    return *this;
+  }
+  ~Object() { Py_XDECREF(pointer_); }
+  PyObject* get() const { return pointer_; }
+
+  // Takes over a new reference, such as most functions of the C API return.
+  static Object own(PyObject* created) {
+    Object object;
+    object.pointer_ = created;
+    return object;
+  }
+
+ private:
+  PyObject* pointer_ = nullptr;
+};
+
+// What a tensor is at this moment. `shape` and `strides` point into the tensor, or into the reader's scratch.
+struct Description {
+  void* data;
+  DType dtype;
+  bool on_cpu;
+  int ndim;
+  const int64_t* shape;
+  const int64_t* strides;
+};
+
+class TensorReader {
+ public:
+  // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__, or None. `dtypes`: torch's four types, in the
+  // order of DType.
+  TensorReader(PyObject* exchange_api, PyObject* dtypes);
+
+  // False where the tensor is none that a kernel could take; no Python error is left behind.
+  bool describe(PyObject* tensor, Description& out);
+
+ private:
+  bool describe_by_attributes(PyObject* tensor, Description& out);
+  bool read_tuple(Object tuple, std::vector<int64_t>& out);
+
+  int (*exchange_)(void* tensor, void* dltensor) = nullptr;
+  Object dtypes_;
+  Object data_ptr_, dtype_, is_cpu_, shape_, stride_;
+  std::vector<int64_t> shape_scratch_, stride_scratch_;
+};
+
+class TensorWatch {
+ public:
+  // `attributes`: the optimizer's __dict__. `setting_names`: the keys of a group whose values are watched;
+  // the first is "lr". `grad_descriptor`: torch's getter of Tensor.grad.
+  TensorWatch(cpu::TensorList& list, PyObject* attributes, PyObject* setting_names, PyObject* grad_descriptor,
+              TensorReader reader);
+
+  // Forgets everything, and takes groups and state as they are now for what is expected from here on.
+  void reset();
+
+  // Takes the groups' hyperparameters as they are now for what is expected from here on.
+  void reset_settings();
+
+  // The next parameter, in the order of the groups. `record`: its index in the list, or -1 while it has never
+  // had a gradient. With `staged_grad` the list keeps the pointer that it has (0: it is not staged).
+  void add_parameter(PyObject* param, int64_t record, bool staged_param, void* staged_grad);
+
+  // A tensor whose memory must stay where it is.
+  void add_tensor(PyObject* tensor);
+
+  // Brings the list's pointers up to date and says what else there is to do. A float written to a group's
+  // "lr" is taken over here; any other setting is the caller's.
+  Change refresh();
+
+ private:
+  struct Parameter {
+    Object tensor;
+    int64_t record;
+    bool staged_param;
+    void* staged_grad;
+    DType dtype;
+    DType grad_dtype;
+    std::vector<int64_t> shape;
+    std::vector<int64_t> strides;
+  };
+  struct GroupSnapshot {
+    Object group;
+    Object params;
+    Py_ssize_t count;
+    std::vector<Object> settings;
+  };
+  struct StateSnapshot {
+    Object key;
+    Object entries;
+    std::vector<Object> values;
+  };
+  struct FixedTensor {
+    Object tensor;
+    void* data;
+  };
+
+  bool same_groups();
+  Change same_settings();
+  bool same_state();
+  bool same_fixed_tensors();
+  bool refresh_parameter(Parameter& parameter);
+  bool same_layout(const Parameter& parameter, const Description& now) const;
+  Object gradient(PyObject* param);
+  PyObject* attribute(const Object& name) const;  // borrowed
+
+  cpu::TensorList& list_;
+  Object attributes_;
+  Object setting_names_;
+  Object grad_descriptor_;
+  TensorReader reader_;
+  Object param_groups_name_, state_name_, params_name_;
+
+  PyObject* seen_groups_ = nullptr;  // only compared
+  PyObject* seen_state_ = nullptr;
+  std::vector<GroupSnapshot> groups_;
+  std::vector<StateSnapshot> states_;
+  std::vector<Parameter> parameters_;
+  std::vector<FixedTensor> fixed_tensors_;
+};
+
+}  // namespace nexus

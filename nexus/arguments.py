@@ -1,0 +1,51 @@
+"""Checks of what a user passes in: each names the argument, what was given and what is allowed."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import operator
+import reprlib
+
+MAX_STEP = 2**53
+"""Largest step or count: the last integer up to which float64 holds every integer exactly."""
+
+
+def shown(value: object) -> str:
+    """A short text for `value`, for an error message."""
+    try:
+        return f"{reprlib.repr(value)} ({type(value).__name__})"
+    except ValueError:  # an int of more digits than Python is willing to print
+        return f"a very large {type(value).__name__}"
+
+
+def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP, also: str = "") -> int:
+    """`value` as an int from `low` to `high`; `also` names what else the caller allows, such as `"None"`."""
+    top = "2**53" if high == MAX_STEP else str(high)
+    allowed = f"an int from {low} to {top}{f' or {also}' if also else ''}"
+    remedy = ""
+    if not isinstance(value, bool):
+        try:
+            count = int(operator.index(value))  # type: ignore[arg-type]
+        except TypeError:
+            if isinstance(value, numbers.Real) and math.isfinite(value):
+                remedy = f"; write int({value})"
+        else:
+            if not low <= count <= high:
+                raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+            return count
+    raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
+
+
+def check_number(name: str, value: object, *, low: float = 0.0, positive: bool = False) -> float:
+    """`value` as a finite float, at least `low`, and above zero if `positive`."""
+    allowed = f"a finite number {'> 0' if positive else f'>= {low:g}'}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    try:
+        number = float(value) + 0.0  # turns -0.0 into 0.0
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number) or number < low or (positive and number == 0.0):
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return number

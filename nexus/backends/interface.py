@@ -1,0 +1,170 @@
+"""What the optimizer hands to a backend, and what it expects of one. Backends know no parameter groups.
+
+A `Plan` says where everything is: parameters, gradients, moments, counters, rates. The optimizer makes a new
+one whenever `Runner.changed` says that the last is out of date; in between, a backend may keep raw pointers.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from enum import IntEnum
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Change(IntEnum):
+    """What happened since the last plan. The values are those of the native module."""
+
+    NONE = 0
+    SETTINGS = 1  # a hyperparameter of a group
+    TENSORS = 2  # anything else: tensors, gradients, groups
+
+
+@dataclass
+class Rate:
+    """A number that comes from a float, from a one-element tensor, or from a schedule."""
+
+    value: float = 0.0
+    tensor: Tensor | None = None  # read at every step
+    table: Tensor | None = None  # float64 (rows, 5): segments, evaluated at every step
+    scale: float = 1.0  # multiplies the schedule
+    last: Tensor | None = None  # 0-dim float64: where a schedule's value is left once used
+
+
+@dataclass
+class GroupSettings:
+    """The hyperparameters of one parameter group on one device."""
+
+    lr: Rate
+    weight_decay: Rate
+    betas: tuple[float, float]
+    eps: float
+    max_grad_norm: float  # math.inf: no clipping
+    maximize: bool
+
+    @property
+    def clips(self) -> bool:
+        return self.max_grad_norm != math.inf
+
+
+@dataclass(eq=False)
+class TensorEntry:
+    """Every stream of one parameter, all of one shape and one layout, dense in memory.
+
+    Where the user's parameter or gradient is laid out otherwise, a buffer stands in for it. The gradient itself
+    is not held on to: it may be freed between steps.
+    """
+
+    original: Tensor
+    group: int
+    param_buffer: Tensor | None
+    grad_buffer: Tensor | None
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    step: Tensor  # 0-dim int64: this parameter's own count of updates
+
+    @property
+    def param(self) -> Tensor:
+        """What a kernel updates."""
+        return self.original.detach() if self.param_buffer is None else self.param_buffer
+
+    @property
+    def grad(self) -> Tensor | None:
+        """What a kernel reads; None in a step in which the parameter has no gradient."""
+        return (
+            self.original.grad if self.grad_buffer is None or self.original.grad is None else self.grad_buffer
+        )
+
+    @property
+    def staged(self) -> bool:
+        """Whether `fetch` and `put_back` have anything to do."""
+        return self.param_buffer is not None or self.grad_buffer is not None
+
+    def fetch(self) -> None:
+        """Copy into the buffers, before a step."""
+        grad = self.original.grad
+        if grad is not None and self.param_buffer is not None:
+            self.param_buffer.copy_(self.original.detach())
+        if grad is not None and self.grad_buffer is not None:
+            self.grad_buffer.copy_(grad)
+
+    def put_back(self) -> None:
+        """Copy out of the parameter's buffer, after a step."""
+        if self.original.grad is not None and self.param_buffer is not None:
+            self.original.detach().copy_(self.param_buffer)
+
+
+@dataclass
+class StepState:
+    """Device memory that outlives plans: counters and what a step leaves for its readers. Never replaced."""
+
+    device: torch.device
+    skip_nonfinite: bool
+    completed: Tensor = field(init=False)  # t, the argument of every schedule
+    skipped: Tensor = field(init=False)
+    sum_of_squares: Tensor = field(init=False)
+    grad_norm: Tensor = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.completed = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)
+        self.sum_of_squares = torch.zeros((), dtype=torch.float64, device=self.device)
+        self.grad_norm = torch.zeros((), dtype=torch.float64, device=self.device)
+
+
+@dataclass
+class DevicePlan:
+    """What one step works on, on one device."""
+
+    state: StepState
+    groups: list[GroupSettings]
+    entries: list[TensorEntry]
+    measures_norm: bool  # some group clips, or non-finite gradients are to be skipped
+
+
+@dataclass
+class Plan:
+    """What one step works on. `parameters` has them all, in the order of the groups.
+
+    A parameter that has never had a gradient has no entry.
+    """
+
+    parameters: list[tuple[Tensor, TensorEntry | None]]
+    devices: dict[torch.device, DevicePlan]
+
+
+class Runner(Protocol):
+    """A backend at work for one optimizer."""
+
+    name: str
+
+    def changed(self) -> Change:
+        """What the optimizer has to renew before `step`; pointers that merely moved are followed."""
+
+    def bind(self, plan: Plan) -> None:
+        """Take over a new plan."""
+
+    def update_settings(self) -> None:
+        """Take over the hyperparameters of the plan's groups, which have changed; its tensors have not."""
+
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update everything once: enqueued, without a visit to the host."""
+
+
+class Backend(Protocol):
+    """A way to run: a module of this package."""
+
+    NAME: str
+
+    def unavailable(self) -> str | None:
+        """Why this backend cannot run here; None if it can."""
+
+    def runner(self, attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Runner:
+        """One for an optimizer whose `__dict__` and whose groups' hyperparameters are to be watched."""
+
+    def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
+        """A schedule's values at int64 `steps`, on their device, in float64."""

@@ -1,0 +1,163 @@
+"""The update in plain PyTorch, to be read beside the papers; the second oracle, and the backend of last resort.
+
+Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; AMSGrad: Reddi et al. 2018, arXiv:1904.09237. It runs
+on any device, a tensor at a time, without reading anything back to the host.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, TensorEntry
+from nexus.segments import Curve
+
+NAME = "reference"
+
+
+def unavailable() -> str | None:
+    """PyTorch is always there."""
+    return None
+
+
+def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> ReferenceRunner:
+    """It caches nothing, so it has nothing to watch."""
+    return ReferenceRunner()
+
+
+def evaluate(table: Tensor, steps: Tensor) -> Tensor:
+    """A schedule's values at `steps` (int64, any shape), from its segment table on the same device."""
+    starts = table[:, 1].to(torch.int64)
+    row = torch.searchsorted(starts, steps, right=True) - 1  # the last segment with start <= step
+    curve, start, length, high, low = table[row].unbind(-1)
+    length_in_steps = length.to(torch.int64)
+    p = ((steps - start.to(torch.int64)) % length_in_steps).to(torch.float64) / length
+    weight = torch.ones_like(p)
+    weight = torch.where(curve == Curve.RISE, p, weight)
+    weight = torch.where(curve == Curve.LINEAR, 1.0 - p, weight)
+    weight = torch.where(curve == Curve.COSINE, 0.5 * (1.0 + torch.cos(math.pi * p)), weight)
+    weight = torch.where(curve == Curve.SQRT, 1.0 - torch.sqrt(p), weight)
+    return low + weight * (high - low)
+
+
+class ReferenceRunner:
+    """Runs steps over the entries of the last plan; asks for a new plan before each."""
+
+    name = NAME
+
+    def __init__(self) -> None:
+        self._plan = Plan([], {})
+
+    def changed(self) -> Change:
+        return Change.TENSORS
+
+    def bind(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def update_settings(self) -> None:
+        """The plan is read anew in each step."""
+
+    @torch.no_grad()
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        plans = list(self._plan.devices.values())
+        for plan in plans:
+            for entry in plan.entries:
+                entry.fetch()
+            if plan.measures_norm:
+                plan.state.sum_of_squares.copy_(_sum_of_squares(plan.entries, plan.state.device))
+        if len(plans) > 1:  # one norm over all devices; without clipping or skipping, a sum of zeros
+            totals = [plan.state.sum_of_squares.clone() for plan in plans]
+            for plan in plans:
+                on_device = [total.to(plan.state.device, non_blocking=True) for total in totals]
+                plan.state.sum_of_squares.copy_(torch.stack(on_device).sum())
+        for plan in plans:
+            _step_device(plan, grad_scale, found_inf)
+            for entry in plan.entries:
+                entry.put_back()
+
+
+def _sum_of_squares(entries: list[TensorEntry], device: torch.device) -> Tensor:
+    squares = [entry.grad.double().square().sum() for entry in entries if entry.grad is not None]
+    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
+
+
+def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    state = plan.state
+    scale = torch.ones((), dtype=torch.float64, device=state.device)
+    if grad_scale is not None:
+        scale = grad_scale.to(state.device, torch.float64, non_blocking=True).reshape(())
+    skip: Tensor | None = None
+    if found_inf is not None:
+        skip = found_inf.to(state.device, non_blocking=True).reshape(()) != 0
+    if plan.measures_norm:
+        state.grad_norm.copy_(state.sum_of_squares.sqrt() / scale)
+        if state.skip_nonfinite:
+            nonfinite = ~torch.isfinite(state.sum_of_squares)
+            skip = nonfinite if skip is None else skip | nonfinite
+    if skip is not None:
+        state.skipped.add_(skip)
+
+    rows = []
+    for group in plan.groups:
+        lr, weight_decay = (_rate(rate, state.completed) for rate in (group.lr, group.weight_decay))
+        for rate, value in ((group.lr, lr), (group.weight_decay, weight_decay)):
+            if rate.last is not None:
+                _assign(rate.last, value, skip)
+        multiplier = 1.0 / scale
+        if group.clips:  # the coefficient of torch.nn.utils.clip_grad_norm_
+            multiplier = multiplier * torch.clamp(group.max_grad_norm / (state.grad_norm + 1e-6), max=1.0)
+        rows.append((group, lr, weight_decay, -multiplier if group.maximize else multiplier))
+    for entry in plan.entries:
+        grad = entry.grad
+        if grad is not None:
+            _update(entry, grad, *rows[entry.group], skip)
+    state.completed.add_(1 if skip is None else ~skip)
+
+
+def _rate(rate: Rate, completed: Tensor) -> Tensor:
+    """The rate of the update that comes after `completed` ones: 0-dim float64."""
+    if rate.table is not None:
+        return rate.scale * evaluate(rate.table, completed)
+    if rate.tensor is not None:
+        return rate.tensor.detach().to(completed.device, torch.float64, non_blocking=True).reshape(())
+    return torch.full((), rate.value, dtype=torch.float64, device=completed.device)
+
+
+def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
+    target.copy_(value if skip is None else torch.where(skip, target, value))
+
+
+def _update(
+    entry: TensorEntry,
+    grad: Tensor,
+    group: GroupSettings,
+    lr: Tensor,
+    weight_decay: Tensor,
+    multiplier: Tensor,
+    skip: Tensor | None,
+) -> None:
+    dtype = entry.exp_avg.dtype  # of the arithmetic
+    beta1, beta2 = group.betas
+    t = (entry.step + 1).to(torch.float64)
+    bias1 = 1.0 - beta1**t
+    bias2 = 1.0 - beta2**t
+    # Scalars are computed in float64 and rounded once.
+    step_size, inv_sqrt_bias2, keep, g_scale = (
+        scalar.to(dtype) for scalar in (lr / bias1, 1.0 / bias2.sqrt(), 1.0 - lr * weight_decay, multiplier)
+    )
+    g = grad.to(dtype) * g_scale
+    m = entry.exp_avg + (1.0 - beta1) * (g - entry.exp_avg)
+    v = beta2 * entry.exp_avg_sq + (1.0 - beta2) * g * g
+    largest_v = v
+    if entry.max_exp_avg_sq is not None:
+        largest_v = torch.maximum(entry.max_exp_avg_sq, v)
+        _assign(entry.max_exp_avg_sq, largest_v, skip)
+    denominator = largest_v.sqrt() * inv_sqrt_bias2 + group.eps
+    param = entry.param
+    _assign(param, (keep * param.to(dtype) - step_size * m / denominator).to(param.dtype), skip)
+    _assign(entry.exp_avg, m, skip)
+    _assign(entry.exp_avg_sq, v, skip)
+    entry.step.add_(1 if skip is None else ~skip)

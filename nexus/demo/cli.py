@@ -1,0 +1,81 @@
+"""`python -m nexus demo`: its arguments, and what can be refused before torch is imported."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+from nexus.demo.errors import INTERRUPTED, REFUSED, DemoError
+
+MAX_STEPS = 10_000_000  # the loss and the rate of every step are kept
+MAX_THREADS = 1024
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options of `python -m nexus demo`."""
+    add = parser.add_argument
+    add("--schedule", choices=("wsd", "sgdr", "cosine"), default="wsd", help="default: %(default)s")
+    add("--steps", type=_count(1, MAX_STEPS), default=1000, help="updates; default: %(default)s")
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
+    add("--out", default="nexus-demo", help="folder of the picture and the checkpoint; default: %(default)s")
+    add("--resume", action="store_true", help="go on from the checkpoint that Ctrl-C left in the folder")
+    add("--seed", type=_count(0, 2**63 - 1), default=0, help="default: %(default)s")
+    add("--threads", type=_count(1, MAX_THREADS), help="CPU threads; default: as torch chooses")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Run what `add_arguments` parsed.
+
+    Returns:
+        The exit code: 0; 130 after Ctrl-C; 2 where one line on stderr says what must be mended first.
+    """
+    try:
+        _check_packages()
+        _check_folder(Path(args.out), create=not args.resume)
+        from nexus.demo import session
+
+        return session.run(args)
+    except DemoError as error:
+        print(f"python -m nexus demo: {error}", file=sys.stderr)
+        return REFUSED
+    except KeyboardInterrupt:
+        print("\nStopped at once; nothing was written.", file=sys.stderr)
+        return INTERRUPTED
+
+
+def _count(low: int, high: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        return value
+
+    return parse
+
+
+def _check_packages() -> None:
+    for name in ("matplotlib", "tqdm"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:
+            raise DemoError(f"the demo needs {name} ({error}): pip install 'nexus-optim[demo]'") from error
+
+
+def _check_folder(out: Path, *, create: bool) -> None:
+    """Find out now, not after two minutes, that the results cannot be written."""
+    if out.exists() and not out.is_dir():
+        raise DemoError(f"--out must be a folder, and {out} is a file")
+    try:
+        if create:
+            out.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise DemoError(f"cannot write to the folder {out} ({error.strerror}): give another --out") from error

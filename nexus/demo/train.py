@@ -1,0 +1,146 @@
+"""The training loop: nothing in it waits for the device, save one look at the loss every few steps."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.demo.corpus import Corpus
+from nexus.demo.model import GPT
+from nexus.demo.run import RunConfig
+from nexus.optim import FusedAdamW
+from nexus.schedules import Schedule
+
+LOOK_EVERY = 10  # steps
+MAX_GRAD_NORM = 1.0
+BETAS = (0.9, 0.99)  # a short run: the second moment must follow within a hundred steps
+
+
+def parameter_groups(model: GPT) -> list[dict[str, Any]]:
+    """Weight decay for the matrices, none for the biases and the norms."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]
+    return [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+
+
+def make_optimizer(model: GPT, schedule: Schedule) -> FusedAdamW:
+    """The one line that replaces optimizer, scheduler and gradient clipping."""
+    return FusedAdamW(parameter_groups(model), lr=schedule, betas=BETAS, max_grad_norm=MAX_GRAD_NORM)
+
+
+@contextlib.contextmanager
+def reproducible(config: RunConfig) -> Iterator[None]:
+    """The same inputs give the same bits: the run's number of threads, and on CUDA deterministic kernels."""
+    threads, deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    torch.set_num_threads(config.threads)
+    if config.device == "cuda":
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when cuBLAS starts
+        torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+        torch.use_deterministic_algorithms(deterministic)
+
+
+class Training:
+    """A run of the demo at some step: what a checkpoint holds, and how to go on.
+
+    `losses` (nats a byte) and `rates` have one entry an update and stay on the device; `before` and `after`
+    are bits a byte on the held-out text.
+    """
+
+    def __init__(self, config: RunConfig, corpus: Corpus) -> None:
+        device = torch.device(config.device)
+        torch.manual_seed(config.seed)
+        self.config, self.corpus = config, corpus
+        self.model = GPT(config.size.model).to(device)
+        self.optimizer = make_optimizer(self.model, config.schedule)
+        self.losses = torch.zeros(config.steps, device=device)
+        self.rates = torch.zeros(config.steps, dtype=torch.float64, device=device)
+        self.step = 0
+        self.seconds = 0.0
+        self.before: float | None = None
+        self.after: float | None = None
+
+    @property
+    def bytes_a_step(self) -> int:
+        """How much text an update learns from; a byte is a token."""
+        return self.config.size.batch * self.config.size.model.context
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of update `step`."""
+        size = self.config.size
+        return self.corpus.batch(self.config.seed, step, size.batch, size.model.context)
+
+    def train(self, stop: Callable[[], bool], look: Callable[[int, float, float], None]) -> None:
+        """Train until the last step, or until `stop()`, which is asked between two steps.
+
+        `look(step, loss, rate)` is called with numbers read from the device every `LOOK_EVERY` steps.
+        """
+        started, seconds = time.perf_counter(), self.seconds
+        while self.step < self.config.steps and not stop():
+            loss = self.model.loss(*self.batch(self.step))
+            loss.backward()  # type: ignore[no-untyped-call]
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+            rate = self.optimizer.param_groups[0]["lr"]  # a tensor: looking at it is what would wait
+            loss = loss.detach()
+            self.losses[self.step].copy_(loss)
+            self.rates[self.step].copy_(rate)
+            self.step += 1
+            if self.step % LOOK_EVERY == 0 or self.step == self.config.steps:
+                look(self.step, float(loss), float(rate))
+        self.seconds = seconds + time.perf_counter() - started
+
+    @torch.no_grad()
+    def held_out_bits(self) -> float:
+        """Bits a byte on the held-out text: what a compressor that uses this model would need."""
+        size = self.config.size
+        batches = self.corpus.held_out_batches(size.held_out_windows, 32, size.model.context)
+        nats = sum(self.model.loss(inputs, targets) * len(inputs) for inputs, targets in batches)
+        return float(nats) / size.held_out_windows / math.log(2)
+
+    def largest_rate_difference(self) -> float:
+        """Between the rates that the device used and the formula in Python, over all steps."""
+        formula = self.config.schedule.values(0, self.step)
+        return max(
+            (abs(a - b) for a, b in zip(self.rates[: self.step].tolist(), formula, strict=True)), default=0.0
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types and tensors."""
+        state = {
+            "run": self.config.to_dict(),
+            "step": self.step,
+            "seconds": self.seconds,
+            "before": self.before,
+            "after": self.after,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "losses": self.losses[: self.step].clone(),
+            "rates": self.rates[: self.step].clone(),
+            "random": torch.get_rng_state(),
+        }
+        if self.config.device == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state()
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from what `state_dict` returned in a run of equal config."""
+        self.model.load_state_dict(state["model"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.step, self.seconds = int(state["step"]), float(state["seconds"])
+        self.before, self.after = state["before"], state["after"]
+        self.losses[: self.step].copy_(state["losses"])
+        self.rates[: self.step].copy_(state["rates"])
+        torch.set_rng_state(state["random"].cpu())
+        if "random_cuda" in state:
+            torch.cuda.set_rng_state(state["random_cuda"].cpu())

@@ -1,0 +1,15 @@
+"""Optimizers. Importing this says, once, if the compiled backend is missing, and why."""
+
+import warnings
+
+from nexus.backends import native
+from nexus.optim.fused_adamw import FusedAdamW
+
+__all__ = ["FusedAdamW"]
+
+if (_reason := native.unavailable()) is not None:
+    warnings.warn(
+        f"nexus runs its slow 'reference' backend (plain PyTorch), since {_reason}",
+        RuntimeWarning,
+        stacklevel=2,
+    )

@@ -1,0 +1,171 @@
+"""A parameter group: its hyperparameters, checked, and the schedules that drive them."""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.arguments import check_number, shown
+from nexus.backends.interface import GroupSettings, Rate
+from nexus.schedules import Schedule
+
+SCHEDULABLE = ("lr", "weight_decay")
+
+SETTING_NAMES = (
+    "lr",  # first: a backend takes over floats written here by itself
+    "weight_decay",
+    "betas",
+    "eps",
+    "amsgrad",
+    "maximize",
+    "max_grad_norm",
+    "lr_scale",
+    "lr_schedule",
+    "weight_decay_schedule",
+)
+"""The keys of a group whose values a step uses."""
+
+
+class ParamGroup(dict[str, Any]):
+    """A group as `torch.optim` has them, a dict, that refuses a second driver of a scheduled rate.
+
+    `group["lr_schedule"]` is the `Schedule` given as `lr`, or None; `group["lr"]` is then a 0-dim float64 tensor
+    that holds the rate last used. The same goes for `weight_decay`.
+    """
+
+    outputs: dict[str, Tensor]  # the tensors that schedules write, by setting
+    driver: str | None  # the class of the nexus scheduler that writes "lr"
+
+    def __init__(self, group: dict[str, Any]) -> None:
+        super().__init__(group)
+        self.outputs = {}
+        self.driver = None
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        self._refuse_scheduler(key)
+        return super().setdefault(key, default)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._refuse_scheduler(key)
+        super().__setitem__(key, value)
+
+    def schedules(self) -> list[tuple[str, Schedule]]:
+        """The settings that a schedule drives, and their schedules."""
+        return [
+            (name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None
+        ]
+
+    def settle(self, name: str, device: torch.device) -> Schedule | None:
+        """Sort out who drives setting `name`. Returns its schedule if that has just been assigned.
+
+        Raises:
+            RuntimeError: the setting has a schedule, and something else was assigned to it.
+        """
+        value, output = self[name], self.outputs.get(name)
+        if isinstance(value, Schedule):
+            self[f"{name}_schedule"] = value
+        schedule: Schedule | None = self[f"{name}_schedule"]
+        if schedule is None:
+            self.outputs.pop(name, None)  # a tensor that is left there is a plain tensor now
+            return None
+        if output is not None and value is not output and not isinstance(value, Schedule):
+            raise RuntimeError(
+                f"group[{name!r}] was set to {shown(value)} while {schedule!r} drives it. To hold a fixed value, "
+                f"set group['{name}_schedule'] = None as well; to change the schedule, assign another Schedule."
+            )
+        if output is not None and output.device == device and value is output:
+            return None
+        if output is None or output.device != device:
+            self.outputs[name] = torch.zeros((), dtype=torch.float64, device=device)
+        self[name] = self.outputs[name]
+        return schedule
+
+    def _refuse_scheduler(self, key: str) -> None:
+        # Every scheduler of torch.optim.lr_scheduler begins by writing this key.
+        if key != "initial_lr":
+            return
+        if isinstance(self.get("lr_schedule"), Schedule):
+            raise RuntimeError(
+                f"this optimizer evaluates its own schedule, {self['lr_schedule']!r}: it advances with step() and "
+                "takes no scheduler. Leave the scheduler out, or give FusedAdamW a float lr to use one."
+            )
+        if self.driver is not None:
+            raise RuntimeError(
+                f"a {self.driver} drives this optimizer's rate on the device, and would overwrite what another "
+                "scheduler writes. Attach one of the two alone."
+            )
+
+
+def check_group(group: dict[str, Any]) -> None:
+    """Check every hyperparameter of a group.
+
+    Raises:
+        TypeError, ValueError: naming the hyperparameter, what was given and what is allowed.
+    """
+    for name in SCHEDULABLE:
+        _check_rate(name, group[name])
+        schedule = group[f"{name}_schedule"]
+        if schedule is not None and not isinstance(schedule, Schedule):
+            raise TypeError(f"{name}_schedule must be a Schedule or None, got {shown(schedule)}")
+    betas = group["betas"]
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+        raise TypeError(f"betas must be a pair of numbers in [0, 1), got {shown(betas)}")
+    for index, beta in enumerate(betas):
+        if check_number(f"betas[{index}]", beta) >= 1.0:
+            raise ValueError(f"betas[{index}] must be a number in [0, 1), got {shown(beta)}")
+    check_number("eps", group["eps"])
+    check_number("lr_scale", group["lr_scale"])
+    for name in ("amsgrad", "maximize"):
+        if not isinstance(group[name], bool):
+            raise TypeError(f"{name} must be a bool, got {shown(group[name])}")
+    limit = group["max_grad_norm"]
+    if limit is not None and limit != math.inf:
+        try:
+            check_number("max_grad_norm", limit, positive=True)
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{error}; None does not clip, math.inf measures the norm alone") from None
+
+
+def _check_rate(name: str, value: object) -> None:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"{name} as a tensor must have one element of float32 or float64, got the shape "
+                f"{tuple(value.shape)} of {value.dtype}"
+            )
+    elif not isinstance(value, Schedule):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(
+                f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}"
+            )
+        check_number(name, value)
+
+
+def settings_of(group: ParamGroup, tables: dict[str, Tensor], device: torch.device) -> GroupSettings:
+    """A checked group as a backend wants it; `tables` are the segment tables of its schedules on `device`."""
+    limit = group["max_grad_norm"]
+    rates = {}
+    for name in SCHEDULABLE:
+        value, output = group[name], group.outputs.get(name)
+        if name in tables:
+            scale = float(group["lr_scale"]) if name == "lr" else 1.0
+            last = output if output is not None and output.device == device else None
+            rates[name] = Rate(table=tables[name], scale=scale, last=last)
+        elif isinstance(value, Tensor):
+            if value.device != device:
+                raise ValueError(f"{name} is a tensor on {value.device}, the parameters are on {device}")
+            rates[name] = Rate(tensor=value)
+        else:
+            rates[name] = Rate(value=float(value))
+    return GroupSettings(
+        lr=rates["lr"],
+        weight_decay=rates["weight_decay"],
+        betas=(float(group["betas"][0]), float(group["betas"][1])),
+        eps=float(group["eps"]),
+        max_grad_norm=math.inf if limit is None else float(limit),
+        maximize=group["maximize"],
+    )

@@ -1,0 +1,128 @@
+"""Turns the optimizer's parameters into what a kernel can take, and says clearly what it cannot take."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from nexus.backends.interface import TensorEntry
+
+PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+def check_parameter(param: Tensor, where: str) -> None:
+    """Refuse a parameter that no kernel can update. `where` names it in the error."""
+    if is_traceable_wrapper_subclass(param):
+        raise TypeError(f"{where} is a {type(param).__name__}; FusedAdamW takes plain tensors")
+    if param.layout != torch.strided:
+        raise TypeError(f"{where} has the layout {param.layout}; FusedAdamW takes dense (strided) tensors")
+    if param.dtype not in PARAM_DTYPES:
+        hint = "; optimize torch.view_as_real(p)" if param.is_complex() else ""
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
+        raise TypeError(f"{where} is of {param.dtype}; FusedAdamW takes {names}{hint}")
+    if param.device.type == "meta":
+        raise TypeError(f"{where} is on the meta device; materialize the model before the first step")
+    if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
+        raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
+
+
+def check_gradient(param: Tensor, where: str) -> None:
+    """Refuse a gradient that no kernel can read."""
+    grad = param.grad
+    if grad is None:
+        return
+    if grad.layout != torch.strided:
+        raise RuntimeError(
+            f"{where} has a gradient of layout {grad.layout}: FusedAdamW does not support sparse gradients; "
+            "use torch.optim.SparseAdam for it, or a dense gradient (sparse=False)"
+        )
+    if grad.dtype not in PARAM_DTYPES:
+        raise TypeError(f"{where} has a gradient of {grad.dtype}, which FusedAdamW does not support")
+    if grad.shape != param.shape or grad.device != param.device:
+        raise RuntimeError(
+            f"{where} of shape {tuple(param.shape)} on {param.device} has a gradient of shape "
+            f"{tuple(grad.shape)} on {grad.device}"
+        )
+
+
+def is_dense(tensor: Tensor) -> bool:
+    """Whether the elements fill one block of memory, in any order of the dimensions."""
+    order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]), reverse=True)
+    return tensor.permute(order).is_contiguous()
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether element i of one block of memory belongs to element i of the other."""
+    return all(
+        size <= 1 or a_stride == b_stride
+        for size, a_stride, b_stride in zip(a.shape, a.stride(), b.stride(), strict=True)
+    )
+
+
+def make_entry(param: Tensor, state: dict[str, Any], group: int, *, amsgrad: bool, where: str) -> TensorEntry:
+    """The streams of a parameter whose `state` is complete (see `complete_state`).
+
+    State tensors that were put there by hand are laid out as the parameter is; what does not fit is an error.
+    """
+    target = param.detach()
+    param_buffer = (
+        None if is_dense(target) else torch.empty(param.shape, dtype=param.dtype, device=param.device)
+    )
+    target = target if param_buffer is None else param_buffer
+    for name in MOMENTS:
+        if name in state:
+            state[name] = _fitting_moment(state[name], target, f"{where}: state {name!r}")
+    grad, grad_buffer = param.grad, None
+    if grad is not None and not same_layout(grad, target):
+        grad_buffer = torch.empty_like(target, dtype=grad.dtype)
+    return TensorEntry(
+        original=param,
+        group=group,
+        param_buffer=param_buffer,
+        grad_buffer=grad_buffer,
+        exp_avg=state["exp_avg"],
+        exp_avg_sq=state["exp_avg_sq"],
+        max_exp_avg_sq=state["max_exp_avg_sq"] if amsgrad else None,
+        step=state["step"],
+    )
+
+
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """Of the moments and of the arithmetic: float32 for half precision, the parameter's own otherwise."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def complete_state(param: Tensor, state: dict[str, Any], *, amsgrad: bool) -> None:
+    """Fill in what is missing of a parameter's state, and bring a counter of torch's (float32) to int64."""
+    step = state["step"]
+    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.device != param.device or step.dim():
+        state["step"] = torch.as_tensor(step).detach().to(param.device, torch.int64).reshape(())
+    for name in MOMENTS if amsgrad else MOMENTS[:2]:
+        if name not in state:
+            state[name] = new_moment(param)
+
+
+def new_moment(param: Tensor) -> Tensor:
+    """Zeros with the layout that the kernels want beside this parameter."""
+    like = param.detach()
+    kept = torch.preserve_format if is_dense(like) else torch.contiguous_format
+    return torch.zeros_like(like, dtype=moment_dtype(param), memory_format=kept)
+
+
+def _fitting_moment(moment: Any, target: Tensor, where: str) -> Tensor:
+    if not isinstance(moment, Tensor) or moment.shape != target.shape or moment.device != target.device:
+        given = (
+            f"{tuple(moment.shape)} on {moment.device}"
+            if isinstance(moment, Tensor)
+            else type(moment).__name__
+        )
+        raise ValueError(f"{where} must be of shape {tuple(target.shape)} on {target.device}, got {given}")
+    dtype = moment_dtype(target)
+    if moment.dtype == dtype and is_dense(moment) and same_layout(moment, target):
+        return moment
+    return torch.empty_like(target, dtype=dtype).copy_(moment)

@@ -1,0 +1,254 @@
+"""Pictures of a schedule: a PNG by matplotlib, or a small chart in the terminal."""
+
+from __future__ import annotations
+
+import argparse
+import io
+import itertools
+import os
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from nexus.arguments import check_count
+from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
+
+# What `plot KIND` draws where nothing else is said.
+KINDS: dict[str, Schedule] = {
+    "wsd": WSD(warmup_steps=1000, stable_steps=7000, decay_steps=2000, peak_lr=1e-3),
+    "sgdr": CosineRestarts(peak_lr=1e-3, cycle_length=1000, cycle_mult=2.0, warmup_steps=500),
+    "cosine": Cosine(peak_lr=1e-3, total_steps=10_000, warmup_steps=1000),
+    "constant": Constant(lr=1e-3),
+}
+HELP = {
+    "warmup_steps": "updates of the linear rise",
+    "stable_steps": "updates at the peak, or 'none' for an open end",
+    "decay_steps": "updates of the decay",
+    "total_steps": "updates until the minimum, the warm-up included",
+    "cycle_length": "updates of the first cycle",
+    "cycle_mult": "what each cycle is longer by than the last",
+    "peak_lr": "the highest rate",
+    "min_lr": "the lowest rate",
+    "lr": "the rate",
+    "decay_type": "linear, cosine or sqrt",
+}
+MAX_CYCLES = 12  # more are drawn as one phase
+MAX_POINTS = 4000
+COLORS = {"warmup": "#f2b134", "stable": "#4a90d9", "decay": "#d9534a", "done": "#9a9a9a"}
+CYCLE_COLORS = ("#4a90d9", "#7bc8a4")
+
+
+class Span(NamedTuple):
+    """A named stretch of updates, from `start` to `stop - 1`."""
+
+    name: str
+    start: int
+    stop: int
+
+
+def default_steps(schedule: Schedule) -> int:
+    """How many updates show all of a schedule that ends, or the first four cycles of one that does not."""
+    if isinstance(schedule, CosineRestarts):
+        step = schedule.warmup_steps
+        for _ in range(4):
+            step += schedule.cycle(min(step, 2**53))[2]
+        return min(step, 2**53)
+    if isinstance(schedule, WSD) and schedule.stable_steps is None:
+        return min(4 * (schedule.warmup_steps + schedule.decay_steps), 2**53)
+    end = schedule.segments()[-1].start
+    return min(end + max(1, end // 20), 2**53) if end else 1000
+
+
+def spans(schedule: Schedule, steps: int) -> list[Span]:
+    """The phases in the first `steps` updates; of warm restarts, each cycle, if they are few."""
+    found: list[Span] = []
+    if isinstance(schedule, CosineRestarts):
+        start = min(schedule.warmup_steps, steps)
+        found += [Span("warmup", 0, start)] if start else []
+        cycles: list[Span] = []
+        while start < steps and len(cycles) <= MAX_CYCLES:
+            index, _, length = schedule.cycle(start)
+            cycles.append(Span(f"cycle {index}", start, min(start + length, steps)))
+            start = cycles[-1].stop
+        if len(cycles) > MAX_CYCLES:
+            cycles = [Span("cosine", cycles[0].start, steps)]
+        return found + cycles
+    starts = sorted({segment.start for segment in schedule.segments() if segment.start < steps} | {steps})
+    return [Span(schedule.phase(a), a, b) for a, b in itertools.pairwise(starts)]
+
+
+def sample(schedule: Schedule, steps: int) -> list[int]:
+    """The updates to draw: all if they are few, else evenly spread ones and both sides of every jump."""
+    if steps <= MAX_POINTS:
+        return list(range(steps))
+    points = {i * (steps - 1) // (MAX_POINTS - 1) for i in range(MAX_POINTS)}
+    for span in spans(schedule, steps):
+        points |= {span.start, max(0, span.start - 1)}
+    return sorted(points)
+
+
+def chart(schedule: Schedule, steps: int, *, width: int = 80, height: int = 10, blocks: bool = True) -> str:
+    """The first `steps` updates as text, `width` columns wide; `blocks=False` keeps to ASCII.
+
+    >>> print(chart(WSD(8, 8, 8, peak_lr=0.5), 24, width=36, height=3, blocks=False))
+           0.5 |       ###########
+               |    #################
+             0 |  #####################
+               +------------------------
+                warmup  |stable |decay
+                0                     23
+    """
+    levels = " ▁▂▃▄▅▆▇█" if blocks else " #"
+    wide = max(24, width - 10 - len(" |"))  # room for two step numbers
+    rates = [schedule((2 * column + 1) * steps // (2 * wide)) for column in range(wide)]
+    phases = spans(schedule, steps)
+    top = max(*rates, *(schedule(phase.start) for phase in phases)) or 1.0
+    filled = [round(rate / top * height * (len(levels) - 1)) for rate in rates]
+    lines = []
+    for row in reversed(range(height)):
+        label = f"{top:.4g}" if row == height - 1 else "0" if row == 0 else ""
+        cells = (max(0, min(level - row * (len(levels) - 1), len(levels) - 1)) for level in filled)
+        lines.append(f"{label:>10} {'│' if blocks else '|'}" + "".join(levels[cell] for cell in cells))
+    lines.append(" " * 11 + ("└" + "─" * wide if blocks else "+" + "-" * wide))
+    names = [" "] * wide
+    for phase in phases:
+        a, b = phase.start * wide // steps, phase.stop * wide // steps
+        edge = ("│" if blocks else "|") if phase.start else ""
+        fits = len(edge + phase.name) <= b - a
+        names[a:b] = (edge + phase.name * fits)[: b - a].ljust(b - a)
+    last = f"{steps - 1:,}"
+    lines += [" " * 12 + "".join(names), " " * 12 + "0" + last.rjust(wide - 1)]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = None) -> None:
+    """Draws the first `steps` updates to a PNG of 1200 x 540 pixels.
+
+    Args:
+        schedule: what to draw.
+        path: the PNG; it is written whole or not at all.
+        steps: how many updates; by default as many as show the whole schedule.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, StrMethodFormatter
+
+    steps = default_steps(schedule) if steps is None else check_count("steps", steps, low=2)
+    points = sample(schedule, steps)
+    rates = [schedule(step) for step in points]
+    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(points, rates, color="#1f2933", linewidth=1.8, solid_joinstyle="round")
+    axes.set_xlim(0, max(1, steps - 1))
+    axes.set_ylim(0, 1.14 * (max(rates) or 1.0))
+    for number, span in enumerate(spans(schedule, steps)):
+        color = COLORS.get(span.name, CYCLE_COLORS[number % 2])
+        axes.axvspan(span.start, min(span.stop, steps - 1), color=color, alpha=0.16, linewidth=0)
+        share = (span.stop - span.start) / steps
+        if share > 0.015:
+            axes.text(
+                (span.start + span.stop) / 2,
+                0.975,
+                span.name,
+                rotation=0 if share > 0.009 * len(span.name) else 90,
+                transform=axes.get_xaxis_transform(),
+                horizontalalignment="center",
+                verticalalignment="top",
+                color="#3e4c59",
+            )
+    axes.set_title(repr(schedule), fontsize=10, pad=10)
+    axes.set_xlabel("completed updates t")
+    axes.set_ylabel("learning rate")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    picture = io.BytesIO()
+    figure.savefig(picture, format="png", metadata={"Software": None})
+    _write_whole(Path(path), picture.getvalue())
+
+
+def _write_whole(path: Path, data: bytes) -> None:
+    if path.exists() and not path.is_file():  # such as a folder, or /dev/null, which must not be replaced
+        raise OSError("not a regular file")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        part.write_bytes(data)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _count_or_none(text: str) -> int | None:
+    return None if text.lower() == "none" else int(text)
+
+
+_count_or_none.__name__ = "int"  # argparse names it: "invalid int value"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m nexus plot`: for each schedule, its own arguments."""
+    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join(KINDS) + "}")
+    parse: dict[str, Callable[[str], Any]] = {
+        "int": int,
+        "float": float,
+        "str": str,
+        "int | None": _count_or_none,
+    }
+    for kind, schedule in KINDS.items():
+        name = type(schedule).__name__
+        options = kinds.add_parser(kind, help=name, description=f"draw {name}", allow_abbrev=False)
+        for field in fields(schedule):
+            options.add_argument(
+                "--" + field.name.replace("_", "-"),
+                type=parse[str(field.type)],
+                default=getattr(schedule, field.name),
+                help=f"{HELP[field.name]} (default: %(default)s)",
+            )
+        options.add_argument("--steps", type=int, help="updates to draw (default: the whole schedule)")
+        options.add_argument("-o", "--output", help="the PNG to write; without it the terminal gets a chart")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Draws what `add_arguments` parsed; returns the exit code."""
+    try:
+        kind: Any = type(KINDS[args.kind])
+        schedule = kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
+        steps = default_steps(schedule) if args.steps is None else check_count("steps", args.steps, low=2)
+        if args.output is not None and not args.output.lower().endswith(".png"):
+            raise ValueError(f"output must be a path that ends in .png, got {args.output!r}")
+    except ValueError as error:
+        return _refuse(str(error))
+    if args.output is None:
+        print(repr(schedule))
+        width = shutil.get_terminal_size().columns
+        print(chart(schedule, steps, width=width, blocks=_prints_blocks()))
+        return 0
+    try:
+        draw(schedule, args.output, steps)
+    except ImportError as error:
+        return _refuse(f"a picture needs matplotlib ({error}): pip install nexus-optim[demo]")
+    except OSError as error:
+        return _refuse(f"cannot write {args.output!r}: {error.strerror or error}")
+    print(args.output)
+    return 0
+
+
+def _prints_blocks() -> bool:
+    try:
+        "│└─▁█".encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _refuse(reason: str) -> int:
+    print(f"python -m nexus plot: {reason}", file=sys.stderr)
+    return 2

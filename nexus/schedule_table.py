@@ -1,0 +1,131 @@
+"""Schedules on a device: a `Schedule` lowered to a segment table that the kernels evaluate.
+
+The table is device memory that is edited in place and never replaced, so that kernels, and graphs that captured
+them, may keep a pointer to it. Edits read the step counter on the device: none of them visits the host.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus import backends
+from nexus.arguments import MAX_STEP, check_count
+from nexus.backends import reference
+from nexus.schedules import WSD, Schedule
+
+_START, _HIGH = 1, 3  # columns of a table
+_STABLE, _DECAY, _DONE = 1, 2, 3  # rows of a lowered WSD
+
+
+def lower(schedule: Schedule, device: torch.device) -> Tensor:
+    """The segments as a float64 tensor of rows (curve, start, length, high, low)."""
+    return torch.tensor(schedule.segments(), dtype=torch.float64).to(device)
+
+
+class ScheduleTable:
+    """A schedule on a device, with the changes that its run has brought.
+
+    Args:
+        schedule: what the user asked for; it stays as it is.
+        device: where `rows` lives.
+    """
+
+    def __init__(self, schedule: Schedule, device: torch.device) -> None:
+        self.schedule = schedule
+        self.rows = lower(schedule, device)
+
+    def begin_decay(self, completed: Tensor) -> None:
+        """Let the decay of a WSD begin now, from the rate of this moment; one that has begun goes on.
+
+        Args:
+            completed: 0-dim int64 tensor on the table's device, the number of completed updates.
+        """
+        rows = self._wsd_rows("begin_decay")
+        now = completed.to(torch.float64)
+        rate = reference.evaluate(rows, completed)
+        waiting = now < rows[_DECAY, _START]
+        end = now + self._wsd().decay_steps
+        for row, column, value in (
+            (_STABLE, _START, torch.minimum(rows[_STABLE, _START], now)),
+            (_DECAY, _HIGH, rate),
+            (_DECAY, _START, now),
+            (_DONE, _START, end),
+        ):
+            rows[row, column] = torch.where(waiting, value, rows[row, column])
+
+    def extend_stable(self, n: int, completed: Tensor) -> None:
+        """Make the stable phase of a WSD `n` updates longer; once the decay has begun, this does nothing.
+
+        Args:
+            n: updates, 0 or more.
+            completed: as in `begin_decay`.
+
+        Raises:
+            ValueError: the stable phase is open-ended, or `n` is negative.
+        """
+        rows = self._wsd_rows("extend_stable")
+        n = check_count("n", n)
+        self._wsd().extend_stable(n)  # raises where there is nothing to extend
+        shift = torch.where(completed.to(torch.float64) < rows[_DECAY, _START], float(n), 0.0)
+        rows[_DECAY:, _START] += shift
+
+    def edits(self) -> dict[str, Any]:
+        """What `begin_decay` and `extend_stable` have changed, in plain types. Reads the device."""
+        if not isinstance(self.schedule, WSD):
+            return {}
+        now = self.rows.cpu()
+        if torch.equal(now, lower(self.schedule, torch.device("cpu"))):
+            return {}
+        return {"decay_start": int(now[_DECAY, _START]), "decay_from": float(now[_DECAY, _HIGH])}
+
+    def replace(self, schedule: Schedule) -> None:
+        """Take another schedule, in the same memory.
+
+        Raises:
+            ValueError: it is lowered to another number of segments.
+        """
+        rows = lower(schedule, torch.device("cpu"))
+        if rows.shape != self.rows.shape:
+            raise ValueError(
+                f"{schedule!r} has {len(rows)} segments, the table was made for {len(self.rows)}"
+            )
+        self.schedule = schedule
+        self.rows.copy_(rows)
+
+    def restore(self, edits: dict[str, Any]) -> None:
+        """Bring the table to its schedule with these `edits`; none of them: as it was at first."""
+        rows = lower(self.schedule, torch.device("cpu"))
+        if edits:
+            start = check_count("decay_start", edits["decay_start"])
+            rows[_STABLE, _START] = min(float(rows[_STABLE, _START]), start)
+            rows[_DECAY, _START] = start
+            rows[_DECAY, _HIGH] = float(edits["decay_from"])
+            rows[_DONE, _START] = start + self._wsd().decay_steps
+        self.rows.copy_(rows)
+
+    def _wsd(self) -> WSD:
+        assert isinstance(self.schedule, WSD)
+        return self.schedule
+
+    def _wsd_rows(self, verb: str) -> Tensor:
+        if not isinstance(self.schedule, WSD):
+            raise TypeError(f"{verb} needs a WSD schedule, this one is {self.schedule!r}")
+        return self.rows
+
+
+def evaluate(
+    schedule: Schedule, steps: Tensor, device: torch.device | str | None = None, backend: str = "auto"
+) -> Tensor:
+    """See `nexus.schedules.evaluate`."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a nexus Schedule, got {type(schedule).__name__}")
+    if not isinstance(steps, Tensor) or steps.dtype != torch.int64:
+        given = steps.dtype if isinstance(steps, Tensor) else type(steps).__name__
+        raise TypeError(f"steps must be a tensor of int64, got {given}")
+    if steps.numel() and not (0 <= int(steps.min()) and int(steps.max()) <= MAX_STEP):
+        raise ValueError(f"steps must be from 0 to 2**53, got {int(steps.min())} to {int(steps.max())}")
+    steps = steps.to(device) if device is not None else steps
+    return backends.select(backend, {steps.device.type}).evaluate(lower(schedule, steps.device), steps)

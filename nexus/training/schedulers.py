@@ -1,0 +1,288 @@
+"""Schedulers with the interface of `torch.optim.lr_scheduler`, over the schedules of `nexus.schedules`.
+
+Over any torch optimizer they write `group["lr"]` as torch's schedulers do. Over a `FusedAdamW` the rate is
+computed on the device: `step()` advances a device counter and evaluates the schedule there, without
+synchronising. `get_last_lr()` is computed on the host in either case, by the oracle, from `last_epoch`.
+
+>>> import torch
+>>> from nexus.training.schedulers import WSDScheduler
+>>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+>>> scheduler = WSDScheduler(optimizer, warmup_steps=2, stable_steps=5, decay_steps=4, peak_lr=1e-3)
+>>> for _ in range(3):
+...     optimizer.step()
+...     scheduler.step()
+>>> scheduler.get_last_lr(), scheduler.get_phase()
+([0.001], 'stable')
+"""
+
+from __future__ import annotations
+
+from typing import Any, Generic, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from nexus.arguments import check_count, check_number, shown
+from nexus.backends.interface import Backend
+from nexus.optim import FusedAdamW
+from nexus.optim.param_group import ParamGroup
+from nexus.schedule_table import ScheduleTable
+from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
+
+__all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "WSDScheduler"]
+
+S = TypeVar("S", bound=Schedule)
+
+
+class _DeviceRates:
+    """The rates of a FusedAdamW's groups, computed on the device from a counter of their own.
+
+    Every group's `"lr"` becomes a 0-dim view of one float64 tensor, so that an advance is three operations
+    however many groups there are.
+    """
+
+    def __init__(self, optimizer: FusedAdamW, schedule: Schedule) -> None:
+        groups = optimizer.param_groups
+        device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
+        self.backend: Backend = optimizer.evaluator
+        self.table = ScheduleTable(schedule, device)
+        self.counter = torch.zeros((), dtype=torch.int64, device=device)
+        self.rates = torch.zeros(len(groups), dtype=torch.float64, device=device)
+        self.scales = torch.ones(len(groups), dtype=torch.float64, device=device)
+        self._seen_scales = [1.0] * len(groups)
+
+    def show(self, scales: list[float]) -> None:
+        """Write every group's rate at the counter."""
+        if scales != self._seen_scales:
+            self.scales.copy_(torch.tensor(scales, dtype=torch.float64))
+            self._seen_scales = scales
+        torch.mul(self.scales, self.backend.evaluate(self.table.rows, self.counter), out=self.rates)
+
+
+class ScheduleScheduler(LRScheduler, Generic[S]):
+    """What the schedulers of this module share. `scheduler.schedule` is the schedule as it now stands."""
+
+    def __init__(self, optimizer: Optimizer, schedule: S, last_epoch: int = -1) -> None:
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
+        if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
+            raise ValueError(f"last_epoch must be an int from -1, got {shown(last_epoch)}")
+        self.schedule = schedule
+        self._device_rates: _DeviceRates | None = None
+        if isinstance(optimizer, FusedAdamW):
+            _check_unscheduled(optimizer)
+            for own in optimizer.param_groups:
+                own.driver = None  # a scheduler that was attached before gives way to this one
+            self._device_rates = _DeviceRates(optimizer, schedule)
+            self._device_rates.counter.fill_(last_epoch)
+        super().__init__(optimizer, last_epoch)
+        if isinstance(optimizer, FusedAdamW) and self._device_rates is not None:
+            for group, rate in zip(optimizer.param_groups, self._device_rates.rates.unbind(), strict=True):
+                group["lr"] = rate
+                group.driver = type(self).__name__
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The rate of each group at `last_epoch`, by the oracle."""
+        rate = self.schedule(self.last_epoch)
+        return [scale * rate for scale in self._scales()]
+
+    def _update_lr(self, epoch: int | None = None) -> None:
+        device = self._device_rates
+        if device is None:
+            super()._update_lr(epoch)
+            return
+        if epoch is None:
+            self.last_epoch += 1
+            device.counter.add_(1)
+        else:
+            self.last_epoch = check_count("epoch", epoch)
+            device.counter.fill_(self.last_epoch)
+        device.show(self._scales())
+        self._last_lr: list[float | Tensor] = self.get_lr()
+
+    def _scales(self) -> list[float]:
+        return [check_number("lr_scale", group.get("lr_scale", 1.0)) for group in self.optimizer.param_groups]
+
+    def _reschedule(self, schedule: S) -> None:
+        """Go on with another schedule from here; the rate of this moment is shown anew."""
+        self.schedule = schedule
+        if self._device_rates is not None:
+            self._device_rates.show(self._scales())
+        else:
+            for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
+                if isinstance(group["lr"], Tensor):
+                    group["lr"].fill_(rate)
+                else:
+                    group["lr"] = rate
+        self._last_lr = self.get_lr()
+
+    def get_phase(self, step: int | None = None) -> str:
+        """The phase of an update: by default that of the next `optimizer.step()`."""
+        return self.schedule.phase(self.last_epoch if step is None else step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain types: the schedule as it stands, and where it stands."""
+        return {
+            "schedule": self.schedule.to_dict(),
+            "last_epoch": self.last_epoch,
+            "base_lrs": [float(rate) for rate in self.base_lrs],
+            "_step_count": self._step_count,
+            "_last_lr": [float(rate) for rate in self._last_lr],
+        }
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on from where `state_dict` was saved, with its schedule.
+
+        Raises:
+            ValueError: the state is not one of this class's schedules. Nothing is changed.
+        """
+        if not isinstance(state_dict, dict) or "schedule" not in state_dict or "last_epoch" not in state_dict:
+            raise ValueError(
+                f"not a {type(self).__name__}'s state dict: it needs 'schedule' and 'last_epoch'"
+            )
+        schedule = Schedule.from_dict(state_dict["schedule"])
+        if type(schedule) is not type(self.schedule):
+            raise ValueError(
+                f"the state dict holds a {type(schedule).__name__} schedule, {type(self).__name__} takes "
+                f"{type(self.schedule).__name__}"
+            )
+        last_epoch = check_count("last_epoch", state_dict["last_epoch"])
+        if self._device_rates is not None:
+            self._device_rates.table.replace(schedule)
+            self._device_rates.counter.fill_(last_epoch)
+        self.last_epoch = last_epoch
+        self.base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
+        self._step_count = int(state_dict.get("_step_count", last_epoch + 1))
+        self._reschedule(schedule)
+
+
+def _check_unscheduled(optimizer: FusedAdamW) -> None:
+    for group in optimizer.param_groups:
+        schedule = group["lr_schedule"] if isinstance(group, ParamGroup) else None
+        if schedule is not None:
+            raise RuntimeError(
+                f"this FusedAdamW evaluates its own schedule, {schedule!r}: it advances with step() and takes no "
+                "scheduler. Leave the scheduler out, or give FusedAdamW a float lr to use one."
+            )
+
+
+class WSDScheduler(ScheduleScheduler[WSD]):
+    """Warmup-Stable-Decay (Hu et al. 2024, arXiv:2404.06395); see `nexus.schedules.WSD`.
+
+    Args:
+        optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
+        warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type: as in `nexus.schedules.WSD`.
+        last_epoch: -1 to start; the index of the last epoch to resume.
+
+    Raises:
+        TypeError, ValueError: as `nexus.schedules.WSD`.
+        RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        stable_steps: int | None,
+        decay_steps: int,
+        peak_lr: float,
+        min_lr: float = 0.0,
+        decay_type: str = "linear",
+        last_epoch: int = -1,
+    ) -> None:
+        schedule = WSD(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type)
+        super().__init__(optimizer, schedule, last_epoch)
+
+    def begin_decay(self) -> None:
+        """Let the decay begin with the next update, from the rate of this moment; one that has begun goes on.
+
+        Raises:
+            ValueError: the rate of this moment is 0.
+        """
+        schedule = self.schedule.begin_decay(self.last_epoch)
+        if self._device_rates is not None:
+            self._device_rates.table.begin_decay(self._device_rates.counter)
+        self._reschedule(schedule)
+
+    def extend_stable(self, n: int) -> None:
+        """Make the stable phase `n` updates longer; once the decay has begun, this does nothing.
+
+        Raises:
+            TypeError, ValueError: `n` is no count, or the stable phase is open-ended.
+        """
+        schedule = self.schedule.extend_stable(n)
+        if self.schedule.phase(self.last_epoch) in ("decay", "done"):
+            return
+        if self._device_rates is not None:
+            self._device_rates.table.extend_stable(n, self._device_rates.counter)
+        self._reschedule(schedule)
+
+
+class CosineRestartScheduler(ScheduleScheduler[CosineRestarts]):
+    """Cosine annealing with warm restarts (Loshchilov & Hutter 2017, arXiv:1608.03983), after a warm-up.
+
+    Args:
+        optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
+        peak_lr, min_lr, cycle_length, cycle_mult, warmup_steps: as in `nexus.schedules.CosineRestarts`.
+        last_epoch: -1 to start; the index of the last epoch to resume.
+
+    Raises:
+        TypeError, ValueError: as `nexus.schedules.CosineRestarts`.
+        RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        peak_lr: float,
+        min_lr: float = 0.0,
+        cycle_length: int = 10_000,
+        cycle_mult: float = 1.0,
+        warmup_steps: int = 0,
+        last_epoch: int = -1,
+    ) -> None:
+        schedule = CosineRestarts(peak_lr, min_lr, cycle_length, cycle_mult, warmup_steps)
+        super().__init__(optimizer, schedule, last_epoch)
+
+    def get_cycle_info(self, step: int | None = None) -> dict[str, int]:
+        """`cycle_idx`, `step_in_cycle` and `cycle_length` of an update, by default of the next one.
+
+        In the warm-up, `cycle_idx` is -1 and the cycle is the warm-up itself.
+        """
+        cycle = self.schedule.cycle(self.last_epoch if step is None else step)
+        return dict(zip(("cycle_idx", "step_in_cycle", "cycle_length"), cycle, strict=True))
+
+
+class CosineAnnealingScheduler(ScheduleScheduler[Cosine]):
+    """A linear warm-up and one half-cosine, which ends at `max_steps`; see `nexus.schedules.Cosine`.
+
+    Args:
+        optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
+        warmup_steps: updates of the warm-up.
+        max_steps: updates in all, the warm-up included.
+        peak_lr: the rate at the end of the warm-up; None takes the optimizer's own `lr`.
+        min_lr: the rate at step 0 of a warm-up and at the end.
+        last_epoch: -1 to start; the index of the last epoch to resume.
+
+    Raises:
+        TypeError, ValueError: as `nexus.schedules.Cosine`.
+        RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        warmup_steps: int,
+        max_steps: int,
+        peak_lr: float | None = None,
+        min_lr: float = 0.0,
+        last_epoch: int = -1,
+    ) -> None:
+        if peak_lr is None and isinstance(optimizer, Optimizer):
+            if isinstance(optimizer, FusedAdamW):
+                _check_unscheduled(optimizer)
+            peak_lr = float(optimizer.defaults["lr"])
+        schedule = Cosine(peak_lr, max_steps, min_lr, warmup_steps)
+        super().__init__(optimizer, schedule, last_epoch)

@@ -1,0 +1,256 @@
+"""`python -m nexus plot`: the chart in the terminal, the PNG, and one line for every kind of nonsense."""
+
+import struct
+import sys
+import zlib
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+
+from nexus import plot
+from nexus.__main__ import main
+from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts
+
+needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+
+
+def size_of_png(path: Path) -> tuple[int, int]:
+    """Width and height; checks the signature, every chunk's checksum and the end."""
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    at, kinds = 8, []
+    while at < len(data):
+        (length,) = struct.unpack(">I", data[at : at + 4])
+        body = data[at + 4 : at + 8 + length]
+        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length]) == (zlib.crc32(body),)
+        kinds.append(body[:4])
+        at += 12 + length
+    assert kinds[-1] == b"IEND"
+    return struct.unpack(">II", data[16:24])
+
+
+def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
+    """The one line on stderr of a command that exits with 2."""
+    try:
+        code = main(argv)
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    assert err.startswith("python -m nexus")
+    return err
+
+
+@pytest.mark.parametrize("kind", plot.KINDS)
+def test_terminal_chart(kind, capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "64")
+    assert main(["plot", kind]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    title, *lines = out.splitlines()
+    assert title == repr(plot.KINDS[kind])
+    assert len(lines) == 13
+    assert all(len(line) <= 64 for line in lines)
+    assert "█" in lines[0]
+    assert lines[0].startswith("     0.001 │")
+    assert lines[-1].endswith(f"{plot.default_steps(plot.KINDS[kind]) - 1:,}")
+
+
+def test_chart_draws_the_rates() -> None:
+    columns = 40
+    text = plot.chart(WSD(10, 20, 10, peak_lr=1.0), 40, width=columns + 12, height=10, blocks=False)
+    rows = [line[12:].ljust(columns) for line in text.splitlines()[:10]]
+    heights = ["".join(column).count("#") for column in zip(*rows, strict=True)]
+    assert heights == [*range(10), *[10] * 20, *range(10, 0, -1)]
+
+
+def test_chart_names_what_fits() -> None:
+    schedule = CosineRestarts(1.0, cycle_length=100, cycle_mult=2, warmup_steps=10)
+    text = plot.chart(schedule, 710, width=12 + 71)
+    assert text.splitlines()[-2].split() == ["│cycle", "0", "│cycle", "1", "│cycle", "2"]
+
+
+def test_terminal_that_knows_ascii_alone(capsys, monkeypatch) -> None:
+    monkeypatch.setattr(plot, "_prints_blocks", lambda: False)
+    assert main(["plot", "sgdr"]) == 0
+    assert capsys.readouterr().out.isascii()
+
+
+@pytest.mark.parametrize("width", [1, 30, 80, 500])
+@pytest.mark.parametrize("steps", [2, 3, 1000, MAX_STEP])
+@pytest.mark.parametrize(
+    "schedule",
+    [*plot.KINDS.values(), WSD(0, 0, 1, 1e-3), WSD(0, None, 1, 1e-3), CosineRestarts(1e-3, cycle_length=1)],
+    ids=repr,
+)
+def test_chart_of_anything(schedule, steps, width) -> None:
+    lines = plot.chart(schedule, steps, width=width).splitlines()
+    assert len(lines) == 13
+    assert all(len(line) <= max(width, 36) for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps"),
+    [
+        (WSD(1000, 7000, 2000, 1e-3), 10_500),
+        (WSD(1000, None, 2000, 1e-3), 12_000),
+        (WSD(MAX_STEP, MAX_STEP, MAX_STEP, 1e-3), MAX_STEP),
+        (WSD(0, 0, 1, 1e-3), 2),
+        (CosineRestarts(1e-3, cycle_length=10, cycle_mult=2, warmup_steps=5), 155),
+        (CosineRestarts(1e-3, cycle_length=MAX_STEP), MAX_STEP),
+        (Cosine(1e-3, 100), 105),
+        (Cosine(1e-3, MAX_STEP), MAX_STEP),
+        (Constant(1e-3), 1000),
+    ],
+    ids=repr,
+)
+def test_default_steps_show_all(schedule, steps) -> None:
+    assert plot.default_steps(schedule) == steps
+
+
+def test_spans() -> None:
+    assert plot.spans(WSD(3, 4, 5, 1.0), 20) == [
+        ("warmup", 0, 3),
+        ("stable", 3, 7),
+        ("decay", 7, 12),
+        ("done", 12, 20),
+    ]
+    assert plot.spans(WSD(0, 0, 5, 1.0), 3) == [("decay", 0, 3)]
+    restarts = CosineRestarts(1.0, cycle_length=2, cycle_mult=2, warmup_steps=3)
+    assert plot.spans(restarts, 10) == [
+        ("warmup", 0, 3),
+        ("cycle 0", 3, 5),
+        ("cycle 1", 5, 9),
+        ("cycle 2", 9, 10),
+    ]
+    assert plot.spans(restarts, 2) == [("warmup", 0, 2)]
+    assert plot.spans(CosineRestarts(1.0, cycle_length=2), 1000) == [("cosine", 0, 1000)]
+
+
+@pytest.mark.parametrize("steps", [2, 4000, 4001, 123_457, MAX_STEP])
+def test_sample_keeps_ends_and_jumps(steps: int) -> None:
+    schedule = CosineRestarts(1e-3, cycle_length=700, cycle_mult=3, warmup_steps=11)
+    points = plot.sample(schedule, steps)
+    assert points[0] == 0
+    assert points[-1] == steps - 1
+    assert points == sorted(set(points))
+    assert len(points) <= plot.MAX_POINTS + 40
+    for span in plot.spans(schedule, steps):
+        assert span.start in points
+        assert max(0, span.start - 1) in points or span.name == "cosine"
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("kind", plot.KINDS)
+def test_png(kind, tmp_path, capsys) -> None:
+    path = tmp_path / "lr.png"
+    assert main(["plot", kind, "--steps", "300", "-o", str(path)]) == 0
+    assert capsys.readouterr() == (f"{path}\n", "")
+    assert size_of_png(path) == (1200, 540)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+@needs_matplotlib
+@pytest.mark.parametrize("steps", [2, MAX_STEP])
+def test_png_of_extremes(steps, tmp_path) -> None:
+    for number, schedule in enumerate(
+        [Constant(0), WSD(0, 0, 1, 1e-300), CosineRestarts(1e3, cycle_length=1)]
+    ):
+        plot.draw(schedule, tmp_path / f"{number}.png", steps)
+        assert size_of_png(tmp_path / f"{number}.png") == (1200, 540)
+
+
+def test_arguments_reach_the_schedule(tmp_path, capsys) -> None:
+    argv = "plot wsd --warmup-steps 3 --stable-steps none --decay-steps 4 --peak-lr 0.5 --min-lr 0.1"
+    assert main([*argv.split(), "--decay-type", "sqrt"]) == 0
+    assert capsys.readouterr().out.startswith(f"{WSD(3, None, 4, 0.5, 0.1, 'sqrt')!r}\n")
+    argv = "plot sgdr --cycle-length 7 --cycle-mult 1.5 --warmup-steps 2"
+    assert main(argv.split()) == 0
+    title = repr(CosineRestarts(1e-3, 0.0, 7, 1.5, 2))
+    assert capsys.readouterr().out.startswith(f"{title}\n")
+
+
+@needs_matplotlib
+def test_failed_write_leaves_the_old_picture(tmp_path, monkeypatch, capsys) -> None:
+    path = tmp_path / "lr.png"
+    path.write_bytes(b"old")
+
+    def disk_full(part: Path, data: bytes) -> int:
+        part.touch()
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "write_bytes", disk_full)
+        line = refused(capsys, "plot", "wsd", "-o", str(path))
+    assert "No space left on device" in line
+    assert path.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [path]
+    assert main(["plot", "wsd", "-o", str(path)]) == 0
+    assert size_of_png(path) == (1200, 540)
+
+
+@needs_matplotlib
+def test_unwritable_output(tmp_path, capsys) -> None:
+    assert "No such file or directory" in refused(
+        capsys, "plot", "wsd", "-o", str(tmp_path / "no" / "lr.png")
+    )
+    (tmp_path / "file").touch()
+    assert "Not a directory" in refused(capsys, "plot", "wsd", "-o", str(tmp_path / "file" / "lr.png"))
+    (tmp_path / "folder.png").mkdir()
+    assert "not a regular file" in refused(capsys, "plot", "wsd", "-o", str(tmp_path / "folder.png"))
+    assert "ends in .png, got 'lr.svg'" in refused(capsys, "plot", "wsd", "-o", "lr.svg")
+    assert "ends in .png, got ''" in refused(capsys, "plot", "wsd", "-o", "")
+
+
+def test_matplotlib_missing(tmp_path, capsys, monkeypatch) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    line = refused(capsys, "plot", "wsd", "-o", str(tmp_path / "lr.png"))
+    assert "pip install nexus-optim[demo]" in line
+    assert list(tmp_path.iterdir()) == []
+    assert main(["plot", "wsd"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ("", "COMMAND"),
+        ("train", "invalid choice: 'train'"),
+        ("--nonsense", "COMMAND"),
+        ("plot", "{wsd,sgdr,cosine,constant}"),
+        ("plot line", "invalid choice: 'line'"),
+        ("plot wsd --warmup-steps", "expected one argument"),
+        ("plot wsd --warmup-steps ten", "--warmup-steps: invalid int value: 'ten'"),
+        ("plot wsd --stable-steps 1.5", "--stable-steps: invalid int value: '1.5'"),
+        ("plot wsd --peak-lr fast", "--peak-lr: invalid float value: 'fast'"),
+        ("plot wsd --warm 10", "unrecognized arguments: --warm 10"),
+        ("plot wsd --warmup-steps -1", "warmup_steps must be an int from 0 to 2**53, got -1"),
+        ("plot wsd --decay-steps 0", "decay_steps must be an int from 1 to 2**53, got 0"),
+        ("plot wsd --peak-lr nan", "peak_lr must be a finite number > 0, got nan"),
+        ("plot wsd --peak-lr 0", "peak_lr must be a finite number > 0, got 0.0"),
+        ("plot wsd --min-lr 1", "min_lr must be a number from 0 to peak_lr=0.001, got 1.0"),
+        ("plot wsd --decay-type exp", "decay_type must be one of ('linear', 'cosine', 'sqrt'), got 'exp'"),
+        ("plot sgdr --cycle-mult 0.5", "cycle_mult must be a finite number >= 1, got 0.5"),
+        ("plot sgdr --cycle-mult 1.0001", "cycle_mult must be 1.0"),
+        ("plot cosine --warmup-steps 10000", "warmup_steps must be less than total_steps=10000"),
+        ("plot constant --lr -1", "lr must be a finite number >= 0, got -1.0"),
+        ("plot constant --steps 1", "steps must be an int from 2 to 2**53, got 1"),
+        ("plot constant --steps -5", "steps must be"),
+        ("plot constant --steps 9007199254740993", "steps must be"),
+    ],
+)
+def test_nonsense(argv: str, said: str, capsys) -> None:
+    assert said in refused(capsys, *argv.split())
+
+
+def test_help_and_version(capsys) -> None:
+    for argv in (["--help"], ["--version"], ["plot", "--help"], ["plot", "wsd", "--help"]):
+        with pytest.raises(SystemExit) as stop:
+            main(argv)
+        assert stop.value.code == 0
+        out, err = capsys.readouterr()
+        assert out
+        assert err == ""

@@ -1,0 +1,387 @@
+"""The schedules against values worked out by hand, torch's own schedulers, and their own lowering."""
+
+import itertools
+import json
+import math
+import pickle
+from copy import deepcopy
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, Segment
+from nexus.segments import MAX_SEGMENTS, NEVER
+
+WEIGHTS = {
+    Curve.CONSTANT: lambda p: 1.0,
+    Curve.RISE: lambda p: p,
+    Curve.LINEAR: lambda p: 1.0 - p,
+    Curve.COSINE: lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+    Curve.SQRT: lambda p: 1.0 - math.sqrt(p),
+}
+
+CASES = [
+    WSD(10, 20, 30, peak_lr=1e-3, min_lr=1e-5),
+    WSD(10, 20, 30, peak_lr=1e-3, decay_type="cosine"),
+    WSD(10, 20, 30, peak_lr=1e-3, min_lr=1e-5, decay_type="sqrt"),
+    WSD(0, 20, 30, peak_lr=1e-3),
+    WSD(10, 0, 30, peak_lr=1e-3),
+    WSD(0, 0, 1, peak_lr=1e-3, min_lr=1e-4),
+    WSD(1, 1, 1, peak_lr=1.0),
+    WSD(10, None, 30, peak_lr=1e-3),
+    WSD(0, None, 30, peak_lr=1e-3),
+    WSD(10, 20, 30, peak_lr=1e-3, min_lr=1e-3),
+    WSD(MAX_STEP, MAX_STEP, MAX_STEP, peak_lr=0.3),
+    WSD(1000, MAX_STEP - 5000, 4000, peak_lr=0.3),
+    WSD(MAX_STEP - 1, 1, 1, peak_lr=0.3),
+    CosineRestarts(0.3, cycle_length=1, warmup_steps=MAX_STEP, cycle_mult=2),
+    CosineRestarts(1e-3, 1e-6, cycle_length=7),
+    CosineRestarts(1e-3, 1e-6, cycle_length=7, cycle_mult=2, warmup_steps=5),
+    CosineRestarts(1e-3, 1e-6, cycle_length=3, cycle_mult=1.1, warmup_steps=1),
+    CosineRestarts(1e-3, cycle_length=1),
+    CosineRestarts(1e-3, cycle_length=1, cycle_mult=1.001),
+    CosineRestarts(1e-3, cycle_length=MAX_STEP, cycle_mult=1e308),
+    Cosine(1e-3, 50, min_lr=1e-5, warmup_steps=10),
+    Cosine(1e-3, 1),
+    Cosine(1e-3, MAX_STEP, warmup_steps=MAX_STEP - 1),
+    Constant(3e-4),
+    Constant(0),
+]
+
+
+def interpret(segments: tuple[Segment, ...], t: int) -> float:
+    """What every evaluator of the rows must do, in Python."""
+    row = [segment for segment in segments if segment.start <= t][-1]
+    position = (t - row.start) % row.length
+    return row.low + WEIGHTS[row.curve](float(position) / float(row.length)) * (row.high - row.low)
+
+
+def edges(schedule: Schedule) -> list[int]:
+    """Every boundary and its neighbours, the first steps and the last."""
+    starts = {segment.start for segment in schedule.segments()[:200]}
+    starts |= {segment.start + segment.length for segment in schedule.segments()[:200]}
+    near = {start + offset for start in starts | {0, 2**24, 2**31, 2**32, MAX_STEP} for offset in (-1, 0, 1)}
+    return sorted(step for step in near if 0 <= step <= MAX_STEP)
+
+
+@pytest.mark.parametrize("schedule", CASES, ids=repr)
+def test_lowering_equals_formula(schedule: Schedule) -> None:
+    segments = schedule.segments()
+    assert segments[0].start == 0
+    assert len(segments) <= MAX_SEGMENTS
+    assert all(a.start <= b.start for a, b in itertools.pairwise(segments))
+    assert all(1 <= row.length <= NEVER for row in segments)
+    assert all(0 <= row.start <= MAX_STEP or row.start == NEVER for row in segments)
+    assert all(
+        int(float(row.start)) == row.start and int(float(row.length)) == row.length for row in segments
+    )
+    for step in [*range(200), *edges(schedule)]:
+        assert schedule(step) == interpret(segments, step), step
+
+
+wsd = st.builds(
+    lambda w, s, d, peak, share, kind: WSD(w, s, d, peak, peak * share, kind),
+    st.integers(0, 60) | st.integers(0, MAX_STEP),
+    st.none() | st.integers(0, 60) | st.integers(0, MAX_STEP),
+    st.integers(1, 60) | st.integers(1, MAX_STEP),
+    st.floats(1e-12, 1e3),
+    st.floats(0, 1),
+    st.sampled_from(["linear", "cosine", "sqrt"]),
+)
+restarts = st.builds(
+    lambda peak, share, length, mult, w: CosineRestarts(peak, peak * share, length, mult, w),
+    st.floats(1e-12, 1e3),
+    st.floats(0, 1),
+    st.integers(1, 60) | st.integers(1, MAX_STEP),
+    st.just(1.0) | st.floats(1.01, 4) | st.floats(1.01, 1e308),
+    st.integers(0, 60) | st.integers(0, MAX_STEP),
+)
+cosine = st.builds(
+    lambda peak, share, w, rest: Cosine(peak, w + rest, peak * share, w),
+    st.floats(1e-12, 1e3),
+    st.floats(0, 1),
+    st.integers(0, 60) | st.integers(0, 2**52),
+    st.integers(1, 60) | st.integers(1, 2**52),
+)
+schedules = wsd | restarts | cosine
+
+
+@settings(max_examples=300, deadline=None)
+@given(schedules, st.lists(st.integers(0, 300) | st.integers(0, MAX_STEP), max_size=20))
+def test_any_schedule_equals_its_lowering_and_stays_in_range(schedule, steps) -> None:
+    segments = schedule.segments()
+    # low + 1 * (high - low) may round one unit away from high.
+    top = math.nextafter(schedule.peak_lr, math.inf)
+    for step in [*steps, *edges(schedule)]:
+        rate = schedule(step)
+        assert rate == interpret(segments, step), step
+        assert schedule.min_lr <= rate <= top, step
+
+
+@settings(max_examples=100, deadline=None)
+@given(schedules, st.integers(0, 200))
+def test_each_phase_is_monotone(schedule, start) -> None:
+    for step in range(start, start + 100):
+        phase = schedule.phase(step)
+        if phase != schedule.phase(step + 1):
+            continue
+        before, after = schedule(step), schedule(step + 1)
+        restart = (
+            isinstance(schedule, CosineRestarts) and schedule.cycle(step)[0] < schedule.cycle(step + 1)[0]
+        )
+        if restart or phase == "warmup":
+            assert before <= after
+        elif phase in ("stable", "done"):
+            assert before == after
+        else:
+            assert before >= after
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        (
+            WSD(4, 2, 4, peak_lr=1.0),
+            [0, 0.25, 0.5, 0.75, 1, 1, 1, 0.75, 0.5, 0.25, 0, 0],
+        ),
+        (
+            WSD(2, 1, 2, peak_lr=3.0, min_lr=1.0),
+            [1, 2, 3, 3, 2, 1, 1],
+        ),
+        (
+            WSD(0, 0, 4, peak_lr=1.0, decay_type="sqrt"),
+            [1, 0.5, 1 - math.sqrt(0.5), 1 - math.sqrt(0.75), 0],
+        ),
+        (
+            WSD(0, 0, 4, peak_lr=1.0, decay_type="cosine"),
+            [1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 0],
+        ),
+        (WSD(0, 2, 1, peak_lr=1.0), [1, 1, 1, 0, 0]),
+        (WSD(1, 0, 1, peak_lr=1.0), [0, 1, 0, 0]),
+        (WSD(2, None, 1, peak_lr=1.0), [0, 0.5, 1, 1, 1, 1]),
+        (CosineRestarts(1.0, cycle_length=2), [1, 0.5, 1, 0.5, 1]),
+        (
+            CosineRestarts(1.0, cycle_length=1, cycle_mult=2.0, warmup_steps=2),
+            [0, 0.5, 1, 1, 0.5, 1, (2 + math.sqrt(2)) / 4, 0.5, (2 - math.sqrt(2)) / 4, 1],
+        ),
+        (CosineRestarts(3.0, 1.0, cycle_length=3), [3, 2.5, 1.5, 3]),
+        (Cosine(1.0, 2), [1, 0.5, 0, 0]),
+        (Cosine(3.0, 5, min_lr=1.0, warmup_steps=2), [1, 2, 3, 2.5, 1.5, 1, 1]),
+        (Constant(0.5), [0.5, 0.5]),
+    ],
+    ids=repr,
+)
+def test_values_worked_out_by_hand(schedule: Schedule, expected: list[float]) -> None:
+    assert schedule.values(0, len(expected)) == pytest.approx(expected, rel=1e-15, abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", CASES, ids=repr)
+def test_plateau_and_end_are_exact(schedule: Schedule) -> None:
+    for step in edges(schedule):
+        if schedule.phase(step) == "stable":
+            assert schedule(step) == schedule.peak_lr
+        if schedule.phase(step) == "done":
+            assert schedule(step) == schedule.min_lr
+
+
+def test_phases() -> None:
+    def runs(schedule: Schedule, stop: int) -> list[tuple[str, int]]:
+        return [(k, len(list(g))) for k, g in itertools.groupby(map(schedule.phase, range(stop)))]
+
+    assert runs(WSD(3, 4, 5, 1.0), 20) == [("warmup", 3), ("stable", 4), ("decay", 5), ("done", 8)]
+    assert runs(WSD(0, 0, 5, 1.0), 10) == [("decay", 5), ("done", 5)]
+    assert runs(WSD(3, None, 5, 1.0), 10) == [("warmup", 3), ("stable", 7)]
+    assert runs(CosineRestarts(1.0, cycle_length=2, warmup_steps=3), 10) == [("warmup", 3), ("cosine", 7)]
+    assert runs(Cosine(1.0, 8, warmup_steps=3), 10) == [("warmup", 3), ("cosine", 5), ("done", 2)]
+    assert runs(Constant(1.0), 10) == [("constant", 10)]
+
+
+def torch_rates(build, steps: int, lr: float) -> list[float]:
+    """What the usual loop of optimizer and scheduler trains with."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr)
+    scheduler = build(optimizer)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        scheduler.step()
+    return rates
+
+
+def test_convention_is_torchs_linear_warmup() -> None:
+    expected = torch_rates(
+        lambda opt: torch.optim.lr_scheduler.LinearLR(opt, start_factor=0.1, total_iters=50), 80, 1e-3
+    )
+    assert WSD(50, None, 1, 1e-3, min_lr=1e-4).values(0, 80) == pytest.approx(expected, rel=1e-12)
+
+
+def test_linear_decay_is_torchs() -> None:
+    expected = torch_rates(
+        lambda opt: torch.optim.lr_scheduler.LinearLR(opt, start_factor=1.0, end_factor=0.01, total_iters=50),
+        80,
+        1e-3,
+    )
+    assert WSD(0, 0, 50, 1e-3, min_lr=1e-5).values(0, 80) == pytest.approx(expected, rel=1e-12)
+
+
+def test_cosine_is_torchs_closed_form() -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=1000, eta_min=1e-5)
+    schedule = Cosine(1e-3, 1000, min_lr=1e-5)
+    for epoch in range(1001):
+        scheduler.last_epoch = epoch
+        assert schedule(epoch) == pytest.approx(scheduler._get_closed_form_lr()[0], rel=1e-12)
+
+
+@pytest.mark.parametrize("mult", [1, 2])
+def test_restarts_are_torchs(mult: int) -> None:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
+        optimizer, T_0=10, T_mult=mult, eta_min=1e-5
+    )
+    schedule = CosineRestarts(1e-3, 1e-5, cycle_length=10, cycle_mult=mult)
+    for epoch in range(400):
+        scheduler.step(epoch)
+        assert schedule(epoch) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-12), epoch
+
+
+def brute_force_cycles(length: int, mult: float):
+    for index in itertools.count():
+        steps = int(length * mult**index)
+        for step in range(steps):
+            yield index, step, steps
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 7, 10, 100])
+@pytest.mark.parametrize("mult", [1.0, 1.001, 1.1, 1.5, 2.0, 3.0, math.pi, 1000.0])
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_cycles_equal_a_loop_over_every_step(length: int, mult: float, warmup: int) -> None:
+    schedule = CosineRestarts(1.0, cycle_length=length, cycle_mult=mult, warmup_steps=warmup)
+    for step, expected in enumerate(itertools.islice(brute_force_cycles(length, mult), 5000), warmup):
+        assert schedule.cycle(step) == expected
+
+
+def test_cycle_that_a_logarithm_gets_wrong() -> None:
+    # 1 + 3 + 9 + 27 + 81 = 121, where log(121 * 2 + 1, 3) is just under 5.
+    schedule = CosineRestarts(1.0, cycle_length=1, cycle_mult=3)
+    assert schedule.cycle(120) == (4, 80, 81)
+    assert schedule.cycle(121) == (5, 0, 243)
+    assert schedule(121) == 1.0
+    assert schedule(120) < 1e-3
+
+
+def test_cycle_in_the_warmup_and_far_out() -> None:
+    schedule = CosineRestarts(1.0, cycle_length=10, warmup_steps=4)
+    assert schedule.cycle(3) == (-1, 3, 4)
+    assert schedule.cycle(4) == (0, 0, 10)
+    assert schedule.cycle(MAX_STEP) == ((MAX_STEP - 4) // 10, (MAX_STEP - 4) % 10, 10)
+    assert len(schedule.segments()) == 2
+    doubling = CosineRestarts(1.0, cycle_length=1, cycle_mult=2)
+    for n in (20, 31, 52, 53):
+        assert doubling.cycle(2**n - 1) == (n, 0, 2**n)
+        assert doubling.cycle(2**n - 2) == (n - 1, 2 ** (n - 1) - 1, 2 ** (n - 1))
+
+
+def test_cycles_longer_than_any_run_stay_in_int64() -> None:
+    schedule = CosineRestarts(1.0, cycle_length=1000, cycle_mult=1e300)
+    assert schedule.cycle(1000) == (1, 0, NEVER)
+    assert schedule(MAX_STEP) == pytest.approx(1.0, abs=1e-4)
+
+
+@pytest.mark.parametrize("length", [1, 100, 2500, 10_000, 10**7, MAX_STEP])
+def test_smallest_promised_cycle_mult_fits(length: int) -> None:
+    assert len(CosineRestarts(1.0, cycle_length=length, cycle_mult=1.0004).segments()) <= MAX_SEGMENTS
+
+
+def test_a_billion_equal_cycles_need_few_rows() -> None:
+    # T_i = int(10 * (1 + 2**-52)**i) stays 10 for 4e14 cycles.
+    schedule = CosineRestarts(1.0, cycle_length=10, cycle_mult=math.nextafter(1.0, 2.0))
+    assert [row.length for row in schedule.segments()] == [1, 10, 11, 12]
+    assert schedule.cycle(10**12) == (10**11, 0, 10)
+
+
+def test_wsd_always_has_four_rows() -> None:
+    for schedule in CASES:
+        if isinstance(schedule, WSD):
+            curves = [row.curve for row in schedule.segments()]
+            assert curves[:2] == [Curve.RISE, Curve.CONSTANT]
+            assert curves[2] in (Curve.LINEAR, Curve.COSINE, Curve.SQRT)
+            assert curves[3:] == [Curve.CONSTANT]
+    open_ended = WSD(10, None, 30, 1.0).segments()
+    assert [row.start for row in open_ended] == [0, 10, NEVER, NEVER]
+    assert NEVER == 2**62
+    assert list(Curve) == [0, 1, 2, 3, 4]
+
+
+def test_extend_stable() -> None:
+    schedule = WSD(10, 20, 30, 1e-3, 1e-5, "sqrt")
+    assert schedule.extend_stable(5) == WSD(10, 25, 30, 1e-3, 1e-5, "sqrt")
+    assert schedule.extend_stable(0) == schedule
+
+
+@pytest.mark.parametrize("stable", [20, None])
+@pytest.mark.parametrize("kind", ["linear", "cosine", "sqrt"])
+def test_begin_decay_goes_on_from_the_rate_of_that_moment(stable: int | None, kind: str) -> None:
+    schedule = WSD(10, stable, 30, 1e-3, 1e-5, kind)
+    for step in range(1, 30):
+        shortened = schedule.begin_decay(step)
+        assert shortened.phase(step) == "decay"
+        assert shortened.values(0, step) == pytest.approx(schedule.values(0, step), rel=1e-14)
+        assert shortened(step) == pytest.approx(schedule(step), rel=1e-15)
+        assert shortened(step + 30) == 1e-5
+        assert shortened.phase(step + 30) == "done"
+        assert shortened.decay_steps == 30
+
+
+def test_begin_decay_at_the_edges() -> None:
+    schedule = WSD(10, 20, 30, 1e-3)
+    for step in (30, 31, 59, 60, 1000):
+        assert schedule.begin_decay(step) is schedule
+    assert schedule.begin_decay(10) == WSD(10, 0, 30, 1e-3)
+    with pytest.raises(ValueError, match=r"step=0 .*nothing to decay from"):
+        schedule.begin_decay(0)
+    assert WSD(10, 20, 30, 1e-3, 1e-4).begin_decay(0) == WSD(0, 0, 30, 1e-4, 1e-4)
+
+
+@pytest.mark.parametrize("schedule", CASES, ids=repr)
+def test_plain_types_survive_json_pickle_and_torch_load(schedule: Schedule, tmp_path) -> None:
+    written = schedule.to_dict()
+    assert written["type"] == type(schedule).__name__
+    assert {type(value) for value in written.values()} <= {str, int, float, type(None)}
+    torch.save(written, tmp_path / "schedule.pt")
+    for read in (written, json.loads(json.dumps(written)), torch.load(tmp_path / "schedule.pt")):
+        again = Schedule.from_dict(read)
+        assert again == schedule
+        assert hash(again) == hash(schedule)
+        assert type(again) is type(schedule)
+    assert pickle.loads(pickle.dumps(schedule)) == deepcopy(schedule) == schedule
+    assert eval(repr(schedule)) == schedule
+
+
+def test_equality_is_by_type_and_value() -> None:
+    assert len(set(CASES)) == len(CASES)
+    assert WSD(1, 2, 3, 1.0) == WSD(1, 2, 3, 1.0, 0.0, "linear")
+    assert WSD(1, 2, 3, 1.0) != WSD(1, 2, 3, 1.0, 0.5)
+    assert Cosine(1.0, 10) != CosineRestarts(1.0, 0.0, 10)
+
+
+@pytest.mark.parametrize("schedule", CASES, ids=repr)
+@pytest.mark.parametrize("factor", [0.1, 2, 1e-6, np.float64(0.5), np.float32(0.5), np.int64(3)])
+def test_scaling_multiplies_the_rates(schedule: Schedule, factor: float) -> None:
+    scaled = factor * schedule
+    assert scaled == schedule * factor
+    assert type(scaled) is type(schedule)
+    for step in edges(schedule)[:100]:
+        assert scaled(step) == pytest.approx(float(factor) * schedule(step), rel=1e-12, abs=1e-18)
+        assert scaled.phase(step) == schedule.phase(step)
+
+
+def test_numpy_numbers_become_plain() -> None:
+    schedule = WSD(np.int64(4), np.int32(5), np.uint8(6), np.float64(1.0), np.float32(0.5), np.str_("sqrt"))
+    assert [type(value) for value in schedule.to_dict().values()] == [str, int, int, int, float, float, str]
+    # 250 + 250 would wrap in uint8.
+    assert WSD(100, 100, 100, 1.0)(np.uint8(250)) == 0.5
+    assert type(schedule(np.int64(1))) is float

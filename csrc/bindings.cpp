@@ -99,6 +99,12 @@ class CpuTensorList {
     list_.step(threads);
   }
 
+  void traffic(int threads) {
+    if (!list_.traffic(threads)) {
+      throw std::invalid_argument("only a list of float32 tensors without amsgrad can be measured");
+    }
+  }
+
   void use_instruction_set(const std::string& name) {
     const cpu::Kernels* kernels = cpu::kernels(name.c_str());
     if (kernels == nullptr) {
@@ -158,5 +164,7 @@ PYBIND11_MODULE(_native, m) {
       .def("refresh", &CpuTensorList::refresh)
       .def("sum_of_squares", &CpuTensorList::sum_of_squares)
       .def("step", &CpuTensorList::step)
+      .def("traffic", &CpuTensorList::traffic, "The loads and stores of step() alone; no value changes.",
+           py::call_guard<py::gil_scoped_release>())
       .def("use_instruction_set", &CpuTensorList::use_instruction_set);
 }

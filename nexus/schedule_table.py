@@ -89,9 +89,7 @@ class ScheduleTable:
         """
         rows = lower(schedule, torch.device("cpu"))
         if rows.shape != self.rows.shape:
-            raise ValueError(
-                f"{schedule!r} has {len(rows)} segments, the table was made for {len(self.rows)}"
-            )
+            raise ValueError(f"{schedule!r} has {len(rows)} segments, the table was made for {len(self.rows)}")
         self.schedule = schedule
         self.rows.copy_(rows)
 
@@ -125,7 +123,7 @@ def evaluate(
     if not isinstance(steps, Tensor) or steps.dtype != torch.int64:
         given = steps.dtype if isinstance(steps, Tensor) else type(steps).__name__
         raise TypeError(f"steps must be a tensor of int64, got {given}")
-    if steps.numel() and not (0 <= int(steps.min()) and int(steps.max()) <= MAX_STEP):
+    if steps.numel() and (int(steps.min()) < 0 or int(steps.max()) > MAX_STEP):
         raise ValueError(f"steps must be from 0 to 2**53, got {int(steps.min())} to {int(steps.max())}")
     steps = steps.to(device) if device is not None else steps
     return backends.select(backend, {steps.device.type}).evaluate(lower(schedule, steps.device), steps)

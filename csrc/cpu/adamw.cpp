@@ -137,44 +137,41 @@ void update(const TensorRecord& tensor, const Coefficients<T>& c, int64_t begin,
 }
 
 // Sixteen float64 lanes, added in a fixed order: the same bits whatever the instruction set.
-typedef double Lanes __attribute__((vector_size(64)));
+constexpr int kLanes = 4;
+typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 
 template <class T>
-void add_eight_squares(const T* x, Lanes& sum) {
-  typedef T Eight __attribute__((vector_size(8 * sizeof(T))));
-  Eight values;
-  __builtin_memcpy(&values, x, sizeof values);
-  const Lanes wide = __builtin_convertvector(values, Lanes);
-  sum += wide * wide;
+void add_squares(const T* x, Lanes& sum) {
+    typedef T Stored __attribute__((vector_size(kLanes * sizeof(T))));
+    Stored values;
+    __builtin_memcpy(&values, x, sizeof values);
+    const Lanes wide = __builtin_convertvector(values, Lanes);
+    sum += wide * wide;
 }
 
 struct Squares {
-  Lanes even = {};
-  Lanes odd = {};
+    Lanes sums[4] = {};
 
-  template <class T>
-  void add(const T* x, int64_t n) {
-    Lanes a = even;
-    Lanes b = odd;
-    int64_t i = 0;
-    for (; i + 16 <= n; i += 16) {
-      add_eight_squares(x + i, a);
-      add_eight_squares(x + i + 8, b);
+    template <class T>
+    void add(const T* x, int64_t n) {
+        Lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+        int64_t i = 0;
+        for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+            add_squares(x + i, a);
+            add_squares(x + i + kLanes, b);
+            add_squares(x + i + 2 * kLanes, c);
+            add_squares(x + i + 3 * kLanes, d);
+        }
+        for (; i < n; ++i) {
+            a[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+        }
+        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
     }
-    for (; i < n; ++i) {
-      a[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-    }
-    even = a;
-    odd = b;
-  }
 
-  double total() const {
-    double sum = 0.0;
-    for (int j = 0; j < 8; ++j) {
-      sum += even[j] + odd[j];
+    double total() const {
+        const Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
     }
-    return sum;
-  }
 };
 
 double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t count) {
@@ -193,11 +190,31 @@ double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t coun
   return squares.total();
 }
 
+typedef uint32_t Bits __attribute__((may_alias));
+
+// The compiler does not know that `nothing` is 0: it can drop no load and no store.
+void rewrite(Bits* __restrict__ param, const Bits* __restrict__ grad, Bits* __restrict__ exp_avg,
+             Bits* __restrict__ exp_avg_sq, int64_t n, const Bits nothing) {
+  for (int64_t i = 0; i < n; ++i) {
+    const Bits none = grad[i] & nothing;
+    param[i] ^= none;
+    exp_avg[i] ^= none;
+    exp_avg_sq[i] ^= none;
+  }
+}
+
+void traffic(const TensorRecord& tensor, int64_t begin, int64_t count) {
+  static const volatile Bits nothing = 0;
+  rewrite(static_cast<Bits*>(tensor.param) + begin, static_cast<const Bits*>(tensor.grad) + begin,
+          static_cast<Bits*>(tensor.exp_avg) + begin, static_cast<Bits*>(tensor.exp_avg_sq) + begin, count,
+          nothing);
+}
+
 }  // namespace
 
 #define NEXUS_STRING(x) #x
 #define NEXUS_NAME(x) NEXUS_STRING(x)
 extern const Kernels kernels;
-const Kernels kernels = {NEXUS_NAME(NEXUS_ISA), update<float>, update<double>, sum_of_squares};
+const Kernels kernels = {NEXUS_NAME(NEXUS_ISA), update<float>, update<double>, sum_of_squares, traffic};
 
 }  // namespace nexus::cpu::NEXUS_ISA

@@ -29,6 +29,10 @@ struct TensorList {
   // Decides whether to skip, advances the counters, evaluates the rates and updates every tensor.
   void step(int threads);
 
+  // Reads and writes back, unchanged, what step() reads and writes: the time that memory alone takes, to
+  // measure step() against. False, and nothing done, unless all streams are float32, without amsgrad.
+  bool traffic(int threads);
+
   const Kernels* kernels = cpu::kernels();
 
  private:

@@ -27,9 +27,7 @@ def describe() -> list[BackendInfo]:
     reason = native.unavailable()
     return [
         BackendInfo(native.NAME, reason is None, native.detail() if reason is None else reason),
-        BackendInfo(
-            reference.NAME, True, "any device of PyTorch, one tensor at a time; slow, for comparison"
-        ),
+        BackendInfo(reference.NAME, True, "any device of PyTorch, one tensor at a time; slow, for comparison"),
     ]
 
 

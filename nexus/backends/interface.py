@@ -75,9 +75,7 @@ class TensorEntry:
     @property
     def grad(self) -> Tensor | None:
         """What a kernel reads; None in a step in which the parameter has no gradient."""
-        return (
-            self.original.grad if self.grad_buffer is None or self.original.grad is None else self.grad_buffer
-        )
+        return self.original.grad if self.grad_buffer is None or self.original.grad is None else self.grad_buffer
 
     @property
     def staged(self) -> bool:
@@ -142,8 +140,8 @@ class Runner(Protocol):
 
     name: str
 
-    def changed(self) -> Change:
-        """What the optimizer has to renew before `step`; pointers that merely moved are followed."""
+    def changed(self) -> int:
+        """A `Change`: what the optimizer has to renew before `step`; pointers that merely moved are followed."""
 
     def bind(self, plan: Plan) -> None:
         """Take over a new plan."""

@@ -87,8 +87,8 @@ class NativeRunner:
         self._measures_norm = False
         self._sum_of_squares = 0
 
-    def changed(self) -> Change:
-        return Change.TENSORS if self._plan is None else Change(self._list.refresh())
+    def changed(self) -> int:
+        return Change.TENSORS if self._plan is None else self._list.refresh()
 
     def bind(self, plan: Plan) -> None:
         self._plan = None  # until the end: a list that is half made is never run

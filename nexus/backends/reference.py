@@ -51,7 +51,7 @@ class ReferenceRunner:
     def __init__(self) -> None:
         self._plan = Plan([], {})
 
-    def changed(self) -> Change:
+    def changed(self) -> int:
         return Change.TENSORS
 
     def bind(self, plan: Plan) -> None:

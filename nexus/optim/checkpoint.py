@@ -16,7 +16,6 @@ from torch import Tensor
 from nexus.arguments import MAX_STEP, check_count, shown
 from nexus.optim import tensor_list
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
-from nexus.schedules import Schedule
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -91,6 +90,13 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
             _check_state(states.get(key), params[key], key, amsgrad=amsgrad)
     edits = [_checked_edits(group, saved) for group, saved in pairs]
 
+    tensor_list.complete_states(
+        [
+            (param, optimizer.state[param], "max_exp_avg_sq" in states[key])
+            for key, param in params.items()
+            if states.get(key)
+        ]
+    )
     for key, param in params.items():
         _load_state(optimizer, param, states.get(key))
     for key, value in states.items():
@@ -113,9 +119,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
 
 def _checked_groups(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[dict[str, Any]]:
     if not isinstance(state_dict.get("param_groups"), list) or not isinstance(state_dict.get("state"), dict):
-        raise ValueError(
-            "not an optimizer's state dict: it needs 'param_groups' (a list) and 'state' (a dict)"
-        )
+        raise ValueError("not an optimizer's state dict: it needs 'param_groups' (a list) and 'state' (a dict)")
     groups: list[dict[str, Any]] = state_dict["param_groups"]
     if len(groups) != len(optimizer.param_groups):
         raise ValueError(
@@ -200,11 +204,7 @@ def _load_state(optimizer: FusedAdamW, param: Tensor, saved: dict[str, Any] | No
                 value.zero_()  # as if it had never had a gradient
         return
     state = optimizer.state[param]
-    step = torch.as_tensor(saved["step"]).to(torch.int64).reshape(())
-    if "step" not in state:
-        state["step"] = torch.zeros((), dtype=torch.int64, device=param.device)
-    tensor_list.complete_state(param, state, amsgrad="max_exp_avg_sq" in saved)
-    state["step"].copy_(step)
+    state["step"].copy_(torch.as_tensor(saved["step"]).to(torch.int64).reshape(()))
     for name in tensor_list.MOMENTS:
         if name in saved:
             state[name].copy_(saved[name])

@@ -201,20 +201,12 @@ class FusedAdamW(Optimizer):
     def _init_states(self) -> None:
         """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""
         starting = [
-            (param, group["amsgrad"])
+            (param, self.state[param], group["amsgrad"])
             for group in self.param_groups
             for param in group["params"]
             if param.grad is not None or self.state.get(param)
         ]
-        counters = {
-            device: iter(torch.zeros(len(starting), dtype=torch.int64, device=device).unbind())
-            for device in {param.device for param, _ in starting if "step" not in self.state.get(param, {})}
-        }
-        for param, amsgrad in starting:
-            state = self.state[param]
-            if "step" not in state:
-                state["step"] = next(counters[param.device])
-            tensor_list.complete_state(param, state, amsgrad=amsgrad)
+        tensor_list.complete_states(starting)
 
     def _fill_settings(self, plan: DevicePlan, device: torch.device) -> None:
         plan.groups = [

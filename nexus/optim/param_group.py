@@ -55,9 +55,7 @@ class ParamGroup(dict[str, Any]):
 
     def schedules(self) -> list[tuple[str, Schedule]]:
         """The settings that a schedule drives, and their schedules."""
-        return [
-            (name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None
-        ]
+        return [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
 
     def settle(self, name: str, device: torch.device) -> Schedule | None:
         """Sort out who drives setting `name`. Returns its schedule if that has just been assigned.
@@ -139,9 +137,7 @@ def _check_rate(name: str, value: object) -> None:
             )
     elif not isinstance(value, Schedule):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
-            raise TypeError(
-                f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}"
-            )
+            raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}")
         check_number(name, value)
 
 

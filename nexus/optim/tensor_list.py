@@ -12,6 +12,7 @@ from nexus.backends.interface import TensorEntry
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
+_ALIGNMENT = 32  # elements: at least 128 bytes, the widest access of any kernel
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -65,14 +66,12 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
 
 
 def make_entry(param: Tensor, state: dict[str, Any], group: int, *, amsgrad: bool, where: str) -> TensorEntry:
-    """The streams of a parameter whose `state` is complete (see `complete_state`).
+    """The streams of a parameter whose `state` is complete (see `complete_states`).
 
     State tensors that were put there by hand are laid out as the parameter is; what does not fit is an error.
     """
     target = param.detach()
-    param_buffer = (
-        None if is_dense(target) else torch.empty(param.shape, dtype=param.dtype, device=param.device)
-    )
+    param_buffer = None if is_dense(target) else torch.empty(param.shape, dtype=param.dtype, device=param.device)
     target = target if param_buffer is None else param_buffer
     for name in MOMENTS:
         if name in state:
@@ -97,30 +96,40 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def complete_state(param: Tensor, state: dict[str, Any], *, amsgrad: bool) -> None:
-    """Fill in what is missing of a parameter's state, and bring a counter of torch's (float32) to int64."""
-    step = state["step"]
-    if not isinstance(step, Tensor) or step.dtype != torch.int64 or step.device != param.device or step.dim():
-        state["step"] = torch.as_tensor(step).detach().to(param.device, torch.int64).reshape(())
-    for name in MOMENTS if amsgrad else MOMENTS[:2]:
-        if name not in state:
-            state[name] = new_moment(param)
+def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
+    """Fill in what is missing of (parameter, its state, amsgrad): a count of 0, moments of 0.
+
+    What is new shares one block of memory for each type and device: a step then has few blocks to keep an eye on
+    (about 20 ns each), and allocation and page faults are few. Counters of torch's (float32) become int64.
+    """
+    wanted: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, dict[str, Any], str]]] = {}
+    for param, state, _ in states:
+        step = state.get("step")
+        if step is None:
+            wanted.setdefault((param.device, torch.int64), []).append((param, state, "step"))
+        elif not isinstance(step, Tensor) or step.dtype != torch.int64 or step.device != param.device or step.dim():
+            state["step"] = torch.as_tensor(step).detach().to(param.device, torch.int64).reshape(())
+    for index, name in enumerate(MOMENTS):
+        for param, state, amsgrad in states:
+            if name not in state and (amsgrad or index < 2):
+                wanted.setdefault((param.device, moment_dtype(param)), []).append((param, state, name))
+    for (device, dtype), new in wanted.items():
+        padded = [1 if name == "step" else -(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param, _, name in new]
+        block = torch.zeros(sum(padded), dtype=dtype, device=device)
+        for (param, state, name), part in zip(new, torch.split(block, padded), strict=True):
+            state[name] = part[0] if name == "step" else part.as_strided(param.shape, _dense_stride(param))
 
 
-def new_moment(param: Tensor) -> Tensor:
-    """Zeros with the layout that the kernels want beside this parameter."""
-    like = param.detach()
-    kept = torch.preserve_format if is_dense(like) else torch.contiguous_format
-    return torch.zeros_like(like, dtype=moment_dtype(param), memory_format=kept)
+def _dense_stride(param: Tensor) -> tuple[int, ...]:
+    """The layout that the kernels want beside this parameter: its own, or contiguous."""
+    if is_dense(param.detach()):
+        return param.stride()
+    return torch.empty(param.shape, device="meta").stride()
 
 
 def _fitting_moment(moment: Any, target: Tensor, where: str) -> Tensor:
     if not isinstance(moment, Tensor) or moment.shape != target.shape or moment.device != target.device:
-        given = (
-            f"{tuple(moment.shape)} on {moment.device}"
-            if isinstance(moment, Tensor)
-            else type(moment).__name__
-        )
+        given = f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
         raise ValueError(f"{where} must be of shape {tuple(target.shape)} on {target.device}, got {given}")
     dtype = moment_dtype(target)
     if moment.dtype == dtype and is_dense(moment) and same_layout(moment, target):

@@ -139,9 +139,7 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
             ValueError: the state is not one of this class's schedules. Nothing is changed.
         """
         if not isinstance(state_dict, dict) or "schedule" not in state_dict or "last_epoch" not in state_dict:
-            raise ValueError(
-                f"not a {type(self).__name__}'s state dict: it needs 'schedule' and 'last_epoch'"
-            )
+            raise ValueError(f"not a {type(self).__name__}'s state dict: it needs 'schedule' and 'last_epoch'")
         schedule = Schedule.from_dict(state_dict["schedule"])
         if type(schedule) is not type(self.schedule):
             raise ValueError(

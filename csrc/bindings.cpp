@@ -2,6 +2,8 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <sys/mman.h>
+
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -62,11 +64,21 @@ class CpuTensorList {
     return static_cast<int64_t>(list_.tensors.size()) - 1;
   }
 
-  void watch_parameter(const py::handle& param, int64_t record, bool staged_param, Address staged_grad) {
-    watch_.add_parameter(param.ptr(), record, staged_param, at<void>(staged_grad));
+  void watch_parameter(const py::handle& param) { watch_.add_parameter(param.ptr()); }
+
+  void watch_entry(const py::handle& param, int64_t record, const py::handle& streams, bool staged_param,
+                   bool staged_grad, Address grad_buffer) {
+    watch_.add_parameter(param.ptr(), record, streams.ptr(), staged_param, staged_grad,
+                         at<void>(grad_buffer));
   }
 
   void watch_tensor(const py::handle& tensor) { watch_.add_tensor(tensor.ptr()); }
+
+  void watch_setting_tensor(const py::handle& tensor) { watch_.add_setting_tensor(tensor.ptr()); }
+
+  py::object written() const { return py::reinterpret_borrow<py::object>(watch_.written()); }
+
+  TensorWatch& watch() { return watch_; }
 
   // Ends what begin() began; two tensors that share memory are returned by their indices.
   std::pair<int64_t, int64_t> end() {
@@ -118,6 +130,28 @@ class CpuTensorList {
   TensorWatch watch_;
 };
 
+// Lets the garbage collector see what a CpuTensorList refers to.
+CpuTensorList* constructed(PyObject* self) {
+  auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
+  return holder.holder_constructed() ? holder.value_ptr<CpuTensorList>() : nullptr;
+}
+
+void collect_garbage(PyHeapTypeObject* heap_type) {
+  PyTypeObject* type = &heap_type->ht_type;
+  type->tp_flags |= Py_TPFLAGS_HAVE_GC;
+  type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
+    Py_VISIT(Py_TYPE(self));
+    CpuTensorList* list = constructed(self);
+    return list == nullptr ? 0 : list->watch().traverse(visit, arg);
+  };
+  type->tp_clear = [](PyObject* self) {
+    if (CpuTensorList* list = constructed(self)) {
+      list->watch().clear();
+    }
+    return 0;
+  };
+}
+
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> available;
   for (const char* name : {"avx512", "avx2", "baseline"}) {
@@ -126,6 +160,20 @@ std::vector<std::string> instruction_sets() {
     }
   }
   return available;
+}
+
+// Asks for pages of 2 MiB under memory that has not been touched yet. A hint: unheeded, it costs nothing.
+void advise_huge_pages(Address begin, Address bytes) {
+#ifdef MADV_HUGEPAGE
+  constexpr Address kPage = 4096;
+  const Address first = (begin + kPage - 1) / kPage * kPage;
+  const Address end = (begin + bytes) / kPage * kPage;
+  if (first < end) {
+    madvise(at<void>(first), end - first, MADV_HUGEPAGE);
+  }
+#else
+  (void)begin, (void)bytes;
+#endif
 }
 
 void evaluate(Address table, int64_t rows, Address steps, int64_t count, Address out) {
@@ -143,6 +191,7 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of nexus for the CPU. Addresses are those of memory that the caller keeps alive.";
   m.def("evaluate", &nexus::evaluate, py::arg("table"), py::arg("rows"), py::arg("steps"), py::arg("count"),
         py::arg("out"));
+  m.def("advise_huge_pages", &nexus::advise_huge_pages, py::arg("begin"), py::arg("bytes"));
   m.def("instruction_sets", &nexus::instruction_sets, "What this processor can run, the best first.");
   m.def("thread_runtime", &nexus::cpu::thread_runtime, "The file name of the OpenMP runtime in use.");
   m.def("chunk", [](int64_t numel, int64_t index) {
@@ -150,7 +199,7 @@ PYBIND11_MODULE(_native, m) {
     return py::make_tuple(chunk.begin, chunk.count);
   });
   m.def("chunk_count", &nexus::chunk_count);
-  py::class_<CpuTensorList>(m, "CpuTensorList")
+  py::class_<CpuTensorList>(m, "CpuTensorList", py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<const py::dict&, const py::tuple&, const py::object&, const py::object&,
                     const py::tuple&>())
       .def("begin", &CpuTensorList::begin)
@@ -158,7 +207,10 @@ PYBIND11_MODULE(_native, m) {
       .def("add_group", &CpuTensorList::add_group)
       .def("add_tensor", &CpuTensorList::add_tensor)
       .def("watch_parameter", &CpuTensorList::watch_parameter)
+      .def("watch_entry", &CpuTensorList::watch_entry)
       .def("watch_tensor", &CpuTensorList::watch_tensor)
+      .def("watch_setting_tensor", &CpuTensorList::watch_setting_tensor)
+      .def("written", &CpuTensorList::written, "The parameters that the next step writes to in place.")
       .def("end", &CpuTensorList::end)
       .def("set_state", &CpuTensorList::set_state)
       .def("refresh", &CpuTensorList::refresh)

@@ -21,6 +21,22 @@ PyObject* item(PyObject* dict, PyObject* key) {
 // Stands for the gradient of a parameter without elements: null would say that it has none.
 const char kEmptyGradient = 0;
 
+bool same_layout(const Description& now, const std::vector<int64_t>& shape,
+                 const std::vector<int64_t>* strides) {
+  if (!now.on_cpu || now.ndim != static_cast<int>(shape.size())) {
+    return false;
+  }
+  int64_t numel = 1;
+  for (size_t d = 0; d < shape.size(); ++d) {
+    if (now.shape[d] != shape[d] ||
+        (strides != nullptr && shape[d] > 1 && now.strides[d] != (*strides)[d])) {
+      return false;
+    }
+    numel *= shape[d];
+  }
+  return now.data != nullptr || numel == 0;  // null: its storage was freed
+}
+
 }  // namespace
 
 TensorWatch::TensorWatch(cpu::TensorList& list, PyObject* attributes, PyObject* setting_names,
@@ -41,6 +57,7 @@ void TensorWatch::reset() {
   states_.clear();
   parameters_.clear();
   fixed_tensors_.clear();
+  gradient_came_or_went_ = true;
   seen_groups_ = attribute(param_groups_name_);
   seen_state_ = attribute(state_name_);
   if (seen_groups_ == nullptr || !PyList_Check(seen_groups_) || seen_state_ == nullptr ||
@@ -69,6 +86,7 @@ void TensorWatch::reset() {
 }
 
 void TensorWatch::reset_settings() {
+  setting_tensors_.clear();
   for (GroupSnapshot& seen : groups_) {
     seen.settings.clear();
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(setting_names_.get()); ++k) {
@@ -77,28 +95,80 @@ void TensorWatch::reset_settings() {
   }
 }
 
-void TensorWatch::add_parameter(PyObject* param, int64_t record, bool staged_param, void* staged_grad) {
-  Parameter parameter{Object(param), record, staged_param, staged_grad, {}, {}, {}, {}};
-  if (record >= 0) {
-    const TensorRecord& entry = list_.tensors.at(static_cast<size_t>(record));
-    parameter.dtype = entry.param_dtype;
-    parameter.grad_dtype = entry.grad_dtype;
-    Description now;
-    if (!reader_.describe(param, now)) {
-      throw std::invalid_argument("a parameter could not be read");
-    }
-    parameter.shape.assign(now.shape, now.shape + now.ndim);
-    parameter.strides.assign(now.strides, now.strides + now.ndim);
+void TensorWatch::add_parameter(PyObject* param) {
+  parameters_.push_back({Object(param), -1, false, false, nullptr, {}, {}, {}, {}, {}});
+}
+
+void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
+                                bool staged_grad, void* grad_buffer) {
+  const TensorRecord& entry = list_.tensors.at(static_cast<size_t>(record));
+  Parameter parameter{Object(param), record, staged_param, staged_grad, grad_buffer, entry.param_dtype,
+                      entry.grad_dtype, {}, {}, {}};
+  Description now;
+  if (!reader_.describe(param, now)) {
+    throw std::invalid_argument("a parameter could not be read");
   }
+  parameter.shape.assign(now.shape, now.shape + now.ndim);
+  parameter.strides.assign(now.strides, now.strides + now.ndim);
+  if (!reader_.describe(streams, now)) {
+    throw std::invalid_argument("a parameter's streams could not be read");
+  }
+  parameter.grad_strides.assign(now.strides, now.strides + now.ndim);
   parameters_.push_back(std::move(parameter));
 }
 
-void TensorWatch::add_tensor(PyObject* tensor) {
+TensorWatch::FixedTensor TensorWatch::fixed(PyObject* tensor) {
   Description now;
   if (!reader_.describe(tensor, now)) {
-    throw std::invalid_argument("a state tensor could not be read");
+    throw std::invalid_argument("a tensor of the optimizer could not be read");
   }
-  fixed_tensors_.push_back({Object(tensor), now.data});
+  return {Object(tensor), now.data};
+}
+
+void TensorWatch::add_tensor(PyObject* tensor) { fixed_tensors_.push_back(fixed(tensor)); }
+
+void TensorWatch::add_setting_tensor(PyObject* tensor) { setting_tensors_.push_back(fixed(tensor)); }
+
+int TensorWatch::traverse(visitproc visit, void* arg) const {
+  const auto each = [visit, arg](const Object& object) {
+    return object.get() == nullptr ? 0 : visit(object.get(), arg);
+  };
+  int stop = each(attributes_);
+  for (size_t i = 0; i < groups_.size() && stop == 0; ++i) {
+    stop = each(groups_[i].group);
+    stop = stop != 0 ? stop : each(groups_[i].params);
+    for (size_t k = 0; k < groups_[i].settings.size() && stop == 0; ++k) {
+      stop = each(groups_[i].settings[k]);
+    }
+  }
+  for (size_t i = 0; i < states_.size() && stop == 0; ++i) {
+    stop = each(states_[i].key);
+    stop = stop != 0 ? stop : each(states_[i].entries);
+    for (size_t k = 0; k < states_[i].values.size() && stop == 0; ++k) {
+      stop = each(states_[i].values[k]);
+    }
+  }
+  for (size_t i = 0; i < parameters_.size() && stop == 0; ++i) {
+    stop = each(parameters_[i].tensor);
+  }
+  for (const std::vector<FixedTensor>* tensors : {&fixed_tensors_, &setting_tensors_}) {
+    for (size_t i = 0; i < tensors->size() && stop == 0; ++i) {
+      stop = each((*tensors)[i].tensor);
+    }
+  }
+  return stop != 0 ? stop : each(written_);
+}
+
+void TensorWatch::clear() {
+  seen_groups_ = nullptr;  // from here on, refresh() asks for a new plan
+  // Taken out first: what dies may call back.
+  const auto groups = std::exchange(groups_, {});
+  const auto states = std::exchange(states_, {});
+  const auto parameters = std::exchange(parameters_, {});
+  const auto fixed_tensors = std::exchange(fixed_tensors_, {});
+  const auto setting_tensors = std::exchange(setting_tensors_, {});
+  const Object written = std::exchange(written_, {});
+  const Object attributes = std::exchange(attributes_, {});
 }
 
 bool TensorWatch::same_groups() {
@@ -124,7 +194,7 @@ bool TensorWatch::same_groups() {
 }
 
 Change TensorWatch::same_settings() {
-  Change change = Change::kNone;
+  Change change = in_place(setting_tensors_) ? Change::kNone : Change::kSettings;
   for (size_t i = 0; i < groups_.size(); ++i) {
     GroupSnapshot& seen = groups_[i];
     for (size_t k = 0; k < seen.settings.size(); ++k) {
@@ -172,10 +242,10 @@ bool TensorWatch::same_state() {
   return true;
 }
 
-bool TensorWatch::same_fixed_tensors() {
+bool TensorWatch::in_place(const std::vector<FixedTensor>& tensors) {
   Description now;
-  for (const FixedTensor& fixed : fixed_tensors_) {
-    if (!reader_.describe(fixed.tensor.get(), now) || now.data != fixed.data) {
+  for (const FixedTensor& tensor : tensors) {
+    if (!reader_.describe(tensor.tensor.get(), now) || now.data != tensor.data) {
       return false;
     }
   }
@@ -191,19 +261,6 @@ Object TensorWatch::gradient(PyObject* param) {
   return Object::own(PyObject_GetAttrString(param, "grad"));
 }
 
-bool TensorWatch::same_layout(const Parameter& parameter, const Description& now) const {
-  if (!now.on_cpu || now.ndim != static_cast<int>(parameter.shape.size())) {
-    return false;
-  }
-  for (size_t d = 0; d < parameter.shape.size(); ++d) {
-    const int64_t size = parameter.shape[d];
-    if (now.shape[d] != size || (size > 1 && now.strides[d] != parameter.strides[d])) {
-      return false;
-    }
-  }
-  return true;
-}
-
 bool TensorWatch::refresh_parameter(Parameter& parameter) {
   PyObject* param = parameter.tensor.get();
   const Object grad = gradient(param);
@@ -216,37 +273,62 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
     return missing;
   }
   TensorRecord& record = list_.tensors[static_cast<size_t>(parameter.record)];
+  if (missing != (record.grad == nullptr)) {
+    gradient_came_or_went_ = true;
+  }
   if (missing) {
     record.grad = nullptr;
     return true;
   }
   Description now;
-  if (!reader_.describe(param, now) || now.dtype != parameter.dtype || !same_layout(parameter, now)) {
+  if (!reader_.describe(param, now) || now.dtype != parameter.dtype ||
+      !same_layout(now, parameter.shape, &parameter.strides)) {
     return false;
   }
-  if (!parameter.staged_param) {
+  if (!parameter.staged_param && record.param != now.data) {
     record.param = now.data;
-  }
-  if (parameter.staged_grad != nullptr) {
-    record.grad = parameter.staged_grad;
-    return true;
+    param_moved_ = true;
   }
   if (!reader_.describe(grad.get(), now) || now.dtype != parameter.grad_dtype ||
-      !same_layout(parameter, now)) {
+      !same_layout(now, parameter.shape, parameter.staged_grad ? nullptr : &parameter.grad_strides)) {
     return false;
   }
-  record.grad = now.data != nullptr ? now.data : &kEmptyGradient;
+  const void* data = parameter.staged_grad ? parameter.grad_buffer : now.data;
+  record.grad = data != nullptr ? data : &kEmptyGradient;
   return true;
 }
 
+void TensorWatch::list_written() {
+  std::vector<PyObject*> params;
+  for (const Parameter& parameter : parameters_) {
+    if (parameter.record >= 0 && !parameter.staged_param &&
+        list_.tensors[static_cast<size_t>(parameter.record)].grad != nullptr) {
+      params.push_back(parameter.tensor.get());
+    }
+  }
+  written_ = Object::own(PyTuple_New(static_cast<Py_ssize_t>(params.size())));
+  for (size_t i = 0; i < params.size(); ++i) {
+    Py_INCREF(params[i]);
+    PyTuple_SET_ITEM(written_.get(), static_cast<Py_ssize_t>(i), params[i]);
+  }
+  gradient_came_or_went_ = false;
+}
+
 Change TensorWatch::refresh() {
-  if (seen_groups_ == nullptr || !same_groups() || !same_state() || !same_fixed_tensors()) {
+  if (seen_groups_ == nullptr || !same_groups() || !same_state() || !in_place(fixed_tensors_)) {
     return Change::kTensors;
   }
+  param_moved_ = false;
   for (Parameter& parameter : parameters_) {
     if (!refresh_parameter(parameter)) {
       return Change::kTensors;
     }
+  }
+  if (param_moved_ && list_.overlap().first >= 0) {
+    return Change::kTensors;
+  }
+  if (gradient_came_or_went_) {
+    list_written();
   }
   return same_settings();
 }

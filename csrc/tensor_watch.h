@@ -88,27 +88,43 @@ class TensorWatch {
   // Takes the groups' hyperparameters as they are now for what is expected from here on.
   void reset_settings();
 
-  // The next parameter, in the order of the groups. `record`: its index in the list, or -1 while it has never
-  // had a gradient. With `staged_grad` the list keeps the pointer that it has (0: it is not staged).
-  void add_parameter(PyObject* param, int64_t record, bool staged_param, void* staged_grad);
+  // The next parameter, in the order of the groups, and one that has never had a gradient.
+  void add_parameter(PyObject* param);
+
+  // The next parameter, which is tensor `record` of the list. `streams` is a tensor that is laid out as the
+  // record's streams are: a gradient has to be as well, or is copied to `grad_buffer` by the caller.
+  void add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param, bool staged_grad,
+                     void* grad_buffer);
 
   // A tensor whose memory must stay where it is.
   void add_tensor(PyObject* tensor);
+
+  // The same, of a group's hyperparameters.
+  void add_setting_tensor(PyObject* tensor);
 
   // Brings the list's pointers up to date and says what else there is to do. A float written to a group's
   // "lr" is taken over here; any other setting is the caller's.
   Change refresh();
 
+  // The parameters that the next step writes to where they are: a tuple; borrowed.
+  PyObject* written() const { return written_.get(); }
+
+  // For the garbage collector: the optimizer's __dict__ owns this watch, which refers to that dict.
+  int traverse(visitproc visit, void* arg) const;
+  void clear();
+
  private:
   struct Parameter {
     Object tensor;
-    int64_t record;
+    int64_t record;  // -1: none
     bool staged_param;
-    void* staged_grad;
+    bool staged_grad;
+    void* grad_buffer;
     DType dtype;
     DType grad_dtype;
     std::vector<int64_t> shape;
     std::vector<int64_t> strides;
+    std::vector<int64_t> grad_strides;
   };
   struct GroupSnapshot {
     Object group;
@@ -129,9 +145,10 @@ class TensorWatch {
   bool same_groups();
   Change same_settings();
   bool same_state();
-  bool same_fixed_tensors();
+  bool in_place(const std::vector<FixedTensor>& tensors);
   bool refresh_parameter(Parameter& parameter);
-  bool same_layout(const Parameter& parameter, const Description& now) const;
+  void list_written();
+  FixedTensor fixed(PyObject* tensor);
   Object gradient(PyObject* param);
   PyObject* attribute(const Object& name) const;  // borrowed
 
@@ -148,6 +165,10 @@ class TensorWatch {
   std::vector<StateSnapshot> states_;
   std::vector<Parameter> parameters_;
   std::vector<FixedTensor> fixed_tensors_;
+  std::vector<FixedTensor> setting_tensors_;
+  Object written_;
+  bool param_moved_ = false;         // in this refresh
+  bool gradient_came_or_went_ = true;  // since `written_` was made
 };
 
 }  // namespace nexus

@@ -88,7 +88,7 @@ class TensorEntry:
         if grad is not None and self.param_buffer is not None:
             self.param_buffer.copy_(self.original.detach())
         if grad is not None and self.grad_buffer is not None:
-            self.grad_buffer.copy_(grad)
+            self.grad_buffer.copy_(grad.detach())
 
     def put_back(self) -> None:
         """Copy out of the parameter's buffer, after a step."""
@@ -163,6 +163,9 @@ class Backend(Protocol):
 
     def runner(self, attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Runner:
         """One for an optimizer whose `__dict__` and whose groups' hyperparameters are to be watched."""
+
+    def prepare(self, block: Tensor) -> None:
+        """Told of each new block of state, all zeros, before anything is written to it."""
 
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         """A schedule's values at int64 `steps`, on their device, in float64."""

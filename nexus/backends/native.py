@@ -19,6 +19,7 @@ except ImportError as error:
 NAME = "native"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of the C++ enum
 _DTYPE_INDEX = {dtype: index for index, dtype in enumerate(DTYPES)}
+_HUGE_PAGE = 2 << 20
 _CPU = torch.device("cpu")
 
 
@@ -41,6 +42,12 @@ def detail() -> str:
 def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> NativeRunner:
     """One whose watch sees the optimizer through its `__dict__`."""
     return NativeRunner(attributes, setting_names)
+
+
+def prepare(block: Tensor) -> None:
+    """Ask for huge pages: the update walks through all of its memory once a step."""
+    if block.device.type == "cpu" and block.nbytes >= _HUGE_PAGE:
+        _native.advise_huge_pages(block.data_ptr(), block.nbytes)
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
@@ -112,11 +119,16 @@ class NativeRunner:
             )
         for param, watched in plan.parameters:
             if watched is None:
-                native.watch_parameter(param, -1, False, 0)
+                native.watch_parameter(param)
             else:
-                staged_param = watched.param_buffer is not None
-                staged_grad = _address(watched.grad_buffer)
-                native.watch_parameter(param, indices[id(watched)], staged_param, staged_grad)
+                native.watch_entry(
+                    param,
+                    indices[id(watched)],
+                    watched.param,
+                    watched.param_buffer is not None,
+                    watched.grad_buffer is not None,
+                    _address(watched.grad_buffer),
+                )
         for tensor in _one_of_each_storage(device_plan):
             native.watch_tensor(tensor)
         first, second = native.end()
@@ -126,9 +138,10 @@ class NativeRunner:
                 "memory, and would be updated at once by two threads; give the optimizer one tensor for both"
             )
         self._staged = [entry for entry in device_plan.entries if entry.staged]
-        self._plan = device_plan
         self._set_state(device_plan)
-        native.refresh()  # reads where the gradients are
+        if native.refresh() == Change.TENSORS:  # reads where the gradients are
+            raise RuntimeError("a parameter or a gradient cannot be read where it is; please report this")
+        self._plan = device_plan
 
     def update_settings(self) -> None:
         assert self._plan is not None
@@ -150,6 +163,10 @@ class NativeRunner:
 
     def _add_groups(self, groups: list[GroupSettings]) -> None:
         for group in groups:
+            for rate in (group.lr, group.weight_decay):
+                for tensor in (rate.tensor, rate.last):
+                    if tensor is not None:
+                        self._list.watch_setting_tensor(tensor)
             self._list.add_group(
                 _rate_fields(group.lr),
                 _rate_fields(group.weight_decay),
@@ -170,6 +187,8 @@ class NativeRunner:
         else:
             scale, inf = _float32(grad_scale), _float32(found_inf)
             self._list.step(threads, _address(scale), _address(inf))
+        # To autograd these are in-place updates: a graph that saved an old value must refuse to use the new one.
+        torch.autograd.graph.increment_version(self._list.written())
         for entry in self._staged:
             entry.put_back()
 
@@ -185,4 +204,4 @@ def _one_of_each_storage(plan: DevicePlan) -> list[Tensor]:
         for tensor in (entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq, entry.step):
             if tensor is not None:
                 tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-    return list(tensors.values())
+    return [plan.state.skipped, plan.state.grad_norm, *tensors.values()]

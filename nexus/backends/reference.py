@@ -28,6 +28,10 @@ def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Refere
     return ReferenceRunner()
 
 
+def prepare(block: Tensor) -> None:
+    """Nothing to do."""
+
+
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     """A schedule's values at `steps` (int64, any shape), from its segment table on the same device."""
     starts = table[:, 1].to(torch.int64)

@@ -95,7 +95,8 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
             (param, optimizer.state[param], "max_exp_avg_sq" in states[key])
             for key, param in params.items()
             if states.get(key)
-        ]
+        ],
+        optimizer.evaluator.prepare,
     )
     for key, param in params.items():
         _load_state(optimizer, param, states.get(key))
@@ -111,7 +112,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     completed = _completed(pairs, states)
     for device in optimizer._devices():
         optimizer._state_on(device).completed.fill_(completed)
-    optimizer._plan = None
+    optimizer._plan = optimizer._runner = None
     optimizer._show_rates()
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)

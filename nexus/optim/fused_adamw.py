@@ -206,7 +206,7 @@ class FusedAdamW(Optimizer):
             for param in group["params"]
             if param.grad is not None or self.state.get(param)
         ]
-        tensor_list.complete_states(starting)
+        tensor_list.complete_states(starting, self._backend.prepare)
 
     def _fill_settings(self, plan: DevicePlan, device: torch.device) -> None:
         plan.groups = [

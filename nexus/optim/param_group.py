@@ -45,6 +45,9 @@ class ParamGroup(dict[str, Any]):
         self.outputs = {}
         self.driver = None
 
+    def __reduce__(self) -> tuple[Any, ...]:  # not item by item, which would ask _refuse_scheduler
+        return _restored, (dict(self), self.outputs, self.driver)
+
     def setdefault(self, key: str, default: Any = None) -> Any:
         self._refuse_scheduler(key)
         return super().setdefault(key, default)
@@ -96,6 +99,12 @@ class ParamGroup(dict[str, Any]):
                 f"a {self.driver} drives this optimizer's rate on the device, and would overwrite what another "
                 "scheduler writes. Attach one of the two alone."
             )
+
+
+def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | None) -> ParamGroup:
+    group = ParamGroup(items)
+    group.outputs, group.driver = outputs, driver
+    return group
 
 
 def check_group(group: dict[str, Any]) -> None:

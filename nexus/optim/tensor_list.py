@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -96,7 +97,7 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
+def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]], prepare: Callable[[Tensor], None]) -> None:
     """Fill in what is missing of (parameter, its state, amsgrad): a count of 0, moments of 0.
 
     What is new shares one block of memory for each type and device: a step then has few blocks to keep an eye on
@@ -116,6 +117,7 @@ def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
     for (device, dtype), new in wanted.items():
         padded = [1 if name == "step" else -(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param, _, name in new]
         block = torch.zeros(sum(padded), dtype=dtype, device=device)
+        prepare(block)
         for (param, state, name), part in zip(new, torch.split(block, padded), strict=True):
             state[name] = part[0] if name == "step" else part.as_strided(param.shape, _dense_stride(param))
 

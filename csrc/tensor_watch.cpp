@@ -18,24 +18,18 @@ PyObject* item(PyObject* dict, PyObject* key) {
   return value;
 }
 
+// A number that changes whenever the dict does, or 0 where CPython has none (from 3.12 on it is deprecated).
+uint64_t dict_version(PyObject* dict) {
+#if PY_VERSION_HEX < 0x030C0000
+  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
+#else
+  (void)dict;
+  return 0;
+#endif
+}
+
 // Stands for the gradient of a parameter without elements: null would say that it has none.
 const char kEmptyGradient = 0;
-
-bool same_layout(const Description& now, const std::vector<int64_t>& shape,
-                 const std::vector<int64_t>* strides) {
-  if (!now.on_cpu || now.ndim != static_cast<int>(shape.size())) {
-    return false;
-  }
-  int64_t numel = 1;
-  for (size_t d = 0; d < shape.size(); ++d) {
-    if (now.shape[d] != shape[d] ||
-        (strides != nullptr && shape[d] > 1 && now.strides[d] != (*strides)[d])) {
-      return false;
-    }
-    numel *= shape[d];
-  }
-  return now.data != nullptr || numel == 0;  // null: its storage was freed
-}
 
 }  // namespace
 
@@ -48,7 +42,8 @@ TensorWatch::TensorWatch(cpu::TensorList& list, PyObject* attributes, PyObject* 
       reader_(std::move(reader)),
       param_groups_name_(interned("param_groups")),
       state_name_(interned("state")),
-      params_name_(interned("params")) {}
+      params_name_(interned("params")),
+      detach_name_(interned("detach")) {}
 
 PyObject* TensorWatch::attribute(const Object& name) const { return item(attributes_.get(), name.get()); }
 
@@ -56,6 +51,7 @@ void TensorWatch::reset() {
   groups_.clear();
   states_.clear();
   parameters_.clear();
+  layouts_.clear();
   fixed_tensors_.clear();
   gradient_came_or_went_ = true;
   seen_groups_ = attribute(param_groups_name_);
@@ -75,8 +71,9 @@ void TensorWatch::reset() {
   reset_settings();
   PyObject *key, *entries, *name, *value;
   for (Py_ssize_t at = 0; PyDict_Next(seen_state_, &at, &key, &entries);) {
-    StateSnapshot snapshot{Object(key), Object(entries), {}};
+    StateSnapshot snapshot{Object(key), Object(entries), {}, 0};
     if (PyDict_Check(entries)) {
+      snapshot.version = dict_version(entries);
       for (Py_ssize_t k = 0; PyDict_Next(entries, &k, &name, &value);) {
         snapshot.values.emplace_back(value);
       }
@@ -96,25 +93,24 @@ void TensorWatch::reset_settings() {
 }
 
 void TensorWatch::add_parameter(PyObject* param) {
-  parameters_.push_back({Object(param), -1, false, false, nullptr, {}, {}, {}, {}, {}});
+  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, nullptr});
 }
 
 void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
                                 bool staged_grad, void* grad_buffer) {
   const TensorRecord& entry = list_.tensors.at(static_cast<size_t>(record));
-  Parameter parameter{Object(param), record, staged_param, staged_grad, grad_buffer, entry.param_dtype,
-                      entry.grad_dtype, {}, {}, {}};
   Description now;
   if (!reader_.describe(param, now)) {
     throw std::invalid_argument("a parameter could not be read");
   }
-  parameter.shape.assign(now.shape, now.shape + now.ndim);
-  parameter.strides.assign(now.strides, now.strides + now.ndim);
+  parameters_.push_back({Object(param), Object(streams), record, staged_param, staged_grad, entry.param_dtype,
+                         entry.grad_dtype, now.ndim, layouts_.size(), grad_buffer});
+  layouts_.insert(layouts_.end(), now.shape, now.shape + now.ndim);
+  layouts_.insert(layouts_.end(), now.strides, now.strides + now.ndim);
   if (!reader_.describe(streams, now)) {
     throw std::invalid_argument("a parameter's streams could not be read");
   }
-  parameter.grad_strides.assign(now.strides, now.strides + now.ndim);
-  parameters_.push_back(std::move(parameter));
+  layouts_.insert(layouts_.end(), now.strides, now.strides + now.ndim);
 }
 
 TensorWatch::FixedTensor TensorWatch::fixed(PyObject* tensor) {
@@ -227,9 +223,14 @@ bool TensorWatch::same_state() {
   PyObject *key, *entries, *name, *value;
   size_t i = 0;
   for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &entries); ++i) {
-    const StateSnapshot& seen = states_[i];
-    if (key != seen.key.get() || entries != seen.entries.get() || !PyDict_Check(entries) ||
-        PyDict_GET_SIZE(entries) != static_cast<Py_ssize_t>(seen.values.size())) {
+    StateSnapshot& seen = states_[i];
+    if (key != seen.key.get() || entries != seen.entries.get() || !PyDict_Check(entries)) {
+      return false;
+    }
+    if (seen.version != 0 && dict_version(entries) == seen.version) {
+      continue;
+    }
+    if (PyDict_GET_SIZE(entries) != static_cast<Py_ssize_t>(seen.values.size())) {
       return false;
     }
     size_t j = 0;
@@ -238,6 +239,7 @@ bool TensorWatch::same_state() {
         return false;
       }
     }
+    seen.version = dict_version(entries);
   }
   return true;
 }
@@ -261,6 +263,23 @@ Object TensorWatch::gradient(PyObject* param) {
   return Object::own(PyObject_GetAttrString(param, "grad"));
 }
 
+// `strides`: the expected ones; null where any will do.
+bool TensorWatch::same_layout(const Parameter& parameter, const Description& now,
+                              const int64_t* strides) const {
+  if (!now.on_cpu || now.ndim != parameter.ndim) {
+    return false;
+  }
+  const int64_t* shape = layouts_.data() + parameter.layout;
+  int64_t numel = 1;
+  for (int d = 0; d < now.ndim; ++d) {
+    if (now.shape[d] != shape[d] || (strides != nullptr && shape[d] > 1 && now.strides[d] != strides[d])) {
+      return false;
+    }
+    numel *= shape[d];
+  }
+  return now.data != nullptr || numel == 0;  // null: its storage was freed
+}
+
 bool TensorWatch::refresh_parameter(Parameter& parameter) {
   PyObject* param = parameter.tensor.get();
   const Object grad = gradient(param);
@@ -280,17 +299,24 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
     record.grad = nullptr;
     return true;
   }
+  const int64_t* strides = layouts_.data() + parameter.layout + parameter.ndim;
+  const int64_t* grad_strides = parameter.staged_grad ? nullptr : strides + parameter.ndim;
   Description now;
   if (!reader_.describe(param, now) || now.dtype != parameter.dtype ||
-      !same_layout(now, parameter.shape, &parameter.strides)) {
+      !same_layout(parameter, now, strides)) {
     return false;
   }
   if (!parameter.staged_param && record.param != now.data) {
     record.param = now.data;
     param_moved_ = true;
+    parameter.alias = Object::own(PyObject_CallMethodNoArgs(param, detach_name_.get()));
+    if (parameter.alias.get() == nullptr) {
+      PyErr_Clear();
+      return false;
+    }
   }
   if (!reader_.describe(grad.get(), now) || now.dtype != parameter.grad_dtype ||
-      !same_layout(now, parameter.shape, parameter.staged_grad ? nullptr : &parameter.grad_strides)) {
+      !same_layout(parameter, now, grad_strides)) {
     return false;
   }
   const void* data = parameter.staged_grad ? parameter.grad_buffer : now.data;
@@ -303,7 +329,7 @@ void TensorWatch::list_written() {
   for (const Parameter& parameter : parameters_) {
     if (parameter.record >= 0 && !parameter.staged_param &&
         list_.tensors[static_cast<size_t>(parameter.record)].grad != nullptr) {
-      params.push_back(parameter.tensor.get());
+      params.push_back(parameter.alias.get());
     }
   }
   written_ = Object::own(PyTuple_New(static_cast<Py_ssize_t>(params.size())));
@@ -327,7 +353,7 @@ Change TensorWatch::refresh() {
   if (param_moved_ && list_.overlap().first >= 0) {
     return Change::kTensors;
   }
-  if (gradient_came_or_went_) {
+  if (param_moved_ || gradient_came_or_went_) {
     list_written();
   }
   return same_settings();

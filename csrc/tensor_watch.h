@@ -106,7 +106,7 @@ class TensorWatch {
   // "lr" is taken over here; any other setting is the caller's.
   Change refresh();
 
-  // The parameters that the next step writes to where they are: a tuple; borrowed.
+  // Aliases of the parameters that the next step writes to where they are: a tuple; borrowed.
   PyObject* written() const { return written_.get(); }
 
   // For the garbage collector: the optimizer's __dict__ owns this watch, which refers to that dict.
@@ -116,15 +116,16 @@ class TensorWatch {
  private:
   struct Parameter {
     Object tensor;
+    Object
+        alias;  // tensor.detach(): shares its version counter, and costs less to read, being a plain Tensor
     int64_t record;  // -1: none
     bool staged_param;
     bool staged_grad;
-    void* grad_buffer;
     DType dtype;
     DType grad_dtype;
-    std::vector<int64_t> shape;
-    std::vector<int64_t> strides;
-    std::vector<int64_t> grad_strides;
+    int32_t ndim;
+    size_t layout;  // in layouts_: the shape, the parameter's strides, the gradient's strides
+    void* grad_buffer;
   };
   struct GroupSnapshot {
     Object group;
@@ -136,6 +137,7 @@ class TensorWatch {
     Object key;
     Object entries;
     std::vector<Object> values;
+    uint64_t version;  // of `entries` when its values were last compared
   };
   struct FixedTensor {
     Object tensor;
@@ -147,6 +149,7 @@ class TensorWatch {
   bool same_state();
   bool in_place(const std::vector<FixedTensor>& tensors);
   bool refresh_parameter(Parameter& parameter);
+  bool same_layout(const Parameter& parameter, const Description& now, const int64_t* strides) const;
   void list_written();
   FixedTensor fixed(PyObject* tensor);
   Object gradient(PyObject* param);
@@ -157,17 +160,18 @@ class TensorWatch {
   Object setting_names_;
   Object grad_descriptor_;
   TensorReader reader_;
-  Object param_groups_name_, state_name_, params_name_;
+  Object param_groups_name_, state_name_, params_name_, detach_name_;
 
   PyObject* seen_groups_ = nullptr;  // only compared
   PyObject* seen_state_ = nullptr;
   std::vector<GroupSnapshot> groups_;
   std::vector<StateSnapshot> states_;
   std::vector<Parameter> parameters_;
+  std::vector<int64_t> layouts_;
   std::vector<FixedTensor> fixed_tensors_;
   std::vector<FixedTensor> setting_tensors_;
   Object written_;
-  bool param_moved_ = false;         // in this refresh
+  bool param_moved_ = false;           // in this refresh
   bool gradient_came_or_went_ = true;  // since `written_` was made
 };
 

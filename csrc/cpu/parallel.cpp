@@ -28,6 +28,9 @@ struct Runtime {
 
 std::atomic<bool> forked{false};
 
+// From the time this module is loaded: torch may have used the pool before nexus does.
+[[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+
 #ifdef __linux__
 // Prefers the runtime in torch's own folder to any other that the process has loaded.
 int find_openmp(dl_phdr_info* info, size_t, void* found) {
@@ -45,7 +48,6 @@ int find_openmp(dl_phdr_info* info, size_t, void* found) {
 
 Runtime find_runtime() {
   Runtime runtime;
-  pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #ifdef __linux__
   std::string path;
   dl_iterate_phdr(find_openmp, &path);

@@ -27,10 +27,8 @@ NEXUS_FN Coefficients<double> coefficients(const Row& row, int64_t step) {
   const double t = static_cast<double>(step);
   const double bias1 = 1.0 - pow(row.beta1, t);
   const double bias2 = 1.0 - pow(row.beta2, t);
-  return {row.grad_multiplier, row.lr * row.weight_decay,
-          1.0 - row.beta1,     row.beta2,
-          1.0 - row.beta2,     row.lr / bias1,
-          1.0 / sqrt(bias2),   row.eps};
+  return {row.grad_multiplier, row.lr * row.weight_decay, 1.0 - row.beta1, row.beta2, 1.0 - row.beta2,
+          row.lr / bias1,      1.0 / sqrt(bias2),         row.eps};
 }
 
 template <class T>
@@ -58,8 +56,9 @@ NEXUS_FN void adamw(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_
   }
   const T denominator = root(largest_v) * c.inv_sqrt_bias2 + c.eps;
   // Not (1 - decay) * param: in float32 that factor is off by up to 3e-8, the same way in every step and for
-  // every parameter, and is 1 where the decay is smaller than that.
-  param -= c.decay * param + c.step_size * m / denominator;
+  // every parameter, and is 1 where the decay is smaller than that. An infinite parameter stays what it is.
+  const T decayed = param - param == T(0) ? c.decay * param : T(0);
+  param -= decayed + c.step_size * m / denominator;
   exp_avg = m;
   exp_avg_sq = v;
 }

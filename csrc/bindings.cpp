@@ -2,8 +2,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <sys/mman.h>
-
+#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -39,6 +38,17 @@ class CpuTensorList {
       : watch_(list_, attributes.ptr(), setting_names.ptr(), grad_descriptor.ptr(),
                TensorReader(exchange_api.ptr(), dtypes.ptr())) {}
 
+  // The addresses of the functions of TensorShim, in its order: watch_entry() takes handles from here on.
+  void use_shim(const std::array<Address, 7>& functions) {
+    shim_.data_ptr = at<int32_t(void*, void**)>(functions[0]);
+    shim_.sizes = at<int32_t(void*, int64_t**)>(functions[1]);
+    shim_.strides = at<int32_t(void*, int64_t**)>(functions[2]);
+    shim_.dim = at<int32_t(void*, int64_t*)>(functions[3]);
+    shim_.dtype = at<int32_t(void*, int32_t*)>(functions[4]);
+    shim_.device_type = at<int32_t(void*, int32_t*)>(functions[5]);
+    shim_.delete_handle = at<int32_t(void*)>(functions[6]);
+  }
+
   void begin() {
     list_.tensors.clear();
     list_.groups.clear();
@@ -67,9 +77,13 @@ class CpuTensorList {
   void watch_parameter(const py::handle& param) { watch_.add_parameter(param.ptr()); }
 
   void watch_entry(const py::handle& param, int64_t record, const py::handle& streams, bool staged_param,
-                   bool staged_grad, Address grad_buffer) {
-    watch_.add_parameter(param.ptr(), record, streams.ptr(), staged_param, staged_grad,
-                         at<void>(grad_buffer));
+                   bool staged_grad, Address grad_buffer, const py::object& handle) {
+    TensorHandle owned;
+    if (!handle.is_none()) {  // a capsule that owns nothing
+      owned = TensorHandle(&shim_, PyCapsule_GetPointer(handle.ptr(), nullptr));
+    }
+    watch_.add_parameter(param.ptr(), record, streams.ptr(), staged_param, staged_grad, at<void>(grad_buffer),
+                         std::move(owned));
   }
 
   void watch_tensor(const py::handle& tensor) { watch_.add_tensor(tensor.ptr()); }
@@ -126,6 +140,7 @@ class CpuTensorList {
   }
 
  private:
+  TensorShim shim_ = {};  // before the watch, whose handles it outlives
   cpu::TensorList list_;
   TensorWatch watch_;
 };
@@ -162,20 +177,6 @@ std::vector<std::string> instruction_sets() {
   return available;
 }
 
-// Asks for pages of 2 MiB under memory that has not been touched yet. A hint: unheeded, it costs nothing.
-void advise_huge_pages(Address begin, Address bytes) {
-#ifdef MADV_HUGEPAGE
-  constexpr Address kPage = 4096;
-  const Address first = (begin + kPage - 1) / kPage * kPage;
-  const Address end = (begin + bytes) / kPage * kPage;
-  if (first < end) {
-    madvise(at<void>(first), end - first, MADV_HUGEPAGE);
-  }
-#else
-  (void)begin, (void)bytes;
-#endif
-}
-
 void evaluate(Address table, int64_t rows, Address steps, int64_t count, Address out) {
   py::gil_scoped_release release;
   for (int64_t i = 0; i < count; ++i) {
@@ -191,7 +192,6 @@ PYBIND11_MODULE(_native, m) {
   m.doc() = "Kernels of nexus for the CPU. Addresses are those of memory that the caller keeps alive.";
   m.def("evaluate", &nexus::evaluate, py::arg("table"), py::arg("rows"), py::arg("steps"), py::arg("count"),
         py::arg("out"));
-  m.def("advise_huge_pages", &nexus::advise_huge_pages, py::arg("begin"), py::arg("bytes"));
   m.def("instruction_sets", &nexus::instruction_sets, "What this processor can run, the best first.");
   m.def("thread_runtime", &nexus::cpu::thread_runtime, "The file name of the OpenMP runtime in use.");
   m.def("chunk", [](int64_t numel, int64_t index) {
@@ -207,6 +207,7 @@ PYBIND11_MODULE(_native, m) {
       .def("add_group", &CpuTensorList::add_group)
       .def("add_tensor", &CpuTensorList::add_tensor)
       .def("watch_parameter", &CpuTensorList::watch_parameter)
+      .def("use_shim", &CpuTensorList::use_shim)
       .def("watch_entry", &CpuTensorList::watch_entry)
       .def("watch_tensor", &CpuTensorList::watch_tensor)
       .def("watch_setting_tensor", &CpuTensorList::watch_setting_tensor)

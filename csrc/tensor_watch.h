@@ -2,9 +2,10 @@
 // or went away, a parameter whose storage was swapped, a replaced moment, an added group, another
 // hyperparameter.
 //
-// Reads Python objects through the C API of CPython and tensors through DLPack's C exchange functions, which
-// torch publishes on its tensor type: a stable interface, so that this needs no header of torch, and about 20
-// ns a tensor. Where torch is too old to have them, the same is read through Python attributes.
+// Reads Python objects through the C API of CPython, parameters through handles (tensor_handle.h), and other
+// tensors through DLPack's C exchange functions, which torch publishes on its tensor type: stable interfaces,
+// so that this needs no header of torch, and about 20 ns a tensor. Where torch is too old to have them, the
+// same is read through Python attributes.
 #pragma once
 
 #include <Python.h>
@@ -13,6 +14,7 @@
 #include <vector>
 
 #include "cpu/step.h"
+#include "tensor_handle.h"
 
 namespace nexus {
 
@@ -92,9 +94,10 @@ class TensorWatch {
   void add_parameter(PyObject* param);
 
   // The next parameter, which is tensor `record` of the list. `streams` is a tensor that is laid out as the
-  // record's streams are: a gradient has to be as well, or is copied to `grad_buffer` by the caller.
+  // record's streams are: a gradient has to be as well, or is copied to `grad_buffer` by the caller. `handle`
+  // may be empty.
   void add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param, bool staged_grad,
-                     void* grad_buffer);
+                     void* grad_buffer, TensorHandle handle);
 
   // A tensor whose memory must stay where it is.
   void add_tensor(PyObject* tensor);
@@ -126,6 +129,8 @@ class TensorWatch {
     int32_t ndim;
     size_t layout;  // in layouts_: the shape, the parameter's strides, the gradient's strides
     void* grad_buffer;
+    TensorHandle handle;
+    int32_t handle_dtype;
   };
   struct GroupSnapshot {
     Object group;
@@ -149,6 +154,7 @@ class TensorWatch {
   bool same_state();
   bool in_place(const std::vector<FixedTensor>& tensors);
   bool refresh_parameter(Parameter& parameter);
+  bool same_parameter(const Parameter& parameter, void*& data);
   bool same_layout(const Parameter& parameter, const Description& now, const int64_t* strides) const;
   void list_written();
   FixedTensor fixed(PyObject* tensor);

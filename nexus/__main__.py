@@ -19,7 +19,7 @@ COMMANDS = {
     "info": ("nexus.info", "print versions, backends (or why one is missing) and threads"),
     "demo": ("nexus.demo.cli", "train a small GPT on real text and draw its loss and rate"),
     "plot": ("nexus.plot", "draw a learning-rate schedule"),
-    "bench": ("nexus.bench", "time the optimizer beside torch's"),
+    "bench": ("nexus.bench.cli", "time the optimizer beside torch's"),
 }
 
 

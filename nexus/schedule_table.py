@@ -22,7 +22,7 @@ _STABLE, _DECAY, _DONE = 1, 2, 3  # rows of a lowered WSD
 
 def lower(schedule: Schedule, device: torch.device) -> Tensor:
     """The segments as a float64 tensor of rows (curve, start, length, high, low)."""
-    return torch.tensor(schedule.segments(), dtype=torch.float64).to(device)
+    return torch.tensor(schedule.segments(), dtype=torch.float64, device="cpu").to(device)
 
 
 class ScheduleTable:
@@ -67,10 +67,15 @@ class ScheduleTable:
             ValueError: the stable phase is open-ended, or `n` is negative.
         """
         rows = self._wsd_rows("extend_stable")
-        n = check_count("n", n)
-        self._wsd().extend_stable(n)  # raises where there is nothing to extend
+        n = self.check_extend_stable(n)
         shift = torch.where(completed.to(torch.float64) < rows[_DECAY, _START], float(n), 0.0)
         rows[_DECAY:, _START] += shift
+
+    def check_extend_stable(self, n: int) -> int:
+        """`n`; raises as `extend_stable` does."""
+        n = check_count("n", n)
+        self._wsd().extend_stable(n)
+        return n
 
     def edits(self) -> dict[str, Any]:
         """What `begin_decay` and `extend_stable` have changed, in plain types. Reads the device."""

@@ -142,36 +142,36 @@ typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 
 template <class T>
 void add_squares(const T* x, Lanes& sum) {
-    typedef T Stored __attribute__((vector_size(kLanes * sizeof(T))));
-    Stored values;
-    __builtin_memcpy(&values, x, sizeof values);
-    const Lanes wide = __builtin_convertvector(values, Lanes);
-    sum += wide * wide;
+  typedef T Stored __attribute__((vector_size(kLanes * sizeof(T))));
+  Stored values;
+  __builtin_memcpy(&values, x, sizeof values);
+  const Lanes wide = __builtin_convertvector(values, Lanes);
+  sum += wide * wide;
 }
 
 struct Squares {
-    Lanes sums[4] = {};
+  Lanes sums[4] = {};
 
-    template <class T>
-    void add(const T* x, int64_t n) {
-        Lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
-        int64_t i = 0;
-        for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-            add_squares(x + i, a);
-            add_squares(x + i + kLanes, b);
-            add_squares(x + i + 2 * kLanes, c);
-            add_squares(x + i + 3 * kLanes, d);
-        }
-        for (; i < n; ++i) {
-            a[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-        }
-        sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+  template <class T>
+  void add(const T* x, int64_t n) {
+    Lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
+    int64_t i = 0;
+    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
+      add_squares(x + i, a);
+      add_squares(x + i + kLanes, b);
+      add_squares(x + i + 2 * kLanes, c);
+      add_squares(x + i + 3 * kLanes, d);
     }
+    for (; i < n; ++i) {
+      a[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
+    }
+    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
+  }
 
-    double total() const {
-        const Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-    }
+  double total() const {
+    const Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
+  }
 };
 
 double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t count) {

@@ -164,8 +164,5 @@ class Backend(Protocol):
     def runner(self, attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Runner:
         """One for an optimizer whose `__dict__` and whose groups' hyperparameters are to be watched."""
 
-    def prepare(self, block: Tensor) -> None:
-        """Told of each new block of state, all zeros, before anything is written to it."""
-
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         """A schedule's values at int64 `steps`, on their device, in float64."""

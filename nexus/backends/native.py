@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,6 @@ except ImportError as error:
 NAME = "native"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of the C++ enum
 _DTYPE_INDEX = {dtype: index for index, dtype in enumerate(DTYPES)}
-_HUGE_PAGE = 2 << 20
 _CPU = torch.device("cpu")
 
 
@@ -44,18 +46,12 @@ def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Native
     return NativeRunner(attributes, setting_names)
 
 
-def prepare(block: Tensor) -> None:
-    """Ask for huge pages: the update walks through all of its memory once a step."""
-    if block.device.type == "cpu" and block.nbytes >= _HUGE_PAGE:
-        _native.advise_huge_pages(block.data_ptr(), block.nbytes)
-
-
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     """A schedule's values at `steps`, by the function that the update kernels call."""
     if steps.device.type != "cpu":
         raise ValueError(f"the native backend evaluates on the CPU, got steps on {steps.device}")
     steps = steps.contiguous()
-    out = torch.empty(steps.shape, dtype=torch.float64)
+    out = torch.empty(steps.shape, dtype=torch.float64, device=_CPU)
     _native.evaluate(table.data_ptr(), table.shape[0], steps.data_ptr(), steps.numel(), out.data_ptr())
     return out
 
@@ -76,6 +72,33 @@ def _rate_fields(rate: Rate) -> tuple[float, int, int, int, int, float, int]:
     )
 
 
+_SHIM = (
+    "aoti_torch_get_data_ptr",
+    "aoti_torch_get_sizes",
+    "aoti_torch_get_strides",
+    "aoti_torch_get_dim",
+    "aoti_torch_get_dtype",
+    "aoti_torch_get_device_type",
+    "aoti_torch_delete_tensor_object",
+)
+
+
+@functools.cache
+def _shim_addresses() -> tuple[int, ...]:
+    """Of torch's stable C functions on tensors, in the order of the extension's `TensorShim`; empty: not found."""
+    try:
+        library = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
+        return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _SHIM)
+    except (OSError, AttributeError, StopIteration):
+        return ()
+
+
+def _handle_maker() -> Callable[[list[Tensor]], list[Any]] | None:
+    """What makes handles for these functions; None where torch has none: tensors are then read more slowly."""
+    maker = getattr(getattr(torch._C, "_aoti", None), "unsafe_alloc_void_ptrs_from_tensors", None)
+    return maker if maker is not None and _shim_addresses() else None
+
+
 class NativeRunner:
     """Keeps raw pointers in the extension and follows them from step to step."""
 
@@ -89,6 +112,9 @@ class NativeRunner:
             getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
             DTYPES,
         )
+        self._make_handles = _handle_maker()
+        if self._make_handles is not None:
+            self._list.use_shim(_shim_addresses())
         self._plan: DevicePlan | None = None
         self._staged: list[TensorEntry] = []
         self._measures_norm = False
@@ -117,6 +143,7 @@ class NativeRunner:
                 _DTYPE_INDEX[entry.param.dtype],
                 _DTYPE_INDEX[entry.param.dtype if grad is None else grad.dtype],
             )
+        make_handles = self._make_handles
         for param, watched in plan.parameters:
             if watched is None:
                 native.watch_parameter(param)
@@ -128,6 +155,7 @@ class NativeRunner:
                     watched.param_buffer is not None,
                     watched.grad_buffer is not None,
                     _address(watched.grad_buffer),
+                    None if make_handles is None else make_handles([param])[0],
                 )
         for tensor in _one_of_each_storage(device_plan):
             native.watch_tensor(tensor)

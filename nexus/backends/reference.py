@@ -28,14 +28,10 @@ def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Refere
     return ReferenceRunner()
 
 
-def prepare(block: Tensor) -> None:
-    """Nothing to do."""
-
-
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     """A schedule's values at `steps` (int64, any shape), from its segment table on the same device."""
     starts = table[:, 1].to(torch.int64)
-    row = torch.searchsorted(starts, steps, right=True) - 1  # the last segment with start <= step
+    row = torch.searchsorted(starts, steps.contiguous(), right=True) - 1  # the last segment with start <= step
     curve, start, length, high, low = table[row].unbind(-1)
     length_in_steps = length.to(torch.int64)
     p = ((steps - start.to(torch.int64)) % length_in_steps).to(torch.float64) / length
@@ -149,8 +145,8 @@ def _update(
     bias1 = 1.0 - beta1**t
     bias2 = 1.0 - beta2**t
     # Scalars are computed in float64 and rounded once.
-    step_size, inv_sqrt_bias2, keep, g_scale = (
-        scalar.to(dtype) for scalar in (lr / bias1, 1.0 / bias2.sqrt(), 1.0 - lr * weight_decay, multiplier)
+    step_size, inv_sqrt_bias2, decay, g_scale = (
+        scalar.to(dtype) for scalar in (lr / bias1, 1.0 / bias2.sqrt(), lr * weight_decay, multiplier)
     )
     g = grad.to(dtype) * g_scale
     m = entry.exp_avg + (1.0 - beta1) * (g - entry.exp_avg)
@@ -160,8 +156,10 @@ def _update(
         largest_v = torch.maximum(entry.max_exp_avg_sq, v)
         _assign(entry.max_exp_avg_sq, largest_v, skip)
     denominator = largest_v.sqrt() * inv_sqrt_bias2 + group.eps
-    param = entry.param
-    _assign(param, (keep * param.to(dtype) - step_size * m / denominator).to(param.dtype), skip)
+    param = entry.param.to(dtype)
+    # Not (1 - decay) * param: rounded to float32, that factor is off the same way in every step.
+    decayed = torch.where(param.isfinite(), decay * param, 0.0)  # an infinite parameter stays what it is
+    _assign(entry.param, (param - (decayed + step_size * m / denominator)).to(entry.param.dtype), skip)
     _assign(entry.exp_avg, m, skip)
     _assign(entry.exp_avg_sq, v, skip)
     entry.step.add_(1 if skip is None else ~skip)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from nexus.demo.errors import DemoError
+from nexus.demo.run import SCHEDULES
 
 FORMAT = "nexus demo 1"
 _START_OVER = "or leave out --resume to start over"
@@ -78,12 +79,12 @@ def require_same_run(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) 
         was = run.get(name)
         if was == value:
             continue
-        if name in ("steps", "seed", "device", "threads"):
-            cause, remedy = f"--{name} {was}, not {value}", f"give --{name} {was}"
-        elif name == "schedule":
-            cause, remedy = "another --schedule", "give the one that it was made with"
-        elif name == "text":
+        if name == "schedule" and isinstance(was, dict) and was.get("type") != value["type"]:
+            was, value = (SCHEDULES.get(str(schedule.get("type"))) for schedule in (was, value))
+        if name == "text":
             cause, remedy = "the standard library of another Python", "run it with that Python"
+        elif isinstance(was, (int, str)):
+            cause, remedy = f"--{name} {was}, not {value}", f"give --{name} {was}"
         else:
-            cause, remedy = "a model of another size", "use the version of nexus that made it"
+            cause, remedy = f"another {name} of the demo", "use the version of nexus that made it"
         raise CheckpointError(f"{path} was made with {cause}: {remedy}, {_START_OVER}")

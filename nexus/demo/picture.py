@@ -14,7 +14,7 @@ from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 from nexus.demo.train import Training
 from nexus.plot import COLORS, CYCLE_COLORS, spans
 
-INK, LOSS, RATE, FAINT = "#3e4c59", "#2563a8", "#1f2933", "#f2b134"
+INK, LOSS, RATE = "#3e4c59", "#2563a8", "#1f2933"
 
 
 def draw(training: Training, path: Path) -> None:
@@ -38,23 +38,25 @@ def draw(training: Training, path: Path) -> None:
 
 
 def smoothed(values: list[float], width: int) -> list[float]:
-    """Means over centred windows of about `width` values, narrower towards both ends."""
+    """Means over centred windows of about `width` values; narrower at the start, where a loss falls fast."""
     sums = [0.0]
     for value in values:
         sums.append(sums[-1] + value)
-    reach = [min(i, len(values) - 1 - i, width // 2) for i in range(len(values))]
-    return [(sums[i + r + 1] - sums[i - r]) / (2 * r + 1) for i, r in enumerate(reach)]
+    means = []
+    for i in range(len(values)):
+        reach = min(i, width // 2)
+        first, stop = i - reach, min(i + reach + 1, len(values))
+        means.append((sums[stop] - sums[first]) / (stop - first))
+    return means
 
 
 def _draw_loss(axes: Axes, training: Training) -> None:
     bits = [nats / math.log(2) for nats in training.losses[: training.step].tolist()]
     steps = range(len(bits))
     axes.plot(steps, bits, color=LOSS, alpha=0.3, linewidth=0.7, label="training, each batch")
-    axes.plot(
-        steps, smoothed(bits, max(1, len(bits) // 25)), color=LOSS, linewidth=2, label="training, smoothed"
-    )
+    axes.plot(steps, smoothed(bits, max(1, len(bits) // 25)), color=LOSS, linewidth=2, label="training, smoothed")
     if training.before is not None and training.after is not None:
-        ends = [(0, training.before, (10, -4)), (training.step, training.after, (-6, -20))]
+        ends = [(0, training.before, (9, 2)), (training.step, training.after, (-6, -20))]
         axes.plot(
             [0, training.step],
             [training.before, training.after],
@@ -74,10 +76,13 @@ def _draw_loss(axes: Axes, training: Training) -> None:
                 horizontalalignment="left" if right > 0 else "right",
                 color=INK,
                 weight="bold",
+                bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1},
             )
+    for span in spans(training.config.schedule, max(1, training.step))[1:]:
+        axes.axvline(span.start, color=INK, alpha=0.4, linewidth=0.8, linestyle=(0, (4, 4)))
     axes.set_ylabel("loss, bits per byte")
     axes.set_ylim(bottom=0)
-    axes.legend(frameon=False, loc="upper right")
+    axes.legend(loc="upper right", edgecolor="none", framealpha=1)
     millions = sum(p.numel() for p in training.model.parameters()) / 1e6
     axes.set_title(f"A GPT of {millions:.2f} million parameters learns {training.corpus.source}", pad=12)
 
@@ -88,9 +93,7 @@ def _draw_rate(axes: Axes, training: Training) -> None:
     axes.plot(range(len(rates)), rates, color=RATE, linewidth=1.8, label="used on the device")
     dots = range(0, len(rates), max(1, len(rates) // 40))
     formula = [schedule(step) for step in dots]
-    axes.plot(
-        dots, formula, ".", color="#d9534a", markersize=6, label=f"formula of {type(schedule).__name__}"
-    )
+    axes.plot(dots, formula, ".", color="#d9534a", markersize=6, label=f"formula of {type(schedule).__name__}")
     axes.set_ylim(0, 1.14 * (max(rates, default=0.0) or 1.0))
     for number, span in enumerate(spans(schedule, max(1, len(rates)))):
         color = COLORS.get(span.name, CYCLE_COLORS[number % 2])
@@ -101,7 +104,7 @@ def _draw_rate(axes: Axes, training: Training) -> None:
                 (span.start + span.stop) / 2,
                 0.975,
                 span.name,
-                rotation=0 if share > 0.009 * len(span.name) else 90,
+                rotation=0 if share > 0.012 * len(span.name) else 90,
                 transform=axes.get_xaxis_transform(),
                 horizontalalignment="center",
                 verticalalignment="top",
@@ -112,4 +115,4 @@ def _draw_rate(axes: Axes, training: Training) -> None:
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.legend(frameon=False, loc="lower center")
+    axes.legend(frameon=False, loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from nexus.schedules import Schedule
 
 LINES = 10  # in a log
+BAR = "{n:,}/{total:,} |{bar}| {remaining}{postfix}"
 
 
 class Progress:
@@ -22,7 +23,7 @@ class Progress:
         self.first, self.started = step, time.perf_counter()
         self.shown = step
         self.bar = (
-            tqdm(total=steps, initial=step, unit="step", dynamic_ncols=True, file=sys.stderr)
+            tqdm(total=steps, initial=step, bar_format=BAR, dynamic_ncols=True, file=sys.stderr)
             if sys.stderr.isatty()
             else None
         )
@@ -37,13 +38,11 @@ class Progress:
             self.bar.close()
 
     def show(self, step: int, loss: float, rate: float) -> None:
-        """Show numbers that were just read from the device; `loss` in nats."""
+        """Show numbers that were just read from the device; `loss` is in nats, and shown in bits per byte."""
         seconds = time.perf_counter() - self.started
         speed = (step - self.first) * self.tokens_a_step / max(seconds, 1e-9)
-        status = (
-            f"{loss / math.log(2):.3f} bits/byte, rate {rate:.2e} ({self.schedule.phase(step - 1)}), "
-            f"{speed:,.0f} tokens/s"
-        )
+        phase = self.schedule.phase(step - 1)
+        status = f"loss {loss / math.log(2):.2f}, rate {rate:.1e} ({phase}), {speed / 1e3:.1f}k tokens/s"
         if self.bar is not None:
             self.bar.set_postfix_str(status, refresh=False)
             self.bar.update(step - self.shown)

@@ -22,6 +22,9 @@ from nexus.demo.train import Training, reproducible
 
 CHECKPOINT, PICTURE = "checkpoint.pt", "loss_and_rate.png"
 SIZE = Size()
+# A second thread makes a step of this size a fifth faster on an idle machine, and thirty times slower where another
+# program wants the same core: OpenMP's threads wait for each other by spinning, a hundred times in a step.
+THREADS = 1
 
 
 def run(args: argparse.Namespace) -> int:
@@ -35,12 +38,12 @@ def run(args: argparse.Namespace) -> int:
     saved = checkpoint.read(out / CHECKPOINT, torch.device(device)) if args.resume else None
     text = corpus.load(torch.device(device))
     config = RunConfig(
-        schedule=schedule_for(args.schedule, args.steps),
         steps=args.steps,
+        schedule=schedule_for(args.schedule, args.steps),
         seed=args.seed,
         size=SIZE,
         device=device,
-        threads=args.threads or (saved or {}).get("run", {}).get("threads") or torch.get_num_threads(),
+        threads=args.threads or (saved or {}).get("run", {}).get("threads") or THREADS,
         text=text.fingerprint,
     )
     command = _command(args, config)
@@ -108,9 +111,7 @@ def _restore(training: Training, saved: dict[str, Any], path: Path) -> None:
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise checkpoint.unfit(path, error) from error
     now, then = _made_by(training), saved.get("made_by", {})
-    changed = ", ".join(
-        f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name]
-    )
+    changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name])
     if changed:
         print(f"The last bits may differ from those of an uninterrupted run: {changed}.", file=sys.stderr)
 
@@ -119,9 +120,7 @@ def _save(training: Training, out: Path) -> None:
     try:
         checkpoint.write(out / CHECKPOINT, {**training.state_dict(), "made_by": _made_by(training)})
     except OSError as error:
-        raise DemoError(
-            f"cannot write {out / CHECKPOINT} ({error.strerror}): what was there is kept"
-        ) from error
+        raise DemoError(f"cannot write {out / CHECKPOINT} ({error.strerror}): what was there is kept") from error
 
 
 def _train(training: Training, out: Path, command: str) -> bool:

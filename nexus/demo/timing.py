@@ -55,13 +55,15 @@ def time_step(training: Training) -> StepCost:
     models = [copy.deepcopy(training.model) for _ in range(2)]
     updates = [make_optimizer(models[0], schedule).step, torch_update(models[1], schedule)]
     compute: list[float] = []
-    update: tuple[list[float], list[float]] = ([], [])
+    update: tuple[list[float], list[float]] = ([], [])  # of nexus, of torch
     for round_ in range(WARMUP + training.config.size.timed_steps):
         batch = training.batch(round_)
         for i in (0, 1) if round_ % 2 else (1, 0):
-            compute.append(_seconds(training, partial(_backward, models[i], batch)))
-            update[i].append(_seconds(training, updates[i]))
-    return StepCost(*(statistics.median(times[WARMUP:]) for times in (compute, *update)))
+            seconds = _seconds(training, partial(_backward, models[i], batch)), _seconds(training, updates[i])
+            if round_ >= WARMUP:
+                compute.append(seconds[0])
+                update[i].append(seconds[1])
+    return StepCost(*(statistics.median(times) for times in (compute, *update)))
 
 
 def _backward(model: GPT, batch: tuple[Tensor, Tensor]) -> None:

@@ -111,9 +111,7 @@ class Training:
     def largest_rate_difference(self) -> float:
         """Between the rates that the device used and the formula in Python, over all steps."""
         formula = self.config.schedule.values(0, self.step)
-        return max(
-            (abs(a - b) for a, b in zip(self.rates[: self.step].tolist(), formula, strict=True)), default=0.0
-        )
+        return max((abs(a - b) for a, b in zip(self.rates[: self.step].tolist(), formula, strict=True)), default=0.0)
 
     def state_dict(self) -> dict[str, Any]:
         """Plain types and tensors."""

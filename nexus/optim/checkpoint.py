@@ -13,9 +13,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from nexus.arguments import MAX_STEP, check_count, shown
+from nexus.arguments import MAX_STEP, check_count, check_number, shown
 from nexus.optim import tensor_list
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
+from nexus.schedules import WSD, Schedule
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -96,7 +97,6 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
             for key, param in params.items()
             if states.get(key)
         ],
-        optimizer.evaluator.prepare,
     )
     for key, param in params.items():
         _load_state(optimizer, param, states.get(key))
@@ -128,6 +128,10 @@ def _checked_groups(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[d
         )
     for index, (group, saved) in enumerate(zip(optimizer.param_groups, groups, strict=True)):
         where = f"param_groups[{index}]"
+        if not isinstance(saved, dict) or not isinstance(saved.get("params"), (list, tuple)):
+            raise ValueError(
+                f"{where} of the loaded state dict must be a dict with 'params', a list; got {shown(saved)}"
+            )
         if len(saved["params"]) != len(group["params"]):
             raise ValueError(
                 f"{where} of the loaded state dict has {len(saved['params'])} parameters, that of this optimizer "
@@ -148,23 +152,33 @@ def _settings(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
-    if not state:
+    if state is None or (isinstance(state, dict) and not state):
         return
     where = f"state[{key!r}] of the loaded state dict"
-    names = (*_REQUIRED, "max_exp_avg_sq") if amsgrad else _REQUIRED
+    has_max = amsgrad or (isinstance(state, dict) and "max_exp_avg_sq" in state)
+    names = (*_REQUIRED, "max_exp_avg_sq") if has_max else _REQUIRED
     if not isinstance(state, dict) or any(name not in state for name in names):
-        given = str(sorted(state)) if isinstance(state, dict) else shown(state)
+        given = str(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
         raise ValueError(f"{where} must have {', '.join(names)}, got {given}; was it another optimizer's?")
     for name in names[1:]:
         moment = state[name]
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
             given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
             raise ValueError(f"{where}: {name} must be of shape {tuple(param.shape)}, got {given}")
+        if moment.layout != torch.strided or not moment.is_floating_point() or moment.is_meta:
+            raise ValueError(
+                f"{where}: {name} must be dense and of floating point, got {moment.dtype}, {moment.layout} on "
+                f"{moment.device}"
+            )
     step = state["step"]
     if isinstance(step, Tensor) and step.numel() != 1:
         raise ValueError(f"{where}: step must have one element, got the shape {tuple(step.shape)}")
-    if not 0 <= float(step) <= MAX_STEP:
-        raise ValueError(f"{where}: step must be from 0 to 2**53, got {float(step)}")
+    try:
+        in_range = 0 <= float(step) <= MAX_STEP
+    except (TypeError, ValueError):
+        in_range = False
+    if not in_range:
+        raise ValueError(f"{where}: step must be from 0 to 2**53, got {shown(step)}")
 
 
 def _checked_edits(group: ParamGroup, saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -180,8 +194,8 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any]) -> dict[str, dict[s
         if now is None:
             warnings.warn(
                 f"the checkpoint's {name} was driven by a schedule, {before.get('type')}; this optimizer has a fixed "
-                f"{name}, which goes on from {saved[name]!r}. Give the constructor {name}={before.get('type')}(...) "
-                "to go on with a schedule.",
+                f"{name}, which goes on from {saved.get(name)!r}. Give the constructor "
+                f"{name}={before.get('type')}(...) to go on with a schedule.",
                 stacklevel=4,
             )
             continue
@@ -194,8 +208,19 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any]) -> dict[str, dict[s
                     stacklevel=4,
                 )
         if mine["type"] == before.get("type"):
-            edits[name] = dict(before.get("edits") or {})
+            edits[name] = _checked_table_edits(now, before.get("edits") or {}, f"{name}_schedule['edits']")
     return edits
+
+
+def _checked_table_edits(schedule: Schedule, edits: Any, name: str) -> dict[str, Any]:
+    name = f"{name} of the loaded state dict"
+    allowed = {"decay_start", "decay_from"} if isinstance(schedule, WSD) else set()
+    if not isinstance(edits, dict) or (edits and set(edits) != allowed):
+        raise ValueError(f"{name} must be {sorted(allowed) if allowed else 'empty'}, got {shown(edits)}")
+    if edits:
+        check_count(f"decay_start in {name}", edits["decay_start"])
+        check_number(f"decay_from in {name}", edits["decay_from"])
+    return dict(edits)
 
 
 def _load_state(optimizer: FusedAdamW, param: Tensor, saved: dict[str, Any] | None) -> None:
@@ -225,6 +250,8 @@ def _load_group(group: ParamGroup, saved: dict[str, Any]) -> None:
             value = float(value)
         group[name] = value
     for name, value in saved.items():  # what a scheduler or the user has put there
+        if name == "initial_lr" and (group["lr_schedule"] is not None or group.driver is not None):
+            continue  # the rate that a scheduler began with: the schedule, or a scheduler that is here, stands
         if name not in ("params", *SETTING_NAMES, *_TORCH_OPTIONS):
             group[name] = value
 
@@ -233,10 +260,8 @@ _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled
 
 
 def _completed(pairs: list[tuple[ParamGroup, dict[str, Any]]], states: dict[Any, Any]) -> int:
-    """The saved count of updates; from an optimizer without schedules, its parameters' largest."""
+    """The saved count of updates: the largest there is, since torch's AdamW counts on in the parameters alone."""
+    counts = [int(s["step"]) for s in states.values() if isinstance(s, dict) and "step" in s]
     for _, saved in pairs:
-        for key in _SCHEDULE_KEYS:
-            if isinstance(saved.get(key), dict):
-                return int(saved[key]["step"])
-    steps = (state["step"] for state in states.values() if isinstance(state, dict) and "step" in state)
-    return max((int(step) for step in steps), default=0)
+        counts += [int(saved[key]["step"]) for key in _SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
+    return max(counts, default=0)

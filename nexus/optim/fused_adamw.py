@@ -72,10 +72,9 @@ class FusedAdamW(Optimizer):
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]  # torch says dict, which it is
 
-    # What GradScaler asks for and sets: with these, unscaling and skipping are part of the update.
+    # GradScaler asks for this, and sets `grad_scale` and `found_inf` for the time of a step (it takes a product
+    # with a `grad_scale` that is there before, so there is none): unscaling and skipping are part of the update.
     _step_supports_amp_scaling = True
-    grad_scale: Tensor | None = None
-    found_inf: Tensor | None = None
 
     def __init__(
         self,
@@ -152,7 +151,8 @@ class FusedAdamW(Optimizer):
         runner = self._runner
         if runner is None or runner.changed():
             runner = self._prepare()
-        runner.step(self.grad_scale, self.found_inf)
+        attributes = self.__dict__
+        runner.step(attributes.get("grad_scale"), attributes.get("found_inf"))
         return loss
 
     _step_with_hooks = Optimizer.profile_hook_step(_step)
@@ -183,6 +183,7 @@ class FusedAdamW(Optimizer):
         for _, param, name in named:
             tensor_list.check_parameter(param, name)
             tensor_list.check_gradient(param, name)
+        tensor_list.check_sharing([(name, param) for _, param, name in named])
         self._init_states()
         devices: dict[torch.device, DevicePlan] = {}
         for device in self._devices():
@@ -206,7 +207,7 @@ class FusedAdamW(Optimizer):
             for param in group["params"]
             if param.grad is not None or self.state.get(param)
         ]
-        tensor_list.complete_states(starting, self._backend.prepare)
+        tensor_list.complete_states(starting)
 
     def _fill_settings(self, plan: DevicePlan, device: torch.device) -> None:
         plan.groups = [
@@ -224,6 +225,8 @@ class FusedAdamW(Optimizer):
 
     def _settle_group(self, group: ParamGroup) -> None:
         check_group(group)
+        if isinstance(group["betas"], list):
+            group["betas"] = tuple(group["betas"])  # a change within a list would go unnoticed
         device = group["params"][0].device if group["params"] else torch.device("cpu")
         for name in SCHEDULABLE:
             schedule = group.settle(name, device)
@@ -292,7 +295,9 @@ class FusedAdamW(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {shown(param_group)}")
-        params = param_group.get("params", [])
+        if "params" not in param_group:
+            raise ValueError(f"param_group must have the key 'params', got {sorted(map(str, param_group))}")
+        params = param_group["params"]
         params = [params] if isinstance(params, Tensor) else params
         if isinstance(params, set) or not isinstance(params, Iterable):
             raise TypeError(f"params must be a tensor or an ordered iterable of tensors, got {shown(params)}")
@@ -383,7 +388,10 @@ class FusedAdamW(Optimizer):
             RuntimeError: no group has a WSD schedule.
             TypeError, ValueError: `n` is no count, or a stable phase is open-ended.
         """
-        for table, state in self._wsd_tables():
+        tables = self._wsd_tables()
+        for table, _ in tables:
+            table.check_extend_stable(n)
+        for table, state in tables:
             table.extend_stable(n, state.completed)
 
     def _wsd_tables(self) -> list[tuple[ScheduleTable, StepState]]:

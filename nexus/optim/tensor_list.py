@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus.backends.interface import TensorEntry
@@ -19,6 +19,8 @@ MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 def check_parameter(param: Tensor, where: str) -> None:
     """Refuse a parameter that no kernel can update. `where` names it in the error."""
+    if is_lazy(param):
+        raise TypeError(f"{where} is not initialized yet; run the lazy module once before making the optimizer")
     if is_traceable_wrapper_subclass(param):
         raise TypeError(f"{where} is a {type(param).__name__}; FusedAdamW takes plain tensors")
     if param.layout != torch.strided:
@@ -31,6 +33,8 @@ def check_parameter(param: Tensor, where: str) -> None:
         raise TypeError(f"{where} is on the meta device; materialize the model before the first step")
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
+    if _is_freed(param):
+        raise RuntimeError(f"{where} has no memory: its storage was freed")
 
 
 def check_gradient(param: Tensor, where: str) -> None:
@@ -50,6 +54,39 @@ def check_gradient(param: Tensor, where: str) -> None:
             f"{where} of shape {tuple(param.shape)} on {param.device} has a gradient of shape "
             f"{tuple(grad.shape)} on {grad.device}"
         )
+    if _is_freed(grad):
+        raise RuntimeError(f"{where} has a gradient without memory: its storage was freed")
+
+
+def _is_freed(tensor: Tensor) -> bool:
+    return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
+
+
+def check_sharing(params: list[tuple[str, Tensor]]) -> None:
+    """Refuse parameters of which two elements are one place in memory, where some are not dense.
+
+    Of parameters that are, a backend sees it by their addresses.
+    """
+    if all(is_dense(param.detach()) for _, param in params):
+        return
+    by_storage: dict[int, list[tuple[str, Tensor]]] = {}
+    for name, param in params:
+        if param.device.type == "cpu" and param.numel():
+            by_storage.setdefault(param.untyped_storage().data_ptr(), []).append((name, param))
+    for sharers in by_storage.values():
+        if len(sharers) == 1 and is_dense(sharers[0][1].detach()):
+            continue
+        taken = torch.zeros(sharers[0][1].untyped_storage().nbytes(), dtype=torch.bool, device="cpu")
+        for name, param in sharers:
+            size = param.element_size()
+            mine = taken.as_strided(
+                (*param.shape, size), (*(size * s for s in param.stride()), 1), size * param.storage_offset()
+            )
+            before = int(taken.sum())
+            mine.fill_(True)
+            if int(taken.sum()) - before != param.numel() * size:
+                others = ", ".join(other for other, _ in sharers if other != name) or "itself"
+                raise ValueError(f"{name} shares memory with {others}; give the optimizer one tensor for both")
 
 
 def is_dense(tensor: Tensor) -> bool:
@@ -97,7 +134,7 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]], prepare: Callable[[Tensor], None]) -> None:
+def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
     """Fill in what is missing of (parameter, its state, amsgrad): a count of 0, moments of 0.
 
     What is new shares one block of memory for each type and device: a step then has few blocks to keep an eye on
@@ -117,7 +154,6 @@ def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]], prepare: 
     for (device, dtype), new in wanted.items():
         padded = [1 if name == "step" else -(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param, _, name in new]
         block = torch.zeros(sum(padded), dtype=dtype, device=device)
-        prepare(block)
         for (param, state, name), part in zip(new, torch.split(block, padded), strict=True):
             state[name] = part[0] if name == "step" else part.as_strided(param.shape, _dense_stride(param))
 

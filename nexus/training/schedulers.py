@@ -17,7 +17,8 @@ synchronising. `get_last_lr()` is computed on the host in either case, by the or
 
 from __future__ import annotations
 
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -25,9 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import check_count, check_number, shown
-from nexus.backends.interface import Backend
 from nexus.optim import FusedAdamW
-from nexus.optim.param_group import ParamGroup
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
@@ -40,25 +39,50 @@ class _DeviceRates:
     """The rates of a FusedAdamW's groups, computed on the device from a counter of their own.
 
     Every group's `"lr"` becomes a 0-dim view of one float64 tensor, so that an advance is three operations
-    however many groups there are.
+    however many groups there are. All schedulers of an optimizer write the same views: as with torch's, the one
+    that has stepped last is in force.
     """
 
-    def __init__(self, optimizer: FusedAdamW, schedule: Schedule) -> None:
-        groups = optimizer.param_groups
-        device = next((p.device for group in groups for p in group["params"]), torch.device("cpu"))
-        self.backend: Backend = optimizer.evaluator
+    _shared: ClassVar[WeakKeyDictionary[FusedAdamW, tuple[Tensor, tuple[Tensor, ...]]]] = WeakKeyDictionary()
+
+    def __init__(self, optimizer: FusedAdamW, schedule: Schedule, last_epoch: int) -> None:
+        device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+        self.optimizer = optimizer
         self.table = ScheduleTable(schedule, device)
-        self.counter = torch.zeros((), dtype=torch.int64, device=device)
-        self.rates = torch.zeros(len(groups), dtype=torch.float64, device=device)
-        self.scales = torch.ones(len(groups), dtype=torch.float64, device=device)
-        self._seen_scales = [1.0] * len(groups)
+        self.counter = torch.full((), last_epoch, dtype=torch.int64, device=device)
+        self.counted = last_epoch  # the counter, as the host has moved it
+        self._make_views(*self._shared.get(optimizer, (None, ())))
+
+    def _make_views(self, rates: Tensor | None, views: tuple[Tensor, ...]) -> None:
+        groups = len(self.optimizer.param_groups)
+        if rates is None or len(views) != groups:
+            rates = torch.zeros(groups, dtype=torch.float64, device=self.counter.device)
+            views = tuple(rates.unbind())
+            self._shared[self.optimizer] = rates, views
+        self.rates, self.views = rates, views
+        self.scales = torch.ones_like(rates)
+        self._seen_scales = [1.0] * groups
+
+    def move_to(self, step: int) -> None:
+        """Set the counter: by an addition where it is the next step, which a captured graph can repeat."""
+        if step == self.counted + 1:
+            self.counter.add_(1)
+        else:
+            self.counter.fill_(step)
+        self.counted = step
 
     def show(self, scales: list[float]) -> None:
         """Write every group's rate at the counter."""
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.views):  # one was added
+            self._make_views(*self._shared.get(self.optimizer, (None, ())))
         if scales != self._seen_scales:
             self.scales.copy_(torch.tensor(scales, dtype=torch.float64))
             self._seen_scales = scales
-        torch.mul(self.scales, self.backend.evaluate(self.table.rows, self.counter), out=self.rates)
+        torch.mul(self.scales, self.optimizer.evaluator.evaluate(self.table.rows, self.counter), out=self.rates)
+        for group, view in zip(groups, self.views, strict=True):
+            if group["lr"] is not view:  # another number was put there
+                group["lr"] = view
 
 
 class ScheduleScheduler(LRScheduler, Generic[S]):
@@ -71,17 +95,20 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
             raise ValueError(f"last_epoch must be an int from -1, got {shown(last_epoch)}")
         self.schedule = schedule
         self._device_rates: _DeviceRates | None = None
-        if isinstance(optimizer, FusedAdamW):
-            _check_unscheduled(optimizer)
-            for own in optimizer.param_groups:
-                own.driver = None  # a scheduler that was attached before gives way to this one
-            self._device_rates = _DeviceRates(optimizer, schedule)
-            self._device_rates.counter.fill_(last_epoch)
-        super().__init__(optimizer, last_epoch)
-        if isinstance(optimizer, FusedAdamW) and self._device_rates is not None:
-            for group, rate in zip(optimizer.param_groups, self._device_rates.rates.unbind(), strict=True):
-                group["lr"] = rate
-                group.driver = type(self).__name__
+        if not isinstance(optimizer, FusedAdamW):
+            super().__init__(optimizer, last_epoch)
+            return
+        _check_unscheduled(optimizer)
+        drivers = [group.driver for group in optimizer.param_groups]
+        for group in optimizer.param_groups:
+            group.driver = None  # a group lets one of these schedulers follow another
+        self._device_rates = _DeviceRates(optimizer, schedule, last_epoch)
+        try:
+            super().__init__(optimizer, last_epoch)
+            drivers = [type(self).__name__] * len(drivers)
+        finally:
+            for group, driver in zip(optimizer.param_groups, drivers, strict=True):
+                group.driver = driver
 
     def get_lr(self) -> list[float | Tensor]:
         """The rate of each group at `last_epoch`, by the oracle."""
@@ -89,18 +116,22 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         return [scale * rate for scale in self._scales()]
 
     def _update_lr(self, epoch: int | None = None) -> None:
-        device = self._device_rates
-        if device is None:
-            super()._update_lr(epoch)
+        self.last_epoch = self.last_epoch + 1 if epoch is None else check_count("epoch", epoch)
+        if self._device_rates is not None:
+            self._device_rates.move_to(self.last_epoch)
+        self._show()
+
+    def _show(self) -> None:
+        """Let every group have the rate at `last_epoch`."""
+        self._last_lr = self.get_lr()
+        if self._device_rates is not None:
+            self._device_rates.show(self._scales())
             return
-        if epoch is None:
-            self.last_epoch += 1
-            device.counter.add_(1)
-        else:
-            self.last_epoch = check_count("epoch", epoch)
-            device.counter.fill_(self.last_epoch)
-        device.show(self._scales())
-        self._last_lr: list[float | Tensor] = self.get_lr()
+        for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            if isinstance(group["lr"], Tensor):
+                group["lr"].fill_(rate)
+            else:
+                group["lr"] = rate
 
     def _scales(self) -> list[float]:
         return [check_number("lr_scale", group.get("lr_scale", 1.0)) for group in self.optimizer.param_groups]
@@ -108,15 +139,7 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
     def _reschedule(self, schedule: S) -> None:
         """Go on with another schedule from here; the rate of this moment is shown anew."""
         self.schedule = schedule
-        if self._device_rates is not None:
-            self._device_rates.show(self._scales())
-        else:
-            for group, rate in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
-                if isinstance(group["lr"], Tensor):
-                    group["lr"].fill_(rate)
-                else:
-                    group["lr"] = rate
-        self._last_lr = self.get_lr()
+        self._show()
 
     def get_phase(self, step: int | None = None) -> str:
         """The phase of an update: by default that of the next `optimizer.step()`."""
@@ -136,7 +159,8 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         """Go on from where `state_dict` was saved, with its schedule.
 
         Raises:
-            ValueError: the state is not one of this class's schedules. Nothing is changed.
+            TypeError, ValueError: the state does not hold one of this class's schedules, or, over a FusedAdamW,
+                one of another number of cycle lengths than this one's. Nothing is changed.
         """
         if not isinstance(state_dict, dict) or "schedule" not in state_dict or "last_epoch" not in state_dict:
             raise ValueError(f"not a {type(self).__name__}'s state dict: it needs 'schedule' and 'last_epoch'")
@@ -149,7 +173,7 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         last_epoch = check_count("last_epoch", state_dict["last_epoch"])
         if self._device_rates is not None:
             self._device_rates.table.replace(schedule)
-            self._device_rates.counter.fill_(last_epoch)
+            self._device_rates.move_to(last_epoch)
         self.last_epoch = last_epoch
         self.base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
         self._step_count = int(state_dict.get("_step_count", last_epoch + 1))
@@ -158,7 +182,8 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
 
 def _check_unscheduled(optimizer: FusedAdamW) -> None:
     for group in optimizer.param_groups:
-        schedule = group["lr_schedule"] if isinstance(group, ParamGroup) else None
+        lr = group["lr"]  # a schedule that was assigned to a group is here until the next step
+        schedule = lr if isinstance(lr, Schedule) else group.get("lr_schedule")
         if schedule is not None:
             raise RuntimeError(
                 f"this FusedAdamW evaluates its own schedule, {schedule!r}: it advances with step() and takes no "
@@ -282,5 +307,8 @@ class CosineAnnealingScheduler(ScheduleScheduler[Cosine]):
             if isinstance(optimizer, FusedAdamW):
                 _check_unscheduled(optimizer)
             peak_lr = float(optimizer.defaults["lr"])
-        schedule = Cosine(peak_lr, max_steps, min_lr, warmup_steps)
+        try:
+            schedule = Cosine(peak_lr, max_steps, min_lr, warmup_steps)
+        except (TypeError, ValueError) as error:
+            raise type(error)(str(error).replace("total_steps", "max_steps")) from None
         super().__init__(optimizer, schedule, last_epoch)

@@ -1,0 +1,1 @@
+"""`python -m nexus bench`: what a step of the optimizer costs beside torch's."""

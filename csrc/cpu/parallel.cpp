@@ -10,6 +10,7 @@
 
 #include <atomic>
 #include <string>
+#include <system_error>
 #include <thread>
 #include <vector>
 #ifdef __linux__
@@ -23,6 +24,7 @@ using Region = void (*)(void (*)(void*), void*, unsigned threads, unsigned flags
 
 struct Runtime {
   Region enter = nullptr;
+  int (*thread_number)() = nullptr;
   std::string name = "std::thread";
 };
 
@@ -53,8 +55,11 @@ Runtime find_runtime() {
   dl_iterate_phdr(find_openmp, &path);
   if (!path.empty()) {
     if (void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
-      if (void* symbol = dlsym(library, "GOMP_parallel")) {
-        runtime.enter = reinterpret_cast<Region>(symbol);
+      void* enter = dlsym(library, "GOMP_parallel");
+      void* thread_number = dlsym(library, "omp_get_thread_num");
+      if (enter != nullptr && thread_number != nullptr) {
+        runtime.enter = reinterpret_cast<Region>(enter);
+        runtime.thread_number = reinterpret_cast<int (*)()>(thread_number);
         runtime.name = path.substr(path.rfind('/') + 1);
       }
     }
@@ -70,21 +75,35 @@ const Runtime& runtime() {
 
 }  // namespace
 
-void run_parallel(int threads, void (*work)(void*), void* context) {
+void run_parallel(int threads, void (*work)(void*, int), void* context) {
   if (threads <= 1) {
-    work(context);
+    work(context, 0);
     return;
   }
   const Runtime& found = runtime();
   if (found.enter != nullptr && !forked) {
-    found.enter(work, context, static_cast<unsigned>(threads), 0);
+    struct Call {
+      void (*work)(void*, int);
+      void* context;
+      int (*thread_number)();
+    } call{work, context, found.thread_number};
+    found.enter(
+        [](void* data) {
+          const auto& c = *static_cast<const Call*>(data);
+          c.work(c.context, c.thread_number());
+        },
+        &call, static_cast<unsigned>(threads), 0);
     return;
   }
   std::vector<std::thread> others;
-  for (int i = 1; i < threads; ++i) {
-    others.emplace_back(work, context);
+  try {
+    for (int i = 1; i < threads; ++i) {
+      others.emplace_back(work, context, i);
+    }
+  } catch (const std::system_error&) {
+    // No more threads to be had: those that there are do it all.
   }
-  work(context);
+  work(context, 0);
   for (std::thread& other : others) {
     other.join();
   }

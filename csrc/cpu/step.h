@@ -1,6 +1,8 @@
 // One optimizer step over a list of tensors on the CPU.
 #pragma once
 
+#include <atomic>
+#include <memory>
 #include <utility>
 #include <vector>
 
@@ -36,12 +38,20 @@ struct TensorList {
   const Kernels* kernels = cpu::kernels();
 
  private:
+  // Shares that one thread takes before it helps the others. A cache line each.
+  struct alignas(64) Region {
+    std::atomic<size_t> next{0};
+    size_t end = 0;
+  };
+
   template <class Work>
   void for_each_chunk(int threads, const Work& work);
   bool prepare();  // false: this step is skipped
 
   std::vector<Chunk> chunks_;
   std::vector<int32_t> shares_;  // shares_[i] .. shares_[i + 1] are the chunks of one unit of work
+  std::unique_ptr<Region[]> regions_;
+  size_t region_count_ = 0;
   std::vector<double> partial_sums_;
   std::vector<Coefficients<float>> float_coefficients_;    // one a tensor
   std::vector<Coefficients<double>> double_coefficients_;  // one a tensor

@@ -2,7 +2,6 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -38,17 +37,6 @@ class CpuTensorList {
       : watch_(list_, attributes.ptr(), setting_names.ptr(), grad_descriptor.ptr(),
                TensorReader(exchange_api.ptr(), dtypes.ptr())) {}
 
-  // The addresses of the functions of TensorShim, in its order: watch_entry() takes handles from here on.
-  void use_shim(const std::array<Address, 7>& functions) {
-    shim_.data_ptr = at<int32_t(void*, void**)>(functions[0]);
-    shim_.sizes = at<int32_t(void*, int64_t**)>(functions[1]);
-    shim_.strides = at<int32_t(void*, int64_t**)>(functions[2]);
-    shim_.dim = at<int32_t(void*, int64_t*)>(functions[3]);
-    shim_.dtype = at<int32_t(void*, int32_t*)>(functions[4]);
-    shim_.device_type = at<int32_t(void*, int32_t*)>(functions[5]);
-    shim_.delete_handle = at<int32_t(void*)>(functions[6]);
-  }
-
   void begin() {
     list_.tensors.clear();
     list_.groups.clear();
@@ -77,13 +65,9 @@ class CpuTensorList {
   void watch_parameter(const py::handle& param) { watch_.add_parameter(param.ptr()); }
 
   void watch_entry(const py::handle& param, int64_t record, const py::handle& streams, bool staged_param,
-                   bool staged_grad, Address grad_buffer, const py::object& handle) {
-    TensorHandle owned;
-    if (!handle.is_none()) {  // a capsule that owns nothing
-      owned = TensorHandle(&shim_, PyCapsule_GetPointer(handle.ptr(), nullptr));
-    }
-    watch_.add_parameter(param.ptr(), record, streams.ptr(), staged_param, staged_grad, at<void>(grad_buffer),
-                         std::move(owned));
+                   bool staged_grad, Address grad_buffer) {
+    watch_.add_parameter(param.ptr(), record, streams.ptr(), staged_param, staged_grad,
+                         at<void>(grad_buffer));
   }
 
   void watch_tensor(const py::handle& tensor) { watch_.add_tensor(tensor.ptr()); }
@@ -140,7 +124,6 @@ class CpuTensorList {
   }
 
  private:
-  TensorShim shim_ = {};  // before the watch, whose handles it outlives
   cpu::TensorList list_;
   TensorWatch watch_;
 };
@@ -207,7 +190,6 @@ PYBIND11_MODULE(_native, m) {
       .def("add_group", &CpuTensorList::add_group)
       .def("add_tensor", &CpuTensorList::add_tensor)
       .def("watch_parameter", &CpuTensorList::watch_parameter)
-      .def("use_shim", &CpuTensorList::use_shim)
       .def("watch_entry", &CpuTensorList::watch_entry)
       .def("watch_tensor", &CpuTensorList::watch_tensor)
       .def("watch_setting_tensor", &CpuTensorList::watch_setting_tensor)

@@ -93,23 +93,18 @@ void TensorWatch::reset_settings() {
 }
 
 void TensorWatch::add_parameter(PyObject* param) {
-  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, nullptr, {}, 0});
+  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, nullptr});
 }
 
 void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
-                                bool staged_grad, void* grad_buffer, TensorHandle handle) {
+                                bool staged_grad, void* grad_buffer) {
   const TensorRecord& entry = list_.tensors.at(static_cast<size_t>(record));
   Description now;
   if (!reader_.describe(param, now)) {
     throw std::invalid_argument("a parameter could not be read");
   }
   parameters_.push_back({Object(param), Object(streams), record, staged_param, staged_grad, entry.param_dtype,
-                         entry.grad_dtype, now.ndim, layouts_.size(), grad_buffer, std::move(handle), 0});
-  HandleReading reading;
-  TensorHandle& kept = parameters_.back().handle;
-  if (kept && kept.read(reading)) {
-    parameters_.back().handle_dtype = reading.dtype;
-  }
+                         entry.grad_dtype, now.ndim, layouts_.size(), grad_buffer});
   layouts_.insert(layouts_.end(), now.shape, now.shape + now.ndim);
   layouts_.insert(layouts_.end(), now.strides, now.strides + now.ndim);
   if (!reader_.describe(streams, now)) {
@@ -285,26 +280,6 @@ bool TensorWatch::same_layout(const Parameter& parameter, const Description& now
   return now.data != nullptr || numel == 0;  // null: its storage was freed
 }
 
-// Whether the parameter still has its type, device and layout, and where its elements are now.
-bool TensorWatch::same_parameter(const Parameter& parameter, void*& data) {
-  const int64_t* strides = layouts_.data() + parameter.layout + parameter.ndim;
-  Description now;
-  if (parameter.handle) {
-    HandleReading reading;
-    if (!parameter.handle.read(reading) || reading.dtype != parameter.handle_dtype) {
-      return false;
-    }
-    const void* before = list_.tensors[static_cast<size_t>(parameter.record)].param;
-    const bool on_cpu = reading.data == before || parameter.handle.on_cpu();
-    now = {reading.data,  parameter.dtype, on_cpu, static_cast<int>(reading.dim),
-           reading.sizes, reading.strides};
-  } else if (!reader_.describe(parameter.tensor.get(), now)) {
-    return false;
-  }
-  data = now.data;
-  return now.dtype == parameter.dtype && same_layout(parameter, now, strides);
-}
-
 bool TensorWatch::refresh_parameter(Parameter& parameter) {
   PyObject* param = parameter.tensor.get();
   const Object grad = gradient(param);
@@ -324,12 +299,15 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
     record.grad = nullptr;
     return true;
   }
-  void* param_data = nullptr;
-  if (!same_parameter(parameter, param_data)) {
+  const int64_t* strides = layouts_.data() + parameter.layout + parameter.ndim;
+  const int64_t* grad_strides = parameter.staged_grad ? nullptr : strides + parameter.ndim;
+  Description now;
+  if (!reader_.describe(param, now) || now.dtype != parameter.dtype ||
+      !same_layout(parameter, now, strides)) {
     return false;
   }
-  if (!parameter.staged_param && record.param != param_data) {
-    record.param = param_data;
+  if (!parameter.staged_param && record.param != now.data) {
+    record.param = now.data;
     param_moved_ = true;
     parameter.alias = Object::own(PyObject_CallMethodNoArgs(param, detach_name_.get()));
     if (parameter.alias.get() == nullptr) {
@@ -337,9 +315,6 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
       return false;
     }
   }
-  const int64_t* grad_strides =
-      parameter.staged_grad ? nullptr : layouts_.data() + parameter.layout + 2 * parameter.ndim;
-  Description now;
   if (!reader_.describe(grad.get(), now) || now.dtype != parameter.grad_dtype ||
       !same_layout(parameter, now, grad_strides)) {
     return false;

@@ -129,9 +129,7 @@ def test_extension_of_the_wheel_loads_without_torch(wheel, tmp_path):
 def test_build_knows_no_torch():
     include = re.compile(r"^\s*#\s*include\s*[<\"](torch|ATen|c10|caffe2)\b", re.MULTILINE)
     assert not [path for path in (ROOT / "csrc").rglob("*.*") if include.search(path.read_text())]
-    (requirements,) = re.findall(
-        r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE
-    )
+    (requirements,) = re.findall(r"^requires = (\[.*\])$", (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
     assert "pybind11" in requirements
     assert "torch" not in requirements
 
@@ -159,9 +157,7 @@ def test_build_is_incremental(tree):
 
 @pytest.mark.parametrize("place", ["in place", "for a wheel"])
 def test_without_a_compiler_the_build_goes_on_and_says_why(tree, place):
-    package, options = (
-        (tree / "nexus", ["--inplace"]) if place == "in place" else (tree / "lib/nexus", ["-b", "lib"])
-    )
+    package, options = (tree / "nexus", ["--inplace"]) if place == "in place" else (tree / "lib/nexus", ["-b", "lib"])
     package.mkdir(parents=True, exist_ok=True)
     (package / EXTENSION).write_bytes(b"of an older source")
     result = run(tree, "setup.py", "build_ext", *options, CXX="/nonexistent/c++")

@@ -157,9 +157,7 @@ def test_png(kind, tmp_path, capsys) -> None:
 @needs_matplotlib
 @pytest.mark.parametrize("steps", [2, MAX_STEP])
 def test_png_of_extremes(steps, tmp_path) -> None:
-    for number, schedule in enumerate(
-        [Constant(0), WSD(0, 0, 1, 1e-300), CosineRestarts(1e3, cycle_length=1)]
-    ):
+    for number, schedule in enumerate([Constant(0), WSD(0, 0, 1, 1e-300), CosineRestarts(1e3, cycle_length=1)]):
         plot.draw(schedule, tmp_path / f"{number}.png", steps)
         assert size_of_png(tmp_path / f"{number}.png") == (1200, 540)
 
@@ -195,9 +193,7 @@ def test_failed_write_leaves_the_old_picture(tmp_path, monkeypatch, capsys) -> N
 
 @needs_matplotlib
 def test_unwritable_output(tmp_path, capsys) -> None:
-    assert "No such file or directory" in refused(
-        capsys, "plot", "wsd", "-o", str(tmp_path / "no" / "lr.png")
-    )
+    assert "No such file or directory" in refused(capsys, "plot", "wsd", "-o", str(tmp_path / "no" / "lr.png"))
     (tmp_path / "file").touch()
     assert "Not a directory" in refused(capsys, "plot", "wsd", "-o", str(tmp_path / "file" / "lr.png"))
     (tmp_path / "folder.png").mkdir()

@@ -75,9 +75,7 @@ def test_lowering_equals_formula(schedule: Schedule) -> None:
     assert all(a.start <= b.start for a, b in itertools.pairwise(segments))
     assert all(1 <= row.length <= NEVER for row in segments)
     assert all(0 <= row.start <= MAX_STEP or row.start == NEVER for row in segments)
-    assert all(
-        int(float(row.start)) == row.start and int(float(row.length)) == row.length for row in segments
-    )
+    assert all(int(float(row.start)) == row.start and int(float(row.length)) == row.length for row in segments)
     for step in [*range(200), *edges(schedule)]:
         assert schedule(step) == interpret(segments, step), step
 
@@ -129,9 +127,7 @@ def test_each_phase_is_monotone(schedule, start) -> None:
         if phase != schedule.phase(step + 1):
             continue
         before, after = schedule(step), schedule(step + 1)
-        restart = (
-            isinstance(schedule, CosineRestarts) and schedule.cycle(step)[0] < schedule.cycle(step + 1)[0]
-        )
+        restart = isinstance(schedule, CosineRestarts) and schedule.cycle(step)[0] < schedule.cycle(step + 1)[0]
         if restart or phase == "warmup":
             assert before <= after
         elif phase in ("stable", "done"):
@@ -239,9 +235,7 @@ def test_cosine_is_torchs_closed_form() -> None:
 @pytest.mark.parametrize("mult", [1, 2])
 def test_restarts_are_torchs(mult: int) -> None:
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1e-3)
-    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(
-        optimizer, T_0=10, T_mult=mult, eta_min=1e-5
-    )
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingWarmRestarts(optimizer, T_0=10, T_mult=mult, eta_min=1e-5)
     schedule = CosineRestarts(1e-3, 1e-5, cycle_length=10, cycle_mult=mult)
     for epoch in range(400):
         scheduler.step(epoch)

@@ -137,9 +137,7 @@ def test_bad_cycle_mult(value, error) -> None:
         CosineRestarts(1.0, cycle_mult=value)
 
 
-@pytest.mark.parametrize(
-    ("length", "mult"), [(1, 1.0001), (10_000, 1.0001), (1, 1.0000001), (10**7, 1.00001)]
-)
+@pytest.mark.parametrize(("length", "mult"), [(1, 1.0001), (10_000, 1.0001), (1, 1.0000001), (10**7, 1.00001)])
 def test_cycle_mult_barely_above_one(length, mult) -> None:
     with pytest.raises(ValueError, match=r"cycle_mult=.*more than 65,536 .*must be 1\.0 .*at least 1\.0004"):
         CosineRestarts(1.0, cycle_length=length, cycle_mult=mult)
@@ -244,7 +242,5 @@ def test_immutable(kind) -> None:
 
 
 def test_oracle_does_without_torch() -> None:
-    code = (
-        "import sys; from nexus.schedules import WSD; WSD(1, 2, 3, 1.0)(2); sys.exit('torch' in sys.modules)"
-    )
+    code = "import sys; from nexus.schedules import WSD; WSD(1, 2, 3, 1.0)(2); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)

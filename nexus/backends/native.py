@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
-import functools
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -72,33 +69,6 @@ def _rate_fields(rate: Rate) -> tuple[float, int, int, int, int, float, int]:
     )
 
 
-_SHIM = (
-    "aoti_torch_get_data_ptr",
-    "aoti_torch_get_sizes",
-    "aoti_torch_get_strides",
-    "aoti_torch_get_dim",
-    "aoti_torch_get_dtype",
-    "aoti_torch_get_device_type",
-    "aoti_torch_delete_tensor_object",
-)
-
-
-@functools.cache
-def _shim_addresses() -> tuple[int, ...]:
-    """Of torch's stable C functions on tensors, in the order of the extension's `TensorShim`; empty: not found."""
-    try:
-        library = ctypes.CDLL(str(next(Path(torch.__file__).parent.glob("lib/libtorch_cpu.*"))))
-        return tuple(ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _SHIM)
-    except (OSError, AttributeError, StopIteration):
-        return ()
-
-
-def _handle_maker() -> Callable[[list[Tensor]], list[Any]] | None:
-    """What makes handles for these functions; None where torch has none: tensors are then read more slowly."""
-    maker = getattr(getattr(torch._C, "_aoti", None), "unsafe_alloc_void_ptrs_from_tensors", None)
-    return maker if maker is not None and _shim_addresses() else None
-
-
 class NativeRunner:
     """Keeps raw pointers in the extension and follows them from step to step."""
 
@@ -112,9 +82,6 @@ class NativeRunner:
             getattr(torch.Tensor, "__dlpack_c_exchange_api__", None),
             DTYPES,
         )
-        self._make_handles = _handle_maker()
-        if self._make_handles is not None:
-            self._list.use_shim(_shim_addresses())
         self._plan: DevicePlan | None = None
         self._staged: list[TensorEntry] = []
         self._measures_norm = False
@@ -143,7 +110,6 @@ class NativeRunner:
                 _DTYPE_INDEX[entry.param.dtype],
                 _DTYPE_INDEX[entry.param.dtype if grad is None else grad.dtype],
             )
-        make_handles = self._make_handles
         for param, watched in plan.parameters:
             if watched is None:
                 native.watch_parameter(param)
@@ -155,7 +121,6 @@ class NativeRunner:
                     watched.param_buffer is not None,
                     watched.grad_buffer is not None,
                     _address(watched.grad_buffer),
-                    None if make_handles is None else make_handles([param])[0],
                 )
         for tensor in _one_of_each_storage(device_plan):
             native.watch_tensor(tensor)

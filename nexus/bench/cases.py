@@ -68,6 +68,13 @@ CASES = {
             quick_repeats=40,
         ),
         Case(
+            "deep",
+            "byte-level GPT: 12 layers, width 64",
+            gpt_shapes(layers=12, width=64, vocabulary=256, context=256),
+            repeats=500,
+            quick_repeats=40,
+        ),
+        Case(
             "gpt2",
             "GPT-2 124M",
             gpt_shapes(layers=12, width=768, vocabulary=50257, context=1024),

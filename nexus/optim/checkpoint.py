@@ -70,6 +70,8 @@ def _saved_group(optimizer: FusedAdamW, group: ParamGroup, indices: dict[int, in
 
 def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     """See `FusedAdamW.load_state_dict`."""
+    if not isinstance(state_dict, dict):
+        raise TypeError(f"state_dict must be a dict as state_dict() returns it, got {shown(state_dict)}")
     state_dict = state_dict.copy()
     for pre_hook in optimizer._optimizer_load_state_dict_pre_hooks.values():
         replaced = pre_hook(optimizer, state_dict)
@@ -89,7 +91,9 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         amsgrad = bool(saved.get("amsgrad", group["amsgrad"]))
         for key in saved["params"]:
             _check_state(states.get(key), params[key], key, amsgrad=amsgrad)
-    edits = [_checked_edits(group, saved) for group, saved in pairs]
+    edits = []
+    for group, saved in pairs:  # no comprehension: its frame would shift the warnings' stack level
+        edits.append(_checked_edits(group, saved))
 
     tensor_list.complete_states(
         [
@@ -200,14 +204,15 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any]) -> dict[str, dict[s
             )
             continue
         mine = now.to_dict()
-        for field in dict.fromkeys((*mine, *before)):
+        kinds_differ = mine["type"] != before.get("type")
+        for field in ("type",) if kinds_differ else dict.fromkeys((*mine, *before)):
             if field not in ("step", "edits") and mine.get(field) != before.get(field):
                 warnings.warn(
                     f"{name}_schedule.{field} was {before.get(field)!r} in the checkpoint and is {mine.get(field)!r} "
                     "now; the run goes on with the latter",
                     stacklevel=4,
                 )
-        if mine["type"] == before.get("type"):
+        if not kinds_differ:
             edits[name] = _checked_table_edits(now, before.get("edits") or {}, f"{name}_schedule['edits']")
     return edits
 

@@ -94,6 +94,7 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
             raise ValueError(f"last_epoch must be an int from -1, got {shown(last_epoch)}")
         self.schedule = schedule
+        self._checked_scales: list[float] = []
         self._device_rates: _DeviceRates | None = None
         if not isinstance(optimizer, FusedAdamW):
             super().__init__(optimizer, last_epoch)
@@ -134,7 +135,10 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
                 group["lr"] = rate
 
     def _scales(self) -> list[float]:
-        return [check_number("lr_scale", group.get("lr_scale", 1.0)) for group in self.optimizer.param_groups]
+        given = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]
+        if given != self._checked_scales:
+            self._checked_scales = [check_number("lr_scale", scale) for scale in given]
+        return self._checked_scales
 
     def _reschedule(self, schedule: S) -> None:
         """Go on with another schedule from here; the rate of this moment is shown anew."""

@@ -1,0 +1,241 @@
+"""Float64 torch as the reference of every update, and the one table of tolerances.
+
+A comparison is never re-synchronised: both sides run all steps from the same start and see the same gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import Schedule
+
+BACKENDS = ("native", "reference")
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+
+
+LAYOUT_SHAPE = (4, 3, 2, 5)
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
+    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
+    "sliced": lambda x: torch.cat([x, x], dim=3)[..., : x.shape[3]],
+    "every other": lambda x: torch.stack([x, x], dim=-1).flatten(-2)[..., ::2],
+    "offset": lambda x: torch.cat([torch.zeros(3, dtype=x.dtype), x.flatten()])[3:].view(x.shape),
+    "as_strided": lambda x: torch.cat([x.flatten(), x.flatten()]).as_strided(x.shape, (30, 10, 5, 1), 120),
+}
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest allowed |difference|: `rtol` of the expected element plus `atol`, where all values are about 1.
+
+    `unequal` is the share of elements that need not be exactly equal.
+    """
+
+    rtol: float
+    atol: float
+    unequal: float = 1.0
+
+
+# Measured: the largest |difference| that the tests of this folder see, in values of about 1.
+PARAMS = {
+    # The same formula in another order: roundings of 2**-53. Measured: 7e-15.
+    torch.float64: Tolerance(rtol=5e-15, atol=1e-14),
+    # A rounding of 2**-24 a step. Measured: 5e-7; where an update is an ill-conditioned quotient of 300, 2e-7 of it.
+    torch.float32: Tolerance(rtol=5e-7, atol=1e-6),
+    # The reference rounds its parameters to this type after every step. Where float32 and float64 come to lie on
+    # two sides of the middle between two values, both go on one unit in the last place apart: 2**-8 and 2**-11
+    # below 1. Measured: one unit, in a share of 1e-3 of the elements.
+    torch.bfloat16: Tolerance(rtol=2**-7, atol=2**-8, unequal=3e-3),
+    torch.float16: Tolerance(rtol=2**-10, atol=2**-11, unequal=3e-3),
+}
+# Of moments, which do not depend on the parameters, and are float32 for half precision.
+MOMENT = {
+    # Measured: 4e-16.
+    torch.float64: Tolerance(rtol=1e-15, atol=1e-15),
+    # Measured: 3e-7.
+    torch.float32: Tolerance(rtol=5e-7, atol=5e-7),
+}
+
+
+def moment_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance, what: str = "") -> None:
+    """Compare in float64; NaNs and infinities have to be at the same places."""
+    actual, expected = actual.detach().double(), expected.detach().double()
+    torch.testing.assert_close(
+        actual,
+        expected,
+        rtol=tolerance.rtol,
+        atol=tolerance.atol,
+        equal_nan=True,
+        msg=lambda text: f"{what}: {text}",
+    )
+
+
+class Float64AdamW:
+    """`torch.optim.AdamW(foreach=False, fused=False)` in float64, with `LambdaLR` and `clip_grad_norm_`.
+
+    Args:
+        groups: dicts as for an optimizer; `"params"` are tensors, whose values are copied. `"lr"` and
+            `"weight_decay"` may be schedules, and `"lr_scale"` multiplies the former.
+        max_grad_norm: as for `FusedAdamW`.
+        options: for torch's optimizer.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[Tensor] | Sequence[dict[str, Any]],
+        *,
+        max_grad_norm: float | None = None,
+        **options: Any,
+    ) -> None:
+        if not groups or isinstance(groups[0], Tensor):
+            groups = [{"params": list(groups)}]
+        self.max_grad_norm = max_grad_norm
+        self.dtypes: list[torch.dtype] = []
+        self.params: list[Tensor] = []
+        self.decays: list[Schedule | None] = []
+        torch_groups, rates = [], []
+        for group in groups:
+            settings = {**options, **group}
+            own = [torch.nn.Parameter(param.detach().double().clone()) for param in group["params"]]
+            self.dtypes += [param.dtype for param in group["params"]]
+            self.params += own
+            lr, decay = settings.get("lr", 1e-3), settings.get("weight_decay", 1e-2)
+            self.decays.append(decay if isinstance(decay, Schedule) else None)
+            scheduled = isinstance(lr, Schedule)
+            rates.append(_scaled(lr, settings.pop("lr_scale", 1.0)) if scheduled else (lambda step: 1.0))
+            settings.update(params=own, lr=1.0 if scheduled else lr)
+            settings.update(weight_decay=0.0 if isinstance(decay, Schedule) else decay)
+            torch_groups.append(settings)
+        self.optimizer = torch.optim.AdamW(torch_groups, foreach=False, fused=False)
+        self.scheduler = None
+        if any(isinstance(group.get("lr", options.get("lr")), Schedule) for group in groups):
+            self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rates)
+        self.completed = 0
+        self.grad_norm = torch.zeros((), dtype=torch.float64)
+
+    def step(self, grads: Sequence[Tensor | None]) -> None:
+        for param, grad in zip(self.params, grads, strict=True):
+            param.grad = None if grad is None else grad.detach().double().clone()
+        if self.max_grad_norm is not None:
+            self.grad_norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm, foreach=False)
+        for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
+            if decay is not None:
+                group["weight_decay"] = decay(self.completed)
+        self.optimizer.step()
+        if self.scheduler is not None:
+            self.scheduler.step()
+        self.completed += 1
+        with torch.no_grad():
+            for param, dtype in zip(self.params, self.dtypes, strict=True):
+                param.copy_(param.to(dtype))
+
+    def state(self, index: int) -> dict[str, Tensor]:
+        return self.optimizer.state.get(self.params[index], {})
+
+
+def _scaled(schedule: Schedule, scale: float) -> Callable[[int], float]:
+    return lambda step: scale * schedule(step)
+
+
+def assert_same_run(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:
+    """Compare every parameter, moment and counter."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    assert len(params) == len(reference.params)
+    for index, param in enumerate(params):
+        assert_same_parameter(optimizer, param, reference, index, what)
+
+
+def assert_same_parameter(
+    optimizer: FusedAdamW, param: Tensor, reference: Float64AdamW, index: int, what: str = ""
+) -> None:
+    where = f"{what} parameter {index} {tuple(param.shape)} {param.dtype}"
+    expected = reference.params[index]
+    assert_close(param, expected, PARAMS[param.dtype], where)
+    unequal = int((param.double() != expected).sum())
+    assert unequal <= max(2, PARAMS[param.dtype].unequal * param.numel()), f"{where}: {unequal} differ"
+    state, expected_state = optimizer.state.get(param, {}), reference.state(index)
+    assert set(state) == set(expected_state), where
+    for name in MOMENTS:
+        if name in state:
+            assert state[name].dtype == moment_dtype(param.dtype), where
+            assert_close(state[name], expected_state[name], MOMENT[state[name].dtype], f"{where} {name}")
+    if "step" in state:
+        assert state["step"].dtype == torch.int64
+        assert int(state["step"]) == int(expected_state["step"]), where
+
+
+def make_params(shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[torch.nn.Parameter]:
+    """Parameters of about 1."""
+    return [torch.nn.Parameter(torch.randn(shape, dtype=torch.float64).to(dtype)) for shape in shapes]
+
+
+def copies(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(param.detach().clone()) for param in params]
+
+
+def make_grads(params: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
+    """Gradients of about 1 that mostly point one way, so that every parameter moves far."""
+    return [(torch.randn(param.shape) * 0.5 + 0.5).to(dtype or param.dtype) for param in params]
+
+
+def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    """As `backward` would leave them; of another dtype than the parameter's where they are."""
+    for param, grad in zip(params, grads, strict=True):
+        if grad is not None and grad.dtype != param.grad_dtype:
+            param.grad = None
+            param.grad_dtype = grad.dtype
+        param.grad = grad
+
+
+def step_both(optimizer: FusedAdamW, reference: Float64AdamW, steps: int = 3) -> None:
+    """Some steps of both, on the same gradients."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for _ in range(steps):
+        grads = make_grads(params)
+        set_grads(params, grads)
+        reference.step(grads)
+        optimizer.step()
+
+
+def run_beside_torch(
+    params: Sequence[Tensor], backend: str, steps: int = 3, **options: Any
+) -> tuple[FusedAdamW, Float64AdamW]:
+    """An optimizer over `params` themselves and the reference, after some steps."""
+    options = {"lr": 1e-2, **options}
+    pair = FusedAdamW(params, backend=backend, **options), Float64AdamW(params, **options)
+    step_both(*pair, steps=steps)
+    return pair
+
+
+def bits(tensor: Tensor) -> Tensor:
+    """The memory of a tensor as integers: equal bits, not equal values."""
+    integer = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[tensor.element_size()]
+    return tensor.detach().contiguous().view(integer)
+
+
+def snapshot(optimizer: FusedAdamW) -> list[Tensor]:
+    """Copies of every parameter and all its state."""
+    found = []
+    for group in optimizer.param_groups:
+        for param in group["params"]:
+            found.append(param.detach().clone())
+            found += [value.clone() for value in optimizer.state.get(param, {}).values() if isinstance(value, Tensor)]
+    return found
+
+
+def same_bits(first: Sequence[Tensor], second: Sequence[Tensor]) -> bool:
+    return len(first) == len(second) and all(
+        a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+        for a, b in zip(first, second, strict=True)
+    )

@@ -1,0 +1,223 @@
+"""`python -m nexus bench`: what is compared, that it is compared fairly, and what is printed and written.
+
+No times are asserted: a test machine is never quiet.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import torch
+
+from nexus.__main__ import main
+from nexus.bench import contestants, report
+from nexus.bench.cases import CASES, CLIP_STEP_SCHEDULE, FOR_LOOP, FOREACH, FUSED, STEP, TRAFFIC, Case
+from nexus.bench.contestants import PEAK_LR, SCHEDULE, factors, rate_scale
+from nexus.bench.host import measure_host
+from nexus.bench.measure import Disagreement, Spread, interleaved, measure
+
+needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+
+SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), repeats=3, quick_repeats=2, memory_bound=True)
+GROUPS = Case("dealt", "three groups", ((17,),) * 6, repeats=3, quick_repeats=2, groups=3)
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Two threads of each of several test processes would wait for each other most of the time."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensors", "elements", "groups"),
+    [
+        ("tiny", 148, 9_472, 1),
+        ("gpt", 40, 660_608, 1),
+        ("gpt2", 148, 124_439_808, 1),
+        ("groups", 100, 100_000, 100),
+        ("many", 1000, 1_000_000, 1),
+    ],
+)
+def test_sizes(name: str, tensors: int, elements: int, groups: int) -> None:
+    case = CASES[name]
+    assert (len(case.shapes), case.elements, case.groups) == (tensors, elements, groups)
+
+
+@pytest.mark.parametrize("case", [SMALL, GROUPS], ids=lambda case: case.name)
+def test_rows(case: Case) -> None:
+    rows = list(measure(case, repeats=3))
+    expected = [(job, peer) for job in case.jobs for peer in case.peers]
+    assert [(row.job, row.peer) for row in rows if row.peer != TRAFFIC] == expected
+    for row in rows:
+        assert (row.case, row.tensors, row.elements, row.pairs) == (case.name, len(case.shapes), case.elements, 3)
+        assert 0 < row.ratio.p20 <= row.ratio.median <= row.ratio.p80 < math.inf
+        assert row.nexus_us > 0
+        assert row.peer_us > 0
+        assert row.peer == TRAFFIC or row.difference < 1e-3
+
+
+@pytest.mark.parametrize("job", [STEP, CLIP_STEP_SCHEDULE])
+@pytest.mark.parametrize("peer", [FUSED, FOREACH, FOR_LOOP])
+def test_both_do_the_same(job: str, peer: str) -> None:
+    ours, theirs = contestants.nexus(GROUPS, job), contestants.peer(GROUPS, job, peer)
+    for _ in range(20):
+        ours.call()
+        theirs.call()
+    assert contestants.difference(ours, theirs) < 1e-4
+    assert not torch.equal(theirs.params[0], theirs.first_before)
+
+
+def test_every_gradient_is_clipped() -> None:
+    for case in CASES.values():
+        if case.elements < 2_000_000:
+            grads = [param.grad for param in contestants.make_params(case.shapes)]
+            assert torch.nn.utils.get_total_norm(grads) > contestants.MAX_GRAD_NORM
+
+
+def test_the_peers_rates_are_those_of_the_schedule() -> None:
+    for index, factor in enumerate(factors(100)):
+        scaled = rate_scale(index, 100) * SCHEDULE
+        for step in (0, 1, 50, 99, 100, 101, 5000):
+            assert PEAK_LR * factor(step) == pytest.approx(scaled(step), rel=1e-12)
+
+
+def test_a_contestant_that_does_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = contestants.nexus_optimizer
+
+    def wrong(case, job, params):
+        optimizer = right(case, job, params)
+        optimizer.param_groups[0]["lr"] *= 1.02
+        return optimizer
+
+    monkeypatch.setattr(contestants, "nexus_optimizer", wrong)
+    with pytest.raises(Disagreement, match="small, step: the parameters of nexus and of torch"):
+        list(measure(SMALL, repeats=3))
+    monkeypatch.setattr(contestants, "nexus_optimizer", lambda *args: torch.optim.SGD(args[2], lr=0.0))
+    monkeypatch.setattr(torch.optim.SGD, "backend", "none", raising=False)
+    with pytest.raises(Disagreement):
+        list(measure(SMALL, repeats=3))
+
+
+def test_traffic_changes_no_bit() -> None:
+    ours = contestants.nexus(SMALL, STEP)
+    if ours.traffic is None:
+        pytest.skip("the native extension is not built")
+    ours.call()
+    tensors = [t for p in ours.params for t in (p, p.grad, *ours.call.__self__.state[p].values())]
+    before = [tensor.clone() for tensor in tensors]
+    ours.traffic()
+    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
+
+
+def test_traffic_takes_float32_alone() -> None:
+    ours = contestants.nexus(SMALL, STEP)
+    if ours.traffic is None:
+        pytest.skip("the native extension is not built")
+    optimizer = ours.call.__self__
+    double = torch.ones(3, dtype=torch.float64)
+    double.grad = torch.ones_like(double)
+    optimizer.add_param_group({"params": double})
+    optimizer.step()
+    with pytest.raises(ValueError, match="only a list of float32 tensors"):
+        ours.traffic()
+
+
+def test_turns_alternate() -> None:
+    calls: list[str] = []
+    pairs = interleaved(lambda: calls.append("a"), lambda: calls.append("b"), 6)
+    assert len(pairs) == 6
+    assert "".join(calls).startswith("abbaabba")
+    assert calls.count("a") == calls.count("b") > 6
+
+
+def test_spread() -> None:
+    assert Spread.of([5.0]) == Spread(5.0, 5.0, 5.0)
+    assert Spread.of([4.0, 0.0, 1.0, 2.0, 3.0, 5.0]) == Spread(2.5, 1.0, 4.0)
+
+
+def test_host_rows() -> None:
+    rows = list(measure_host(2))
+    assert len({row.what for row in rows}) == len(rows)
+    values = {row.what: row.value.median for row in rows}
+    assert all(math.isfinite(value) for value in values.values())
+    assert values["LambdaLR.step(), 100 groups, float rates"] > 0
+
+
+def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    argv = ["bench", "--case", "tiny", "--case", "host", "--repeats", "1", "--threads", "2", "--out", str(tmp_path)]
+    assert main(argv) == 0
+    assert torch.get_num_threads() == 1
+    out, err = capsys.readouterr()
+    assert err == ""
+    (path,) = tmp_path.iterdir()
+    assert path.name == report.file_name()
+    assert str(path) in out
+    data = json.loads(path.read_text())
+    assert data["format"] == 1
+    assert data["metadata"]["threads"] == 2
+    assert {"nexus", "torch", "python", "cpu", "instruction_set", "date", "commit"} <= set(data["metadata"])
+    assert len(data["rows"]) == 6
+    assert set(data["rows"][0]["ratio"]) == {"median", "p20", "p80"}
+    assert {row["peer"] for row in data["rows"]} == {FUSED, FOREACH, FOR_LOOP}
+    assert data["host"]
+    table = out[out.index("case") :].split("\n\n")[0].splitlines()
+    assert [line.split()[:4] for line in table[1:]] == [
+        ["tiny", "148", "9,472", job] for job in ["step"] * 3 + ["clip"] * 3
+    ]
+    for row in data["host"]:
+        assert row["what"] in out
+
+
+@needs_matplotlib
+def test_picture(tmp_path: Path) -> None:
+    from nexus.bench.picture import draw
+
+    rows = [row for case in (SMALL, GROUPS) for row in measure(case, repeats=1)]
+    path = tmp_path / "speed.png"
+    draw(rows, report.metadata(), path)
+    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize(
+    ("argv", "word"),
+    [
+        (["--case", "huge"], "'huge'"),
+        (["--repeats", "0"], "'0'"),
+        (["--repeats", "many"], "'many'"),
+        (["--threads", "-1"], "'-1'"),
+        (["--quickly"], "--quickly"),
+        (["tiny"], "tiny"),
+        (["--out", "no/such/folder/rows.json"], "no/such/folder"),
+        (["--picture", "."], "folder"),
+        (["--case", "host", "--picture", "speed.png"], "host"),
+    ],
+    ids=" ".join,
+)
+def test_nonsense(argv: list[str], word: str, capsys, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    try:
+        code = main(["bench", *argv])
+    except SystemExit as stop:
+        code = stop.code
+    out, err = capsys.readouterr()
+    assert code == 2
+    assert out == ""
+    assert err.startswith("python -m nexus")
+    assert err.count("\n") == 1
+    assert word in err
+    assert [*tmp_path.iterdir()] == []
+
+
+def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    from nexus.bench import cli
+
+    monkeypatch.setattr(cli, "_available_bytes", lambda: 1000)
+    assert main(["bench", "--case", "tiny"]) == 0
+    assert "tiny: left out, it needs 0.0 GB of memory" in capsys.readouterr().out

@@ -1,0 +1,276 @@
+"""State dicts: interchange with torch, resuming to the same bits, loading in place, and what does not fit."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import (
+    Float64AdamW,
+    assert_same_run,
+    copies,
+    make_grads,
+    make_params,
+    same_bits,
+    set_grads,
+    snapshot,
+)
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Constant, Cosine, CosineRestarts
+
+SHAPES = [(5,), (3, 4), ()]
+
+
+def run(optimizer: torch.optim.Optimizer, rounds: list[list[Tensor]]) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for grads in rounds:
+        set_grads(params, [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)])
+        optimizer.step()
+
+
+def make_rounds(count: int) -> list[list[Tensor]]:
+    return [make_grads([torch.zeros(shape) for shape in SHAPES]) for _ in range(count)]
+
+
+def written_and_read(saved: dict[str, Any]) -> dict[str, Any]:
+    """Through a file, as torch reads it by default: plain types and tensors alone."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# Interchange with torch.optim.AdamW, in the middle of a run.
+
+
+@pytest.mark.parametrize("amsgrad", [False, True])
+@pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
+def test_a_run_goes_from_torch_to_nexus_and_back(backend: str, kind: dict[str, bool], amsgrad: bool) -> None:
+    options = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.99), "amsgrad": amsgrad}
+    start = make_params(SHAPES)
+    rounds = make_rounds(30)
+    reference = Float64AdamW(start, **options)
+    for grads in rounds:
+        reference.step(grads)
+
+    own = copies(start)
+    first = torch.optim.AdamW(own, **options, **kind)
+    run(first, rounds[:10])
+    second = FusedAdamW(own, lr=0.5, backend=backend)  # options come from the checkpoint
+    second.load_state_dict(written_and_read(first.state_dict()))
+    run(second, rounds[10:20])
+    third = torch.optim.AdamW(own, lr=0.7, **kind)
+    third.load_state_dict(written_and_read(second.state_dict()))
+    run(third, rounds[20:])
+
+    fourth = FusedAdamW(own, backend=backend)
+    fourth.load_state_dict(third.state_dict())
+    assert_same_run(fourth, reference)
+    assert fourth.param_groups[0]["betas"] == (0.8, 0.99)
+    assert fourth.param_groups[0]["lr"] == 1e-2
+
+
+def test_torchs_scheduled_run_goes_on_with_a_schedule(backend: str) -> None:
+    schedule = WSD(5, 10, 15, 0.1)
+    start = make_params(SHAPES)
+    rounds = make_rounds(30)
+    own = copies(start)
+    first = torch.optim.AdamW(own, lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(first, schedule)
+    for grads in rounds[:12]:
+        run(first, [grads])
+        scheduler.step()
+    second = FusedAdamW(own, lr=schedule, backend=backend)
+    second.load_state_dict(first.state_dict())
+    assert float(second.param_groups[0]["lr"]) == schedule(12)
+    run(second, rounds[12:])
+    reference = Float64AdamW(start, lr=schedule)
+    for grads in rounds:
+        reference.step(grads)
+    assert_same_run(second, reference)
+
+
+# Resuming.
+
+
+RESUMED: dict[str, Callable[[], dict[str, Any]]] = {
+    "wsd": lambda: {"lr": WSD(5, 10, 12, 0.1, 0.01)},
+    "open-ended": lambda: {"lr": WSD(5, None, 12, 0.1, 0.01, "sqrt")},
+    "restarts": lambda: {"lr": CosineRestarts(0.1, 0.01, 4, 2.0, 3), "weight_decay": Cosine(0.3, 25)},
+    "tensor": lambda: {"lr": torch.tensor(0.03), "amsgrad": True},
+    "float": lambda: {"lr": 0.03, "max_grad_norm": 1.0, "maximize": True},
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "decays"), [*((name, False) for name in RESUMED), ("wsd", True), ("open-ended", True)]
+)
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
+    backend: str, name: str, decays: bool, dtype: torch.dtype
+) -> None:
+    start, rounds = make_params(SHAPES, dtype), make_rounds(30)
+
+    def begin() -> FusedAdamW:
+        own = copies(start)
+        groups = [{"params": own[:1]}, {"params": own[1:], "lr_scale": 0.5}]
+        return FusedAdamW(groups, backend=backend, **RESUMED[name]())
+
+    def run_until_13(optimizer: FusedAdamW) -> None:
+        run(optimizer, rounds[:8])
+        if decays:
+            optimizer.begin_decay()
+        run(optimizer, rounds[8:13])
+
+    whole = begin()
+    run_until_13(whole)
+    interrupted = begin()
+    run_until_13(interrupted)
+    saved = written_and_read(interrupted.state_dict())
+    resumed = begin()
+    with torch.no_grad():
+        for group, other in zip(resumed.param_groups, interrupted.param_groups, strict=True):
+            for param, value in zip(group["params"], other["params"], strict=True):
+                param.copy_(value)
+    resumed.load_state_dict(saved)
+    for optimizer in (whole, resumed):
+        run(optimizer, rounds[13:])
+    assert same_bits(snapshot(whole), snapshot(resumed))
+    rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in (whole, resumed)]
+    assert rates[0] == rates[1]
+    if dtype == torch.bfloat16:
+        assert resumed.state[resumed.param_groups[0]["params"][0]]["exp_avg"].dtype == torch.float32
+
+
+def test_extended_and_ended_runs_resume(backend: str) -> None:
+    schedule = WSD(3, 5, 6, 0.1)
+    params = make_params(SHAPES)
+    optimizer = FusedAdamW(params, lr=schedule, backend=backend)
+    run(optimizer, make_rounds(4))
+    optimizer.extend_stable(10)
+    saved = written_and_read(optimizer.state_dict())
+    optimizer.begin_decay()  # is undone by loading
+    optimizer.load_state_dict(saved)
+    fresh = FusedAdamW(copies(params), lr=schedule, backend=backend)
+    fresh.load_state_dict(saved)
+    expected = schedule.extend_stable(10)
+    for t in range(4, 30):
+        for each in (optimizer, fresh):
+            run(each, make_rounds(1))
+            assert float(each.param_groups[0]["lr"]) == pytest.approx(expected(t), rel=1e-15)
+
+
+def test_loading_happens_in_place(backend: str) -> None:
+    params = make_params(SHAPES, torch.bfloat16)
+    lr = torch.tensor(0.1)
+    optimizer = FusedAdamW(params, lr=lr, weight_decay=Constant(0.1), amsgrad=True, backend=backend)
+    run(optimizer, make_rounds(3))
+    saved = copy.deepcopy(optimizer.state_dict())
+    expected = snapshot(optimizer)
+    tensors = [value for param in params for value in optimizer.state[param].values()]
+    tensors += [lr, optimizer.param_groups[0]["weight_decay"], optimizer.skipped_steps]
+    addresses = [tensor.data_ptr() for tensor in tensors]
+    with torch.no_grad():
+        for param, value in zip(params, copies(params), strict=True):
+            param.copy_(value)
+    run(optimizer, make_rounds(2))
+    lr.fill_(0.7)
+    optimizer.load_state_dict(written_and_read(saved))
+    now = [value for param in params for value in optimizer.state[param].values()]
+    now += [optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"], optimizer.skipped_steps]
+    assert all(a is b for a, b in zip(tensors, now, strict=True))
+    assert addresses == [tensor.data_ptr() for tensor in now]
+    assert float(lr) == pytest.approx(0.1)
+    for param in params:
+        assert optimizer.state[param]["exp_avg"].dtype == torch.float32
+    states = [value for value in snapshot(optimizer) if value.dtype != torch.bfloat16]
+    assert same_bits(states, [value for value in expected if value.dtype != torch.bfloat16])
+
+
+def test_a_loaded_dict_is_not_aliased(backend: str) -> None:
+    params = make_params(SHAPES)
+    optimizer = FusedAdamW(params, backend=backend)
+    run(optimizer, make_rounds(2))
+    saved = copy.deepcopy(optimizer.state_dict())
+    kept = copy.deepcopy(saved)
+    fresh = FusedAdamW(copies(params), backend=backend)
+    fresh.load_state_dict(saved)
+    run(fresh, make_rounds(2))
+    assert saved["param_groups"] == kept["param_groups"]
+    for index, state in kept["state"].items():
+        assert same_bits(list(state.values()), list(saved["state"][index].values()))
+
+
+def test_a_parameter_without_saved_state_begins_anew(backend: str) -> None:
+    params = make_params(SHAPES)
+    fresh = FusedAdamW(copies(params), backend=backend).state_dict()
+    optimizer = FusedAdamW(params, backend=backend)
+    run(optimizer, make_rounds(2))
+    optimizer.load_state_dict(fresh)
+    reference = Float64AdamW(params)
+    for grads in make_rounds(3):
+        run(optimizer, [grads])
+        reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+@pytest.mark.parametrize("steps", [0, 4])
+def test_a_copied_optimizer_goes_on_the_same(backend: str, how: str, steps: int) -> None:
+    schedule = WSD(2, None, 5, 0.1)
+    groups = [{"params": copies(make_params(SHAPES)), "lr_scale": 0.5}]
+    optimizer = FusedAdamW(groups, lr=schedule, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
+    run(optimizer, make_rounds(steps))
+    if steps:
+        optimizer.begin_decay()
+    copied = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
+    assert copied.backend == backend
+    rounds = make_rounds(5)
+    for each in (optimizer, copied):
+        run(each, rounds)
+    assert same_bits(snapshot(optimizer), snapshot(copied))
+    assert float(optimizer.param_groups[0]["lr"]) == float(copied.param_groups[0]["lr"])
+    assert optimizer.param_groups[0]["lr"] is not copied.param_groups[0]["lr"]
+    assert torch.equal(optimizer.grad_norm, copied.grad_norm)
+
+
+# Schedules that differ.
+
+
+def test_every_difference_of_the_schedule_is_said(backend: str) -> None:
+    first = FusedAdamW(make_params(SHAPES), lr=WSD(5, 10, 12, 0.1), backend=backend)
+    run(first, make_rounds(6))
+    second = FusedAdamW(make_params(SHAPES), lr=WSD(5, 11, 12, 0.2), backend=backend)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second.load_state_dict(first.state_dict())
+    assert sorted(str(warning.message).split(" in the checkpoint")[0] for warning in caught) == [
+        "lr_schedule.peak_lr was 0.1",
+        "lr_schedule.stable_steps was 10",
+    ]
+    assert all(warning.filename == __file__ for warning in caught)
+    assert float(second.param_groups[0]["lr"]) == WSD(5, 11, 12, 0.2)(6)  # the counter is the saved one
+    third = FusedAdamW(make_params(SHAPES), lr=Cosine(0.1, 100), backend=backend)
+    with pytest.warns(UserWarning, match="lr_schedule.type was 'WSD' in the checkpoint and is 'Cosine' now"):
+        third.load_state_dict(first.state_dict())
+    fourth = FusedAdamW(make_params(SHAPES), lr=0.3, backend=backend)
+    with pytest.warns(UserWarning, match=r"lr was driven by a schedule, WSD.*lr=WSD\(\.\.\.\) to go on"):
+        fourth.load_state_dict(first.state_dict())
+    assert fourth.param_groups[0]["lr"] == WSD(5, 10, 12, 0.1)(5)
+
+
+def test_the_same_schedule_is_loaded_without_a_word(backend: str) -> None:
+    first = FusedAdamW(make_params(SHAPES), lr=WSD(5, 10, 12, 0.1), backend=backend)
+    run(first, make_rounds(6))
+    second = FusedAdamW(make_params(SHAPES), lr=WSD(5, 10, 12, 0.1), backend=backend)
+    second.load_state_dict(first.state_dict())  # a warning would be an error here
+    assert math.isclose(float(second.param_groups[0]["lr"]), 0.1)

@@ -1,0 +1,120 @@
+"""What the documentation shows runs as it stands, and what it names exists."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+import torch
+
+from nexus.__main__ import COMMANDS, main
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
+TEXTS = dict(zip(NAMES, [page.read_text("utf-8") for page in PAGES], strict=True))
+
+# What the words around a snippet take for granted.
+GIVEN = {
+    "docs/demo.md": "import torch; from nexus.optim import FusedAdamW; from nexus.schedules import WSD\n"
+    "groups = torch.nn.Linear(2, 2).parameters()",
+}
+
+
+def blocks(text: str, *languages: str) -> list[str]:
+    """The fenced blocks of these languages."""
+    fences = re.findall(r"^```(\w*)\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
+    return [code for language, code in fences if language in languages]
+
+
+def commands(text: str, start: str) -> list[str]:
+    """Commands beginning with `start`, one on a line of a shell block or in backticks; without their comments."""
+    lines = [line for block in blocks(text, "sh", "bash", "") for line in block.splitlines()]
+    spans = re.findall(r"`([^`\n]+)`", re.sub(r"^```.*?^```", "", text, flags=re.MULTILINE | re.DOTALL))
+    parts = [part.strip() for line in (*lines, *spans) for part in line.split("  #")[0].split("&&")]
+    return [part for part in parts if part.startswith(start)]
+
+
+NEXUS_COMMANDS = [(name, command) for name in NAMES for command in commands(TEXTS[name], "python -m nexus ")]
+
+
+def test_there_is_something_to_test() -> None:
+    snippets = {name: len(blocks(text, "python")) for name, text in TEXTS.items()}
+    assert snippets["README.md"] >= 1
+    assert snippets["docs/optimizer.md"] >= 5
+    assert sum(count for name, count in snippets.items() if name.startswith("docs/schedules/")) >= 5
+    assert sum(command.startswith("python -m nexus plot") for _, command in NEXUS_COMMANDS) >= 6
+    assert len(commands(TEXTS["CONTRIBUTING.md"], "python -m pytest")) >= 4
+
+
+@pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if blocks(text, "python")])
+def test_code(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The snippets of a page, one after the other, as a reader would paste them."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    variables: dict[str, object] = {"__name__": "__main__"}
+    for code in (GIVEN.get(name, ""), *blocks(TEXTS[name], "python")):
+        exec(compile(code, name, "exec"), variables)
+
+
+@pytest.mark.parametrize(("name", "command"), NEXUS_COMMANDS)
+def test_nexus_command(
+    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Plots are drawn; of every other command, the options are looked up in its help."""
+    chosen, *arguments = shlex.split(command.removeprefix("python -m nexus "))
+    if chosen == "plot" and "--help" not in arguments and "…" not in command:
+        monkeypatch.chdir(tmp_path)
+        (tmp_path / "docs" / "schedules").mkdir(parents=True)
+        if "-o" in arguments:
+            pytest.importorskip("matplotlib")
+        assert main([chosen, *arguments]) == 0
+        assert len(list(tmp_path.rglob("*.png"))) == ("-o" in arguments)
+        return
+    assert chosen in COMMANDS
+    with pytest.raises(SystemExit) as stop:
+        main([chosen, "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert [word for word in arguments if word.startswith("-") and word not in text] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_make_targets_exist(name: str) -> None:
+    targets = set(re.findall(r"^([a-z.]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
+    for command in commands(TEXTS[name], "make "):
+        wanted = [word for word in shlex.split(command)[1:] if "=" not in word]
+        assert set(wanted) <= targets, command
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_pytest_commands_name_tests_that_exist(name: str) -> None:
+    for command in commands(TEXTS[name], "python -m pytest"):
+        for path in shlex.split(command)[3:]:
+            assert list(ROOT.glob(path)), f"{command}: {path}"
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_links_and_pictures_exist(name: str) -> None:
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[name]):
+        assert (ROOT / name).parent.joinpath(target).is_file(), target
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_named_files_exist(name: str) -> None:
+    """A path in backticks, with a folder or a suffix of a source file, is one of this repository's."""
+    for span in re.findall(r"`([\w./-]+(?:\.py|\.pyi|\.h|\.cpp|\.md|\.toml|/))`", TEXTS[name]):
+        places = (ROOT / span, ROOT / "csrc" / span, ROOT / "csrc" / "cpu" / span, (ROOT / name).parent / span)
+        assert any(place.exists() for place in places), span
+
+
+def test_checklists_name_what_exists() -> None:
+    """A name in backticks that looks like one of the code's occurs in the sources."""
+    sources = "\n".join(
+        path.read_text("utf-8")
+        for folder, suffix in (("nexus", "py"), ("tests", "py"), ("csrc", "h"), ("csrc", "cpp"))
+        for path in (ROOT / folder).rglob(f"*.{suffix}")
+        if path != Path(__file__).resolve()
+    )
+    for span in re.findall(r"`([A-Za-z_]\w+)(?:\(\))?`", TEXTS["CONTRIBUTING.md"]):
+        assert re.search(rf"\b{span}\b", sources) or (ROOT / span).exists(), span

@@ -1,0 +1,220 @@
+"""Bad arguments: each is named, with what was given and what is allowed; nothing is half made."""
+
+from __future__ import annotations
+
+import math
+import re
+from decimal import Decimal
+from fractions import Fraction
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from references import make_grads, make_params, same_bits, set_grads, snapshot
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import Constant
+
+RATE = "must be a finite number >= 0, got"
+RATE_TYPE = "must be a number >= 0, a one-element tensor or a Schedule, got"
+RATE_TENSOR = "as a tensor must have one element of float32 or float64, got the shape"
+NUMBER = "must be a finite number >= 0, got"
+BOOL = "must be a bool, got"
+LIMIT = "must be a finite number > 0, got .*None does not clip, math.inf measures the norm alone"
+
+BAD: list[tuple[str, Any, type[Exception], str]] = [
+    *((name, value, ValueError, f"{name} {RATE}") for name in ("lr", "weight_decay") for value in (-1e-9, math.nan)),
+    *(
+        (name, value, ValueError, f"{name} {RATE}")
+        for name in ("lr", "weight_decay")
+        for value in (math.inf, -math.inf)
+    ),
+    *((name, value, TypeError, f"{name} {RATE_TYPE}") for name in ("lr", "weight_decay") for value in ("0.1", None)),
+    *(
+        (name, value, TypeError, f"{name} {RATE_TYPE}")
+        for name in ("lr", "weight_decay")
+        for value in (True, 1j, [0.1])
+    ),
+    ("lr", torch.ones(2), ValueError, rf"lr {RATE_TENSOR} \(2,\) of torch.float32"),
+    ("lr", torch.ones(0), ValueError, rf"lr {RATE_TENSOR} \(0,\)"),
+    ("lr", torch.tensor(1), ValueError, rf"lr {RATE_TENSOR} \(\) of torch.int64"),
+    ("weight_decay", torch.tensor(1.0).half(), ValueError, rf"weight_decay {RATE_TENSOR} \(\) of torch.float16"),
+    ("lr", torch.tensor(1.0, device="meta"), ValueError, "lr is a tensor on meta"),
+    ("lr", Constant, TypeError, f"lr {RATE_TYPE}"),
+    ("lr", 10**400, ValueError, f"lr {RATE}"),
+    ("betas", 0.9, TypeError, r"betas must be a pair of numbers in \[0, 1\), got 0.9 \(float\)"),
+    ("betas", (0.9,), TypeError, "betas must be a pair"),
+    ("betas", (0.9, 0.99, 0.999), TypeError, "betas must be a pair"),
+    ("betas", "ab", TypeError, "betas must be a pair"),
+    ("betas", None, TypeError, "betas must be a pair"),
+    ("betas", (0.9, 1.0), ValueError, r"betas\[1\] must be a number in \[0, 1\), got 1.0"),
+    ("betas", (1.5, 0.9), ValueError, r"betas\[0\] must be"),
+    ("betas", (-0.1, 0.9), ValueError, r"betas\[0\] must be"),
+    ("betas", (0.9, math.nan), ValueError, r"betas\[1\] must be"),
+    ("betas", ("0.9", 0.9), TypeError, r"betas\[0\] must be"),
+    ("betas", (torch.tensor(0.9), 0.9), TypeError, r"betas\[0\] must be"),
+    ("eps", -1e-8, ValueError, f"eps {NUMBER}"),
+    ("eps", math.nan, ValueError, f"eps {NUMBER}"),
+    ("eps", math.inf, ValueError, f"eps {NUMBER}"),
+    ("eps", "1e-8", TypeError, f"eps {NUMBER}"),
+    ("eps", None, TypeError, f"eps {NUMBER}"),
+    ("amsgrad", 1, TypeError, f"amsgrad {BOOL}"),
+    ("amsgrad", None, TypeError, f"amsgrad {BOOL}"),
+    ("maximize", "yes", TypeError, f"maximize {BOOL}"),
+    ("max_grad_norm", 0, ValueError, f"max_grad_norm {LIMIT}"),
+    ("max_grad_norm", -1.0, ValueError, f"max_grad_norm {LIMIT}"),
+    ("max_grad_norm", math.nan, ValueError, f"max_grad_norm {LIMIT}"),
+    ("max_grad_norm", -math.inf, ValueError, f"max_grad_norm {LIMIT}"),
+    ("max_grad_norm", "1", TypeError, f"max_grad_norm {LIMIT}"),
+    ("max_grad_norm", True, TypeError, f"max_grad_norm {LIMIT}"),
+]
+OF_THE_CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
+    ("skip_nonfinite", 1, TypeError, f"skip_nonfinite {BOOL}"),
+    ("skip_nonfinite", None, TypeError, f"skip_nonfinite {BOOL}"),
+    ("backend", "cuda", ValueError, r"backend must be one of \('auto', 'native', 'reference'\), got 'cuda'"),
+    ("backend", None, TypeError, r"backend must be a string, got None \(NoneType\)"),
+    ("fused", True, TypeError, "unexpected keyword argument 'fused'"),
+]
+OF_A_GROUP: list[tuple[str, Any, type[Exception], str]] = [
+    ("lr_scale", -1.0, ValueError, f"lr_scale {NUMBER}"),
+    ("lr_scale", math.nan, ValueError, f"lr_scale {NUMBER}"),
+    ("lr_scale", "1", TypeError, f"lr_scale {NUMBER}"),
+    ("lr_schedule", 0.1, TypeError, "lr_schedule must be a Schedule or None, got 0.1"),
+    ("weight_decay_schedule", "cosine", TypeError, "weight_decay_schedule must be a Schedule or None, got 'cosine'"),
+]
+
+
+def name_of(value: Any) -> str:
+    return re.sub(r"\W+", " ", repr(value))[:20]
+
+
+@pytest.mark.parametrize(("name", "value", "error", "words"), [*BAD, *OF_THE_CONSTRUCTOR], ids=name_of)
+def test_a_bad_argument_of_the_constructor(name: str, value: Any, error: type[Exception], words: str) -> None:
+    with pytest.raises(error, match=words):
+        FusedAdamW(make_params([(3,)]), **{name: value}).step()
+
+
+@pytest.mark.parametrize(("name", "value", "error", "words"), [*BAD, *OF_A_GROUP], ids=name_of)
+def test_a_bad_option_of_a_group(name: str, value: Any, error: type[Exception], words: str) -> None:
+    if isinstance(value, torch.Tensor) and value.is_meta:
+        pytest.skip("is found out by the first step")
+    params = make_params([(3,), (4,)])
+    with pytest.raises(error, match=words):
+        FusedAdamW([{"params": params[:1]}, {"params": params[1:], name: value}])
+    # Added later, it leaves the optimizer as it was.
+    optimizer = FusedAdamW(params[:1])
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    before = snapshot(optimizer)
+    with pytest.raises(error, match=words):
+        optimizer.add_param_group({"params": params[1:], name: value})
+    assert len(optimizer.param_groups) == 1
+    assert same_bits(before, snapshot(optimizer))
+    optimizer.add_param_group({"params": params[1:]})
+    optimizer.step()
+    assert params[1] in optimizer.state
+
+
+GOOD: list[dict[str, Any]] = [
+    {"lr": 0},
+    {"lr": np.float64(0.1), "weight_decay": np.float32(0.1), "eps": np.float64(1e-3)},
+    {"lr": Fraction(1, 10), "betas": (Fraction(9, 10), 0)},
+    {"lr": torch.tensor([0.1]), "weight_decay": torch.tensor(0.0, dtype=torch.float64)},
+    {"lr": 1e-320, "eps": 0, "betas": (0, 0)},
+    {"betas": [0.9, 0.99], "max_grad_norm": 3, "weight_decay": 100},
+    {"max_grad_norm": math.inf},
+]
+
+
+@pytest.mark.parametrize("options", GOOD, ids=repr)
+def test_numbers_of_many_kinds_are_taken(backend: str, options: dict[str, Any]) -> None:
+    params = make_params([(3,)])
+    optimizer = FusedAdamW(params, backend=backend, **options)
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    assert params[0].isfinite().all()
+
+
+def test_a_decimal_is_refused() -> None:  # it is no numbers.Real
+    with pytest.raises(TypeError, match="lr must be a number"):
+        FusedAdamW(make_params([(3,)]), lr=Decimal("0.1"))
+
+
+# Parameters.
+
+
+def parameter(data: torch.Tensor) -> torch.nn.Parameter:
+    return torch.nn.Parameter(data, requires_grad=data.is_floating_point() or data.is_complex())
+
+
+PARAMETERS: dict[str, tuple[Any, type[Exception], str]] = {
+    "complex": (
+        lambda: [parameter(torch.zeros(3, dtype=torch.complex64))],
+        TypeError,
+        r"parameter 0 of group 0 is of torch.complex64; FusedAdamW takes float32, .*optimize torch.view_as_real\(p\)",
+    ),
+    "integer": (
+        lambda: [parameter(torch.zeros(3, dtype=torch.int64))],
+        TypeError,
+        "is of torch.int64; FusedAdamW takes",
+    ),
+    "float8": (lambda: [parameter(torch.zeros(3).to(torch.float8_e5m2))], TypeError, "is of torch.float8_e5m2"),
+    "sparse": (
+        lambda: [parameter(torch.eye(3).to_sparse())],
+        TypeError,
+        "layout torch.sparse_coo; FusedAdamW takes dense",
+    ),
+    "meta": (lambda: [parameter(torch.zeros(3, device="meta"))], (TypeError, ValueError), "meta"),
+    "expanded": (lambda: [parameter(torch.zeros(1).expand(3))], ValueError, r"expanded tensor.*pass p.clone\(\)"),
+    "lazy": (lambda: list(torch.nn.LazyLinear(3).parameters()), TypeError, "run the lazy module once before"),
+    "not a leaf": (lambda: [torch.zeros(3, requires_grad=True) * 2], ValueError, "non-leaf"),
+    "no tensor": (lambda: [3.0], TypeError, "3.0|float|Tensor"),
+    "none at all": (list, ValueError, "empty parameter list"),
+    "a set": (lambda: set(make_params([(3,)])), TypeError, "set|ordered"),
+    "a tensor": (lambda: torch.zeros(3, requires_grad=True), TypeError, "iterable of|params argument"),
+    "a number": (lambda: 3, TypeError, "iterable|3"),
+    "twice": (lambda: make_params([(3,)]) * 2, ValueError, "twice"),
+    "twice in two groups": (
+        lambda: [{"params": params} for params in [make_params([(3,)])] * 2],
+        ValueError,
+        "more than one parameter group",
+    ),
+    "named twice": (lambda: [("w", p) for p in make_params([(3,)]) * 2], ValueError, "twice|duplicate"),
+    "some named": (
+        lambda: [("w", make_params([(3,)])[0]), make_params([(3,)])[0]],
+        (TypeError, ValueError),
+        "name|tuple",
+    ),
+    "a group without params": (lambda: [{"lr": 0.1}], ValueError, r"must have the key 'params', got \['lr'\]"),
+}
+
+
+@pytest.mark.parametrize(("make", "error", "words"), PARAMETERS.values(), ids=list(PARAMETERS))
+def test_parameters_that_cannot_be_optimized(backend: str, make: Any, error: Any, words: str) -> None:
+    with pytest.raises(error, match=words):
+        FusedAdamW(make(), backend=backend)
+    optimizer = FusedAdamW(make_params([(3,)]), backend=backend)
+    if (
+        not isinstance(given := make(), (int, torch.Tensor))
+        and not any(isinstance(each, dict) for each in given)
+        and given
+    ):
+        with pytest.raises(error, match=words.replace("group 0", "group 1")):
+            optimizer.add_param_group({"params": given})
+        assert len(optimizer.param_groups) == 1
+
+
+def test_a_name_is_used_in_errors(backend: str) -> None:
+    module = torch.nn.Linear(2, 2)
+    optimizer = FusedAdamW(module.named_parameters(), backend=backend)
+    module.bias.grad = torch.ones(2).to_sparse()
+    with pytest.raises(RuntimeError, match="parameter bias of group 0 has a gradient of layout"):
+        optimizer.step()
+
+
+def test_the_native_backend_is_for_the_cpu() -> None:
+    param = torch.nn.Parameter(torch.zeros(3, device="meta"))
+    for backend in ("auto", "native"):
+        with pytest.raises((TypeError, ValueError), match="meta"):
+            FusedAdamW([param], backend=backend)

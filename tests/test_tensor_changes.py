@@ -1,0 +1,295 @@
+"""Whatever a user does to tensors and state between two steps: it is noticed, and nothing stale is written to."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from references import (
+    LAYOUT_SHAPE,
+    LAYOUTS,
+    Float64AdamW,
+    assert_same_run,
+    copies,
+    make_grads,
+    make_params,
+    run_beside_torch,
+    set_grads,
+    step_both,
+)
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+
+SENTINEL = 12345.0
+
+
+@pytest.fixture(params=["native", "native by attributes", "reference"])
+def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Also what a torch without DLPack's exchange functions makes of the compiled backend."""
+    if request.param == "native by attributes":
+        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
+    return request.param.partition(" ")[0]
+
+
+# Storage that is swapped under a parameter: a stale pointer is never written through.
+
+
+def swap_data(param: Tensor, new: Tensor) -> None:
+    param.data = new
+
+
+def swap_set(param: Tensor, new: Tensor) -> None:
+    with torch.no_grad():
+        param.set_(new)
+
+
+def swap_tensors(param: Tensor, new: Tensor) -> None:
+    grad, other = param.grad, torch.nn.Parameter(new)
+    param.grad = None
+    torch.utils.swap_tensors(param, other)
+    param.grad = grad
+
+
+@pytest.mark.parametrize("swap", [swap_data, swap_set, swap_tensors])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
+def test_swapped_storage_is_followed(backend: str, layout: str, swap: Callable[[Tensor, Tensor], None]) -> None:
+    start = make_params([LAYOUT_SHAPE, (7,)])
+    params = copies(start)
+    optimizer, reference = FusedAdamW(params, lr=1e-2, backend=backend), Float64AdamW(start, lr=1e-2)
+    step_both(optimizer, reference)
+    for _ in range(2):  # the second time, from one such storage to the next
+        old = params[0].data
+        new = LAYOUTS[layout](old.clone())
+        swap(params[0], new)
+        old.fill_(SENTINEL)
+        address = params[0].data_ptr()
+        step_both(optimizer, reference)
+        assert params[0].data_ptr() == address
+        assert (old == SENTINEL).all()
+    assert_same_run(optimizer, reference)
+
+
+def test_parameters_moved_to_shared_memory(backend: str) -> None:
+    module = torch.nn.Linear(3, 4)
+    params = list(module.parameters())
+    optimizer, reference = run_beside_torch(params, backend)
+    module.share_memory()
+    step_both(optimizer, reference)
+    assert params[0].is_shared()
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_a_model_that_changes_its_dtype_takes_its_moments_along(backend: str, dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(3, 4)
+    params = list(module.parameters())
+    optimizer, reference = run_beside_torch(params, backend)
+    module.to(dtype)
+    reference.dtypes = [dtype] * len(params)
+    with torch.no_grad():
+        for expected, param in zip(reference.params, params, strict=True):
+            expected.copy_(param)
+    for param in params:
+        param.grad = None
+    moments = {param: dict(optimizer.state[param]) for param in params}
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    reference.step([param.grad for param in params])
+    for param in params:
+        assert param.dtype == dtype
+        expected_dtype = torch.float64 if dtype == torch.float64 else torch.float32
+        assert optimizer.state[param]["exp_avg"].dtype == expected_dtype
+        assert optimizer.state[param]["exp_avg"].shape == moments[param]["exp_avg"].shape
+    if dtype != torch.float64:  # there, moments that were rounded to float32 go on
+        step_both(optimizer, reference)
+        assert_same_run(optimizer, reference)
+
+
+def test_a_parameter_whose_shape_changes_is_refused(backend: str) -> None:
+    params = make_params([(4,), (5,)])
+    optimizer, _ = run_beside_torch(params, backend)
+    before = params[1].detach().clone()
+    params[0].data = torch.zeros(6)
+    params[0].grad = torch.ones(6)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 0: state 'exp_avg' must be of shape \(6,\)"):
+        optimizer.step()
+    assert torch.equal(params[1], before)
+    del optimizer.state[params[0]]
+    optimizer.step()
+    assert params[0].all()
+
+
+# Gradients.
+
+
+def new_storage(param: Tensor, grad: Tensor) -> None:
+    param.grad = grad.clone()
+
+
+def in_place(param: Tensor, grad: Tensor) -> None:
+    param.grad.copy_(grad)
+
+
+def swapped_data(param: Tensor, grad: Tensor) -> None:
+    param.grad.data = grad.clone()
+
+
+def freed_and_new(param: Tensor, grad: Tensor) -> None:
+    param.grad = None
+    param.grad = grad.clone()
+
+
+def accumulated(param: Tensor, grad: Tensor) -> None:
+    param.grad.zero_()
+    param.grad.add_(grad)
+
+
+def set_anew(param: Tensor, grad: Tensor) -> None:
+    param.grad.set_(grad.clone())
+
+
+def as_transposed(param: Tensor, grad: Tensor) -> None:
+    param.grad = grad.t().contiguous().t()
+
+
+CHANGES = [new_storage, in_place, swapped_data, freed_and_new, accumulated, set_anew, as_transposed]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_gradients_are_read_where_they_are(backend: str, change: Callable[[Tensor, Tensor], None]) -> None:
+    params = make_params([(6, 7), (3, 2)])
+    optimizer, reference = run_beside_torch(params, backend)
+    for _ in range(3):
+        grads = make_grads(params)
+        for param, grad in zip(params, grads, strict=True):
+            change(param, grad)
+        reference.step(grads)
+        optimizer.step()
+    assert_same_run(optimizer, reference)
+
+
+def test_all_changes_of_a_gradient_in_turn(backend: str) -> None:
+    params = make_params([(6, 7), (3, 2)])
+    optimizer, reference = run_beside_torch(params, backend)
+    for change in CHANGES * 2:
+        grads = make_grads(params)
+        for param, grad in zip(params, grads, strict=True):
+            change(param, grad)
+        reference.step(grads)
+        optimizer.step()
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_zero_grad_both_ways(backend: str, set_to_none: bool) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
+    params = list(module.parameters())
+    optimizer, reference = FusedAdamW(params, backend=backend), Float64AdamW(params)
+    for _ in range(4):
+        optimizer.zero_grad(set_to_none=set_to_none)
+        module(torch.randn(5, 3)).square().sum().backward()
+        reference.step([param.grad for param in params])
+        optimizer.step()
+    assert_same_run(optimizer, reference)
+
+
+def test_gradients_that_come_and_go(backend: str) -> None:
+    params = make_params([(5,), (3, 2), (0,), (), (40,)])
+    reference, optimizer = Float64AdamW(params), FusedAdamW(params, backend=backend)
+    for step in range(40):
+        grads = [grad if (step * 7 + 3 * i) % (i + 2) else None for i, grad in enumerate(make_grads(params))]
+        set_grads(params, grads)
+        optimizer.step()
+        reference.step(grads)
+    assert len({int(optimizer.state[param]["step"]) for param in params}) > 2
+    assert_same_run(optimizer, reference)
+
+
+def test_gradients_are_not_kept_alive(backend: str) -> None:
+    params = make_params([(5,), (6, 4)])
+    optimizer, _ = run_beside_torch(params, backend)
+    params[1].grad = torch.ones(4, 6).t()  # is copied
+    optimizer.step()
+    graves = [weakref.ref(param.grad) for param in params]
+    storages = [weakref.ref(param.grad.untyped_storage()) for param in params]
+    optimizer.zero_grad()
+    assert [grave() for grave in graves + storages] == [None] * 4
+
+
+# The optimizer's state.
+
+
+def test_moments_replaced_by_hand(backend: str) -> None:
+    params = make_params([(6, 7), (5,)])
+    optimizer, reference = run_beside_torch(params, backend)
+    state, expected = optimizer.state[params[0]], reference.state(0)
+    old = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+    for name, tensor in old.items():
+        state[name] = tensor * 2
+        expected[name].mul_(2)
+        tensor.fill_(SENTINEL)
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
+    assert all((tensor == SENTINEL).all() for tensor in old.values())
+    # Of another layout and dtype: taken over for what they are worth.
+    state["exp_avg"] = state["exp_avg"].double().t().contiguous().t()
+    state["step"] = torch.tensor(float(state["step"]))  # as torch's
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("exp_avg", torch.zeros(4), r"parameter 0 of group 0: state 'exp_avg' must be of shape \(5,\)"),
+        ("exp_avg_sq", 3.0, r"state 'exp_avg_sq' must be of shape \(5,\) on cpu, got float"),
+    ],
+)
+def test_moments_that_do_not_fit_are_refused(backend: str, name: str, value: object, words: str) -> None:
+    params = make_params([(5,)])
+    optimizer, _ = run_beside_torch(params, backend)
+    before = params[0].detach().clone()
+    optimizer.state[params[0]][name] = value
+    with pytest.raises(ValueError, match=words):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+
+
+def test_state_that_is_cleared_begins_anew(backend: str) -> None:
+    params = make_params([(6, 7), (5,)])
+    optimizer, _ = run_beside_torch(params, backend)
+    old = [value for state in optimizer.state.values() for value in state.values()]
+    copies_of_old = [value.clone() for value in old]
+    optimizer.state.clear()
+    reference = Float64AdamW(params, lr=1e-2)
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
+    assert all(torch.equal(a, b) for a, b in zip(old, copies_of_old, strict=True))
+
+
+def test_state_moved_to_shared_memory(backend: str) -> None:
+    params = make_params([(6, 7), (5,)])
+    optimizer, reference = run_beside_torch(params, backend, max_grad_norm=1.0, skip_nonfinite=True)
+    for state in optimizer.state.values():
+        for value in state.values():
+            value.share_memory_()
+    optimizer.grad_norm.share_memory_()
+    optimizer.skipped_steps.share_memory_()
+    step_both(optimizer, reference)
+    assert optimizer.state[params[0]]["exp_avg"].is_shared()
+    assert_same_run(optimizer, reference)
+    torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm)
+
+
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_amsgrad_switched_while_training(backend: str, amsgrad: bool) -> None:
+    params = make_params([(6, 7), (5,)])
+    optimizer, reference = run_beside_torch(params, backend, amsgrad=amsgrad)
+    optimizer.param_groups[0]["amsgrad"] = reference.optimizer.param_groups[0]["amsgrad"] = not amsgrad
+    for index in range(len(params)):  # torch wants it to be there
+        reference.state(index).setdefault("max_exp_avg_sq", torch.zeros_like(reference.params[index]))
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)

@@ -126,9 +126,7 @@ def compile_native(destination: Path) -> None:
         ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
         ninja += ["-f", str(build_file)]
         output = []
-        with subprocess.Popen(
-            ninja, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        ) as run:
+        with subprocess.Popen(ninja, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as run:
             for line in run.stdout:
                 print(line, end="", flush=True)
                 output.append(line)

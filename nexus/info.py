@@ -30,11 +30,7 @@ def run(args: argparse.Namespace) -> int:
 def _cuda() -> str:
     if torch.version.cuda is None and torch.version.hip is None:
         return "built without CUDA"
-    built = (
-        f"built for CUDA {torch.version.cuda}"
-        if torch.version.cuda
-        else f"built for ROCm {torch.version.hip}"
-    )
+    built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else f"built for ROCm {torch.version.hip}"
     if not torch.cuda.is_available():
         return f"{built}, no device found"
     return f"{built}, {torch.cuda.get_device_name()}"

@@ -258,9 +258,7 @@ class CosineRestarts(Schedule):
         """The warm-up, then a row for each run of cycles of equal length."""
         warmup = Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)
         cycles = (
-            Segment(
-                Curve.COSINE, _start(self.warmup_steps + run.start), run.length, self.peak_lr, self.min_lr
-            )
+            Segment(Curve.COSINE, _start(self.warmup_steps + run.start), run.length, self.peak_lr, self.min_lr)
             for run in cycle_runs(self.cycle_length, self.cycle_mult)
         )
         return (warmup, *cycles)

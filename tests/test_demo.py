@@ -379,7 +379,8 @@ class TestArguments:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_where_there_is_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["demo", "--device", "cuda", "--out", str(tmp_path)]) == 2
+        assert main(["demo", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+        assert not list(tmp_path.iterdir())
         err = capsys.readouterr().err
         assert err.count("\n") == 1
         assert "--device cpu" in err

@@ -1,13 +1,11 @@
-"""`python -m nexus demo`: its arguments, and what can be refused before torch is imported."""
+"""`python -m nexus demo`: its arguments, and how it ends."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
-import tempfile
 from collections.abc import Callable
-from pathlib import Path
 
 from nexus.demo.errors import INTERRUPTED, REFUSED, DemoError
 
@@ -39,7 +37,6 @@ def run(args: argparse.Namespace) -> int:
     """
     try:
         _check_packages()
-        _check_folder(Path(args.out), create=not args.resume)
         from nexus.demo import session
 
         return session.run(args)
@@ -70,16 +67,3 @@ def _check_packages() -> None:
             importlib.import_module(name)
         except ImportError as error:
             raise DemoError(f"the demo needs {name} ({error}): pip install 'nexus-optim[demo]'") from error
-
-
-def _check_folder(out: Path, *, create: bool) -> None:
-    """Find out now, not after two minutes, that the results cannot be written."""
-    try:
-        if out.exists() and not out.is_dir():
-            raise DemoError(f"--out must be a folder, and {out} is a file")
-        if create:
-            out.mkdir(parents=True, exist_ok=True)
-        if out.exists():
-            tempfile.TemporaryFile(dir=out).close()
-    except OSError as error:
-        raise DemoError(f"cannot write to the folder {out} ({error.strerror}): give another --out") from error

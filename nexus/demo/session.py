@@ -6,6 +6,7 @@ import argparse
 import platform
 import shlex
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     """
     out = Path(args.out)
     device = _device(args.device)
+    _check_folder(out, create=not args.resume)
     saved = checkpoint.read(out / CHECKPOINT, torch.device(device)) if args.resume else None
     text = corpus.load(torch.device(device))
     config = RunConfig(
@@ -78,6 +80,19 @@ def _device(name: str) -> str:
             return "cpu"
         raise DemoError(f"--device cuda: {error}; give --device cpu") from error
     return "cuda"
+
+
+def _check_folder(out: Path, *, create: bool) -> None:
+    """Find out now, not after two minutes, that the results cannot be written."""
+    try:
+        if out.exists() and not out.is_dir():
+            raise DemoError(f"--out must be a folder, and {out} is a file")
+        if create:
+            out.mkdir(parents=True, exist_ok=True)
+        if out.exists():
+            tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise DemoError(f"cannot write to the folder {out} ({error.strerror}): give another --out") from error
 
 
 def _command(args: argparse.Namespace, config: RunConfig) -> str:

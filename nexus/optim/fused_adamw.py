@@ -189,6 +189,8 @@ class FusedAdamW(Optimizer):
         for device in self._devices():
             devices[device] = DevicePlan(self._state_on(device), [], [], False)
             self._fill_settings(devices[device], device)
+        self._states = {device: self._states[device] for device in devices}  # what was left behind goes stale
+        self._tables = {key: table for key, table in self._tables.items() if key[1] in devices}
         parameters: list[tuple[Tensor, TensorEntry | None]] = []
         for index, param, name in named:
             entry = None

@@ -172,6 +172,18 @@ class TestResume:
         assert main(shlex.split(command)[3:]) == 0
         assert_same_run(saved(whole), saved(tmp_path))
 
+    def test_takes_over_the_threads_and_tells_of_another_torch(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        with monkeypatch.context() as patch:
+            self.interrupt_after(patch, 2)
+            assert main(["demo", "--device", "cpu", "--steps", "4", "--threads", "2", "--out", str(tmp_path)]) == 130
+        state = saved(tmp_path)
+        checkpoint.write(tmp_path / session.CHECKPOINT, {**state, "made_by": {**state["made_by"], "torch": "1.0"}})
+        assert main(["demo", "--device", "cpu", "--steps", "4", "--out", str(tmp_path), "--resume"]) == 0
+        assert saved(tmp_path)["run"]["threads"] == 2
+        assert f"torch 1.0 is now {torch.__version__}" in capsys.readouterr().err
+
     def test_ctrl_c_in_the_report(
         self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
     ) -> None:
@@ -277,8 +289,9 @@ class TestCheckpoint:
     def test_of_something_else(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         torch.save({"model": torch.ones(3)}, tmp_path / session.CHECKPOINT)
         assert "is not a checkpoint of this demo" in self.refused(tmp_path, capsys)
-        torch.save({"format": checkpoint.FORMAT, "run": {"threads": "many"}}, tmp_path / session.CHECKPOINT)
-        assert "was made with" in self.refused(tmp_path, capsys)
+        for run in (None, 3, {}, {"threads": "many"}, {"steps": [STEPS]}):
+            torch.save({"format": checkpoint.FORMAT, "run": run}, tmp_path / session.CHECKPOINT)
+            assert "was made with" in self.refused(tmp_path, capsys)
 
     def test_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert "there is no" in self.refused(tmp_path, capsys)
@@ -309,7 +322,7 @@ class TestCheckpoint:
         self, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / session.CHECKPOINT
-        for part in ("model", "optimizer", "losses", "random", "step"):
+        for part in ("model", "optimizer", "losses", "random", "step", "made_by"):
             state = saved(whole)
             del state[part]
             checkpoint.write(path, state)

@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         size=SIZE,
         device=device,
-        threads=args.threads or (saved or {}).get("run", {}).get("threads") or THREADS,
+        threads=args.threads or _saved_threads(saved) or THREADS,
         text=text.fingerprint,
     )
     command = _command(args, config)
@@ -109,6 +109,12 @@ def _command(args: argparse.Namespace, config: RunConfig) -> str:
     return shlex.join([sys.executable, "-m", "nexus", "demo", *words, "--resume"])
 
 
+def _saved_threads(saved: dict[str, Any] | None) -> int | None:
+    run = (saved or {}).get("run")
+    threads = run.get("threads") if isinstance(run, dict) else None
+    return threads if isinstance(threads, int) and threads > 0 else None
+
+
 def _made_by(training: Training) -> dict[str, str]:
     """What a run's last bits may depend on beside its config."""
     return {
@@ -122,10 +128,11 @@ def _made_by(training: Training) -> dict[str, str]:
 def _restore(training: Training, saved: dict[str, Any], path: Path) -> None:
     checkpoint.require_same_run(path, saved, training.config.to_dict())
     try:
+        then = dict(saved["made_by"])
         training.load_state_dict(saved)
     except (KeyError, RuntimeError, TypeError, ValueError) as error:
         raise checkpoint.unfit(path, error) from error
-    now, then = _made_by(training), saved.get("made_by", {})
+    now = _made_by(training)
     changed = ", ".join(f"{name} {then.get(name)} is now {now[name]}" for name in now if then.get(name) != now[name])
     if changed:
         print(f"The last bits may differ from those of an uninterrupted run: {changed}.", file=sys.stderr)

@@ -117,7 +117,6 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     for device in optimizer._devices():
         optimizer._state_on(device).completed.fill_(completed)
     optimizer._plan = optimizer._runner = None
-    optimizer._show_rates()
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 
@@ -247,8 +246,6 @@ def _load_state(optimizer: FusedAdamW, param: Tensor, saved: dict[str, Any] | No
 def _load_group(group: ParamGroup, saved: dict[str, Any]) -> None:
     for name, value in _settings(saved).items():
         if name in SCHEDULABLE:
-            if group[f"{name}_schedule"] is not None:
-                continue  # shown anew from the schedule
             if isinstance(group[name], Tensor):
                 group[name].fill_(float(value))
                 continue

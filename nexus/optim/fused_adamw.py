@@ -242,11 +242,6 @@ class FusedAdamW(Optimizer):
         now = reference.evaluate(rows, self._state_on(output.device).completed)
         output.copy_(now * group["lr_scale"] if name == "lr" else now)
 
-    def _show_rates(self) -> None:
-        for group in self.param_groups:
-            for name, schedule in group.schedules():
-                self._show_rate(group, name, schedule)
-
     # Device memory: made once for each device, and followed when the parameters move.
 
     def _devices(self) -> list[torch.device]:

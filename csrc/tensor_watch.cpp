@@ -28,6 +28,8 @@ uint64_t dict_version(PyObject* dict) {
 #endif
 }
 
+bool unchanged(PyObject* dict, uint64_t version) { return version != 0 && dict_version(dict) == version; }
+
 // Stands for the gradient of a parameter without elements: null would say that it has none.
 const char kEmptyGradient = 0;
 
@@ -66,7 +68,7 @@ void TensorWatch::reset() {
     if (params == nullptr || !PyList_Check(params)) {
       throw std::invalid_argument("every parameter group must be a dict whose 'params' is a list");
     }
-    groups_.push_back({Object(group), Object(params), PyList_GET_SIZE(params), {}});
+    groups_.push_back({Object(group), Object(params), PyList_GET_SIZE(params), {}, 0});
   }
   reset_settings();
   PyObject *key, *entries, *name, *value;
@@ -85,6 +87,7 @@ void TensorWatch::reset() {
 void TensorWatch::reset_settings() {
   setting_tensors_.clear();
   for (GroupSnapshot& seen : groups_) {
+    seen.version = 0;
     seen.settings.clear();
     for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(setting_names_.get()); ++k) {
       seen.settings.emplace_back(item(seen.group.get(), PyTuple_GET_ITEM(setting_names_.get(), k)));
@@ -175,9 +178,13 @@ bool TensorWatch::same_groups() {
   size_t k = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     const GroupSnapshot& seen = groups_[i];
+    PyObject* group = seen.group.get();
     PyObject* params = seen.params.get();
-    if (PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)) != seen.group.get() ||
-        item(seen.group.get(), params_name_.get()) != params || PyList_GET_SIZE(params) != seen.count) {
+    if (PyList_GET_ITEM(groups, static_cast<Py_ssize_t>(i)) != group ||
+        PyList_GET_SIZE(params) != seen.count) {
+      return false;
+    }
+    if (!unchanged(group, seen.version) && item(group, params_name_.get()) != params) {
       return false;
     }
     for (Py_ssize_t j = 0; j < seen.count; ++j, ++k) {
@@ -193,6 +200,9 @@ Change TensorWatch::same_settings() {
   Change change = in_place(setting_tensors_) ? Change::kNone : Change::kSettings;
   for (size_t i = 0; i < groups_.size(); ++i) {
     GroupSnapshot& seen = groups_[i];
+    if (unchanged(seen.group.get(), seen.version)) {
+      continue;
+    }
     for (size_t k = 0; k < seen.settings.size(); ++k) {
       PyObject* name = PyTuple_GET_ITEM(setting_names_.get(), static_cast<Py_ssize_t>(k));
       PyObject* value = item(seen.group.get(), name);
@@ -211,6 +221,9 @@ Change TensorWatch::same_settings() {
       }
       change = Change::kSettings;
     }
+    if (change == Change::kNone) {
+      seen.version = dict_version(seen.group.get());
+    }
   }
   return change;
 }
@@ -227,7 +240,7 @@ bool TensorWatch::same_state() {
     if (key != seen.key.get() || entries != seen.entries.get() || !PyDict_Check(entries)) {
       return false;
     }
-    if (seen.version != 0 && dict_version(entries) == seen.version) {
+    if (unchanged(entries, seen.version)) {
       continue;
     }
     if (PyDict_GET_SIZE(entries) != static_cast<Py_ssize_t>(seen.values.size())) {

@@ -134,6 +134,7 @@ class TensorWatch {
     Object params;
     Py_ssize_t count;
     std::vector<Object> settings;
+    uint64_t version;  // of `group` when its settings were last compared
   };
   struct StateSnapshot {
     Object key;

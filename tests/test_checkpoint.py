@@ -258,6 +258,8 @@ def test_every_difference_of_the_schedule_is_said(backend: str) -> None:
         "lr_schedule.stable_steps was 10",
     ]
     assert all(warning.filename == __file__ for warning in caught)
+    assert float(second.param_groups[0]["lr"]) == float(first.param_groups[0]["lr"])  # the rate last used
+    run(second, make_rounds(1))
     assert float(second.param_groups[0]["lr"]) == WSD(5, 11, 12, 0.2)(6)  # the counter is the saved one
     third = FusedAdamW(make_params(SHAPES), lr=Cosine(0.1, 100), backend=backend)
     with pytest.warns(UserWarning, match="lr_schedule.type was 'WSD' in the checkpoint and is 'Cosine' now"):

@@ -6,6 +6,10 @@
 
 namespace nexus::cpu {
 
+// No thread is called for less than about 20 us of work (65,536 elements): it comes within 1 us while it
+// spins, as it does after a backward pass, but in about 90 us once it sleeps.
+constexpr size_t kSharesPerThread = 4;
+
 void TensorList::divide() {
   chunks_.clear();
   shares_.assign(1, 0);
@@ -56,7 +60,8 @@ std::pair<int64_t, int64_t> TensorList::overlap() const {
 template <class Work>
 void TensorList::for_each_chunk(int threads, const Work& work) {
   const size_t shares = shares_.size() - 1;
-  const size_t wanted = std::max<size_t>(1, std::min(static_cast<size_t>(threads), shares));
+  const size_t wanted =
+      std::clamp<size_t>(shares / kSharesPerThread, 1, static_cast<size_t>(std::max(threads, 1)));
   if (wanted > region_count_) {
     regions_ = std::make_unique<Region[]>(wanted);
     region_count_ = wanted;

@@ -6,6 +6,7 @@ import ctypes
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nexus.backends import native
+from nexus.bench.cases import CASES
 from nexus.bench.contestants import PEAK_LR, SCHEDULE, WARMUP_STEPS, factors, make_params, rate_scale
 from nexus.bench.measure import Spread, interleaved
 from nexus.optim import FusedAdamW
@@ -37,6 +40,28 @@ def measure_host(repeats: int) -> Iterator[HostRow]:
         yield from _schedulers(groups, repeats)
     yield from _tensors(repeats)
     yield from _allocations()
+    for name in ("tiny", "gpt"):
+        yield from _parts(name, repeats)
+
+
+def _parts(name: str, repeats: int) -> Iterator[HostRow]:
+    """What a step of a case is made of, in the compiled backend, each part by itself and in a warm cache."""
+    optimizer = FusedAdamW(make_params(CASES[name].shapes))
+    optimizer.step()
+    if optimizer.backend != native.NAME:
+        return
+    runner: Any = optimizer._runner
+    tensors, threads = runner._list, torch.get_num_threads()
+    parts: dict[str, Callable[[], object]] = {
+        "step()": optimizer.step,
+        "of it, watching its tensors": runner.changed,
+        f"of it, the update on {threads} threads": partial(tensors.step, threads, 0, 0),
+        "the update on 1 thread": partial(tensors.step, 1, 0, 0),
+        f"the same traffic alone on {threads} threads": partial(tensors.traffic, threads),
+        "of it, telling autograd": lambda: torch.autograd.graph.increment_version(tensors.written()),
+    }
+    for part, call in parts.items():
+        yield HostRow(f"{name}: {part}", "µs", Spread.of([a for a, _ in interleaved(call, _nothing, repeats)]))
 
 
 def _group_list(groups: int) -> list[dict[str, Any]]:

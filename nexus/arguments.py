@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import numbers
 import operator
 import reprlib
+from collections.abc import Callable
 
 MAX_STEP = 2**53
 """Largest step or count: the last integer up to which float64 holds every integer exactly."""
@@ -49,3 +51,18 @@ def check_number(name: str, value: object, *, low: float = 0.0, positive: bool =
     if not math.isfinite(number) or number < low or (positive and number == 0.0):
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return number
+
+
+def whole_number(low: int, high: int) -> Callable[[str], int]:
+    """The type of an argparse option that takes an int from `low` to `high`."""
+
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            value = low - 1
+        if not low <= value <= high:
+            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
+        return value
+
+    return parse

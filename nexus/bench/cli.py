@@ -6,9 +6,9 @@ import argparse
 import importlib
 import sys
 import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
+from nexus.arguments import whole_number
 from nexus.bench.cases import CASES
 
 HOST = "host"
@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     names = (*CASES, HOST)
     add("--case", choices=names, action="append", help="time this alone (may be given again); default: all")
     add("--quick", action="store_true", help="few repeats: seconds, and rough figures")
-    add("--repeats", type=_count(1, MAX_REPEATS), help="timed pairs; default: as many as each case needs")
-    add("--threads", type=_count(1, MAX_THREADS), help="CPU threads; default: as torch chooses")
+    add("--repeats", type=whole_number(1, MAX_REPEATS), help="timed pairs; default: as many as each case needs")
+    add("--threads", type=whole_number(1, MAX_THREADS), help="CPU threads; default: as torch chooses")
     add("--out", help="write the rows to this JSON file; in a folder, it is named <date>_<cpu>.json")
     add("--picture", help="draw the speed-ups to this PNG file")
 
@@ -100,19 +100,6 @@ def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> 
         draw(rows, data, picture)
         print(f"Picture: {picture}")
     return 0
-
-
-def _count(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
-        return value
-
-    return parse
 
 
 def _output(name: str | None) -> Path | None:

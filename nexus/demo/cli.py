@@ -5,8 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
-from collections.abc import Callable
 
+from nexus.arguments import whole_number
 from nexus.demo.errors import INTERRUPTED, REFUSED, DemoError
 
 MAX_STEPS = 10_000_000  # the loss and the rate of every step are kept
@@ -17,14 +17,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m nexus demo`."""
     add = parser.add_argument
     add("--schedule", choices=("wsd", "sgdr", "cosine"), default="wsd", help="default: %(default)s")
-    add("--steps", type=_count(1, MAX_STEPS), default=1200, help="updates; default: %(default)s")
+    add("--steps", type=whole_number(1, MAX_STEPS), default=1200, help="updates; default: %(default)s")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: %(default)s")
     add("--out", default="nexus-demo", help="folder of the picture and the checkpoint; default: %(default)s")
     add("--resume", action="store_true", help="go on from the checkpoint that Ctrl-C left in the folder")
-    add("--seed", type=_count(0, 2**63 - 1), default=0, help="default: %(default)s")
+    add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="default: %(default)s")
     add(
         "--threads",
-        type=_count(1, MAX_THREADS),
+        type=whole_number(1, MAX_THREADS),
         help="CPU threads; default: 1, since so small a model gains little by more",
     )
 
@@ -46,19 +46,6 @@ def run(args: argparse.Namespace) -> int:
     except KeyboardInterrupt:
         print("\nStopped at once; nothing was written.", file=sys.stderr)
         return INTERRUPTED
-
-
-def _count(low: int, high: int) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            value = low - 1
-        if not low <= value <= high:
-            raise argparse.ArgumentTypeError(f"must be a whole number from {low} to {high}, got {text!r}")
-        return value
-
-    return parse
 
 
 def _check_packages() -> None:

@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         draw(schedule, args.output, steps)
     except ImportError as error:
-        return _refuse(f"a picture needs matplotlib ({error}): pip install nexus-optim[demo]")
+        return _refuse(f"a picture needs matplotlib ({error}): pip install 'nexus-optim[demo]'")
     except OSError as error:
         return _refuse(f"cannot write {args.output!r}: {error.strerror or error}")
     print(args.output)

@@ -14,7 +14,7 @@ from nexus.segments import Segment
 _Self = TypeVar("_Self", bound="Schedule")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots: LambdaLR saves a callable's __dict__
 class Schedule(ABC):
     """A learning rate as a function of the number of completed updates. Immutable, hashable, comparable.
 
@@ -26,7 +26,7 @@ class Schedule(ABC):
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__
 
     def __init_subclass__(cls) -> None:
-        Schedule._types[cls.__name__] = cls  # a dataclass with slots is made twice: the second one stays
+        Schedule._types[cls.__name__] = cls
 
     @abstractmethod
     def __call__(self, step: int) -> float:

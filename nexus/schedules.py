@@ -64,7 +64,7 @@ _DECAY_WEIGHTS: dict[str, Callable[[float], float]] = {
 _DECAY_CURVES = {"linear": Curve.LINEAR, "cosine": Curve.COSINE, "sqrt": Curve.SQRT}
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class WSD(Schedule):
     r"""Warmup-Stable-Decay.
 
@@ -185,7 +185,7 @@ class WSD(Schedule):
         return replace(self, warmup_steps=step, stable_steps=0, peak_lr=rate)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class CosineRestarts(Schedule):
     r"""Cosine annealing with warm restarts (SGDR), after a linear warm-up.
 
@@ -264,7 +264,7 @@ class CosineRestarts(Schedule):
         return (warmup, *cycles)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Cosine(Schedule):
     r"""One half-cosine from the peak to the minimum, after a linear warm-up.
 
@@ -332,7 +332,7 @@ class Cosine(Schedule):
         )
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Constant(Schedule):
     r"""The same rate at every step: :math:`\eta(t) = \eta`.
 

@@ -192,7 +192,7 @@ def make_grads(params: Sequence[Tensor], dtype: torch.dtype | None = None) -> li
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     """As `backward` would leave them; of another dtype than the parameter's where they are."""
     for param, grad in zip(params, grads, strict=True):
-        if grad is not None and grad.dtype != param.grad_dtype:
+        if grad is not None and grad.dtype != getattr(param, "grad_dtype", param.dtype):
             param.grad = None
             param.grad_dtype = grad.dtype
         param.grad = grad

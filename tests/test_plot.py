@@ -205,7 +205,7 @@ def test_unwritable_output(tmp_path, capsys) -> None:
 def test_matplotlib_missing(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = refused(capsys, "plot", "wsd", "-o", str(tmp_path / "lr.png"))
-    assert "pip install nexus-optim[demo]" in line
+    assert "pip install 'nexus-optim[demo]'" in line
     assert list(tmp_path.iterdir()) == []
     assert main(["plot", "wsd"]) == 0
 

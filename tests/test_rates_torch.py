@@ -13,7 +13,7 @@ from references import Float64AdamW, assert_same_run, copies, make_grads, make_p
 from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import Cosine
+from nexus.schedules import WSD, Cosine
 
 
 def step(optimizer: FusedAdamW) -> None:
@@ -247,3 +247,14 @@ def test_a_bad_change_is_refused_and_changes_nothing(backend: str, name: str, va
     optimizer.param_groups[0][name] = good
     step(optimizer)
     assert not torch.equal(before, params[0])
+
+
+def test_lambda_lr_over_a_schedule_is_saved_and_loaded() -> None:
+    schedule = WSD(2, 3, 4, 0.1)
+    optimizer = torch.optim.SGD(make_params([(3,)]), lr=1.0)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, schedule)
+    optimizer.step()
+    scheduler.step()
+    other = torch.optim.lr_scheduler.LambdaLR(torch.optim.SGD(make_params([(3,)]), lr=1.0), WSD(2, 3, 4, 0.1))
+    other.load_state_dict(scheduler.state_dict())
+    assert other.get_last_lr() == scheduler.get_last_lr() == [schedule(1)]

@@ -29,6 +29,11 @@ def unavailable() -> str | None:
     failure = Path(__file__).parents[1] / "_native_build_failure.txt"
     if failure.is_file():
         return f"the extension was not built: {failure.read_text().strip()}"
+    if (Path(__file__).parents[2] / "setup.py").is_file():
+        return (
+            "this is nexus's source tree, where the extension is not built: run 'pip install -e .' or 'make build' "
+            "in it, or leave its folder to use an installed nexus"
+        )
     return f"the extension cannot be imported: {_import_error}"
 
 

@@ -114,6 +114,7 @@ def ninja_file(objects: Path, library: Path) -> str:
 
 def compile_native(destination: Path) -> None:
     """Compile what changed since the last time, and put the extension at ``destination``."""
+    find_compiler()  # first of all says where the extension cannot be built
     import fcntl
 
     # A fixed place, not setuptools' build_temp: that is a new one at each editable install.

@@ -103,10 +103,13 @@ class CpuTensorList {
   }
 
   void step(int threads, Address grad_scale, Address found_inf) {
-    py::gil_scoped_release release;
     list_.state.grad_scale = at<const float>(grad_scale);
     list_.state.found_inf = at<const float>(found_inf);
-    list_.step(threads);
+    {
+      py::gil_scoped_release release;
+      list_.step(threads);
+    }
+    watch_.release_gradients();
   }
 
   void traffic(int threads) {

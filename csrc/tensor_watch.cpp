@@ -56,14 +56,15 @@ void TensorWatch::reset() {
   layouts_.clear();
   fixed_tensors_.clear();
   gradient_came_or_went_ = true;
-  seen_groups_ = attribute(param_groups_name_);
-  seen_state_ = attribute(state_name_);
-  if (seen_groups_ == nullptr || !PyList_Check(seen_groups_) || seen_state_ == nullptr ||
-      !PyDict_Check(seen_state_)) {
+  PyObject* param_groups = attribute(param_groups_name_);
+  PyObject* state = attribute(state_name_);
+  seen_groups_ = Object(param_groups);
+  seen_state_ = Object(state);
+  if (param_groups == nullptr || !PyList_Check(param_groups) || state == nullptr || !PyDict_Check(state)) {
     throw std::invalid_argument("the optimizer's param_groups must be a list and its state a dict");
   }
-  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(seen_groups_); ++i) {
-    PyObject* group = PyList_GET_ITEM(seen_groups_, i);
+  for (Py_ssize_t i = 0; i < PyList_GET_SIZE(param_groups); ++i) {
+    PyObject* group = PyList_GET_ITEM(param_groups, i);
     PyObject* params = PyDict_Check(group) ? item(group, params_name_.get()) : nullptr;
     if (params == nullptr || !PyList_Check(params)) {
       throw std::invalid_argument("every parameter group must be a dict whose 'params' is a list");
@@ -72,7 +73,7 @@ void TensorWatch::reset() {
   }
   reset_settings();
   PyObject *key, *entries, *name, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(seen_state_, &at, &key, &entries);) {
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &entries);) {
     StateSnapshot snapshot{Object(key), Object(entries), {}, 0};
     if (PyDict_Check(entries)) {
       snapshot.version = dict_version(entries);
@@ -96,7 +97,7 @@ void TensorWatch::reset_settings() {
 }
 
 void TensorWatch::add_parameter(PyObject* param) {
-  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, nullptr});
+  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, nullptr, {}});
 }
 
 void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
@@ -106,8 +107,17 @@ void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* strea
   if (!reader_.describe(param, now)) {
     throw std::invalid_argument("a parameter could not be read");
   }
-  parameters_.push_back({Object(param), Object(streams), record, staged_param, staged_grad, entry.param_dtype,
-                         entry.grad_dtype, now.ndim, layouts_.size(), grad_buffer});
+  parameters_.push_back({Object(param),
+                         Object(streams),
+                         record,
+                         staged_param,
+                         staged_grad,
+                         entry.param_dtype,
+                         entry.grad_dtype,
+                         now.ndim,
+                         layouts_.size(),
+                         grad_buffer,
+                         {}});
   layouts_.insert(layouts_.end(), now.shape, now.shape + now.ndim);
   layouts_.insert(layouts_.end(), now.strides, now.strides + now.ndim);
   if (!reader_.describe(streams, now)) {
@@ -133,6 +143,8 @@ int TensorWatch::traverse(visitproc visit, void* arg) const {
     return object.get() == nullptr ? 0 : visit(object.get(), arg);
   };
   int stop = each(attributes_);
+  stop = stop != 0 ? stop : each(seen_groups_);
+  stop = stop != 0 ? stop : each(seen_state_);
   for (size_t i = 0; i < groups_.size() && stop == 0; ++i) {
     stop = each(groups_[i].group);
     stop = stop != 0 ? stop : each(groups_[i].params);
@@ -159,8 +171,9 @@ int TensorWatch::traverse(visitproc visit, void* arg) const {
 }
 
 void TensorWatch::clear() {
-  seen_groups_ = nullptr;  // from here on, refresh() asks for a new plan
-  // Taken out first: what dies may call back.
+  // Taken out first: what dies may call back. From here on, refresh() asks for a new plan.
+  const Object seen_groups = std::exchange(seen_groups_, {});
+  const Object seen_state = std::exchange(seen_state_, {});
   const auto groups = std::exchange(groups_, {});
   const auto states = std::exchange(states_, {});
   const auto parameters = std::exchange(parameters_, {});
@@ -172,7 +185,7 @@ void TensorWatch::clear() {
 
 bool TensorWatch::same_groups() {
   PyObject* groups = attribute(param_groups_name_);
-  if (groups != seen_groups_ || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
+  if (groups != seen_groups_.get() || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
     return false;
   }
   size_t k = 0;
@@ -230,7 +243,7 @@ Change TensorWatch::same_settings() {
 
 bool TensorWatch::same_state() {
   PyObject* state = attribute(state_name_);
-  if (state != seen_state_ || PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(states_.size())) {
+  if (state != seen_state_.get() || PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(states_.size())) {
     return false;
   }
   PyObject *key, *entries, *name, *value;
@@ -295,7 +308,7 @@ bool TensorWatch::same_layout(const Parameter& parameter, const Description& now
 
 bool TensorWatch::refresh_parameter(Parameter& parameter) {
   PyObject* param = parameter.tensor.get();
-  const Object grad = gradient(param);
+  Object grad = gradient(param);
   if (grad.get() == nullptr) {
     PyErr_Clear();
     return false;
@@ -334,7 +347,14 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
   }
   const void* data = parameter.staged_grad ? parameter.grad_buffer : now.data;
   record.grad = data != nullptr ? data : &kEmptyGradient;
+  parameter.grad = std::move(grad);
   return true;
+}
+
+void TensorWatch::release_gradients() {
+  for (Parameter& parameter : parameters_) {
+    parameter.grad = Object();
+  }
 }
 
 void TensorWatch::list_written() {
@@ -354,7 +374,7 @@ void TensorWatch::list_written() {
 }
 
 Change TensorWatch::refresh() {
-  if (seen_groups_ == nullptr || !same_groups() || !same_state() || !in_place(fixed_tensors_)) {
+  if (seen_groups_.get() == nullptr || !same_groups() || !same_state() || !in_place(fixed_tensors_)) {
     return Change::kTensors;
   }
   param_moved_ = false;

@@ -108,6 +108,10 @@ class TensorWatch {
   // "lr" is taken over here; any other setting is the caller's.
   Change refresh();
 
+  // Lets go of the gradients that refresh() has found: they are held until the step that reads them is over,
+  // whatever another thread does to them meanwhile.
+  void release_gradients();
+
   // Aliases of the parameters that the next step writes to where they are: a tuple; borrowed.
   PyObject* written() const { return written_.get(); }
 
@@ -128,6 +132,7 @@ class TensorWatch {
     int32_t ndim;
     size_t layout;  // in layouts_: the shape, the parameter's strides, the gradient's strides
     void* grad_buffer;
+    Object grad;  // between refresh() and release_gradients()
   };
   struct GroupSnapshot {
     Object group;
@@ -165,8 +170,7 @@ class TensorWatch {
   TensorReader reader_;
   Object param_groups_name_, state_name_, params_name_, detach_name_;
 
-  PyObject* seen_groups_ = nullptr;  // only compared
-  PyObject* seen_state_ = nullptr;
+  Object seen_groups_, seen_state_;
   std::vector<GroupSnapshot> groups_;
   std::vector<StateSnapshot> states_;
   std::vector<Parameter> parameters_;

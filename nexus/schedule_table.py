@@ -16,8 +16,10 @@ from nexus.arguments import MAX_STEP, check_count
 from nexus.backends import reference
 from nexus.schedules import WSD, Schedule
 
-_START, _HIGH = 1, 3  # columns of a table
+_START, _LENGTH, _HIGH = 1, 2, 3  # columns of a table
 _STABLE, _DECAY, _DONE = 1, 2, 3  # rows of a lowered WSD
+# A constant is the same whatever its length. So the lengths of a WSD's two plateaus keep what has been done to it:
+# 1 + updates by which the stable phase was extended, and 1 + whether the decay was begun by hand.
 
 
 def lower(schedule: Schedule, device: torch.device) -> Tensor:
@@ -53,6 +55,7 @@ class ScheduleTable:
             (_DECAY, _HIGH, rate),
             (_DECAY, _START, now),
             (_DONE, _START, end),
+            (_DONE, _LENGTH, torch.full_like(now, 2.0)),
         ):
             rows[row, column] = torch.where(waiting, value, rows[row, column])
 
@@ -70,6 +73,7 @@ class ScheduleTable:
         n = self.check_extend_stable(n)
         shift = torch.where(completed.to(torch.float64) < rows[_DECAY, _START], float(n), 0.0)
         rows[_DECAY:, _START] += shift
+        rows[_STABLE, _LENGTH] += shift
 
     def check_extend_stable(self, n: int) -> int:
         """`n`; raises as `extend_stable` does."""
@@ -82,9 +86,12 @@ class ScheduleTable:
         if not isinstance(self.schedule, WSD):
             return {}
         now = self.rows.cpu()
-        if torch.equal(now, lower(self.schedule, torch.device("cpu"))):
-            return {}
-        return {"decay_start": int(now[_DECAY, _START]), "decay_from": float(now[_DECAY, _HIGH])}
+        edits: dict[str, Any] = {}
+        if now[_STABLE, _LENGTH] > 1:
+            edits["extended"] = int(now[_STABLE, _LENGTH]) - 1
+        if now[_DONE, _LENGTH] > 1:
+            edits |= {"decay_start": int(now[_DECAY, _START]), "decay_from": float(now[_DECAY, _HIGH])}
+        return edits
 
     def replace(self, schedule: Schedule) -> None:
         """Take another schedule, in the same memory.
@@ -101,12 +108,16 @@ class ScheduleTable:
     def restore(self, edits: dict[str, Any]) -> None:
         """Bring the table to its schedule with these `edits`; none of them: as it was at first."""
         rows = lower(self.schedule, torch.device("cpu"))
-        if edits:
-            start = check_count("decay_start", edits["decay_start"])
+        if "extended" in edits:
+            rows[_DECAY:, _START] += edits["extended"]
+            rows[_STABLE, _LENGTH] += edits["extended"]
+        if "decay_start" in edits:
+            start = edits["decay_start"]
             rows[_STABLE, _START] = min(float(rows[_STABLE, _START]), start)
             rows[_DECAY, _START] = start
             rows[_DECAY, _HIGH] = float(edits["decay_from"])
             rows[_DONE, _START] = start + self._wsd().decay_steps
+            rows[_DONE, _LENGTH] = 2.0
         self.rows.copy_(rows)
 
     def _wsd(self) -> WSD:

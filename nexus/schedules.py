@@ -4,7 +4,7 @@ Convention, stated here once: `t` is the number of completed updates, from 0, an
 `schedule(t)`. That equals the usual loop `optimizer.step(); scheduler.step()` with torch's schedulers.
 
 A schedule says the same thing twice. Calling it is the closed form, written as its paper has it.
-`segments()` lowers it to the rows that the C++ and Triton evaluators walk. The tests prove the two
+`segments()` lowers it to the rows that the evaluators walk. The tests prove the two
 equal bit for bit, which is why every value is computed in one order of operations, in float64:
 `low + weight * (high - low)`, with `weight` a function of `p = position / length`.
 """

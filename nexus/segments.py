@@ -1,4 +1,4 @@
-"""The rows that a schedule is lowered to, and that the C++ and Triton evaluators walk."""
+"""The rows that a schedule is lowered to, and that the evaluators walk."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ def wheel(sdist, tmp_path_factory):
     """The wheel that is built from what the sdist holds."""
     folder = tmp_path_factory.mktemp("sdist")
     with tarfile.open(sdist) as archive:
-        archive.extractall(folder)
+        archive.extractall(folder, filter="data")
     (tree,) = folder.iterdir()
     if (ROOT / "build" / "native").exists():
         shutil.copytree(ROOT / "build" / "native", tree / "build" / "native")
@@ -121,7 +121,7 @@ def test_wheel_holds_the_extension_and_no_sources(wheel):
 @pytest.mark.slow
 def test_extension_of_the_wheel_loads_without_torch(wheel, tmp_path):
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(tmp_path)
+        archive.extractall(tmp_path, filter="data")
     result = run(tmp_path, "-c", "import nexus._native as n, sys; print(n.__file__, 'torch' in sys.modules)")
     assert result.stdout.split() == [str(tmp_path / "nexus" / EXTENSION), "False"], result.stderr
 

@@ -136,7 +136,8 @@ void update(const TensorRecord& tensor, const Coefficients<T>& c, int64_t begin,
   }
 }
 
-// Sixteen float64 lanes, added in a fixed order: the same bits whatever the instruction set.
+// Sixteen float64 lanes (four vectors of four), added in a fixed order: the same bits whatever the
+// instruction set.
 constexpr int kLanes = 4;
 typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
 

@@ -9,8 +9,8 @@
 #include <pthread.h>
 
 #include <atomic>
+#include <exception>
 #include <string>
-#include <system_error>
 #include <thread>
 #include <vector>
 #ifdef __linux__
@@ -100,7 +100,7 @@ void run_parallel(int threads, void (*work)(void*, int), void* context) {
     for (int i = 1; i < threads; ++i) {
       others.emplace_back(work, context, i);
     }
-  } catch (const std::system_error&) {
+  } catch (const std::exception&) {
     // No more threads to be had: those that there are do it all.
   }
   work(context, 0);

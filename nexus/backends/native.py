@@ -29,12 +29,13 @@ def unavailable() -> str | None:
     failure = Path(__file__).parents[1] / "_native_build_failure.txt"
     if failure.is_file():
         return f"the extension was not built: {failure.read_text().strip()}"
+    reason = f"the extension cannot be imported: {_import_error}"
     if (Path(__file__).parents[2] / "setup.py").is_file():
-        return (
-            "this is nexus's source tree, where the extension is not built: run 'pip install -e .' or 'make build' "
-            "in it, or leave its folder to use an installed nexus"
+        reason += (
+            ". This is nexus's source tree: run 'pip install -e .' or 'make build' in it, or leave its folder to "
+            "use an installed nexus"
         )
-    return f"the extension cannot be imported: {_import_error}"
+    return reason
 
 
 def detail() -> str:
@@ -142,10 +143,12 @@ class NativeRunner:
         self._plan = device_plan
 
     def update_settings(self) -> None:
-        assert self._plan is not None
+        plan, self._plan = self._plan, None  # until the end, as in bind()
+        assert plan is not None
         self._list.begin_groups()
-        self._add_groups(self._plan.groups)
-        self._set_state(self._plan)
+        self._add_groups(plan.groups)
+        self._set_state(plan)
+        self._plan = plan
 
     def _set_state(self, plan: DevicePlan) -> None:
         state = plan.state

@@ -6,6 +6,7 @@ with `step`, its counter, and `edits`, what `begin_decay` and `extend_stable` ha
 
 from __future__ import annotations
 
+import copy
 import warnings
 from itertools import chain
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ from nexus.arguments import MAX_STEP, check_count, check_number, shown
 from nexus.optim import tensor_list
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
 from nexus.schedules import WSD, Schedule
+from nexus.segments import NEVER
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -29,6 +31,7 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
     """See `FusedAdamW.state_dict`."""
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
+    optimizer._settle_groups()
     params = [param for group in optimizer.param_groups for param in group["params"]]
     indices = {id(param): index for index, param in enumerate(params)}
     saved: dict[str, Any] = {
@@ -86,6 +89,8 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
             strict=True,
         )
     )
+    if len(params) < sum(len(group["params"]) for group, _ in pairs):
+        raise ValueError("the loaded state dict has the same parameter index twice in 'param_groups'")
     states = state_dict["state"]
     for group, saved in pairs:
         amsgrad = bool(saved.get("amsgrad", group["amsgrad"]))
@@ -107,12 +112,14 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     for key, value in states.items():
         if key not in params:
             optimizer.state[key] = value
-    for (group, saved), restored in zip(pairs, edits, strict=True):
+    edits_of: dict[Schedule, dict[str, Any]] = {}  # groups with the same schedule share its table
+    for (group, saved), found in zip(pairs, edits, strict=True):
         _load_group(group, saved)
         for name, schedule in group.schedules():
-            for (other, _), table in optimizer._tables.items():
-                if other == schedule:
-                    table.restore(restored[name])
+            if name in found:
+                edits_of.setdefault(schedule, found[name])
+    for (schedule, _), table in optimizer._tables.items():
+        table.restore(edits_of.get(schedule, {}))
     completed = _completed(pairs, states)
     for device in optimizer._devices():
         optimizer._state_on(device).completed.fill_(completed)
@@ -140,6 +147,8 @@ def _checked_groups(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[d
                 f"{where} of the loaded state dict has {len(saved['params'])} parameters, that of this optimizer "
                 f"{len(group['params'])}"
             )
+        if "param_names" in saved and len(saved["param_names"]) != len(saved["params"]):
+            raise ValueError(f"{where} of the loaded state dict has another number of param_names than of params")
         if "betas" not in saved or "eps" not in saved or saved.get("decoupled_weight_decay") is False:
             raise ValueError(f"{where} of the loaded state dict is not AdamW's: it has {sorted(saved)}")
         try:
@@ -151,7 +160,11 @@ def _checked_groups(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> list[d
 
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those of a saved group that are to be loaded: not its schedules, and none of another class's options."""
-    return {name: saved[name] for name in SETTING_NAMES if name in saved and name not in _SCHEDULE_KEYS}
+    settings = {name: saved[name] for name in SETTING_NAMES if name in saved and name not in _SCHEDULE_KEYS}
+    for name in SCHEDULABLE:
+        if isinstance(settings.get(name), Tensor) and settings[name].numel() == 1:
+            settings[name] = float(settings[name])
+    return settings
 
 
 def _check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
@@ -186,7 +199,7 @@ def _check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
 
 def _checked_edits(group: ParamGroup, saved: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """The saved edits of each schedule of the group; warns where the saved schedule is another one."""
-    edits: dict[str, dict[str, Any]] = {name: {} for name in SCHEDULABLE}
+    edits: dict[str, dict[str, Any]] = {}
     for name in SCHEDULABLE:
         now, before = group[f"{name}_schedule"], saved.get(f"{name}_schedule")
         if before is None:
@@ -218,11 +231,14 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any]) -> dict[str, dict[s
 
 def _checked_table_edits(schedule: Schedule, edits: Any, name: str) -> dict[str, Any]:
     name = f"{name} of the loaded state dict"
-    allowed = {"decay_start", "decay_from"} if isinstance(schedule, WSD) else set()
-    if not isinstance(edits, dict) or (edits and set(edits) != allowed):
-        raise ValueError(f"{name} must be {sorted(allowed) if allowed else 'empty'}, got {shown(edits)}")
-    if edits:
-        check_count(f"decay_start in {name}", edits["decay_start"])
+    begun = {"decay_start", "decay_from"}
+    allowed = {"extended", *begun} if isinstance(schedule, WSD) else set()
+    if not isinstance(edits, dict) or not set(edits) <= allowed or len(begun & set(edits)) == 1:
+        raise ValueError(f"{name} must be a dict of {sorted(allowed) or 'nothing'}, got {shown(edits)}")
+    for edit in ("extended", "decay_start"):
+        if edit in edits:
+            check_count(f"{edit} in {name}", edits[edit], high=NEVER)
+    if "decay_from" in edits:
         check_number(f"decay_from in {name}", edits["decay_from"])
     return dict(edits)
 
@@ -238,6 +254,8 @@ def _load_state(optimizer: FusedAdamW, param: Tensor, saved: dict[str, Any] | No
     for name in tensor_list.MOMENTS:
         if name in saved:
             state[name].copy_(saved[name])
+        else:
+            state.pop(name, None)  # of an amsgrad that is over
     for name, value in saved.items():
         if name not in ("step", *tensor_list.MOMENTS):
             state[name] = value
@@ -247,7 +265,7 @@ def _load_group(group: ParamGroup, saved: dict[str, Any]) -> None:
     for name, value in _settings(saved).items():
         if name in SCHEDULABLE:
             if isinstance(group[name], Tensor):
-                group[name].fill_(float(value))
+                group[name].detach().fill_(float(value))
                 continue
             value = float(value)
         group[name] = value
@@ -255,7 +273,7 @@ def _load_group(group: ParamGroup, saved: dict[str, Any]) -> None:
         if name == "initial_lr" and (group["lr_schedule"] is not None or group.driver is not None):
             continue  # the rate that a scheduler began with: the schedule, or a scheduler that is here, stands
         if name not in ("params", *SETTING_NAMES, *_TORCH_OPTIONS):
-            group[name] = value
+            group[name] = copy.deepcopy(value)
 
 
 _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")

@@ -149,8 +149,9 @@ class FusedAdamW(Optimizer):
             with torch.enable_grad():
                 loss = closure()
         runner = self._runner
-        if runner is None or runner.changed():
-            runner = self._prepare()
+        change = Change.TENSORS if runner is None else runner.changed()
+        if runner is None or change:
+            runner = self._prepare(change)
         attributes = self.__dict__
         runner.step(attributes.get("grad_scale"), attributes.get("found_inf"))
         return loss
@@ -159,13 +160,13 @@ class FusedAdamW(Optimizer):
 
     # What happens when something has changed.
 
-    def _prepare(self) -> Runner:
-        """Bring the plan up to date with whatever the user has done since the last step."""
+    def _prepare(self, change: int = Change.TENSORS) -> Runner:
+        """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
         backend = backends.select(self._requested_backend, self._device_types())
         if self._runner is None or backend is not self._backend:
             self._backend, self._plan = backend, None
             self._runner = backend.runner(self.__dict__, SETTING_NAMES)
-        if self._plan is not None and self._runner.changed() == Change.SETTINGS:
+        if self._plan is not None and change == Change.SETTINGS:
             self._settle_groups()
             if [group["amsgrad"] for group in self.param_groups] == self._planned_amsgrad:
                 for device, device_plan in self._plan.devices.items():
@@ -224,6 +225,11 @@ class FusedAdamW(Optimizer):
             if not isinstance(group, ParamGroup):  # put there without add_param_group
                 self.param_groups[index] = ParamGroup({**self.defaults, **group})
             self._settle_group(self.param_groups[index])
+        used = self._used_schedules()
+        self._tables = {key: table for key, table in self._tables.items() if key[0] in used}
+
+    def _used_schedules(self, but: ParamGroup | None = None) -> set[Schedule]:
+        return {schedule for group in self.param_groups if group is not but for _, schedule in group.schedules()}
 
     def _settle_group(self, group: ParamGroup) -> None:
         check_group(group)
@@ -231,8 +237,13 @@ class FusedAdamW(Optimizer):
             group["betas"] = tuple(group["betas"])  # a change within a list would go unnoticed
         device = group["params"][0].device if group["params"] else torch.device("cpu")
         for name in SCHEDULABLE:
+            assigned = isinstance(group[name], Schedule)
             schedule = group.settle(name, device)
             if schedule is not None:
+                if assigned and schedule not in self._used_schedules(but=group):
+                    for (other, _), table in self._tables.items():
+                        if other == schedule:
+                            table.restore({})  # an equal one, whose decay may have begun, was assigned before
                 self._show_rate(group, name, schedule)
 
     def _show_rate(self, group: ParamGroup, name: str, schedule: Schedule) -> None:
@@ -393,7 +404,7 @@ class FusedAdamW(Optimizer):
 
     def _wsd_tables(self) -> list[tuple[ScheduleTable, StepState]]:
         self._settle_groups()
-        schedules = {schedule for group in self.param_groups for _, schedule in group.schedules()}
+        schedules = self._used_schedules()
         chosen = [
             (table, self._state_on(device))
             for (schedule, device), table in self._tables.items()

@@ -139,11 +139,13 @@ def check_group(group: dict[str, Any]) -> None:
 
 def _check_rate(name: str, value: object) -> None:
     if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64):
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64) or value.layout != torch.strided:
             raise ValueError(
                 f"{name} as a tensor must have one element of float32 or float64, got the shape "
                 f"{tuple(value.shape)} of {value.dtype}"
             )
+        if value.device.type == "cpu":  # elsewhere, reading it would be a visit to the device
+            check_number(name, float(value.detach()))
     elif not isinstance(value, Schedule):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):
             raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}")

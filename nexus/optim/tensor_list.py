@@ -33,6 +33,8 @@ def check_parameter(param: Tensor, where: str) -> None:
         raise TypeError(f"{where} is on the meta device; materialize the model before the first step")
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
+    if param.is_neg():
+        raise TypeError(f"{where} is a negated view, whose memory has the other sign; pass p.resolve_neg()")
     if _is_freed(param):
         raise RuntimeError(f"{where} has no memory: its storage was freed")
 
@@ -54,6 +56,8 @@ def check_gradient(param: Tensor, where: str) -> None:
             f"{where} of shape {tuple(param.shape)} on {param.device} has a gradient of shape "
             f"{tuple(grad.shape)} on {grad.device}"
         )
+    if grad.is_neg():
+        raise TypeError(f"{where} has a gradient that is a negated view; set p.grad = p.grad.resolve_neg()")
     if _is_freed(grad):
         raise RuntimeError(f"{where} has a gradient without memory: its storage was freed")
 

@@ -175,12 +175,13 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
                 f"{type(self.schedule).__name__}"
             )
         last_epoch = check_count("last_epoch", state_dict["last_epoch"])
+        step_count = check_count("_step_count", state_dict.get("_step_count", last_epoch + 1))
         if self._device_rates is not None:
             self._device_rates.table.replace(schedule)
             self._device_rates.move_to(last_epoch)
         self.last_epoch = last_epoch
         self.base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
-        self._step_count = int(state_dict.get("_step_count", last_epoch + 1))
+        self._step_count = step_count
         self._reschedule(schedule)
 
 
@@ -310,7 +311,8 @@ class CosineAnnealingScheduler(ScheduleScheduler[Cosine]):
         if peak_lr is None and isinstance(optimizer, Optimizer):
             if isinstance(optimizer, FusedAdamW):
                 _check_unscheduled(optimizer)
-            peak_lr = float(optimizer.defaults["lr"])
+            default = optimizer.defaults["lr"]
+            peak_lr = float(optimizer.param_groups[0]["lr"] if isinstance(default, Schedule) else default)
         try:
             schedule = Cosine(peak_lr, max_steps, min_lr, warmup_steps)
         except (TypeError, ValueError) as error:

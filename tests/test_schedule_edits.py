@@ -1,0 +1,136 @@
+"""What `begin_decay` and `extend_stable` did to a schedule, over saving, loading and assigning another one."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from references import BACKENDS, make_grads, make_params, set_grads
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD
+
+backends = pytest.mark.parametrize("backend", BACKENDS)
+
+
+def rates(optimizer: FusedAdamW, steps: int) -> list[float]:
+    """The rates that the next updates use."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    used = []
+    for _ in range(steps):
+        set_grads(params, make_grads(params))
+        optimizer.step()
+        used.append(float(optimizer.param_groups[0]["lr"]))
+    return used
+
+
+def resumed(optimizer: FusedAdamW, schedule: WSD, backend: str) -> FusedAdamW:
+    other = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the schedules differ on purpose
+        other.load_state_dict(optimizer.state_dict())
+    return other
+
+
+@backends
+@pytest.mark.parametrize(
+    "schedule", [WSD(0, 5, 10, 1.0), WSD(0, 5, 10, 0.5), WSD(0, 50, 10, 1.0), WSD(2, 5, 4, 1.0)], ids=str
+)
+def test_an_extension_is_carried_over_to_the_schedule_of_the_resumed_run(backend: str, schedule: WSD) -> None:
+    optimizer = FusedAdamW(make_params([(3,)]), lr=WSD(0, 5, 10, 1.0), backend=backend)
+    optimizer.extend_stable(3)
+    optimizer.extend_stable(1)
+    rates(optimizer, 2)
+    assert rates(resumed(optimizer, schedule, backend), 70) == schedule.extend_stable(4).values(2, 72)
+
+
+@backends
+def test_an_extension_and_an_early_decay_are_both_carried_over(backend: str) -> None:
+    schedule = WSD(0, 5, 10, 1.0)
+    optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
+    optimizer.extend_stable(20)
+    rates(optimizer, 7)
+    optimizer.begin_decay()
+    expected = schedule.extend_stable(20).begin_decay(7).values(7, 20)
+    assert rates(resumed(resumed(optimizer, schedule, backend), schedule, backend), 13) == expected
+
+
+@backends
+def test_a_group_without_edits_does_not_undo_those_of_another(backend: str) -> None:
+    schedule = WSD(0, 10, 10, 1.0)
+    params = make_params([(3,), (3,)])
+    optimizer = FusedAdamW(
+        [{"params": params[:1], "lr": schedule}, {"params": params[1:], "lr": 0.1}], backend=backend
+    )
+    rates(optimizer, 2)
+    optimizer.begin_decay()
+    rates(optimizer, 1)
+    other = FusedAdamW([{"params": [param]} for param in make_params([(3,), (3,)])], lr=schedule, backend=backend)
+    other.load_state_dict(optimizer.state_dict())
+    assert rates(other, 5) == schedule.begin_decay(2).values(3, 8)
+
+
+@backends
+def test_an_equal_schedule_that_is_assigned_anew_is_as_it_was_given(backend: str) -> None:
+    schedule = WSD(0, 100, 10, 1.0)
+    optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
+    rates(optimizer, 2)
+    optimizer.begin_decay()
+    assert rates(optimizer, 3) == schedule.begin_decay(2).values(2, 5)
+    optimizer.param_groups[0]["lr"] = WSD(0, 100, 10, 1.0)
+    assert rates(optimizer, 2) == [1.0, 1.0]
+    for peak in range(2, 30):
+        optimizer.param_groups[0]["lr"] = WSD(0, 100, 10, float(peak))
+        assert rates(optimizer, 1) == [float(peak)]
+    assert len(optimizer._tables) == 1
+
+
+@backends
+def test_a_schedule_that_waits_for_its_first_step_is_saved(backend: str) -> None:
+    optimizer = FusedAdamW(make_params([(3,)]), lr=0.1, backend=backend)
+    optimizer.param_groups[0]["lr"] = WSD(0, 5, 10, 1.0)
+    assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["type"] == "WSD"
+
+
+def test_a_failed_change_of_settings_is_not_stepped_over() -> None:
+    params = make_params([(3,), (4,)])
+    optimizer = FusedAdamW([{"params": [param]} for param in params], lr=0.1, backend="native")
+    rates(optimizer, 1)
+    before = [param.detach().clone() for param in params]
+    optimizer.param_groups[1]["lr"] = torch.sparse_coo_tensor([[0]], [0.1], (1,), check_invariants=True)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="lr as a tensor"):
+            optimizer.step()
+    assert all(torch.equal(a, b) for a, b in zip(before, params, strict=True))
+    optimizer.param_groups[1]["lr"] = 0.2
+    optimizer.step()
+    assert all(not torch.equal(a, b) for a, b in zip(before, params, strict=True))
+
+
+def test_sharing_that_begins_with_a_change_of_settings_is_seen() -> None:
+    params = make_params([(8,), (8,)])
+    optimizer = FusedAdamW(params, lr=0.1, backend="native")
+    rates(optimizer, 1)
+    params[0].data = params[1].data
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    set_grads(params, make_grads(params))
+    with pytest.raises(ValueError, match="share"):
+        optimizer.step()
+
+
+@backends
+def test_negated_views_are_refused(backend: str) -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer = FusedAdamW([param], backend=backend)
+    param.grad = torch._neg_view(torch.ones(3))
+    with pytest.raises(TypeError, match="negated view"):
+        optimizer.step()
+    assert torch.equal(param, torch.ones(3))
+
+
+@backends
+@pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
+def test_a_tensor_rate_out_of_range_is_refused(backend: str, rate: float) -> None:
+    with pytest.raises(ValueError, match="lr must be a finite number"):
+        FusedAdamW(make_params([(3,)]), lr=torch.tensor(rate), backend=backend)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-import torch
-
 from nexus.backends import native, reference
 from nexus.backends.interface import Backend
 
@@ -54,8 +52,3 @@ def select(name: str, device_types: set[str]) -> Backend:
     if name == native.NAME:
         raise RuntimeError(f"backend='native' cannot run here: {reason}")
     return _BACKENDS[reference.NAME]  # said at import: nexus.optim warns
-
-
-def device_types(tensors: list[torch.Tensor]) -> set[str]:
-    """The types of device that hold these tensors; the CPU's where there are none."""
-    return {tensor.device.type for tensor in tensors} or {"cpu"}

@@ -26,14 +26,14 @@ enum class Curve : int32_t { kConstant = 0, kRise = 1, kLinear = 2, kCosine = 3,
 constexpr int64_t kSegmentColumns = 5;
 
 NEXUS_FN double curve_weight(Curve curve, double p) {
-  constexpr double kPi = 3.14159265358979323846;
+  constexpr double kHalfPi = 1.57079632679489661923;
   switch (curve) {
     case Curve::kRise:
       return p;
     case Curve::kLinear:
       return 1.0 - p;
     case Curve::kCosine:
-      return 0.5 * (1.0 + cos(kPi * p));
+      return cos(kHalfPi * p) * cos(kHalfPi * p);
     case Curve::kSqrt:
       return 1.0 - sqrt(p);
     case Curve::kConstant:

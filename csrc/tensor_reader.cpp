@@ -28,7 +28,6 @@ struct DLPackExchangeAPI {
   void* current_work_stream;
 };
 
-constexpr int32_t kCPU = 1;
 constexpr uint8_t kFloat = 2;
 constexpr uint8_t kBFloat = 4;
 
@@ -51,6 +50,7 @@ TensorReader::TensorReader(PyObject* exchange_api, PyObject* dtypes)
       data_ptr_(interned("data_ptr")),
       dtype_(interned("dtype")),
       is_cpu_(interned("is_cpu")),
+      get_device_(interned("get_device")),
       shape_(interned("shape")),
       stride_(interned("stride")) {
   if (PyCapsule_CheckExact(exchange_api)) {
@@ -76,7 +76,7 @@ bool TensorReader::describe(PyObject* tensor, Description& out) {
     return false;
   }
   out.data = static_cast<char*>(now.data) + now.byte_offset;
-  out.on_cpu = now.device_type == kCPU;
+  out.device = (static_cast<int64_t>(now.device_type) << 32) + now.device_id;
   out.ndim = now.ndim;
   out.shape = now.shape;
   out.strides = now.strides;
@@ -99,8 +99,9 @@ bool TensorReader::describe_by_attributes(PyObject* tensor, Description& out) {
   const Object data = Object::own(PyObject_CallMethodNoArgs(tensor, data_ptr_.get()));
   const Object dtype = Object::own(PyObject_GetAttr(tensor, dtype_.get()));
   const Object is_cpu = Object::own(PyObject_GetAttr(tensor, is_cpu_.get()));
+  const Object device = Object::own(PyObject_CallMethodNoArgs(tensor, get_device_.get()));
   const bool read =
-      data.get() != nullptr && dtype.get() != nullptr && is_cpu.get() != nullptr &&
+      data.get() != nullptr && dtype.get() != nullptr && is_cpu.get() != nullptr && device.get() != nullptr &&
       read_tuple(Object::own(PyObject_GetAttr(tensor, shape_.get())), shape_scratch_) &&
       read_tuple(Object::own(PyObject_CallMethodNoArgs(tensor, stride_.get())), stride_scratch_);
   if (!read) {
@@ -108,7 +109,8 @@ bool TensorReader::describe_by_attributes(PyObject* tensor, Description& out) {
     return false;
   }
   out.data = PyLong_AsVoidPtr(data.get());
-  out.on_cpu = is_cpu.get() == Py_True;
+  // get_device() is -1 for the CPU, but also for a device without memory.
+  out.device = is_cpu.get() == Py_True ? INT64_MIN : PyLong_AsLongLong(device.get());
   out.ndim = static_cast<int>(shape_scratch_.size());
   out.shape = shape_scratch_.data();
   out.strides = stride_scratch_.data();

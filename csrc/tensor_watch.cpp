@@ -35,7 +35,7 @@ const char kEmptyGradient = 0;
 
 }  // namespace
 
-TensorWatch::TensorWatch(cpu::TensorList& list, PyObject* attributes, PyObject* setting_names,
+TensorWatch::TensorWatch(HostList& list, PyObject* attributes, PyObject* setting_names,
                          PyObject* grad_descriptor, TensorReader reader)
     : list_(list),
       attributes_(attributes),
@@ -97,7 +97,7 @@ void TensorWatch::reset_settings() {
 }
 
 void TensorWatch::add_parameter(PyObject* param) {
-  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, nullptr, {}});
+  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}});
 }
 
 void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
@@ -114,6 +114,7 @@ void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* strea
                          staged_grad,
                          entry.param_dtype,
                          entry.grad_dtype,
+                         now.device,
                          now.ndim,
                          layouts_.size(),
                          grad_buffer,
@@ -222,12 +223,14 @@ Change TensorWatch::same_settings() {
       if (value == seen.settings[k].get()) {
         continue;
       }
-      Rate& lr = list_.groups[i].lr;
+      const Rate& lr = list_.groups[i].lr;
       const bool plain = k == 0 && value != nullptr && lr.table == nullptr && lr.tensor == nullptr;
       if (plain && PyFloat_CheckExact(value)) {  // what torch's schedulers write at every step
         const double number = PyFloat_AS_DOUBLE(value);
         if (std::isfinite(number) && number >= 0.0) {
-          lr.value = number;
+          for (size_t j = i; j < list_.groups.size(); j += groups_.size()) {  // on every device
+            list_.groups[j].lr.value = number;
+          }
           seen.settings[k] = Object(value);
           continue;
         }
@@ -292,7 +295,7 @@ Object TensorWatch::gradient(PyObject* param) {
 // `strides`: the expected ones; null where any will do.
 bool TensorWatch::same_layout(const Parameter& parameter, const Description& now,
                               const int64_t* strides) const {
-  if (!now.on_cpu || now.ndim != parameter.ndim) {
+  if (now.device != parameter.device || now.ndim != parameter.ndim) {
     return false;
   }
   const int64_t* shape = layouts_.data() + parameter.layout;

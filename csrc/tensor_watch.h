@@ -14,7 +14,7 @@
 #include <cstdint>
 #include <vector>
 
-#include "cpu/step.h"
+#include "host_list.h"
 
 namespace nexus {
 
@@ -52,7 +52,7 @@ class Object {
 struct Description {
   void* data;
   DType dtype;
-  bool on_cpu;
+  int64_t device;  // equal numbers are one device
   int ndim;
   const int64_t* shape;
   const int64_t* strides;
@@ -73,7 +73,7 @@ class TensorReader {
 
   int (*exchange_)(void* tensor, void* dltensor) = nullptr;
   Object dtypes_;
-  Object data_ptr_, dtype_, is_cpu_, shape_, stride_;
+  Object data_ptr_, dtype_, is_cpu_, get_device_, shape_, stride_;
   std::vector<int64_t> shape_scratch_, stride_scratch_;
 };
 
@@ -81,7 +81,7 @@ class TensorWatch {
  public:
   // `attributes`: the optimizer's __dict__. `setting_names`: the keys of a group whose values are watched;
   // the first is "lr". `grad_descriptor`: torch's getter of Tensor.grad.
-  TensorWatch(cpu::TensorList& list, PyObject* attributes, PyObject* setting_names, PyObject* grad_descriptor,
+  TensorWatch(HostList& list, PyObject* attributes, PyObject* setting_names, PyObject* grad_descriptor,
               TensorReader reader);
 
   // Forgets everything, and takes groups and state as they are now for what is expected from here on.
@@ -129,6 +129,7 @@ class TensorWatch {
     bool staged_grad;
     DType dtype;
     DType grad_dtype;
+    int64_t device;
     int32_t ndim;
     size_t layout;  // in layouts_: the shape, the parameter's strides, the gradient's strides
     void* grad_buffer;
@@ -163,7 +164,7 @@ class TensorWatch {
   Object gradient(PyObject* param);
   PyObject* attribute(const Object& name) const;  // borrowed
 
-  cpu::TensorList& list_;
+  HostList& list_;
   Object attributes_;
   Object setting_names_;
   Object grad_descriptor_;

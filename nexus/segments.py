@@ -15,7 +15,7 @@ class Curve(IntEnum):
     CONSTANT = 0  # 1
     RISE = 1  # p
     LINEAR = 2  # 1 - p
-    COSINE = 3  # (1 + cos(pi p)) / 2
+    COSINE = 3  # (1 + cos(pi p)) / 2 = cos(pi p / 2)^2
     SQRT = 4  # 1 - sqrt(p)
 
 

@@ -142,7 +142,7 @@ def test_rates_are_the_oracles(case: Case, kind: str) -> None:
         last = attached.get_last_lr()
         assert [type(rate) for rate in last] == [float]
         assert last == [case.oracle(step)]
-        ulp = math.ulp(last[0]) if kind == "reference" else 0.0  # the vectorised cosine is not libm's
+        ulp = 2 * math.ulp(last[0]) if kind == "reference" else 0.0  # torch's functions are not libm's
         assert abs(rates(optimizer)[0] - last[0]) <= ulp
         assert attached.get_phase() == attached.get_phase(step) == case.oracle.phase(step)
         train(model, optimizer, attached, 1)

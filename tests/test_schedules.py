@@ -19,7 +19,7 @@ WEIGHTS = {
     Curve.CONSTANT: lambda p: 1.0,
     Curve.RISE: lambda p: p,
     Curve.LINEAR: lambda p: 1.0 - p,
-    Curve.COSINE: lambda p: 0.5 * (1.0 + math.cos(math.pi * p)),
+    Curve.COSINE: lambda p: math.cos(0.5 * math.pi * p) * math.cos(0.5 * math.pi * p),
     Curve.SQRT: lambda p: 1.0 - math.sqrt(p),
 }
 

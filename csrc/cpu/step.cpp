@@ -10,12 +10,12 @@ namespace nexus::cpu {
 // spins, as it does after a backward pass, but in about 90 us once it sleeps.
 constexpr size_t kSharesPerThread = 4;
 
-void TensorList::divide() {
+void Step::divide() {
   chunks_.clear();
   shares_.assign(1, 0);
   int64_t elements = 0;  // in the current share
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const int64_t numel = tensors[i].numel;
+  for (size_t i = 0; i < list_.tensors.size(); ++i) {
+    const int64_t numel = list_.tensors[i].numel;
     for (int64_t k = 0; k < chunk_count(numel); ++k) {
       chunks_.push_back(chunk_at(numel, k, static_cast<int32_t>(i)));
       elements += chunks_.back().count;
@@ -29,36 +29,14 @@ void TensorList::divide() {
     shares_.push_back(static_cast<int32_t>(chunks_.size()));
   }
   partial_sums_.assign(chunks_.size(), 0.0);
-  float_coefficients_.resize(tensors.size());
-  double_coefficients_.resize(tensors.size());
-}
-
-std::pair<int64_t, int64_t> TensorList::overlap() const {
-  struct Range {
-    uintptr_t begin, end;
-    int64_t tensor;
-  };
-  std::vector<Range> ranges;
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const auto begin = reinterpret_cast<uintptr_t>(tensors[i].param);
-    const auto bytes = static_cast<uintptr_t>(tensors[i].numel) * item_size(tensors[i].param_dtype);
-    if (bytes > 0) {
-      ranges.push_back({begin, begin + bytes, static_cast<int64_t>(i)});
-    }
-  }
-  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
-  for (size_t i = 1; i < ranges.size(); ++i) {
-    if (ranges[i].begin < ranges[i - 1].end) {
-      return {ranges[i - 1].tensor, ranges[i].tensor};
-    }
-  }
-  return {-1, -1};
+  float_coefficients_.resize(list_.tensors.size());
+  double_coefficients_.resize(list_.tensors.size());
 }
 
 // Every thread begins with a region of its own, the same in every step, so that what its core has in its
 // cache stays there; once done, it takes what is left in the others', so that a slow core holds nobody up.
 template <class Work>
-void TensorList::for_each_chunk(int threads, const Work& work) {
+void Step::for_each_chunk(int threads, const Work& work) {
   const size_t shares = shares_.size() - 1;
   const size_t wanted =
       std::clamp<size_t>(shares / kSharesPerThread, 1, static_cast<size_t>(std::max(threads, 1)));
@@ -71,19 +49,19 @@ void TensorList::for_each_chunk(int threads, const Work& work) {
     regions_[i].end = shares * (i + 1) / wanted;
   }
   struct Job {
-    const TensorList& list;
+    const Step& step;
     const Work& work;
     size_t regions;
   } job{*this, work, wanted};
   run_parallel(
       static_cast<int>(wanted),
       [](void* context, int thread) {
-        const auto& [list, work, regions] = *static_cast<const Job*>(context);
+        const auto& [step, work, regions] = *static_cast<const Job*>(context);
         for (size_t i = 0; i < regions; ++i) {
-          Region& region = list.regions_[(static_cast<size_t>(thread) + i) % regions];
+          Region& region = step.regions_[(static_cast<size_t>(thread) + i) % regions];
           for (size_t share = region.next++; share < region.end; share = region.next++) {
-            for (int32_t k = list.shares_[share]; k < list.shares_[share + 1]; ++k) {
-              work(static_cast<size_t>(k), list.chunks_[static_cast<size_t>(k)]);
+            for (int32_t k = step.shares_[share]; k < step.shares_[share + 1]; ++k) {
+              work(static_cast<size_t>(k), step.chunks_[static_cast<size_t>(k)]);
             }
           }
         }
@@ -91,9 +69,9 @@ void TensorList::for_each_chunk(int threads, const Work& work) {
       &job);
 }
 
-double TensorList::sum_of_squares(int threads) {
+double Step::sum_of_squares(int threads) {
   for_each_chunk(threads, [this](size_t k, const Chunk& chunk) {
-    const TensorRecord& tensor = tensors[static_cast<size_t>(chunk.tensor)];
+    const TensorRecord& tensor = list_.tensors[static_cast<size_t>(chunk.tensor)];
     partial_sums_[k] = tensor.grad == nullptr ? 0.0
                                               : kernels->sum_of_squares(tensor.grad, tensor.grad_dtype,
                                                                         chunk.begin, chunk.count);
@@ -105,7 +83,7 @@ double TensorList::sum_of_squares(int threads) {
   return sum;
 }
 
-bool TensorList::prepare() {
+bool Step::prepare() {
   const double grad_scale = gradient_scale(state);
   double grad_norm = 0.0;
   if (state.sum_of_squares != nullptr) {
@@ -123,11 +101,11 @@ bool TensorList::prepare() {
   int32_t evaluated = 0;
   Coefficients<double> as_double = {};
   Coefficients<float> as_float = {};
-  for (size_t i = 0; i < tensors.size(); ++i) {
-    const TensorRecord& tensor = tensors[i];
+  for (size_t i = 0; i < list_.tensors.size(); ++i) {
+    const TensorRecord& tensor = list_.tensors[i];
     // Tensors come in the order of their groups. Every group is evaluated, also one that has none.
     for (; evaluated <= tensor.group; ++evaluated) {
-      row = row_at(groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
+      row = row_at(list_.groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
     }
     if (tensor.grad == nullptr) {
       continue;
@@ -142,19 +120,19 @@ bool TensorList::prepare() {
     float_coefficients_[i] = as_float;
     double_coefficients_[i] = as_double;
   }
-  for (; evaluated < static_cast<int32_t>(groups.size()); ++evaluated) {
-    row_at(groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
+  for (; evaluated < static_cast<int32_t>(list_.groups.size()); ++evaluated) {
+    row_at(list_.groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
   }
   return true;
 }
 
-void TensorList::step(int threads) {
+void Step::run(int threads) {
   if (!prepare()) {
     return;
   }
   for_each_chunk(threads, [this](size_t, const Chunk& chunk) {
     const auto i = static_cast<size_t>(chunk.tensor);
-    const TensorRecord& tensor = tensors[i];
+    const TensorRecord& tensor = list_.tensors[i];
     if (tensor.grad == nullptr) {
       return;
     }
@@ -166,15 +144,15 @@ void TensorList::step(int threads) {
   });
 }
 
-bool TensorList::traffic(int threads) {
-  for (const TensorRecord& tensor : tensors) {
+bool Step::traffic(int threads) {
+  for (const TensorRecord& tensor : list_.tensors) {
     if (tensor.param_dtype != DType::kFloat32 || tensor.grad_dtype != DType::kFloat32 ||
         tensor.max_exp_avg_sq != nullptr) {
       return false;
     }
   }
   for_each_chunk(threads, [this](size_t, const Chunk& chunk) {
-    const TensorRecord& tensor = tensors[static_cast<size_t>(chunk.tensor)];
+    const TensorRecord& tensor = list_.tensors[static_cast<size_t>(chunk.tensor)];
     if (tensor.grad != nullptr) {
       kernels->traffic(tensor, chunk.begin, chunk.count);
     }

@@ -3,39 +3,35 @@
 
 #include <atomic>
 #include <memory>
-#include <utility>
 #include <vector>
 
-#include "../hyperparameters.h"
+#include "../host_list.h"
 #include "kernels.h"
 
 namespace nexus::cpu {
 
-// Records, groups and the division of work, with the scratch memory that a step needs: a step allocates
+// The division of a list's work among threads, with the scratch memory that a step needs: a step allocates
 // nothing.
-struct TensorList {
-  std::vector<TensorRecord> tensors;
-  std::vector<Group> groups;
+class Step {
+ public:
+  explicit Step(const HostList& list) : list_(list) {}
+
   StepState state = {};
+  const Kernels* kernels = cpu::kernels();
 
-  // To be called after `tensors` has changed, before any step.
+  // To be called after the list's tensors have changed, before any run.
   void divide();
-
-  // Two tensors whose parameters share memory, or {-1, -1}. Threads would race on them.
-  std::pair<int64_t, int64_t> overlap() const;
 
   // The sum of squares of all gradients, in float64. Chunks are summed in a fixed order: the number of
   // threads does not change a bit of the result.
   double sum_of_squares(int threads);
 
   // Decides whether to skip, advances the counters, evaluates the rates and updates every tensor.
-  void step(int threads);
+  void run(int threads);
 
-  // Reads and writes back, unchanged, what step() reads and writes: the time that memory alone takes, to
-  // measure step() against. False, and nothing done, unless all streams are float32, without amsgrad.
+  // Reads and writes back, unchanged, what run() reads and writes: the time that memory alone takes, to
+  // measure run() against. False, and nothing done, unless all streams are float32, without amsgrad.
   bool traffic(int threads);
-
-  const Kernels* kernels = cpu::kernels();
 
  private:
   // Shares that one thread takes before it helps the others. A cache line each.
@@ -48,6 +44,7 @@ struct TensorList {
   void for_each_chunk(int threads, const Work& work);
   bool prepare();  // false: this step is skipped
 
+  const HostList& list_;
   std::vector<Chunk> chunks_;
   std::vector<int32_t> shares_;  // shares_[i] .. shares_[i + 1] are the chunks of one unit of work
   std::unique_ptr<Region[]> regions_;

@@ -38,7 +38,7 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     weight = torch.ones_like(p)
     weight = torch.where(curve == Curve.RISE, p, weight)
     weight = torch.where(curve == Curve.LINEAR, 1.0 - p, weight)
-    weight = torch.where(curve == Curve.COSINE, 0.5 * (1.0 + torch.cos(math.pi * p)), weight)
+    weight = torch.where(curve == Curve.COSINE, torch.cos(0.5 * math.pi * p).square(), weight)
     weight = torch.where(curve == Curve.SQRT, 1.0 - torch.sqrt(p), weight)
     return low + weight * (high - low)
 

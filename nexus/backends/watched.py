@@ -1,0 +1,197 @@
+"""What every backend with raw pointers shares: the extension's list of tensors, which notices what changes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from nexus.backends.interface import Change, DevicePlan, Plan, Rate, TensorEntry
+
+try:
+    from nexus import _native as extension
+except ImportError as error:
+    extension = None  # type: ignore[assignment]
+    _import_error = str(error)
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of the C++ enum
+DTYPE_INDEX = {dtype: index for index, dtype in enumerate(DTYPES)}
+
+__all__ = [
+    "DTYPES",
+    "DTYPE_INDEX",
+    "WatchedRunner",
+    "address",
+    "extension",
+    "make_list",
+    "rate_fields",
+    "unavailable",
+]
+
+List = TypeVar("List")
+
+
+def unavailable() -> str | None:
+    """Why the extension is not there: the compiler's words, where the install wrote them down."""
+    if extension is not None:
+        return None
+    failure = Path(__file__).parents[1] / "_native_build_failure.txt"
+    if failure.is_file():
+        return f"the extension was not built: {failure.read_text().strip()}"
+    reason = f"the extension cannot be imported: {_import_error}"
+    if (Path(__file__).parents[2] / "setup.py").is_file():
+        reason += (
+            ". This is nexus's source tree: run 'pip install -e .' or 'make build' in it, or leave its folder to "
+            "use an installed nexus"
+        )
+    return reason
+
+
+def make_list(kind: Callable[..., List], attributes: dict[str, Any], setting_names: tuple[str, ...]) -> List:
+    """One of the extension's lists, for an optimizer whose `__dict__` is `attributes`."""
+    grad_descriptor = torch._C.TensorBase.__dict__["grad"]
+    exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
+    return kind(attributes, setting_names, grad_descriptor, exchange_api, DTYPES)
+
+
+def address(tensor: Tensor | None) -> int:
+    """Where a tensor's memory is; 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def rate_fields(rate: Rate) -> tuple[float, int, int, int, int, float, int]:
+    """A rate as the extension takes it."""
+    return (
+        rate.value,
+        address(rate.tensor),
+        0 if rate.tensor is None else DTYPE_INDEX[rate.tensor.dtype],
+        address(rate.table),
+        0 if rate.table is None else rate.table.shape[0],
+        rate.scale,
+        address(rate.last),
+    )
+
+
+class WatchedRunner:
+    """Binds plans to a list of the extension. What is done with the list is up to the subclass.
+
+    Args:
+        tensors: a `_native.WatchedList`.
+    """
+
+    name: str
+
+    def __init__(self, tensors: Any) -> None:
+        self._list = tensors
+        self._plan: Plan | None = None
+        self._staged: list[TensorEntry] = []
+
+    def changed(self) -> int:
+        return Change.TENSORS if self._plan is None else self._list.refresh()
+
+    def bind(self, plan: Plan) -> None:
+        self._plan = None  # until the end: a list that is half made is never run
+        self._list.begin()
+        self._add_groups(plan)
+        entries = [entry for device_plan in plan.devices.values() for entry in device_plan.entries]
+        indices = {id(entry): self._add_tensor(entry) for entry in entries}
+        for param, watched in plan.parameters:
+            if watched is None:
+                self._list.watch_parameter(param)
+            else:
+                self._list.watch_entry(
+                    param,
+                    indices[id(watched)],
+                    watched.param,
+                    watched.param_buffer is not None,
+                    watched.grad_buffer is not None,
+                    address(watched.grad_buffer),
+                )
+        for device_plan in plan.devices.values():
+            for tensor in _one_of_each_storage(device_plan):
+                self._list.watch_tensor(tensor)
+        first, second = self._list.overlap()
+        if first >= 0:
+            raise ValueError(
+                f"parameters {first} and {second} (in the order of the groups, of those with a gradient) share "
+                "memory, and would be updated at once by two threads; give the optimizer one tensor for both"
+            )
+        self._staged = [entry for entry in entries if entry.staged]
+        if self._list.refresh() == Change.TENSORS:  # reads where the gradients are
+            raise RuntimeError("a parameter or a gradient cannot be read where it is; please report this")
+        self._take_tensors(plan)
+        self._plan = plan
+
+    def update_settings(self) -> None:
+        plan, self._plan = self._plan, None  # until the end, as in bind()
+        assert plan is not None
+        self._list.begin_groups()
+        self._add_groups(plan)
+        self._take_settings(plan)
+        self._plan = plan
+
+    def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for entry in self._staged:
+            entry.fetch()
+        assert self._plan is not None
+        self._run(self._plan, grad_scale, found_inf)
+        # To autograd these are in-place updates: a graph that saved an old value must refuse to use the new one.
+        torch.autograd.graph.increment_version(self._list.written())
+        for entry in self._staged:
+            entry.put_back()
+
+    def _take_tensors(self, plan: Plan) -> None:
+        """Take over a plan, of which the list knows everything."""
+        raise NotImplementedError
+
+    def _take_settings(self, plan: Plan) -> None:
+        """Take over the hyperparameters of a plan's groups, which the list knows."""
+        raise NotImplementedError
+
+    def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update everything once."""
+        raise NotImplementedError
+
+    def _add_groups(self, plan: Plan) -> None:
+        for device_plan in plan.devices.values():
+            for group in device_plan.groups:
+                for rate in (group.lr, group.weight_decay):
+                    for tensor in (rate.tensor, rate.last):
+                        if tensor is not None:
+                            self._list.watch_setting_tensor(tensor)
+                self._list.add_group(
+                    rate_fields(group.lr),
+                    rate_fields(group.weight_decay),
+                    *group.betas,
+                    group.eps,
+                    group.max_grad_norm,
+                    group.maximize,
+                )
+
+    def _add_tensor(self, entry: TensorEntry) -> int:
+        param, grad = entry.param, entry.grad
+        index: int = self._list.add_tensor(
+            param.data_ptr(),
+            entry.exp_avg.data_ptr(),
+            entry.exp_avg_sq.data_ptr(),
+            address(entry.max_exp_avg_sq),
+            entry.step.data_ptr(),
+            param.numel(),
+            entry.group,
+            DTYPE_INDEX[param.dtype],
+            DTYPE_INDEX[param.dtype if grad is None else grad.dtype],
+        )
+        return index
+
+
+def _one_of_each_storage(plan: DevicePlan) -> list[Tensor]:
+    """Tensors of the state, one for each block of memory: none of those blocks may move unnoticed."""
+    tensors: dict[int, Tensor] = {}
+    for entry in plan.entries:
+        for tensor in (entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq, entry.step):
+            if tensor is not None:
+                tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
+    return [plan.state.skipped, plan.state.grad_norm, *tensors.values()]

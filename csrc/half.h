@@ -1,8 +1,10 @@
-// bfloat16 and float16 as bits, to and from float32: round to nearest even, NaN stays NaN. Host only.
+// bfloat16 and float16 as bits, to and from float32: round to nearest even, NaN stays NaN. Host and device.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
+
+#include "host_device.h"
 
 namespace nexus {
 
@@ -13,28 +15,28 @@ struct Float16 {
   uint16_t bits;
 };
 
-static inline float float_of_bits(uint32_t bits) {
+NEXUS_FN float float_of_bits(uint32_t bits) {
   float value;
   memcpy(&value, &bits, sizeof value);
   return value;
 }
 
-static inline uint32_t bits_of_float(float value) {
+NEXUS_FN uint32_t bits_of_float(float value) {
   uint32_t bits;
   memcpy(&bits, &value, sizeof bits);
   return bits;
 }
 
-static inline float to_float(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+NEXUS_FN float to_float(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
 
-static inline void from_float(float value, BFloat16& out) {
+NEXUS_FN void from_float(float value, BFloat16& out) {
   const uint32_t bits = bits_of_float(value);
   const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   const uint32_t nan = (bits >> 16) | 0x40u;  // quiet, with the payload's upper bits
   out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
-static inline float to_float(Float16 x) {
+NEXUS_FN float to_float(Float16 x) {
   // Shifted into place, the exponent is short by 112; a multiplication mends it, exactly, subnormals
   // included.
   const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
@@ -45,7 +47,7 @@ static inline float to_float(Float16 x) {
   return float_of_bits(bits | sign);
 }
 
-static inline void from_float(float value, Float16& out) {
+NEXUS_FN void from_float(float value, Float16& out) {
   const uint32_t bits = bits_of_float(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
   const uint32_t magnitude = bits & 0x7fffffffu;

@@ -13,11 +13,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define NEXUS_FN __host__ __device__ static inline
-#else
-#define NEXUS_FN static inline  // internal linkage: one header is compiled for several instruction sets
-#endif
+#include "host_device.h"
 
 namespace nexus {
 

@@ -4,11 +4,13 @@
 
 #include <cstdint>
 
+#include "host_device.h"
+
 namespace nexus {
 
 enum class DType : int32_t { kOther = -1, kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
 
-constexpr uint64_t item_size(DType dtype) {
+NEXUS_FN constexpr uint64_t item_size(DType dtype) {
   return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
 }
 
@@ -25,7 +27,7 @@ struct TensorRecord {
   int32_t group;
   DType param_dtype;
   DType grad_dtype;
-  int32_t unused;
+  int32_t first_chunk;  // of this tensor, among those of its device
 };
 static_assert(sizeof(TensorRecord) == 72, "the layout is part of the interface with the devices");
 
@@ -39,10 +41,12 @@ static_assert(sizeof(Chunk) == 16, "the layout is part of the interface with the
 
 constexpr int64_t kChunkElements = 16384;
 
-constexpr int64_t chunk_count(int64_t numel) { return (numel + kChunkElements - 1) / kChunkElements; }
+NEXUS_FN constexpr int64_t chunk_count(int64_t numel) {
+  return (numel + kChunkElements - 1) / kChunkElements;
+}
 
 // Chunk `index` of a tensor of `numel` elements. All of it in int64: numel may exceed 2^31.
-constexpr Chunk chunk_at(int64_t numel, int64_t index, int32_t tensor) {
+NEXUS_FN constexpr Chunk chunk_at(int64_t numel, int64_t index, int32_t tensor) {
   const int64_t begin = index * kChunkElements;
   const int64_t left = numel - begin;
   return {begin, static_cast<int32_t>(left < kChunkElements ? left : kChunkElements), tensor};

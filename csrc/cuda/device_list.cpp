@@ -1,0 +1,104 @@
+#include "device_list.h"
+
+#include <utility>
+
+#include "kernels.h"
+#include "launch.h"
+
+namespace nexus::cuda {
+namespace {
+
+// A stream that waits for no other.
+class SideStream {
+ public:
+  SideStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream"); }
+  ~SideStream() { cudaStreamDestroy(stream_); }
+  SideStream(const SideStream&) = delete;
+  SideStream& operator=(const SideStream&) = delete;
+  cudaStream_t get() const { return stream_; }
+
+ private:
+  cudaStream_t stream_ = nullptr;
+};
+
+bool is_capturing(cudaStream_t stream) {
+  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+  check(cudaStreamIsCapturing(stream, &status), "asking whether the stream is being captured");
+  return status != cudaStreamCaptureStatusNone;
+}
+
+// The one value that `get` has for all tensors, or kOther.
+template <class Get>
+DType common(const std::vector<TensorRecord>& tensors, const Get& get) {
+  for (const TensorRecord& tensor : tensors) {
+    if (get(tensor) != get(tensors.front())) {
+      return DType::kOther;
+    }
+  }
+  return tensors.empty() ? DType::kOther : get(tensors.front());
+}
+
+}  // namespace
+
+DeviceList::DeviceList(const HostList& list, const Part& part, std::unique_ptr<DeviceTable> table,
+                       std::vector<std::unique_ptr<DeviceTable>>& captured)
+    : list_(list), part_(part), table_(std::move(table)), captured_(captured) {
+  const auto first = list.tensors.begin() + part.first_tensor;
+  contents_.tensors.assign(first, first + part.tensor_count);
+  contents_.pointers.resize(contents_.tensors.size());
+  for (TensorRecord& tensor : contents_.tensors) {
+    tensor.param = nullptr;
+    tensor.grad = nullptr;
+    tensor.first_chunk = static_cast<int32_t>(contents_.chunk_count);
+    // One at least: the first chunk's block counts the tensor's steps.
+    contents_.chunk_count += tensor.numel == 0 ? 1 : chunk_count(tensor.numel);
+  }
+  contents_.param_dtype = common(contents_.tensors, [](const TensorRecord& t) { return t.param_dtype; });
+  contents_.grad_dtype = common(contents_.tensors, [](const TensorRecord& t) { return t.grad_dtype; });
+  table_->forget();
+}
+
+const Table& DeviceList::current_table(cudaStream_t stream) {
+  for (size_t i = 0; i < contents_.pointers.size(); ++i) {
+    const TensorRecord& tensor = list_.tensors[static_cast<size_t>(part_.first_tensor) + i];
+    contents_.pointers[i] = {tensor.param, tensor.grad};
+  }
+  const auto first = list_.groups.begin() + part_.first_group;
+  contents_.groups.assign(first, first + part_.group_count);
+
+  if (!is_capturing(stream)) {
+    table_->write(contents_, stream);
+    return table_->get();
+  }
+  for (const auto& table : captured_) {
+    if (table->device() == part_.device && table->holds(contents_)) {
+      return table->get();
+    }
+  }
+  auto table = std::make_unique<DeviceTable>(part_.device);
+  const OutsideCapture outside;
+  const SideStream side;
+  table->write(contents_, side.get());
+  check(cudaStreamSynchronize(side.get()), "writing the table of a captured step");
+  captured_.push_back(std::move(table));
+  return captured_.back()->get();
+}
+
+void DeviceList::sum_of_squares(double* out, cudaStream_t stream) {
+  const DeviceGuard guard(part_.device);
+  cuda::sum_of_squares(current_table(stream), out, stream);
+}
+
+void DeviceList::step(cudaStream_t stream) {
+  const DeviceGuard guard(part_.device);
+  const Table& table = current_table(stream);
+  prologue(table, state, stream);
+  update(table, state, stream);
+}
+
+bool DeviceList::traffic(cudaStream_t stream) {
+  const DeviceGuard guard(part_.device);
+  return cuda::traffic(current_table(stream), stream);
+}
+
+}  // namespace nexus::cuda

@@ -1,0 +1,57 @@
+// The part of an optimizer that lies on one CUDA device.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <memory>
+#include <vector>
+
+#include "../host_list.h"
+#include "device_table.h"
+
+namespace nexus::cuda {
+
+// Where a device's tensors and groups stand in the list of all.
+struct Part {
+  int device;
+  int64_t first_tensor, tensor_count;
+  int64_t first_group, group_count;
+};
+
+// Everything here is enqueued on the caller's stream, and returns at once.
+//
+// While that stream is being captured, a step gets a table of its own, which is complete before the call
+// returns and is never written again: a graph that is replayed finds what the captured step has seen.
+class DeviceList {
+ public:
+  // `captured` outlives this list, and any graph that was captured.
+  DeviceList(const HostList& list, const Part& part, std::unique_ptr<DeviceTable> table,
+             std::vector<std::unique_ptr<DeviceTable>>& captured);
+
+  int device() const { return part_.device; }
+  std::unique_ptr<DeviceTable> take_table() { return std::move(table_); }
+
+  StepState state = {};
+
+  // The sum of squares of this device's gradients.
+  void sum_of_squares(double* out, cudaStream_t stream);
+
+  // Decides whether to skip, evaluates the rates, updates every tensor, and advances the counters.
+  void step(cudaStream_t stream);
+
+  // Reads and writes back, unchanged, what step() reads and writes: the time that memory alone takes, to
+  // measure step() against. False, and nothing done, unless all streams but the moments are float32, or all
+  // bfloat16.
+  bool traffic(cudaStream_t stream);
+
+ private:
+  const Table& current_table(cudaStream_t stream);
+
+  const HostList& list_;
+  Part part_;
+  Contents contents_;
+  std::unique_ptr<DeviceTable> table_;
+  std::vector<std::unique_ptr<DeviceTable>>& captured_;
+};
+
+}  // namespace nexus::cuda

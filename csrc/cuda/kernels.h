@@ -1,0 +1,43 @@
+// The launches of a step, in the order in which they are enqueued. Each throws where a launch fails.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+
+#include "table.h"
+
+namespace nexus::cuda {
+
+// What one launch of upload() can take: with its other arguments just below 4 KB, the most that every version
+// of CUDA allows.
+constexpr size_t kUploadBytes = 3968;
+
+// Writes `bytes` (a multiple of 8) to the device. They travel as kernel arguments: no memory of the host has
+// to outlive the call, and nothing waits.
+void upload(void* to, const void* from, size_t bytes, cudaStream_t stream);
+
+// Fills in `chunks`, from the tensors' `numel` and `first_chunk`.
+void divide(const Table& table, cudaStream_t stream);
+
+// The sum of squares of all gradients, in float64: the same bits whatever the device and wherever they lie.
+void sum_of_squares(const Table& table, double* out, cudaStream_t stream);
+
+// Decides whether to skip, and evaluates the schedules and everything that depends on them alone.
+void prologue(const Table& table, const StepState& state, cudaStream_t stream);
+
+// Updates every tensor, and advances the counters: of all launches the only one that changes the optimizer.
+void update(const Table& table, const StepState& state, cudaStream_t stream);
+
+// The loads and stores of update() alone: no value changes, so long as all are finite. False, and nothing
+// done, unless all parameters and gradients are float32, or all are bfloat16.
+bool traffic(const Table& table, cudaStream_t stream);
+
+// A schedule's values at `steps`.
+void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out,
+              cudaStream_t stream);
+
+// Why the current device cannot run these kernels, or an empty string.
+std::string missing_code();
+
+}  // namespace nexus::cuda

@@ -1,0 +1,110 @@
+// The part of the Python module that is there if it was built with nvcc.
+#ifdef NEXUS_CUDA
+
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <tuple>
+#include <utility>
+#include <vector>
+
+#include "cuda/device_list.h"
+#include "cuda/kernels.h"
+#include "watched_list.h"
+
+#ifndef NEXUS_CUDA_ARCHS
+#define NEXUS_CUDA_ARCHS ""
+#endif
+
+namespace nexus {
+namespace {
+
+cudaStream_t stream_at(Address address) { return at<CUstream_st>(address); }
+
+class CudaTensorList : public WatchedList {
+ public:
+  using WatchedList::WatchedList;
+
+  // (device, tensors, groups) of each device, in the order in which they were added. To be called once all
+  // are.
+  void divide(const std::vector<std::tuple<int, int64_t, int64_t>>& devices) {
+    std::vector<std::unique_ptr<cuda::DeviceList>> previous = std::move(devices_);
+    devices_.clear();
+    int64_t first_tensor = 0;
+    int64_t first_group = 0;
+    for (const auto& [device, tensors, groups] : devices) {
+      std::unique_ptr<cuda::DeviceTable> table;
+      for (auto& list : previous) {
+        if (list != nullptr && list->device() == device) {
+          table = list->take_table();
+          list.reset();
+        }
+      }
+      if (table == nullptr) {
+        table = std::make_unique<cuda::DeviceTable>(device);
+      }
+      const cuda::Part part = {device, first_tensor, tensors, first_group, groups};
+      devices_.push_back(std::make_unique<cuda::DeviceList>(list_, part, std::move(table), captured_));
+      first_tensor += tensors;
+      first_group += groups;
+    }
+  }
+
+  // `index` counts the devices of divide(), here and below.
+  void set_state(size_t index, const StateFields& fields) { devices_.at(index)->state = state_of(fields); }
+
+  void sum_of_squares(size_t index, Address out, Address stream) {
+    devices_.at(index)->sum_of_squares(at<double>(out), stream_at(stream));
+  }
+
+  void step(size_t index, Address grad_scale, Address found_inf, Address stream) {
+    cuda::DeviceList& list = *devices_.at(index);
+    list.state.grad_scale = at<const float>(grad_scale);
+    list.state.found_inf = at<const float>(found_inf);
+    list.step(stream_at(stream));
+  }
+
+  void traffic(size_t index, Address stream) {
+    if (!devices_.at(index)->traffic(stream_at(stream))) {
+      throw std::invalid_argument("only a list of float32 or of bfloat16 tensors can be measured");
+    }
+  }
+
+ private:
+  std::vector<std::unique_ptr<cuda::DeviceList>> devices_;
+  std::vector<std::unique_ptr<cuda::DeviceTable>> captured_;
+};
+
+void evaluate(int device, Address table, int64_t rows, Address steps, int64_t count, Address out,
+              Address stream) {
+  const cuda::DeviceGuard guard(device);
+  cuda::evaluate(at<const double>(table), rows, at<const int64_t>(steps), count, at<double>(out),
+                 stream_at(stream));
+}
+
+std::string missing_code(int device) {
+  const cuda::DeviceGuard guard(device);
+  return cuda::missing_code();
+}
+
+}  // namespace
+
+void define_cuda(py::module_& m) {
+  using release = py::call_guard<py::gil_scoped_release>;
+  m.attr("cuda_architectures") = NEXUS_CUDA_ARCHS;
+  m.def("cuda_missing_code", &missing_code,
+        "Why the CUDA kernels cannot run on a device, or an empty string.");
+  m.def("cuda_evaluate", &evaluate, release());
+  py::class_<CudaTensorList, WatchedList>(m, "CudaTensorList", py::custom_type_setup(collect_garbage))
+      .def(py::init<py::dict, py::tuple, py::object, py::object, py::tuple>())
+      .def("divide", &CudaTensorList::divide)
+      .def("set_state", &CudaTensorList::set_state)
+      .def("sum_of_squares", &CudaTensorList::sum_of_squares, release())
+      .def("step", &CudaTensorList::step, release())
+      .def("traffic", &CudaTensorList::traffic, release(),
+           "The loads and stores of step() alone; no value changes.");
+}
+
+}  // namespace nexus
+
+#endif  // NEXUS_CUDA

@@ -2,21 +2,24 @@
 
 PYTHON ?= python3
 JOBS ?= 2
+GPU_PYTHON ?= python3
 ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
-CSRC := $(shell find csrc -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Here a missing extension is a mistake; only a user's install may go on without it.
 export NEXUS_REQUIRE_NATIVE := 1
+# One GPU is enough to develop with; a user's install compiles for all that setup.py lists.
+export NEXUS_CUDA_ARCHS ?= sm_90
 
 .DEFAULT_GOAL := help
-.PHONY: .venv help build test lint format bench demo clean
+.PHONY: .venv help build test lint format bench gpu demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'PYTHON=python3.12 picks the interpreter; ARGS="..." goes to pytest, nexus bench or nexus demo.'
+	@echo 'PYTHON=python3.12 picks the interpreter, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, nexus bench or nexus demo.'
 
 .venv: $(STAMP) ## make the environment
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -46,10 +49,13 @@ format: $(STAMP) ## rewrite the sources in the project's style
 bench: build ## time nexus beside torch
 	$(BIN)/python -m nexus bench $(ARGS)
 
+gpu: ## all that needs a GPU, with GPU_PYTHON: no network, no .venv, under ten minutes
+	$(GPU_PYTHON) benchmarks/gpu.py
+
 demo: build ## train a small GPT and draw its loss and rate
 	$(BIN)/python -m nexus demo --out build/demo $(ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache
-	rm -f nexus/_native*.so nexus/_native_build_failure.txt
+	rm -f nexus/_native*.so nexus/_native_*_failure.txt
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -95,7 +95,7 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
     return std::pair(chunk.begin, static_cast<int64_t>(chunk.count));
   });
   m.def("chunk_count", &nexus::chunk_count);
-  py::class_<WatchedList>(m, "WatchedList", py::custom_type_setup(nexus::collect_garbage))
+  py::class_<WatchedList>(m, "WatchedList", py::module_local(), py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::dict, py::tuple, py::object, py::object, py::tuple>())
       .def("begin", &WatchedList::begin)
       .def("begin_groups", &WatchedList::begin_groups)
@@ -111,7 +111,8 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("release_gradients", &WatchedList::release_gradients)
       .def("write_pointers", &WatchedList::write_pointers)
       .def("rates", &WatchedList::rates);
-  py::class_<CpuTensorList, WatchedList>(m, "CpuTensorList", py::custom_type_setup(nexus::collect_garbage))
+  py::class_<CpuTensorList, WatchedList>(m, "CpuTensorList", py::module_local(),
+                                         py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::dict, py::tuple, py::object, py::object, py::tuple>())
       .def("divide", &CpuTensorList::divide)
       .def("set_state", &CpuTensorList::set_state)

@@ -95,7 +95,8 @@ void define_cuda(py::module_& m) {
   m.def("cuda_missing_code", &missing_code,
         "Why the CUDA kernels cannot run on a device, or an empty string.");
   m.def("cuda_evaluate", &evaluate, release());
-  py::class_<CudaTensorList, WatchedList>(m, "CudaTensorList", py::custom_type_setup(collect_garbage))
+  py::class_<CudaTensorList, WatchedList>(m, "CudaTensorList", py::module_local(),
+                                          py::custom_type_setup(collect_garbage))
       .def(py::init<py::dict, py::tuple, py::object, py::object, py::tuple>())
       .def("divide", &CudaTensorList::divide)
       .def("set_state", &CudaTensorList::set_state)

@@ -142,4 +142,4 @@ def evaluate(
     if steps.numel() and (int(steps.min()) < 0 or int(steps.max()) > MAX_STEP):
         raise ValueError(f"steps must be from 0 to 2**53, got {int(steps.min())} to {int(steps.max())}")
     steps = steps.to(device) if device is not None else steps
-    return backends.select(backend, {steps.device.type}).evaluate(lower(schedule, steps.device), steps)
+    return backends.select(backend, [steps.device]).evaluate(lower(schedule, steps.device), steps)

@@ -7,7 +7,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
-from references import BACKENDS
+
+if not torch.cuda.is_available():  # before Triton is imported: without a GPU, its kernels run on the CPU
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import cuda_on_cpu  # noqa: F401  # registers its backend; imports nexus
+from references import BACKENDS, EVERY_BACKEND, GPU_BACKENDS, tensors_where_it_runs
 
 # Several pytest processes share the processors: threads that wait for one another while they take turns are slow.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -19,10 +24,18 @@ def _seeded() -> None:
     torch.manual_seed(20_240_404)
 
 
-@pytest.fixture(params=BACKENDS)
-def backend(request: pytest.FixtureRequest) -> str:
-    """Each way to run an update."""
-    return request.param
+@pytest.fixture(params=EVERY_BACKEND)
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each way to run an update. Tensors are made where it runs, if a test does not say otherwise."""
+    with tensors_where_it_runs(request.param):
+        yield request.param
+
+
+@pytest.fixture(params=["cpu", pytest.param("gpu", marks=pytest.mark.gpu)])
+def backends(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
+    """All of one device, for a test that sets them side by side."""
+    with tensors_where_it_runs(request.param):
+        yield BACKENDS if request.param == "cpu" else ("reference", *GPU_BACKENDS)
 
 
 @pytest.fixture

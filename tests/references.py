@@ -5,17 +5,21 @@ A comparison is never re-synchronised: both sides run all steps from the same st
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import Schedule
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "reference", "cuda on cpu")  # on the CPU; the last is the CUDA backend, see cuda_on_cpu.py
+GPU_BACKENDS = ("cuda", "triton")
+EVERY_BACKEND = [*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS)]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 
 
@@ -29,6 +33,19 @@ LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "offset": lambda x: torch.cat([torch.zeros(3, dtype=x.dtype), x.flatten()])[3:].view(x.shape),
     "as_strided": lambda x: torch.cat([x.flatten(), x.flatten()]).as_strided(x.shape, (30, 10, 5, 1), 120),
 }
+
+
+@contextlib.contextmanager
+def tensors_where_it_runs(backend: str) -> Iterator[None]:
+    """Lets tensors be made on the GPU for a backend that runs there, and for "gpu"."""
+    if backend not in ("gpu", *GPU_BACKENDS):
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    torch.set_default_device("cuda")
+    yield
+    torch.set_default_device(None)
 
 
 @dataclass(frozen=True)

@@ -13,14 +13,19 @@ import pytest
 import torch
 
 from nexus.__main__ import main
-from nexus.bench import contestants, report
+from nexus.bench import contestants, provenance
 from nexus.bench.cases import CASES, CLIP_STEP_SCHEDULE, FOR_LOOP, FOREACH, FUSED, STEP, TRAFFIC, Case
-from nexus.bench.contestants import PEAK_LR, SCHEDULE, factors, rate_scale
+from nexus.bench.contestants import SCHEDULE, factors, rate_scale
 from nexus.bench.host import measure_host
-from nexus.bench.measure import Disagreement, Spread, interleaved, measure
+from nexus.bench.measure import measure
+from nexus.bench.peers import PEAK_LR
+from nexus.bench.report import metadata
+from nexus.bench.rows import LeftOut, Row, Spread
+from nexus.bench.timing import Cpu, interleaved
 
 needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 
+RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
 SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), repeats=3, quick_repeats=2, memory_bound=True)
 GROUPS = Case("dealt", "three groups", ((17,),) * 6, repeats=3, quick_repeats=2, groups=3)
 
@@ -56,10 +61,10 @@ def test_rows(case: Case) -> None:
     assert [(row.job, row.peer) for row in rows if row.peer != TRAFFIC] == expected
     for row in rows:
         assert (row.case, row.tensors, row.elements, row.pairs) == (case.name, len(case.shapes), case.elements, 3)
-        assert 0 < row.ratio.p20 <= row.ratio.median <= row.ratio.p80 < math.inf
-        assert row.nexus_us > 0
-        assert row.peer_us > 0
+        for spread in (row.time.nexus, row.time.peer, row.time.ratio):
+            assert 0 < spread.p20 <= spread.median <= spread.p80 < math.inf
         assert row.peer == TRAFFIC or row.difference < 1e-3
+        assert row.backend in ("native", "reference")
 
 
 @pytest.mark.parametrize("job", [STEP, CLIP_STEP_SCHEDULE])
@@ -90,26 +95,60 @@ def test_the_peers_rates_are_those_of_the_schedule() -> None:
 def test_a_contestant_that_does_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     right = contestants.nexus_optimizer
 
-    def wrong(case, job, params):
-        optimizer = right(case, job, params)
+    def wrong(case, job, params, backend):
+        optimizer = right(case, job, params, backend)
         optimizer.param_groups[0]["lr"] *= 1.02
         return optimizer
 
     monkeypatch.setattr(contestants, "nexus_optimizer", wrong)
-    with pytest.raises(Disagreement, match="small, step: the parameters of nexus and of torch"):
-        list(measure(SMALL, repeats=3))
+    rows = [row for row in measure(SMALL, repeats=3) if row.job == STEP and row.peer != TRAFFIC]
+    assert len(rows) == 3
+    for row in rows:
+        assert isinstance(row, LeftOut)
+        assert row.failed
+        assert f"small, step: the parameters of nexus and of its peer ({row.peer}) differ by 2.0e-02" in row.reason
+
+
+def test_a_contestant_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(contestants, "nexus_optimizer", lambda *args: torch.optim.SGD(args[2], lr=0.0))
     monkeypatch.setattr(torch.optim.SGD, "backend", "none", raising=False)
-    with pytest.raises(Disagreement):
-        list(measure(SMALL, repeats=3))
+    rows = list(measure(GROUPS, repeats=3))
+    assert len(rows) == 6
+    assert all(isinstance(row, LeftOut) and row.failed and "differ by" in row.reason for row in rows)
+
+
+def test_what_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    right = contestants.peer
+
+    def peer(case, job, name, device):
+        if name == FOREACH:
+            raise RuntimeError("out of\nmemory")
+        return right(case, job, name, device)
+
+    monkeypatch.setattr(contestants, "peer", peer)
+    rows = list(measure(GROUPS, repeats=1))
+    assert [type(row) for row in rows] == [Row, LeftOut, Row] * 2
+    assert (rows[1].reason, rows[1].failed) == ("RuntimeError: out of memory", False)
+
+    def broken(*args):
+        raise ValueError("nexus is broken")
+
+    monkeypatch.setattr(contestants, "nexus_optimizer", broken)
+    out = tmp_path / "rows.json"
+    assert main(["bench", "--case", "tiny", "--repeats", "1", "--out", str(out)]) == 1
+    data = json.loads(out.read_text())
+    assert data["complete"]
+    assert not data["rows"]
+    assert len(data["left_out"]) == 6
+    assert capsys.readouterr().err.count("left out, ValueError: nexus is broken") == 6
 
 
 def test_traffic_changes_no_bit() -> None:
     ours = contestants.nexus(SMALL, STEP)
+    ours.call()
     if ours.traffic is None:
         pytest.skip("the native extension is not built")
-    ours.call()
-    tensors = [t for p in ours.params for t in (p, p.grad, *ours.call.__self__.state[p].values())]
+    tensors = [t for p in ours.params for t in (p, p.grad, *ours.optimizer.state[p].values())]
     before = [tensor.clone() for tensor in tensors]
     ours.traffic()
     assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
@@ -117,9 +156,10 @@ def test_traffic_changes_no_bit() -> None:
 
 def test_traffic_takes_float32_alone() -> None:
     ours = contestants.nexus(SMALL, STEP)
+    ours.call()
     if ours.traffic is None:
         pytest.skip("the native extension is not built")
-    optimizer = ours.call.__self__
+    optimizer = ours.optimizer
     double = torch.ones(3, dtype=torch.float64)
     double.grad = torch.ones_like(double)
     optimizer.add_param_group({"params": double})
@@ -156,14 +196,24 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, err = capsys.readouterr()
     assert err == ""
     (path,) = tmp_path.iterdir()
-    assert path.name == report.file_name()
     assert str(path) in out
     data = json.loads(path.read_text())
-    assert data["format"] == 1
+    assert path.name == provenance.file_name(data["metadata"]["date"], data["metadata"]["cpu"])
+    assert data["format"] == 2
+    assert data["complete"]
     assert data["metadata"]["threads"] == 2
     assert {"nexus", "torch", "python", "cpu", "instruction_set", "date", "commit"} <= set(data["metadata"])
     assert len(data["rows"]) == 6
-    assert set(data["rows"][0]["ratio"]) == {"median", "p20", "p80"}
+    old = json.loads((RESULTS / "2026-11-23_amd-epyc.json").read_text())
+    assert set(old) <= set(data)
+    assert set(old["metadata"]) <= set(data["metadata"])
+    for row in data["rows"]:
+        assert {key: type(value) for key, value in old["rows"][0].items()}.items() <= {
+            key: type(value) for key, value in row.items()
+        }.items()
+        assert row["nexus_us"] == row["nexus_spread"]["median"] > 0
+        assert row["peer_us"] == row["peer_spread"]["median"] > 0
+        assert set(row["ratio"]) == {"median", "p20", "p80"}
     assert {row["peer"] for row in data["rows"]} == {FUSED, FOREACH, FOR_LOOP}
     assert data["host"]
     table = out[out.index("case") :].split("\n\n")[0].splitlines()
@@ -180,7 +230,7 @@ def test_picture(tmp_path: Path) -> None:
 
     rows = [row for case in (SMALL, GROUPS) for row in measure(case, repeats=1)]
     path = tmp_path / "speed.png"
-    draw(rows, report.metadata(), path)
+    draw(rows, metadata(), path)
     assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
     assert [*tmp_path.iterdir()] == [path]
 
@@ -192,6 +242,8 @@ def test_picture(tmp_path: Path) -> None:
         (["--repeats", "0"], "'0'"),
         (["--repeats", "many"], "'many'"),
         (["--threads", "-1"], "'-1'"),
+        (["--device", "tpu"], "'tpu'"),
+        (["--case", "billion"], "billion is for cuda"),
         (["--quickly"], "--quickly"),
         (["tiny"], "tiny"),
         (["--out", "no/such/folder/rows.json"], "no/such/folder"),
@@ -216,8 +268,23 @@ def test_nonsense(argv: list[str], word: str, capsys, tmp_path, monkeypatch) -> 
 
 
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    from nexus.bench import cli
-
-    monkeypatch.setattr(cli, "_available_bytes", lambda: 1000)
+    monkeypatch.setattr(Cpu, "free_bytes", lambda self: 1000)
     assert main(["bench", "--case", "tiny"]) == 0
     assert "tiny: left out, it needs 0.0 GB of memory" in capsys.readouterr().out
+
+
+def test_time_is_limited_but_some_pairs_are_taken() -> None:
+    for limit_s, pairs in ((None, 30), (0.0, 8)):
+        assert len(interleaved(lambda: 1, lambda: 2, 30, limit_s)) == pairs
+
+
+@pytest.mark.parametrize(
+    ("date", "device", "name"),
+    [
+        ("2026-11-23T15:14:49+00:00", "AMD EPYC", "2026-11-23_amd-epyc.json"),
+        ("2026-01-02", "NVIDIA H200", "2026-01-02_nvidia-h200.json"),
+        ("2026-01-02", "Intel(R) Xeon(R) @ 2.0GHz", "2026-01-02_intel-xeon-2-0ghz.json"),
+    ],
+)
+def test_file_names(date: str, device: str, name: str) -> None:
+    assert provenance.file_name(date, device) == name

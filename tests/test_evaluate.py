@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from references import BACKENDS
 
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Schedule, evaluate
 
@@ -46,13 +45,17 @@ def boundaries(schedule: Schedule) -> list[int]:
 def assert_equal_to_oracle(schedule: Schedule, steps: list[int]) -> None:
     oracle = torch.tensor([schedule(step) for step in steps], dtype=torch.float64)
     at = torch.tensor(steps, dtype=torch.int64)
-    assert torch.equal(evaluate(schedule, at, backend="native"), oracle)  # in float64, no difference at all
-    reference = evaluate(schedule, at, backend="reference")
-    # torch's cosine and square root are its own, within one unit in the last place of 1.
+    for exact in ("native", "cuda on cpu"):
+        assert torch.equal(evaluate(schedule, at, backend=exact), oracle)  # in float64, no difference at all
+    assert_within_rounding(evaluate(schedule, at, backend="reference"), oracle)
+
+
+def assert_within_rounding(values: torch.Tensor, oracle: torch.Tensor) -> None:
+    """Its cosine and square root may be another library's, each within a unit in the last place."""
     top = float(oracle.max())
-    assert float((reference - oracle).abs().max()) <= top * 2**-52
-    far = oracle >= 1e-6 * top  # where the weight is not a difference of nearly equal numbers
-    assert torch.equal(reference.float()[far], oracle.float()[far])
+    assert ((values - oracle).abs() <= oracle * 2**-50 + top * 2**-52).all()
+    far = oracle >= 1e-6 * top  # where 1 - sqrt(p) is not a difference of nearly equal numbers
+    assert torch.equal(values.float()[far], oracle.float()[far])
 
 
 @settings(max_examples=300, deadline=None)
@@ -93,10 +96,27 @@ def test_the_last_steps_of_ten_million_are_exact() -> None:
     assert_equal_to_oracle(schedule, list(range(10**7, 10**7 + 1001)))
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        WSD(1000, 79_000, 20_000, 3e-4, 3e-6, "cosine"),
+        WSD(10, 50_000, 50_000, 1.0, decay_type="linear"),
+        WSD(0, 0, 100_000, 1.0, decay_type="sqrt"),
+        CosineRestarts(1e-3, 1e-6, 1000, 1.5, 200),
+        CosineRestarts(1e-3, cycle_length=997),
+        Cosine(1e-3, 100_000, 1e-5, 2000),
+    ],
+    ids=repr,
+)
+def test_a_hundred_thousand_steps(backend: str, schedule: Schedule) -> None:
+    oracle = torch.tensor([schedule(step) for step in range(100_001)], dtype=torch.float64)
+    assert_within_rounding(evaluate(schedule, torch.arange(100_001), backend=backend), oracle)
+
+
 # The interface.
 
 
-@pytest.mark.parametrize("backend", ["auto", *BACKENDS])
 @pytest.mark.parametrize("shape", [(), (0,), (3, 4), (2, 0)])
 def test_the_result_has_the_shape_of_the_steps(backend: str, shape: tuple[int, ...]) -> None:
     steps = torch.ones(shape, dtype=torch.int64)
@@ -106,21 +126,19 @@ def test_the_result_has_the_shape_of_the_steps(backend: str, shape: tuple[int, .
     assert (values == Cosine(1.0, 10)(1)).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_steps_of_any_layout(backend: str) -> None:
     steps = torch.arange(20).reshape(4, 5).t()[::2]
     expected = [[Cosine(1.0, 30)(step) for step in row] for row in steps.tolist()]
-    assert evaluate(Cosine(1.0, 30), steps, device="cpu", backend=backend).float().tolist() == (
+    assert evaluate(Cosine(1.0, 30), steps, device=steps.device, backend=backend).float().tolist() == (
         torch.tensor(expected).tolist()
     )
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
 def test_the_default_device_plays_no_part(backend: str) -> None:
     steps = torch.arange(5)
     with torch.device("meta"):
         values = evaluate(Cosine(1.0, 30), steps, backend=backend)
-    assert values.device.type == "cpu"
+    assert values.device == steps.device
     assert float(values[0]) == 1.0
 
 
@@ -133,7 +151,8 @@ def test_the_default_device_plays_no_part(backend: str) -> None:
         ((Constant(1.0), torch.tensor(1, dtype=torch.int32)), TypeError, "got torch.int32"),
         ((Constant(1.0), torch.tensor([0, -1])), ValueError, "from 0 to 2\\*\\*53, got -1 to 0"),
         ((Constant(1.0), torch.tensor([MAX_STEP + 1])), ValueError, "from 0 to 2\\*\\*53"),
-        ((Constant(1.0), torch.tensor(1), None, "cuda"), ValueError, "backend must be one of .*'native'.*got 'cuda'"),
+        ((Constant(1.0), torch.tensor(1), None, "gpu"), ValueError, "backend must be one of .*'native'.*got 'gpu'"),
+        ((Constant(1.0), torch.tensor(1), None, "cuda"), ValueError, "'cuda' runs on cuda, but .* are on cpu"),
     ],
 )
 def test_bad_arguments_are_named(arguments: tuple[object, ...], error: type[Exception], words: str) -> None:

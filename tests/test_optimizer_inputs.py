@@ -63,7 +63,8 @@ OF_THE_CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
     ("lr", torch.tensor(1.0, device="meta"), ValueError, "lr is a tensor on meta"),
     ("skip_nonfinite", 1, TypeError, f"skip_nonfinite {BOOL}"),
     ("skip_nonfinite", None, TypeError, f"skip_nonfinite {BOOL}"),
-    ("backend", "cuda", ValueError, r"backend must be one of \('auto', 'native', 'reference'\), got 'cuda'"),
+    ("backend", "gpu", ValueError, r"backend must be one of \('auto', 'native', 'cuda', .*\), got 'gpu'"),
+    ("backend", "cuda", ValueError, r"backend='cuda' runs on cuda, but the tensors are on cpu"),
     ("backend", None, TypeError, r"backend must be a string, got None \(NoneType\)"),
     ("fused", True, TypeError, "unexpected keyword argument 'fused'"),
 ]

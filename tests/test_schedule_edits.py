@@ -6,12 +6,10 @@ import warnings
 
 import pytest
 import torch
-from references import BACKENDS, make_grads, make_params, set_grads
+from references import make_grads, make_params, set_grads
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
-
-backends = pytest.mark.parametrize("backend", BACKENDS)
 
 
 def rates(optimizer: FusedAdamW, steps: int) -> list[float]:
@@ -33,7 +31,6 @@ def resumed(optimizer: FusedAdamW, schedule: WSD, backend: str) -> FusedAdamW:
     return other
 
 
-@backends
 @pytest.mark.parametrize(
     "schedule", [WSD(0, 5, 10, 1.0), WSD(0, 5, 10, 0.5), WSD(0, 50, 10, 1.0), WSD(2, 5, 4, 1.0)], ids=str
 )
@@ -45,7 +42,6 @@ def test_an_extension_is_carried_over_to_the_schedule_of_the_resumed_run(backend
     assert rates(resumed(optimizer, schedule, backend), 70) == schedule.extend_stable(4).values(2, 72)
 
 
-@backends
 def test_an_extension_and_an_early_decay_are_both_carried_over(backend: str) -> None:
     schedule = WSD(0, 5, 10, 1.0)
     optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
@@ -56,7 +52,6 @@ def test_an_extension_and_an_early_decay_are_both_carried_over(backend: str) -> 
     assert rates(resumed(resumed(optimizer, schedule, backend), schedule, backend), 13) == expected
 
 
-@backends
 def test_a_group_without_edits_does_not_undo_those_of_another(backend: str) -> None:
     schedule = WSD(0, 10, 10, 1.0)
     params = make_params([(3,), (3,)])
@@ -71,7 +66,6 @@ def test_a_group_without_edits_does_not_undo_those_of_another(backend: str) -> N
     assert rates(other, 5) == schedule.begin_decay(2).values(3, 8)
 
 
-@backends
 def test_an_equal_schedule_that_is_assigned_anew_is_as_it_was_given(backend: str) -> None:
     schedule = WSD(0, 100, 10, 1.0)
     optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
@@ -86,7 +80,6 @@ def test_an_equal_schedule_that_is_assigned_anew_is_as_it_was_given(backend: str
     assert len(optimizer._tables) == 1
 
 
-@backends
 def test_a_schedule_that_waits_for_its_first_step_is_saved(backend: str) -> None:
     optimizer = FusedAdamW(make_params([(3,)]), lr=0.1, backend=backend)
     optimizer.param_groups[0]["lr"] = WSD(0, 5, 10, 1.0)
@@ -119,7 +112,6 @@ def test_sharing_that_begins_with_a_change_of_settings_is_seen() -> None:
         optimizer.step()
 
 
-@backends
 def test_negated_views_are_refused(backend: str) -> None:
     param = torch.nn.Parameter(torch.ones(3))
     optimizer = FusedAdamW([param], backend=backend)
@@ -129,7 +121,6 @@ def test_negated_views_are_refused(backend: str) -> None:
     assert torch.equal(param, torch.ones(3))
 
 
-@backends
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
 def test_a_tensor_rate_out_of_range_is_refused(backend: str, rate: float) -> None:
     with pytest.raises(ValueError, match="lr must be a finite number"):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple, cast
 
-from nexus.backends import native, reference
+import torch
+
+from nexus.backends import cuda, native, reference, triton
 from nexus.backends.interface import Backend
 
 __all__ = ["BackendInfo", "describe", "select"]
 
-_BACKENDS: dict[str, Backend] = {module.NAME: cast(Backend, module) for module in (native, reference)}
+_FUSED = tuple(cast(Backend, module) for module in (native, cuda, triton))  # in the order of preference
+_BACKENDS = {backend.NAME: backend for backend in (*_FUSED, cast(Backend, reference))}
 
 
 class BackendInfo(NamedTuple):
@@ -21,34 +24,57 @@ class BackendInfo(NamedTuple):
 
 
 def describe() -> list[BackendInfo]:
-    """What there is on this machine, the fastest first."""
-    reason = native.unavailable()
+    """What there is on this machine."""
+    reasons = {name: backend.unavailable() for name, backend in _BACKENDS.items()}
     return [
-        BackendInfo(native.NAME, reason is None, native.detail() if reason is None else reason),
-        BackendInfo(reference.NAME, True, "any device of PyTorch, one tensor at a time; slow, for comparison"),
+        BackendInfo(name, reasons[name] is None, reasons[name] or backend.detail())
+        for name, backend in _BACKENDS.items()
     ]
 
 
-def select(name: str, device_types: set[str]) -> Backend:
-    """The backend called `name`, or the best one for tensors on these types of device if `name` is `"auto"`.
+def select(name: str, devices: list[torch.device]) -> Backend:
+    """The backend called `name`, or the best one for tensors on these devices if `name` is `"auto"`.
 
     Raises:
-        ValueError: an unknown name, or a backend that cannot run on one of the devices.
+        ValueError: an unknown name, or a backend that does not run on one of the devices.
         RuntimeError: a backend that is not available on this machine.
     """
-    if name != "auto" and name not in _BACKENDS:
+    if name not in ("auto", *_BACKENDS):
         raise ValueError(f"backend must be one of {('auto', *_BACKENDS)}, got {name!r}")
-    elsewhere = sorted(device_types - {"cpu"})
+    types = {device.type for device in devices}
     if name == reference.NAME:
         return _BACKENDS[name]
-    if elsewhere:
-        raise ValueError(
-            f"no compiled backend for tensors on {', '.join(elsewhere)} in this version of nexus, only for the "
-            f"CPU; backend='reference' runs there in plain PyTorch, slowly"
+    if name != "auto":
+        backend = _BACKENDS[name]
+        if not types <= backend.DEVICE_TYPES:
+            raise ValueError(
+                f"backend={name!r} runs on {_listed(backend.DEVICE_TYPES)}, but the tensors are on {_listed(types)}"
+            )
+        reason = backend.unavailable(devices)
+        if reason is not None:
+            raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
+        return backend
+
+    reasons = []
+    for backend in _FUSED:
+        if types <= backend.DEVICE_TYPES:
+            reason = backend.unavailable(devices)
+            if reason is None:
+                return backend
+            reasons.append(f"backend {backend.NAME!r}: {reason}")
+    if types <= {"cpu"}:
+        return _BACKENDS[reference.NAME]  # said at import: nexus.optim warns
+    if reasons:
+        raise RuntimeError(
+            f"no kernels for parameters on {_listed(types)}. {'. '.join(reasons)}. backend='reference' runs "
+            "anywhere in plain PyTorch, slowly"
         )
-    reason = native.unavailable()
-    if reason is None:
-        return _BACKENDS[native.NAME]
-    if name == native.NAME:
-        raise RuntimeError(f"backend='native' cannot run here: {reason}")
-    return _BACKENDS[reference.NAME]  # said at import: nexus.optim warns
+    if len(types) > 1:
+        raise ValueError(f"parameters are on {_listed(types)}; make an optimizer for each of them")
+    raise ValueError(
+        f"nexus has no kernels for {_listed(types)}; backend='reference' runs there in plain PyTorch, slowly"
+    )
+
+
+def _listed(types: set[str] | frozenset[str]) -> str:
+    return " and ".join(sorted(types))

@@ -7,6 +7,7 @@ one whenever `Runner.changed` says that the last is out of date; in between, a b
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, Protocol
@@ -157,9 +158,13 @@ class Backend(Protocol):
     """A way to run: a module of this package."""
 
     NAME: str
+    DEVICE_TYPES: frozenset[str]  # what its tensors may be on
 
-    def unavailable(self) -> str | None:
-        """Why this backend cannot run here; None if it can."""
+    def unavailable(self, devices: Iterable[torch.device] = ()) -> str | None:
+        """Why this backend cannot run here, or on one of these devices; None if it can."""
+
+    def detail(self) -> str:
+        """What it runs on, in words, where it can run."""
 
     def runner(self, attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Runner:
         """One for an optimizer whose `__dict__` and whose groups' hyperparameters are to be watched."""

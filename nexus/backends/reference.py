@@ -7,20 +7,28 @@ on any device, a tensor at a time, without reading anything back to the host.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from nexus.backends.devices import total_everywhere
 from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, TensorEntry
 from nexus.segments import Curve
 
 NAME = "reference"
+DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
 
 
-def unavailable() -> str | None:
+def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     """PyTorch is always there."""
     return None
+
+
+def detail() -> str:
+    """In words."""
+    return "any device of PyTorch, one tensor at a time; slow, for comparison"
 
 
 def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> ReferenceRunner:
@@ -32,7 +40,8 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     """A schedule's values at `steps` (int64, any shape), from its segment table on the same device."""
     starts = table[:, 1].to(torch.int64)
     row = torch.searchsorted(starts, steps.contiguous(), right=True) - 1  # the last segment with start <= step
-    curve, start, length, high, low = table[row].unbind(-1)
+    # Not table[row], which reads a 0-dim row on the host.
+    curve, start, length, high, low = table.index_select(0, row.flatten()).view(*row.shape, table.shape[1]).unbind(-1)
     length_in_steps = length.to(torch.int64)
     p = ((steps - start.to(torch.int64)) % length_in_steps).to(torch.float64) / length
     weight = torch.ones_like(p)
@@ -68,11 +77,7 @@ class ReferenceRunner:
                 entry.fetch()
             if plan.measures_norm:
                 plan.state.sum_of_squares.copy_(_sum_of_squares(plan.entries, plan.state.device))
-        if len(plans) > 1:  # one norm over all devices; without clipping or skipping, a sum of zeros
-            totals = [plan.state.sum_of_squares.clone() for plan in plans]
-            for plan in plans:
-                on_device = [total.to(plan.state.device, non_blocking=True) for total in totals]
-                plan.state.sum_of_squares.copy_(torch.stack(on_device).sum())
+        total_everywhere([plan.state.sum_of_squares for plan in plans if plan.measures_norm])
         for plan in plans:
             _step_device(plan, grad_scale, found_inf)
             for entry in plan.entries:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -34,7 +34,7 @@ __all__ = [
 List = TypeVar("List")
 
 
-def unavailable() -> str | None:
+def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     """Why the extension is not there: the compiler's words, where the install wrote them down."""
     if extension is not None:
         return None

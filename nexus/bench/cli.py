@@ -7,12 +7,17 @@ import importlib
 import sys
 import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from nexus.arguments import whole_number
-from nexus.bench.cases import CASES
+from nexus.bench.cases import CASES, CPU, CUDA, TRAFFIC, Case
+
+if TYPE_CHECKING:
+    from nexus.bench.report import Results
+    from nexus.bench.timing import Device
 
 HOST = "host"
-REFUSED, DISAGREED, INTERRUPTED = 2, 1, 130  # exit codes; the last is the shell's for Ctrl-C
+REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit codes; the last is the shell's for Ctrl-C
 MAX_REPEATS = 1_000_000
 MAX_THREADS = 1024
 
@@ -25,11 +30,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m nexus bench`."""
     add = parser.add_argument
     names = (*CASES, HOST)
+    add("--device", choices=(CPU, CUDA), default=CPU, help=f"where the parameters are; default: {CPU}")
     add("--case", choices=names, action="append", help="time this alone (may be given again); default: all")
     add("--quick", action="store_true", help="few repeats: seconds, and rough figures")
-    add("--repeats", type=whole_number(1, MAX_REPEATS), help="timed pairs; default: as many as each case needs")
+    add("--repeats", type=whole_number(1, MAX_REPEATS), help="timed pairs, at most; default: as each case needs")
     add("--threads", type=whole_number(1, MAX_THREADS), help="CPU threads; default: as torch chooses")
-    add("--out", help="write the rows to this JSON file; in a folder, it is named <date>_<cpu>.json")
+    add("--out", help="write the rows to this JSON file; in a folder, it is named <date>_<device>.json")
     add("--picture", help="draw the speed-ups to this PNG file")
 
 
@@ -37,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
     """Run what `add_arguments` parsed.
 
     Returns:
-        The exit code: 0; 1 where two optimizers disagree; 130 after Ctrl-C; 2 where one line on stderr says what
-        must be mended first.
+        The exit code: 0; 1 where nexus fails, or disagrees with a peer; 130 after Ctrl-C; 2 where one line on
+        stderr says what must be mended first.
     """
     try:
         out, picture = _output(args.out), _output(args.picture)
@@ -51,55 +57,97 @@ def run(args: argparse.Namespace) -> int:
         print(f"python -m nexus bench: {refusal}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        print("\nStopped; nothing was written.", file=sys.stderr)
+        print(
+            f"\nStopped; {'the cases before this one are' if args.out else 'nothing was'} written.", file=sys.stderr
+        )
         return INTERRUPTED
 
 
 def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> int:
     import torch
 
-    from nexus.bench import report
-    from nexus.bench.host import HostRow, measure_host
-    from nexus.bench.measure import Disagreement, Row, measure
+    from nexus.bench import report, table
 
+    device = _device(args.device)
+    cases = _cases(args.case, device.kind)
     threads_before = torch.get_num_threads()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    data = report.metadata()
-    chosen = args.case or [*CASES, HOST]
-    rows: list[Row] = []
-    host_rows: list[HostRow] = []
+    results = report.Results(report.metadata(device))
     try:
-        print(report.headline(data), report.HEADING, sep="\n\n", flush=True)
-        for case in (case for case in CASES.values() if case.name in chosen):
-            available = _available_bytes()
-            if available is not None and available < case.bytes_needed:
-                need, have = case.bytes_needed / 1e9, available / 1e9
-                print(f"{case.name}: left out, it needs {need:.1f} GB of memory and {have:.1f} GB are free")
-                continue
-            for row in measure(case, args.repeats or (case.quick_repeats if args.quick else case.repeats)):
-                rows.append(row)
-                print(report.line(row), flush=True)
-        if HOST in chosen:
-            print(f"\n{report.HOST_HEADING}")
-            for host_row in measure_host(args.repeats or (20 if args.quick else 300)):
-                host_rows.append(host_row)
-                print(report.host_line(host_row), flush=True)
-    except Disagreement as error:
-        print(f"python -m nexus bench: {error}; nothing was written", file=sys.stderr)
-        return DISAGREED
+        print(table.headline(results.metadata), table.heading(device.kind), sep="\n\n", flush=True)
+        for case in cases:
+            _measure(case, args, device, results)
+            if out is not None:
+                report.write(out, results)  # the next case may take the process with it
+        if device.kind == CPU and (args.case is None or HOST in args.case):
+            _measure_host(args, results)
     finally:
         torch.set_num_threads(threads_before)
+    results.complete = True
     if out is not None:
-        path = out / report.file_name() if out.is_dir() else out
-        report.write(path, data, rows, host_rows)
-        print(f"\nRows: {path}")
-    if picture is not None and rows:
+        print(f"\nRows: {report.write(out, results)}")
+    if picture is not None and any(row.peer != TRAFFIC for row in results.rows):
         from nexus.bench.picture import draw
 
-        draw(rows, data, picture)
+        draw(results.rows, results.metadata, picture)
         print(f"Picture: {picture}")
-    return 0
+    return FAILED if any(left_out.failed for left_out in results.left_out) else 0
+
+
+def _measure(case: Case, args: argparse.Namespace, device: Device, results: Results) -> None:
+    from nexus.bench import table
+    from nexus.bench.measure import measure
+    from nexus.bench.rows import LeftOut
+
+    free, need = device.free_bytes(), case.bytes_needed(device.kind)
+    if free is not None and free < need:
+        reason = f"it needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+        results.left_out.append(LeftOut(case.name, "all", "all", reason, failed=False))
+        print(f"{case.name}: left out, {reason}", flush=True)
+        return
+    for row in measure(case, args.repeats or (case.quick_repeats if args.quick else case.repeats), device):
+        if isinstance(row, LeftOut):
+            results.left_out.append(row)
+            print(table.left_out_line(row), file=sys.stderr if row.failed else sys.stdout, flush=True)
+        else:
+            results.rows.append(row)
+            print(table.line(row), flush=True)
+
+
+def _measure_host(args: argparse.Namespace, results: Results) -> None:
+    from nexus.bench import table
+    from nexus.bench.host import measure_host
+
+    print(f"\n{table.HOST_HEADING}")
+    for row in measure_host(args.repeats or (20 if args.quick else 300)):
+        results.host.append(row)
+        print(table.host_line(row), flush=True)
+
+
+def _device(wanted: str) -> Device:
+    from nexus.bench import cuda
+    from nexus.bench.timing import Cpu
+
+    if wanted == CPU:
+        return Cpu()
+    reason = cuda.unavailable()
+    if reason is not None:
+        raise Refusal(f"--device {CUDA} cannot be had: {reason}")
+    return cuda.Cuda()
+
+
+def _cases(wanted: list[str] | None, device: str) -> list[Case]:
+    """Those that were asked for, in that order; by default all that this kind of device has."""
+    if wanted is None:
+        return [case for case in CASES.values() if device in case.devices]
+    if HOST in wanted and device != CPU:
+        raise Refusal(f"--case {HOST} is about the CPU: add --device {CPU}")
+    cases = [CASES[name] for name in dict.fromkeys(wanted) if name != HOST]
+    for case in cases:
+        if device not in case.devices:
+            raise Refusal(f"--case {case.name} is for {' or '.join(case.devices)}, and this is {device}")
+    return cases
 
 
 def _output(name: str | None) -> Path | None:
@@ -122,13 +170,3 @@ def _check_matplotlib(chosen: list[str] | None) -> None:
         importlib.import_module("matplotlib")
     except ImportError as error:
         raise Refusal(f"--picture needs matplotlib ({error}): pip install 'nexus-optim[demo]'") from error
-
-
-def _available_bytes() -> int | None:
-    """Memory that a process may still take, where Linux tells."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
-    return None if kilobytes is None else int(kilobytes) * 1024

@@ -6,39 +6,46 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from nexus.backends.native import NAME as NATIVE
-from nexus.backends.native import NativeRunner
-from nexus.bench.cases import CLIP_STEP_SCHEDULE, FOR_LOOP, FOREACH, FUSED, STEP, Case, Shape
+from nexus.bench.cases import BFLOAT16, CLIP_STEP_SCHEDULE, NEXUS_TRITON, STEP, Case, Shape
+from nexus.bench.peers import PEAK_LR, PEERS
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
-PEAK_LR = 1e-3
 WARMUP_STEPS = 100
 MAX_DRAWN = 1 << 18  # random numbers of a tensor
 MAX_GRAD_NORM = 1.0  # below the norm of every case's gradients, so that all are clipped
 SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
-
-_HOW: dict[str, dict[str, Any]] = {
-    FUSED: {"fused": True},
-    FOREACH: {"foreach": True},
-    FOR_LOOP: {"foreach": False, "fused": False},
-}
+HOST = torch.device("cpu")
+BFLOAT16_REMARK = "its moments are bfloat16, those of nexus float32"
 
 
 @dataclass
 class Contestant:
-    """Something to be timed."""
+    """Something to be timed. `call` does the job; a CUDA graph does `in_graph`, and the host then `beside_graph`."""
 
     call: Callable[[], object]
     params: list[Tensor]
     first_before: Tensor  # the first parameter as it was
-    traffic: Callable[[], object] | None = None  # the loads and stores of a step alone, after a first `call`
+    in_graph: Callable[[], object] | None = None
+    beside_graph: Callable[[], object] | None = None
+    optimizer: FusedAdamW | None = None  # of this package's
+    remark: str = ""
+
+    @property
+    def backend(self) -> str:
+        """Of this package's optimizer; empty for another's."""
+        return "" if self.optimizer is None else self.optimizer.backend
+
+    @property
+    def traffic(self) -> Callable[[], object] | None:
+        """The loads and stores of a step alone; None where the backend has none, and before a first step."""
+        runner = None if self.optimizer is None else self.optimizer._runner
+        return getattr(runner, "traffic", None)
 
 
 def warmup(step: int, scale: float = 1.0) -> float:
@@ -46,20 +53,26 @@ def warmup(step: int, scale: float = 1.0) -> float:
     return scale * min(1.0, step / WARMUP_STEPS)
 
 
-def make_params(shapes: tuple[Shape, ...]) -> list[Tensor]:
+def make_params(
+    shapes: tuple[Shape, ...], dtype: torch.dtype = torch.float32, device: torch.device = HOST
+) -> list[Tensor]:
     """Parameters with gradients, the same at every call."""
-    generator = torch.Generator().manual_seed(0)
-    params = [0.02 * _noise(shape, generator) for shape in shapes]
+    generator = torch.Generator(device).manual_seed(0)
+    params = [(0.02 * _noise(shape, generator)).to(dtype) for shape in shapes]
     for param in params:
-        param.grad = 0.1 * _noise(param.shape, generator)
+        param.grad = (0.1 * _noise(param.shape, generator)).to(dtype)
     return params
 
 
 def _noise(shape: Shape, generator: torch.Generator) -> Tensor:
     """Normally distributed, and over again where it is long: drawing every number would take most of a run."""
     numel = math.prod(shape)
-    drawn = torch.randn(min(numel, MAX_DRAWN), generator=generator)
+    drawn = torch.randn(min(numel, MAX_DRAWN), generator=generator, device=generator.device)
     return drawn.repeat(-(-numel // MAX_DRAWN))[:numel].view(shape)
+
+
+def _params_of(case: Case, device: torch.device) -> list[Tensor]:
+    return make_params(case.shapes, getattr(torch, case.dtype), device)
 
 
 def rate_scale(index: int, groups: int) -> float:
@@ -67,50 +80,52 @@ def rate_scale(index: int, groups: int) -> float:
     return 0.5 + index / (groups - 1) if groups > 1 else 1.0
 
 
-def nexus_optimizer(case: Case, job: str, params: list[Tensor]) -> FusedAdamW:
+def nexus_optimizer(case: Case, job: str, params: list[Tensor], backend: str = "auto") -> FusedAdamW:
     """One whose `step` does the whole job."""
     clip = MAX_GRAD_NORM if job == CLIP_STEP_SCHEDULE else None
     if job == STEP:
-        return FusedAdamW(params, lr=PEAK_LR, max_grad_norm=clip)
+        return FusedAdamW(params, lr=PEAK_LR, max_grad_norm=clip, backend=backend)
     groups = [
         {"params": part, "lr": rate_scale(i, case.groups) * SCHEDULE}
         for i, part in enumerate(_dealt(params, case.groups))
     ]
-    return FusedAdamW(groups, max_grad_norm=clip)
+    return FusedAdamW(groups, max_grad_norm=clip, backend=backend)
 
 
-def nexus(case: Case, job: str) -> Contestant:
+def nexus(case: Case, job: str, device: torch.device = HOST, backend: str = "auto") -> Contestant:
     """The optimizer of this package."""
-    params = make_params(case.shapes)
-    optimizer = nexus_optimizer(case, job, params)
-
-    def traffic() -> None:
-        runner = optimizer._runner
-        assert isinstance(runner, NativeRunner)
-        runner._list.traffic(torch.get_num_threads())
-
-    native = optimizer.backend == NATIVE
-    return Contestant(optimizer.step, params, params[0].clone(), traffic if native else None)
+    params = _params_of(case, device)
+    optimizer = nexus_optimizer(case, job, params, backend)
+    return Contestant(optimizer.step, params, params[0].clone(), optimizer.step, optimizer=optimizer)
 
 
-def peer(case: Case, job: str, name: str) -> Contestant:
-    """`torch.optim.AdamW`, run in the way that `name` says, with what the usual training loop calls around it."""
-    params = make_params(case.shapes)
-    groups = [{"params": part} for part in _dealt(params, case.groups)]
-    optimizer = torch.optim.AdamW(groups, lr=PEAK_LR, **_HOW[name])
-    first_before = params[0].clone()
-    if job == STEP:
-        return Contestant(optimizer.step, params, first_before)
-    scheduler = LambdaLR(optimizer, factors(case.groups))
-    clips = job == CLIP_STEP_SCHEDULE
+def peer(case: Case, job: str, name: str, device: torch.device = HOST) -> Contestant:
+    """The optimizer that `name` stands for, with what the usual training loop calls around it."""
+    if name == NEXUS_TRITON:
+        return nexus(case, job, device, "triton")
+    params = _params_of(case, device)
+    optimizer = PEERS[name].make([{"params": part} for part in _dealt(params, case.groups)], device)
+    scheduler = None if job == STEP else LambdaLR(optimizer, factors(case.groups))
 
-    def call() -> None:
-        if clips:
+    def clip_and_step() -> None:
+        if job == CLIP_STEP_SCHEDULE:
             torch.nn.utils.clip_grad_norm_(params, MAX_GRAD_NORM)
         optimizer.step()
-        scheduler.step()
 
-    return Contestant(call, params, first_before)
+    def call() -> None:
+        clip_and_step()
+        if scheduler is not None:
+            scheduler.step()
+
+    return Contestant(
+        call=call,
+        params=params,
+        first_before=params[0].clone(),
+        in_graph=clip_and_step if PEERS[name].capturable else None,
+        # A scheduler computes the rate on the host: a graph would hold that of one step for ever.
+        beside_graph=None if scheduler is None else scheduler.step,
+        remark=BFLOAT16_REMARK if case.dtype == BFLOAT16 else "",
+    )
 
 
 def factors(groups: int) -> list[Callable[[int], float]]:
@@ -119,7 +134,15 @@ def factors(groups: int) -> list[Callable[[int], float]]:
 
 
 def difference(a: Contestant, b: Contestant) -> float:
-    """The largest difference between two contestants' parameters, as a share of the way that these have gone."""
+    """How far two contestants' parameters are apart, as a share of the way that these have gone.
+
+    In float32 this is the largest difference over all parameters, and the largest way of the first. In bfloat16,
+    where a way is a few roundings long and the two sides' moments may be rounded differently, it is that of the
+    means over the first parameter.
+    """
+    if a.params[0].dtype == torch.bfloat16:
+        x, y, before = (tensor.float() for tensor in (a.params[0], b.params[0], b.first_before))
+        return float((x - y).abs().mean() / (y - before).abs().mean())
     way = (b.params[0] - b.first_before).abs().max()
     largest = max((x - y).abs().max() for x, y in zip(a.params, b.params, strict=True))
     return float(largest / way)

@@ -16,8 +16,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus.backends import native
 from nexus.bench.cases import CASES
-from nexus.bench.contestants import PEAK_LR, SCHEDULE, WARMUP_STEPS, factors, make_params, rate_scale
-from nexus.bench.measure import Spread, interleaved
+from nexus.bench.contestants import SCHEDULE, WARMUP_STEPS, factors, make_params, rate_scale
+from nexus.bench.peers import PEAK_LR
+from nexus.bench.rows import Spread
+from nexus.bench.timing import interleaved, microseconds
 from nexus.optim import FusedAdamW
 from nexus.training.schedulers import WSDScheduler
 
@@ -44,6 +46,14 @@ def measure_host(repeats: int) -> Iterator[HostRow]:
         yield from _parts(name, repeats)
 
 
+def _in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> list[tuple[float, float]]:
+    return interleaved(partial(microseconds, first), partial(microseconds, second), repeats)
+
+
+def _alone(call: Callable[[], object], repeats: int) -> Spread:
+    return Spread.of([a for a, _ in _in_turns(call, _nothing, repeats)])
+
+
 def _parts(name: str, repeats: int) -> Iterator[HostRow]:
     """What a step of a case is made of, in the compiled backend, each part by itself and in a warm cache."""
     optimizer = FusedAdamW(make_params(CASES[name].shapes))
@@ -57,11 +67,11 @@ def _parts(name: str, repeats: int) -> Iterator[HostRow]:
         "of it, watching its tensors": runner.changed,
         f"of it, the update on {threads} threads": partial(tensors.step, threads, 0, 0),
         "the update on 1 thread": partial(tensors.step, 1, 0, 0),
-        f"the same traffic alone on {threads} threads": partial(tensors.traffic, threads),
+        f"the same traffic alone on {threads} threads": runner.traffic,
         "of it, telling autograd": lambda: torch.autograd.graph.increment_version(tensors.written()),
     }
     for part, call in parts.items():
-        yield HostRow(f"{name}: {part}", "µs", Spread.of([a for a, _ in interleaved(call, _nothing, repeats)]))
+        yield HostRow(f"{name}: {part}", "µs", _alone(call, repeats))
 
 
 def _group_list(groups: int) -> list[dict[str, Any]]:
@@ -82,13 +92,13 @@ def _schedulers(groups: int, repeats: int) -> Iterator[HostRow]:
     calls[f"WSDScheduler.step() over FusedAdamW, {of}"] = scheduler.step
     optimizer.step()
     for what, call in calls.items():
-        yield HostRow(what, "µs", Spread.of([a for a, _ in interleaved(call, _nothing, repeats)]))
+        yield HostRow(what, "µs", _alone(call, repeats))
 
     plain = FusedAdamW(_group_list(groups))
     scheduled = FusedAdamW(
         [{**group, "lr": rate_scale(i, groups) * SCHEDULE} for i, group in enumerate(_group_list(groups))]
     )
-    times = interleaved(scheduled.step, plain.step, repeats)
+    times = _in_turns(scheduled.step, plain.step, repeats)
     yield HostRow(f"built-in Schedule adds to nexus step(), {of}", "µs", Spread.of([a - b for a, b in times]))
 
 
@@ -99,7 +109,7 @@ def _tensors(repeats: int) -> Iterator[HostRow]:
     }
     for name, make in makers.items():
         few, many = (make(make_params(((1,),) * count)) for count in (FEW, MANY))
-        times = interleaved(few.step, many.step, repeats)
+        times = _in_turns(few.step, many.step, repeats)
         slopes = [(b - a) / (MANY - FEW) for a, b in times]
         yield HostRow(f"one more tensor in {name} step()", "µs", Spread.of(slopes))
 

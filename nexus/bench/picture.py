@@ -8,38 +8,73 @@ from pathlib import Path
 from typing import Any
 
 from matplotlib.figure import Figure
+from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
-from nexus.bench.cases import FOR_LOOP, FOREACH, FUSED
-from nexus.bench.measure import Row
-from nexus.bench.report import threads
+from nexus.bench.cases import APEX, CAPTURABLE, CUDA, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
+from nexus.bench.rows import Comparison, Row, Spread
+from nexus.bench.table import conditions
 
-COLORS = {FUSED: "#2563a8", FOREACH: "#7fb2dd", FOR_LOOP: "#c9d3dc"}
+COLORS = {
+    FUSED: "#2563a8",
+    CAPTURABLE: "#4b8fd1",
+    FOREACH: "#7fb2dd",
+    FOR_LOOP: "#c9d3dc",
+    OPTIMI: "#c98a2b",
+    TORCHAO: "#d9b36c",
+    APEX: "#6a9f58",
+    NEXUS_TRITON: "#9b8ec4",
+}
+LABELS = {name: f"torch.optim.AdamW, {name}" for name in (FUSED, CAPTURABLE, FOREACH, FOR_LOOP)}
 INK = "#3e4c59"
 BAR = 0.8  # of the space between two bars
 
 
 def draw(rows: list[Row], data: dict[str, Any], path: Path) -> None:
-    """Draw the rows that compare with torch to a PNG, which is written whole or not at all.
+    """Draw how many times as fast nexus is to a PNG, which is written whole or not at all.
 
     Args:
-        rows: at least one that compares with torch.
+        rows: at least one that compares with a peer.
         data: the metadata of the run.
         path: of the PNG.
     """
     rows = [row for row in rows if row.peer in COLORS]
     heights, ticks = _places(rows)
-    figure = Figure(figsize=(10, 1.6 + 0.3 * (heights[-1] + 1)), dpi=120, layout="constrained")
-    axes = figure.subplots()
-    for row, y in zip(rows, heights, strict=True):
-        axes.barh(y, row.ratio.median - 1, left=1, height=BAR, color=COLORS[row.peer], linewidth=0)
-        axes.plot([row.ratio.p20, row.ratio.p80], [y, y], color=INK, linewidth=1.5, solid_capstyle="butt")
-        for end in (row.ratio.p20, row.ratio.p80):
+    panels: dict[str, list[Comparison | None]] = {"": [row.time for row in rows]}
+    if any(row.device == CUDA for row in rows):
+        panels = {
+            "time of the device": [row.time for row in rows],
+            "time of the host, step by step": [row.host for row in rows],
+            "time of the host, replaying a graph": [row.replay_host for row in rows],
+        }
+    figure = Figure(figsize=(6 + 4 * len(panels), 1.8 + 0.3 * (heights[-1] + 1)), dpi=120, layout="constrained")
+    all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, comparisons) in zip(all_axes, panels.items(), strict=True):
+        _draw_bars(axes, rows, heights, [times.ratio if times else None for times in comparisons])
+        axes.set_title(title, loc="left", color=INK)
+    all_axes[0].set_yticks([y for y, _ in ticks], [label for _, label in ticks], color=INK)
+    all_axes[0].set_ylim(heights[-1] + 0.8, -0.8)
+    used = [name for name in COLORS if any(row.peer == name for row in rows)]
+    patches = [Patch(color=COLORS[name], label=LABELS.get(name, name)) for name in used]
+    figure.legend(handles=patches, frameon=False, loc="outside lower center", ncols=4)
+    figure.suptitle(
+        f"How many times as fast is nexus?\n{_conditions(data)}", x=0.01, horizontalalignment="left", color=INK
+    )
+    _save(figure, path)
+
+
+def _draw_bars(axes: Any, rows: list[Row], heights: list[float], ratios: list[Spread | None]) -> None:
+    drawn = [ratio for ratio in ratios if ratio is not None]
+    for row, y, ratio in zip(rows, heights, ratios, strict=True):
+        if ratio is None:
+            continue
+        axes.barh(y, ratio.median - 1, left=1, height=BAR, color=COLORS[row.peer], linewidth=0)
+        axes.plot([ratio.p20, ratio.p80], [y, y], color=INK, linewidth=1.5, solid_capstyle="butt")
+        for end in (ratio.p20, ratio.p80):
             axes.plot([end, end], [y - 0.2, y + 0.2], color=INK, linewidth=1.5)
-        right = max(row.ratio.p80, row.ratio.median, 1.0)
         axes.annotate(
-            f"{row.ratio.median:.3g}×",
-            (right, y),
+            f"{ratio.median:.3g}×",
+            (max(ratio.p80, ratio.median, 1.0), y),
             (5, 0),
             textcoords="offset points",
             verticalalignment="center",
@@ -47,26 +82,18 @@ def draw(rows: list[Row], data: dict[str, Any], path: Path) -> None:
             weight="bold" if row.peer == FUSED else "normal",
         )
     axes.set_xscale("log")
-    low = min(0.9, *(row.ratio.p20 * 0.95 for row in rows))
-    high = max(2.0, *(row.ratio.p80 * 1.5 for row in rows))
+    low = min([0.9, *(ratio.p20 * 0.95 for ratio in drawn)])
+    high = max([2.0, *(ratio.p80 * 1.5 for ratio in drawn)])
     axes.set_xlim(low, high)
     steps = (1, 2, 5) if high / low < 200 else (1,)
-    marks = [mark for power in range(-2, 7) for step in steps if low <= (mark := step * 10.0**power) <= high]
+    marks = [mark for power in range(-3, 7) for step in steps if low <= (mark := step * 10.0**power) <= high]
     axes.set_xticks(marks, [f"{mark:g}×" for mark in marks])
     axes.xaxis.set_minor_locator(NullLocator())
     axes.axvline(1, color=INK, linewidth=1)
-    axes.set_yticks([y for y, _ in ticks], [label for _, label in ticks], color=INK)
     axes.tick_params(axis="y", length=0)
-    axes.set_ylim(heights[-1] + 0.8, -0.8)
     axes.grid(axis="x", alpha=0.25)
     axes.set_axisbelow(True)
     axes.spines[["top", "right", "left"]].set_visible(False)
-    used = [name for name in COLORS if any(row.peer == name for row in rows)]
-    patches = [axes.barh(0, 0, color=COLORS[name], label=f"torch.optim.AdamW, {name}") for name in used]
-    axes.legend(handles=patches, frameon=False, loc="upper center", bbox_to_anchor=(0.4, -0.06), ncols=3)
-    axes.set_title("How many times as fast as torch.optim.AdamW is nexus?", loc="left", pad=42, weight="bold")
-    axes.annotate(_conditions(data), (0, 1), (0, 8), xycoords="axes fraction", textcoords="offset points", color=INK)
-    _save(figure, path)
 
 
 def _places(rows: list[Row]) -> tuple[list[float], list[tuple[float, str]]]:
@@ -87,7 +114,7 @@ def _conditions(data: dict[str, Any]) -> str:
     day = data["date"].partition("T")[0]
     return (
         "Medians and 20th to 80th percentiles of pairs timed in turns.\n"
-        f"{data['cpu']}, {threads(data)}, torch {data['torch']}, {day}"
+        f"{conditions(data)}, torch {data['torch']}, {day}"
     )
 
 

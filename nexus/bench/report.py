@@ -1,15 +1,13 @@
-"""What is told of the measurements: a table, and a JSON file with everything needed to read it later."""
+"""The JSON file: the measurements, with everything needed to read them later."""
 
 from __future__ import annotations
 
 import datetime
 import importlib
-import json
 import os
 import platform
 import re
-import subprocess
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -17,63 +15,31 @@ import torch
 
 from nexus import __version__
 from nexus.backends import native
-from nexus.bench.cases import TRAFFIC
 from nexus.bench.host import HostRow
-from nexus.bench.measure import Row
+from nexus.bench.provenance import commit, file_name, write_json
+from nexus.bench.rows import LeftOut, Row
+from nexus.bench.timing import Cpu, Device
 
-FORMAT = 1  # of the JSON file
-PEER_NAMES = {TRAFFIC: "same traffic alone"}
-
-_LINE = "{:<7} {:>7} {:>11}  {:<22} {:>9}  {:<18} {:>9}  {}"
-HEADING = _LINE.format(
-    "case", "tensors", "elements", "job", "nexus µs", "torch's AdamW", "its µs", "nexus is … times as fast [p20, p80]"
-)
-HOST_HEADING = f"{'host time':<60} {'median [p20, p80]'}"
+FORMAT = 2  # of the JSON file; it has the keys of format 1, and more
 
 
-def line(row: Row) -> str:
-    """A row of the table."""
-    ratio = f"{_figures(row.ratio.median)} [{_figures(row.ratio.p20)}, {_figures(row.ratio.p80)}]"
-    if row.peer == TRAFFIC:
-        ratio += " of that limit"
-    return _LINE.format(
-        row.case,
-        row.tensors,
-        f"{row.elements:,}",
-        row.job,
-        microseconds(row.nexus_us),
-        PEER_NAMES.get(row.peer, row.peer),
-        microseconds(row.peer_us),
-        ratio,
-    )
+@dataclass
+class Results:
+    """Of one run, as far as it has come."""
+
+    metadata: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    host: list[HostRow] = field(default_factory=list)
+    complete: bool = False
 
 
-def host_line(row: HostRow) -> str:
-    """A row of the second table."""
-    value = row.value
-    text = _figures(value.median)
-    if value.p20 != value.p80:
-        text += f" [{_figures(value.p20)}, {_figures(value.p80)}]"
-    return f"{row.what:<60} {text} {row.unit}".rstrip()
-
-
-def microseconds(value: float) -> str:
-    """Three figures or more."""
-    return f"{value:,.0f}" if value >= 100 else _figures(value)
-
-
-def _figures(value: float) -> str:
-    """Three figures, but no more than three decimals."""
-    if value == 0:
-        return "0"
-    size = abs(value)
-    return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
-
-
-def metadata() -> dict[str, Any]:
-    """What the times depend on, and when they were taken."""
+def metadata(device: Device | None = None) -> dict[str, Any]:
+    """What the times depend on, and when they were taken. The device is the CPU by default."""
+    device = device or Cpu()
     extension = importlib.import_module("nexus._native") if native.unavailable() is None else None
     return {
+        "device": device.kind,
         "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
         "nexus": __version__,
         "commit": commit(),
@@ -86,47 +52,25 @@ def metadata() -> dict[str, Any]:
         "thread_runtime": extension.thread_runtime() if extension else None,
         "instruction_set": extension.instruction_sets()[0] if extension else None,
         "load_average": list(os.getloadavg()),
+        **device.metadata(),
     }
 
 
-def headline(data: dict[str, Any]) -> str:
-    """Two lines of the metadata, and a third where the times will not mean much."""
-    source = f" ({data['commit']})" if data["commit"] else ""
-    sets = f", {data['instruction_set']}" if data["instruction_set"] else ""
-    busy = data["load_average"][0] > 0.5 * (data["cores"] or 1)
-    warning = "\nThis machine is busy with something else: do not rely on the figures below." if busy else ""
-    return (
-        f"nexus {data['nexus']}{source}, torch {data['torch']}, Python {data['python']}\n"
-        f"{data['cpu']}, {data['cores']} cores{sets}; {threads(data)}; "
-        f"load average {data['load_average'][0]:.2f}{warning}"
-    )
+def write(path: Path, results: Results) -> Path:
+    """Write the JSON file; in a folder, it is named after the date and the device. Returns where it is."""
+    data = results.metadata
+    if path.is_dir():
+        path /= file_name(data["date"], data.get("gpu", data["cpu"]))
+    write_json(path, {"format": FORMAT, **asdict(results), "rows": [_flat(row) for row in results.rows]})
+    return path
 
 
-def threads(data: dict[str, Any]) -> str:
-    """How many, in words."""
-    return f"{data['threads']} thread{'s' * (data['threads'] > 1)}"
-
-
-def write(path: Path, data: dict[str, Any], rows: list[Row], host_rows: list[HostRow]) -> None:
-    """Write the JSON file, whole or not at all."""
-    content = {
-        "format": FORMAT,
-        "metadata": data,
-        "rows": [asdict(row) for row in rows],
-        "host": [asdict(row) for row in host_rows],
-    }
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def file_name() -> str:
-    """`<date>_<cpu>.json`."""
-    slug = re.sub(r"[^a-z0-9]+", "-", cpu_name().lower().replace("(r)", "").replace("(tm)", "")).strip("-")
-    return f"{datetime.date.today().isoformat()}_{slug}.json"
+def _flat(row: Row) -> dict[str, Any]:
+    """The record of a row, with the times under the names that they had in format 1."""
+    record = asdict(row)
+    time = record.pop("time")
+    medians = {"nexus_us": time["nexus"]["median"], "peer_us": time["peer"]["median"], "ratio": time["ratio"]}
+    return {**record, **medians, "nexus_spread": time["nexus"], "peer_spread": time["peer"]}
 
 
 def cpu_name() -> str:
@@ -136,17 +80,3 @@ def cpu_name() -> str:
     except OSError:
         match = None
     return match[1].strip() if match else platform.processor() or platform.machine()
-
-
-def commit() -> str | None:
-    """Of the checkout that nexus is imported from, if it is one; with a `+` if files have changed since."""
-    root = Path(__file__).parents[2]
-    if not (root / ".git").exists():
-        return None
-    git = ["git", "-C", str(root)]
-    try:
-        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True)
-        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, capture_output=True)
-    except (OSError, subprocess.CalledProcessError):
-        return None
-    return revision.stdout.decode().strip() + "+" * bool(changes.stdout.strip())

@@ -74,7 +74,7 @@ def _device(name: str) -> str:
     if not torch.cuda.is_available():
         raise DemoError("--device cuda: torch finds no CUDA device here; give --device cpu")
     try:
-        backends.select("auto", {"cuda"})
+        backends.select("auto", [torch.device("cuda")])
     except (ValueError, RuntimeError) as error:
         if name == "auto":
             return "cpu"

@@ -47,7 +47,8 @@ class FusedAdamW(Optimizer):
         max_grad_norm: scale the gradients down to this global 2-norm inside the update, as
             `torch.nn.utils.clip_grad_norm_` would before it. None: do not; `math.inf`: only measure it.
         skip_nonfinite: let a step whose gradients hold an infinity or a NaN change nothing but `skipped_steps`.
-        backend: `"auto"`, `"native"` (compiled, CPU) or `"reference"` (plain PyTorch, any device).
+        backend: `"auto"`, or one of `"native"` (compiled, CPU), `"cuda"` (compiled, NVIDIA), `"triton"` (NVIDIA and
+            AMD) and `"reference"` (plain PyTorch, any device).
 
     A group may have its own value of each of these but the last two, and an `lr_scale` (1.0) that multiplies its
     schedule.
@@ -115,7 +116,7 @@ class FusedAdamW(Optimizer):
         self._planned_amsgrad: list[bool] = []
         self._runner: Runner | None = None
         super().__init__(params, defaults)
-        self._backend = backends.select(backend, self._device_types())
+        self._backend = backends.select(backend, self._devices())
 
     # The hot path. `step` is torch's wrapper with hooks and profiler ranges only where there are any.
 
@@ -162,7 +163,7 @@ class FusedAdamW(Optimizer):
 
     def _prepare(self, change: int = Change.TENSORS) -> Runner:
         """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
-        backend = backends.select(self._requested_backend, self._device_types())
+        backend = backends.select(self._requested_backend, self._devices())
         if self._runner is None or backend is not self._backend:
             self._backend, self._plan = backend, None
             self._runner = backend.runner(self.__dict__, SETTING_NAMES)
@@ -259,9 +260,6 @@ class FusedAdamW(Optimizer):
         params = [param for group in self.param_groups for param in group["params"]]
         return list(dict.fromkeys(param.device for param in params)) or [torch.device("cpu")]
 
-    def _device_types(self) -> set[str]:
-        return {device.type for device in self._devices()}
-
     def _state_on(self, device: torch.device) -> StepState:
         if device not in self._states:
             state = StepState(device, self._skip_nonfinite)
@@ -320,7 +318,7 @@ class FusedAdamW(Optimizer):
             group = self.param_groups[-1] = ParamGroup(self.param_groups[-1])
             for i, param in enumerate(group["params"]):
                 tensor_list.check_parameter(param, f"parameter {i} of group {count}")
-            backends.select(self._requested_backend, self._device_types())
+            backends.select(self._requested_backend, self._devices())
             self._settle_group(group)
         except Exception:
             del self.param_groups[count:]
@@ -348,13 +346,13 @@ class FusedAdamW(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = self._runner = None
-        self._backend = backends.select(self._requested_backend, self._device_types())
+        self._backend = backends.select(self._requested_backend, self._devices())
 
     # What it has beyond.
 
     @property
     def backend(self) -> str:
-        """The name of the backend that runs: `"native"` or `"reference"`."""
+        """The name of the backend that runs, such as `"native"`."""
         return self._backend.NAME
 
     @property

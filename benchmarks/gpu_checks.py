@@ -1,0 +1,131 @@
+"""What `make gpu` runs on the GPU beside the tests and the benchmark. Each check writes what it found as JSON.
+
+python benchmarks/gpu_checks.py environment|small-case|rates FILE
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import platform
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+ON_GPU = ("cuda", "triton")  # backends
+EVALUATORS = ("native", *ON_GPU, "reference")
+RATE_STEPS = 100_000
+SMALL_STEPS = 3
+TOLERANCE = {"float32": 1e-6, "bfloat16": 4e-3}  # of parameters of about 0.1 that have gone 0.02: two roundings
+
+
+def environment() -> dict[str, Any]:
+    """Versions and the GPU; exits with a line that says what is missing."""
+    try:
+        import torch
+    except ImportError as error:
+        sys.exit(f"{sys.executable} cannot import torch ({error}); GPU_PYTHON=... names another Python")
+    if not torch.cuda.is_available():
+        kind = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        sys.exit(f"this machine has no GPU that torch {torch.__version__}, {kind}, can use")
+    properties = torch.cuda.get_device_properties()
+    if torch.version.cuda is None:
+        sys.exit(f"{properties.name} is not a CUDA GPU; only python -m pytest -m gpu runs there")
+    return {
+        "gpu": properties.name,
+        "arch": f"sm_{properties.major}{properties.minor}",
+        "gpus": torch.cuda.device_count(),
+        "memory_bytes": properties.total_memory,
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": platform.python_version(),
+    }
+
+
+def small_case(device: str = "cuda", names: Sequence[str] = ON_GPU) -> dict[str, Any]:
+    """Steps of every kernel over sizes that have tails, compared with the reference: what a sanitizer watches."""
+    import torch
+
+    from nexus import backends
+    from nexus.optim import FusedAdamW
+    from nexus.schedules import WSD
+
+    sizes = (0, 1, 3, 127, 1025, 16_385, 40_001)
+    differences = {}
+    available = [info.name for info in backends.describe() if info.name in names and info.available]
+    if not available:
+        sys.exit(f"there is nothing to check: {' and '.join(names)} are not available")
+    for name, dtype, options in itertools.product(
+        available, ("float32", "bfloat16"), ({}, {"max_grad_norm": 1.0, "amsgrad": True, "skip_nonfinite": True})
+    ):
+        sides = []
+        for where, backend in ((device, name), ("cpu", "reference")):
+            torch.manual_seed(0)
+            params = [(0.1 * torch.randn(size)).to(dtype=getattr(torch, dtype)).to(where) for size in sizes]
+            for param in params:
+                param.grad = torch.randn(param.shape).to(param.dtype).to(where)
+            optimizer = FusedAdamW(params, lr=WSD(1, None, 1, 1e-2), backend=backend, **options)
+            for _ in range(SMALL_STEPS):
+                optimizer.step()
+            sides.append([param.cpu().double() for param in params])
+        what = f"{name}, {dtype}, {', '.join(options) or 'no options'}"
+        differences[what] = max(float((a - b).abs().max()) for a, b in zip(*sides, strict=True) if a.numel())
+        print(f"{what}: largest difference {differences[what]:.1e}", flush=True)
+        if not differences[what] <= TOLERANCE[dtype]:
+            sys.exit(f"{what}: more than {TOLERANCE[dtype]:.0e} from the reference")
+    return differences
+
+
+def rates(count: int = RATE_STEPS, names: Sequence[str] = EVALUATORS) -> dict[str, Any]:
+    """Every evaluator at every step of a run, beside the oracle: how often it differs in float32."""
+    import torch
+
+    from nexus import backends
+    from nexus.schedules import WSD, Cosine, CosineRestarts, evaluate
+
+    tenth = count // 10
+    schedules = [
+        *(WSD(tenth, 5 * tenth, 3 * tenth, 1e-3, 1e-5, decay) for decay in ("linear", "cosine", "sqrt")),
+        WSD(tenth, 0, 9 * tenth, 1e-3),
+        CosineRestarts(1e-3, 1e-6, tenth, 1.0, tenth // 2),
+        CosineRestarts(1e-3, 1e-6, tenth // 10, 1.5),
+        Cosine(1e-3, 9 * tenth, 1e-5, tenth),
+    ]
+    steps = torch.arange(count)
+    found: dict[str, Any] = {}
+    for name, available, detail in backends.describe():
+        if name not in names:
+            continue
+        if not available:
+            print(f"{name}: not run: {detail}")
+            found[name] = {"not run": detail}
+            continue
+        where = "cuda" if name in ON_GPU else "cpu"
+        unequal = 0
+        for schedule in schedules:
+            oracle = torch.tensor(schedule.values(0, count), dtype=torch.float64).float()
+            values = evaluate(schedule, steps, where, name).cpu().float()
+            differs = int((values.view(torch.int32) != oracle.view(torch.int32)).sum())
+            if differs:
+                print(f"{name}: {schedule!r} differs at {differs} of {count} steps")
+            unequal += differs
+        found[name] = {"steps": count * len(schedules), "unequal": unequal}
+        print(f"{name}: {unequal} of {count * len(schedules)} rates differ from the oracle in float32", flush=True)
+    return found
+
+
+def unequal(found: dict[str, Any]) -> list[str]:
+    """The evaluators that differ from the oracle or have not run."""
+    return [name for name in EVALUATORS if found.get(name, {}).get("unequal") != 0]
+
+
+def main(arguments: list[str]) -> int:
+    check, path = arguments
+    found = {"environment": environment, "small-case": small_case, "rates": rates}[check]()
+    Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 1 if check == "rates" and unequal(found) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,141 @@
+"""The CUDA backend: norm, prologue and one update over all tensors of a device, enqueued on the caller's stream."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.backends import watched
+from nexus.backends.devices import total_everywhere
+from nexus.backends.interface import DevicePlan, Plan
+from nexus.backends.watched import WatchedRunner, address, extension, make_list
+
+__all__ = ["DEVICE_TYPES", "NAME", "CudaRunner", "detail", "evaluate", "runner", "unavailable"]
+
+NAME = "cuda"
+DEVICE_TYPES = frozenset({"cuda"})
+
+
+def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
+    """Why it cannot run here, or on one of `devices`: no extension, no CUDA code in it, no GPU, an older GPU."""
+    reason = watched.unavailable()
+    if reason is not None:
+        return reason
+    if not hasattr(extension, "CudaTensorList"):
+        failure = Path(__file__).parents[1] / "_native_cuda_failure.txt"
+        why = failure.read_text().strip() if failure.is_file() else "it was built without NEXUS_CUDA"
+        return f"the extension has no CUDA code: {why}"
+    if torch.version.cuda is None:
+        return "this PyTorch is not built for CUDA"
+    if not torch.cuda.is_available():
+        return "PyTorch finds no CUDA device"
+    indices = {torch.cuda.current_device() if device.index is None else device.index for device in devices}
+    return next(filter(None, map(_unavailable_on, sorted(indices))), None)
+
+
+@functools.cache
+def _unavailable_on(index: int) -> str | None:
+    error = extension.cuda_missing_code(index)
+    if not error:
+        return None
+    major, minor = torch.cuda.get_device_capability(index)
+    return (
+        f"the extension has code for {extension.cuda_architectures} and newer, none for cuda:{index} "
+        f"({torch.cuda.get_device_name(index)}, sm_{major}{minor}): {error}. Install nexus again with "
+        f"NEXUS_CUDA_ARCHS=sm_{major}{minor}"
+    )
+
+
+def detail() -> str:
+    """The GPUs, and what the extension was compiled for, in words."""
+    names = sorted({torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())})
+    return f"{', '.join(names)}; compiled for {extension.cuda_architectures}"
+
+
+def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> CudaRunner:
+    """One whose watch sees the optimizer through its `__dict__`."""
+    return CudaRunner(make_list(extension.CudaTensorList, attributes, setting_names))
+
+
+def evaluate(table: Tensor, steps: Tensor) -> Tensor:
+    """A schedule's values at `steps`, by the function that the prologue of a step calls."""
+    steps = steps.contiguous()
+    out = torch.empty(steps.shape, dtype=torch.float64, device=steps.device)
+    index, stream = current_stream(steps.device)
+    rows = table.shape[0]
+    extension.cuda_evaluate(index, table.data_ptr(), rows, steps.data_ptr(), steps.numel(), out.data_ptr(), stream)
+    return out
+
+
+def current_stream(device: torch.device) -> tuple[int, int]:
+    """The index of a device, and the address of the stream that the caller is on there."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return index, torch._C._cuda_getCurrentRawStream(index)
+
+
+class CudaRunner(WatchedRunner):
+    """Runs a list on the GPUs on which its tensors are."""
+
+    name = NAME
+    current_stream = staticmethod(current_stream)
+
+    def __init__(self, tensors: Any) -> None:
+        super().__init__(tensors)
+        self._devices: list[DevicePlan] = []
+
+    def traffic(self) -> None:
+        """The loads and stores of a step alone: every value stays. For benchmarks, after a first step.
+
+        Raises:
+            ValueError: not all tensors are float32, and not all are bfloat16.
+        """
+        for position, plan in enumerate(self._devices):
+            self._list.traffic(position, self.current_stream(plan.state.device)[1])
+
+    def _take_tensors(self, plan: Plan) -> None:
+        self._devices = list(plan.devices.values())
+        self._list.divide(
+            [
+                (self.current_stream(device.state.device)[0], len(device.entries), len(device.groups))
+                for device in self._devices
+            ]
+        )
+        self._take_settings(plan)
+
+    def _take_settings(self, plan: Plan) -> None:
+        for position, device_plan in enumerate(self._devices):
+            state = device_plan.state
+            self._list.set_state(
+                position,
+                (
+                    state.completed.data_ptr(),
+                    state.skipped.data_ptr(),
+                    state.sum_of_squares.data_ptr() if device_plan.measures_norm else 0,
+                    state.grad_norm.data_ptr(),
+                    state.skip_nonfinite,
+                ),
+            )
+
+    def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        measured = []
+        for position, device_plan in enumerate(self._devices):
+            state = device_plan.state
+            if device_plan.measures_norm:
+                stream = self.current_stream(state.device)[1]
+                self._list.sum_of_squares(position, state.sum_of_squares.data_ptr(), stream)
+                measured.append(state.sum_of_squares)
+        total_everywhere(measured)
+        for position, device_plan in enumerate(self._devices):
+            device = device_plan.state.device
+            scale, inf = _float32(grad_scale, device), _float32(found_inf, device)
+            self._list.step(position, address(scale), address(inf), self.current_stream(device)[1])
+        self._list.release_gradients()
+
+
+def _float32(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)

@@ -1,0 +1,240 @@
+"""The Triton backend: for GPUs without the compiled CUDA kernels, and for AMD's.
+
+Its kernels also run on the CPU where the environment has `TRITON_INTERPRET=1`: slowly, and for tests alone.
+Neither `triton` nor a kernel is imported before the first use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.backends.devices import total_everywhere
+from nexus.backends.interface import DevicePlan, Plan
+from nexus.backends.triton_tables import (
+    CHUNK_ELEMENTS,
+    COEFFICIENTS,
+    RECORD,
+    DeviceTable,
+    chunk_words,
+    dtypes_of,
+    group_words,
+    is_capturing,
+    kind_of,
+    record_words,
+)
+from nexus.backends.unwatched_list import UnwatchedList
+from nexus.backends.watched import WatchedRunner, address, extension, make_list
+
+__all__ = ["DEVICE_TYPES", "NAME", "TritonRunner", "detail", "evaluate", "runner", "unavailable"]
+
+NAME = "triton"
+INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
+DEVICE_TYPES = frozenset({"cpu"} if INTERPRETS else {"cuda"})
+
+_THREADS = 128  # of one program
+_LANES = 1024 if INTERPRETS else 128  # tensors, groups or steps that one program evaluates the rates of
+_SUMS = 1024  # sums of chunks that are added up at once
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every launch; fusion would round otherwise
+
+
+def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
+    """Why Triton cannot run here."""
+    if importlib.util.find_spec("triton") is None:
+        return "Triton is not installed; run 'pip install triton'"
+    if not INTERPRETS and not torch.cuda.is_available():
+        return "there is no GPU; TRITON_INTERPRET=1 in the environment runs it on the CPU, slowly, to try it out"
+    return None
+
+
+def detail() -> str:
+    """Version and device, in words."""
+    from importlib.metadata import version
+
+    where = "its interpreter on the CPU" if INTERPRETS else torch.cuda.get_device_name()
+    return f"Triton {version('triton')}, {where}"
+
+
+def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> TritonRunner:
+    """One whose watch sees the optimizer through its `__dict__`; without the extension, it sees nothing."""
+    if extension is None:
+        return TritonRunner(UnwatchedList())
+    return TritonRunner(make_list(extension.WatchedList, attributes, setting_names))
+
+
+def evaluate(table: Tensor, steps: Tensor) -> Tensor:
+    """A schedule's values at `steps`, by the function that the prologue of an update calls."""
+    steps = steps.contiguous()
+    out = torch.empty(steps.shape, dtype=torch.float64, device=steps.device)
+    count = steps.numel()
+    if count:
+        with _launching(steps.device) as kernels:
+            grid = (_ceil_div(count, _LANES),)
+            kernels.evaluate[grid](table, table.shape[0], steps, count, out, BLOCK=_LANES, **OPTIONS)
+    return out
+
+
+def block_elements(param: torch.dtype, grad: torch.dtype) -> int:
+    """Elements of a tensor that a program updates at once: for each thread, 128 bits of the narrowest stream."""
+    if INTERPRETS:
+        return CHUNK_ELEMENTS  # there, an operation costs the same at any size
+    if param == torch.float64:
+        return 2 * _THREADS  # more, for the sake of a narrow gradient, would take too many registers
+    return 16 // min(param.itemsize, grad.itemsize) * _THREADS
+
+
+@contextlib.contextmanager
+def _launching(device: torch.device) -> Iterator[Any]:
+    """Give the kernels, to be launched on the current stream of `device`."""
+    from nexus.backends import triton_kernels
+
+    if INTERPRETS:
+        import numpy
+
+        with numpy.errstate(all="ignore"):  # in floating point, infinity and NaN are values
+            yield triton_kernels
+    else:
+        with torch.cuda.device(device):
+            yield triton_kernels
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+class _DeviceList:
+    """What is updated on one device: its tables, and the launches over them.
+
+    Args:
+        plan: of that device.
+        last: the list that this one takes the place of, and whose device memory it takes over where it fits.
+    """
+
+    def __init__(self, plan: DevicePlan, last: _DeviceList | None) -> None:
+        device = plan.state.device
+        entries = plan.entries
+        self.plan = plan
+        self.sizes = tuple(entry.original.numel() for entry in entries)
+        kinds = [kind_of(entry, block_elements(*dtypes_of(entry))) for entry in entries]
+        self._kinds = tuple(sorted(set(kinds)))
+        # Where there is no tensor, there is an empty chunk of a record of zeros.
+        rows = [record_words(entry, self._kinds.index(kind)) for entry, kind in zip(entries, kinds, strict=True)]
+        self._records = torch.tensor(rows or [[0] * len(RECORD)], dtype=torch.int64, device="cpu")
+        self._chunks = chunk_words(self.sizes or (0,))
+        self._table: DeviceTable = DeviceTable(device) if last is None else last._table
+        self._chunk_table = DeviceTable(device, fixed=True)
+        if last is not None and last.sizes == self.sizes:
+            self._chunk_table = last._chunk_table
+        self._skip = torch.empty((), dtype=torch.int64, device=device)
+        shape = len(self._records), len(COEFFICIENTS)
+        self._coefficients = torch.empty(shape, dtype=torch.float64, device=device)
+        self._partial_sums = torch.zeros(len(self._chunks), dtype=torch.float64, device=device)
+        self.take_settings()
+
+    def take_settings(self) -> None:
+        """Take over the hyperparameters of the plan's groups."""
+        self._groups = torch.stack([group_words(group) for group in self.plan.groups])
+
+    def follow(self, pointers: Tensor, rates: list[float]) -> list[Tensor]:
+        """Take over where parameters and gradients are and the float rates, and upload what has changed.
+
+        Returns:
+            What a graph that captures this step has to find in its place at every replay.
+        """
+        capturing = is_capturing(self.plan.state.device)
+        self._records[: len(pointers), :2] = pointers
+        self._groups.view(torch.float64)[:, 0] = torch.tensor(rates, dtype=torch.float64, device="cpu")
+        words = torch.cat([self._groups.flatten(), self._records.flatten()])
+        table = self._table.upload(words, capturing=capturing)
+        chunks = self._chunk_table.upload(self._chunks.flatten(), capturing=capturing)
+        self._on_device = table[: self._groups.numel()], table[self._groups.numel() :], chunks
+        return [table, chunks, self._skip, self._coefficients, self._partial_sums] if capturing else []
+
+    def measure(self) -> None:
+        """Leave the sum of squares of this device's gradients in its state."""
+        _, records, chunks = self._on_device
+        sums = self._partial_sums
+        with _launching(self.plan.state.device) as kernels:
+            kernels.norm[len(sums),](chunks, records, sums, KINDS=self._kinds, **OPTIONS)
+            kernels.norm_total[1,](sums, len(sums), self.plan.state.sum_of_squares, BLOCK=_SUMS, **OPTIONS)
+
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update every tensor, its counter, and the counters of the step."""
+        state, (groups, records, chunks) = self.plan.state, self._on_device
+        scale, inf = (
+            None if scalar is None else scalar.detach().to(state.device, torch.float32, non_blocking=True)
+            for scalar in (grad_scale, found_inf)
+        )
+        with _launching(state.device) as kernels:
+            kernels.prologue[1 + _ceil_div(len(self._records), _LANES),](
+                groups,
+                len(self._groups),
+                records,
+                len(self._records),
+                self._coefficients,
+                self._skip,
+                state.completed,
+                state.sum_of_squares,
+                state.grad_norm,
+                address(scale),
+                address(inf),
+                int(self.plan.measures_norm),
+                int(state.skip_nonfinite),
+                BLOCK=_LANES,
+                **OPTIONS,
+            )
+            kernels.update[len(self._chunks),](
+                chunks,
+                records,
+                self._coefficients,
+                self._skip,
+                state.completed,
+                state.skipped,
+                KINDS=self._kinds,
+                **OPTIONS,
+            )
+
+
+class TritonRunner(WatchedRunner):
+    """Launches the kernels over the tables of each device."""
+
+    name = NAME
+
+    def __init__(self, tensors: Any) -> None:
+        super().__init__(tensors)
+        self._lists: dict[torch.device, _DeviceList] = {}
+        self._pointers = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._in_graphs: list[Tensor] = []  # what a replay works on lives as long as the runner
+
+    def _take_tensors(self, plan: Plan) -> None:
+        last = self._lists
+        self._lists = {device: _DeviceList(own, last.get(device)) for device, own in plan.devices.items()}
+        count = sum(len(device_list.sizes) for device_list in self._lists.values())
+        self._pointers = torch.empty(count, 2, dtype=torch.int64, device="cpu")
+
+    def _take_settings(self, plan: Plan) -> None:
+        for device_list in self._lists.values():
+            device_list.take_settings()
+
+    def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        lists = list(self._lists.values())
+        self._list.write_pointers(self._pointers.data_ptr())
+        rates = self._list.rates()
+        pointers = torch.split(self._pointers, [len(device_list.sizes) for device_list in lists])
+        for index, device_list in enumerate(lists):
+            groups = len(device_list.plan.groups)
+            own_rates = rates[index * groups : (index + 1) * groups]
+            self._in_graphs += device_list.follow(pointers[index], own_rates)
+        measured = [device_list for device_list in lists if device_list.plan.measures_norm]
+        for device_list in measured:
+            device_list.measure()
+        total_everywhere([device_list.plan.state.sum_of_squares for device_list in measured])
+        for device_list in lists:
+            device_list.update(grad_scale, found_inf)
+        self._list.release_gradients()

@@ -1,0 +1,335 @@
+"""The kernels of the Triton backend. A step is `norm`, `norm_total` (where a norm is wanted), `prologue`, `update`.
+
+They find everything through the tables of `nexus.backends.triton_tables`. Where a chunk begins is an int64, since
+a tensor may have more than 2**31 elements; within a chunk, an int32 will do, and takes fewer registers.
+"""
+# mypy: ignore-errors
+# What is decorated here is compiled by Triton, whose types are not Python's.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nexus.backends.triton_math import adamw, bias_correction, evaluate_schedule
+from nexus.backends.triton_tables import CHUNK, COEFFICIENTS, GROUP, RATE, RECORD
+
+_RATE_WORDS = tl.constexpr(len(RATE))
+_GROUP_WORDS = tl.constexpr(len(GROUP))
+_RECORD_WORDS = tl.constexpr(len(RECORD))
+_CHUNK_WORDS = tl.constexpr(len(CHUNK))
+_COEFFICIENTS = tl.constexpr(len(COEFFICIENTS))
+_DTYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # in the order of the extension's
+
+
+@triton.jit
+def _float64(words, mask):
+    return tl.load(words, mask=mask, other=0).to(tl.float64, bitcast=True)
+
+
+@triton.jit
+def _rates(words, t, mask):
+    """The rates at step t of a block of groups; `words` points to each one's `RATE`."""
+    tensor = tl.load(words + 1, mask=mask, other=0)
+    is_float64 = tl.load(words + 2, mask=mask, other=0) != 0
+    segments = tl.load(words + 3, mask=mask, other=0)
+    rows = tl.load(words + 4, mask=mask, other=0)
+    given = tensor != 0
+    narrow = tl.load(tensor.to(tl.pointer_type(tl.float32)), mask=given & (is_float64 == 0), other=0.0)
+    wide = tl.load(tensor.to(tl.pointer_type(tl.float64)), mask=given & is_float64, other=0.0)
+    rate = tl.where(given, tl.where(is_float64, wide, narrow.to(tl.float64)), _float64(words, mask))
+    scheduled = segments != 0
+    steps = tl.zeros_like(rows) + t
+    curve = evaluate_schedule(segments.to(tl.pointer_type(tl.float64)), rows, steps, scheduled)
+    return tl.where(scheduled, _float64(words + 5, mask) * curve, rate)
+
+
+@triton.jit
+def _leave(words, rate, mask):
+    """Store scheduled rates where their readers look."""
+    last = tl.load(words + 6, mask=mask, other=0)
+    tl.store(last.to(tl.pointer_type(tl.float64)), rate, mask=last != 0)
+
+
+@triton.jit
+def _stream(address, begin, dtype: tl.constexpr):
+    return (address + begin * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def _sum_chunk(address, begin, count, out, dtype: tl.constexpr, BLOCK: tl.constexpr):
+    grad = _stream(address, begin, dtype)
+    full = tl.where(address % 16 == 0, count // BLOCK * BLOCK, 0)
+    total = tl.zeros((BLOCK,), tl.float64)
+    offsets = tl.arange(0, BLOCK)
+    offset = tl.zeros_like(count)
+    while offset < full:  # in accesses of 128 bits
+        g = tl.load(tl.multiple_of(grad + (offset + offsets), 16)).to(tl.float64)
+        total += g * g
+        offset += BLOCK
+    while offset < count:
+        i = offset + offsets
+        g = tl.load(grad + i, mask=i < count, other=0.0).to(tl.float64)
+        total += g * g
+        offset += BLOCK
+    tl.store(out, tl.sum(total, axis=0))
+
+
+@triton.jit(do_not_specialize=["chunks", "records", "partial_sums"])
+def norm(chunks, records, partial_sums, KINDS: tl.constexpr):
+    """The sum of squares of the gradient in one chunk, in float64. A program for each chunk of the model."""
+    index = tl.program_id(0).to(tl.int64)
+    chunk = chunks + index * _CHUNK_WORDS
+    record = records + tl.load(chunk + 2) * _RECORD_WORDS
+    grad = tl.load(record + 1)
+    count = tl.where(grad != 0, tl.load(chunk + 1), 0).to(tl.int32)
+    kind = tl.load(record + 7)
+    for j in tl.static_range(len(KINDS)):
+        if kind == j:
+            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, _DTYPES[KINDS[j][1]], 2 * KINDS[j][3])
+
+
+@triton.jit(do_not_specialize=["partial_sums", "count", "sum_of_squares"])
+def norm_total(partial_sums, count: tl.int64, sum_of_squares, BLOCK: tl.constexpr):
+    """Add up the sums of all chunks in a fixed order. One program."""
+    total = tl.zeros((BLOCK,), tl.float64)
+    offset = tl.zeros((), tl.int64)
+    while offset < count:
+        i = offset + tl.arange(0, BLOCK)
+        total += tl.load(partial_sums + i, mask=i < count, other=0.0)
+        offset += BLOCK
+    tl.store(sum_of_squares, tl.sum(total, axis=0))
+
+
+@triton.jit(
+    do_not_specialize=[
+        "groups",
+        "group_count",
+        "records",
+        "record_count",
+        "coefficients",
+        "skip",
+        "completed",
+        "sum_of_squares",
+        "grad_norm",
+        "grad_scale",
+        "found_inf",
+        "measures_norm",
+        "skip_nonfinite",
+    ]
+)
+def prologue(
+    groups,
+    group_count: tl.int64,
+    records,
+    record_count: tl.int64,
+    coefficients,
+    skip,
+    completed,
+    sum_of_squares,
+    grad_norm,
+    grad_scale: tl.int64,
+    found_inf: tl.int64,
+    measures_norm: tl.int64,
+    skip_nonfinite: tl.int64,
+    BLOCK: tl.constexpr,
+):
+    """Decide whether to skip, and evaluate every rate once: program 0 for the reader, the others for `BLOCK` tensors.
+
+    Counters are read, not advanced: where a launch fails, none has moved.
+    """
+    t = tl.load(completed)
+    scale = tl.load(grad_scale.to(tl.int64).to(tl.pointer_type(tl.float32)), mask=grad_scale != 0, other=1.0)
+    found = tl.load(found_inf.to(tl.int64).to(tl.pointer_type(tl.float32)), mask=found_inf != 0, other=0.0)
+    squares = tl.load(sum_of_squares)
+    total_norm = tl.sqrt(squares) / scale.to(tl.float64)
+    # The sum is in float64: it is finite if and only if every gradient is (below 1e150 in float64).
+    skips = (found != 0.0) | ((skip_nonfinite != 0) & (squares - squares != 0.0))
+    program = tl.program_id(0)
+    lanes = tl.arange(0, BLOCK).to(tl.int64)
+    if program == 0:
+        tl.store(skip, skips.to(tl.int64))
+        if measures_norm != 0:
+            tl.store(grad_norm, total_norm)
+        if skips == 0:
+            offset = tl.zeros((), tl.int64)
+            while offset < group_count:
+                i = offset + lanes
+                mask = i < group_count
+                group = groups + i * _GROUP_WORDS
+                _leave(group, _rates(group, t, mask), mask)
+                _leave(group + _RATE_WORDS, _rates(group + _RATE_WORDS, t, mask), mask)
+                offset += BLOCK
+    else:
+        i = (program - 1).to(tl.int64) * BLOCK + lanes
+        record = records + i * _RECORD_WORDS
+        mask = (i < record_count) & (tl.load(record + 1, mask=i < record_count, other=0) != 0)
+        group = groups + tl.load(record + 6, mask=mask, other=0) * _GROUP_WORDS
+        lr = _rates(group, t, mask)
+        weight_decay = _rates(group + _RATE_WORDS, t, mask)
+        others = group + 2 * _RATE_WORDS
+        beta1 = _float64(others, mask)
+        beta2 = _float64(others + 1, mask)
+        multiplier = 1.0 / (tl.zeros_like(lr) + scale.to(tl.float64))
+        limit = _float64(others + 3, mask)
+        # As torch.nn.utils.clip_grad_norm_, so that a NaN norm stays NaN; an infinite limit does not clip.
+        clip = limit / (total_norm + 1e-6)
+        clip = tl.where((clip > 1.0) | (limit - limit != 0.0), 1.0, clip)
+        multiplier *= clip
+        multiplier = tl.where(tl.load(others + 4, mask=mask, other=0) != 0, -multiplier, multiplier)
+        step = tl.load(record + 5, mask=mask, other=0).to(tl.pointer_type(tl.int64))
+        count = (tl.load(step, mask=mask, other=0) + 1).to(tl.float64)
+        row = coefficients + i * _COEFFICIENTS
+        tl.store(row, multiplier, mask=mask)
+        tl.store(row + 1, lr * weight_decay, mask=mask)
+        tl.store(row + 2, 1.0 - beta1, mask=mask)
+        tl.store(row + 3, beta2, mask=mask)
+        tl.store(row + 4, 1.0 - beta2, mask=mask)
+        tl.store(row + 5, lr / bias_correction(beta1, count), mask=mask)
+        tl.store(row + 6, 1.0 / tl.sqrt(bias_correction(beta2, count)), mask=mask)
+        tl.store(row + 7, _float64(others + 2, mask), mask=mask)
+
+
+@triton.jit
+def _update_block(
+    params,
+    grads,
+    exp_avgs,
+    exp_avg_sqs,
+    max_exp_avg_sqs,
+    coefficients,
+    mask,
+    T: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+):
+    param = tl.load(params, mask=mask).to(T)
+    grad = tl.load(grads, mask=mask).to(T)
+    exp_avg = tl.load(exp_avgs, mask=mask)
+    exp_avg_sq = tl.load(exp_avg_sqs, mask=mask)
+    max_exp_avg_sq = exp_avg_sq
+    if AMSGRAD:
+        max_exp_avg_sq = tl.load(max_exp_avg_sqs, mask=mask)
+    param, exp_avg, exp_avg_sq, max_exp_avg_sq = adamw(
+        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRAD
+    )
+    tl.store(params, param.to(params.dtype.element_ty), mask=mask)
+    tl.store(exp_avgs, exp_avg, mask=mask)
+    tl.store(exp_avg_sqs, exp_avg_sq, mask=mask)
+    if AMSGRAD:
+        tl.store(max_exp_avg_sqs, max_exp_avg_sq, mask=mask)
+
+
+@triton.jit
+def _update_chunk(
+    record,
+    begin,
+    count,
+    row,
+    PARAM: tl.constexpr,
+    GRAD: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    T: tl.constexpr = PARAM if tl.float64 == PARAM else tl.float32
+    param_address = tl.load(record)
+    grad_address = tl.load(record + 1)
+    exp_avg_address = tl.load(record + 2)
+    exp_avg_sq_address = tl.load(record + 3)
+    max_address = tl.load(record + 4)
+    param = _stream(param_address, begin, PARAM)
+    grad = _stream(grad_address, begin, GRAD)
+    exp_avg = _stream(exp_avg_address, begin, T)
+    exp_avg_sq = _stream(exp_avg_sq_address, begin, T)
+    max_exp_avg_sq = _stream(max_address, begin, T)
+    # Chunks begin at multiples of 16 elements: a stream is aligned where its tensor is.
+    addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address | max_address
+    full = tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
+    coefficients = (
+        tl.load(row).to(T),
+        tl.load(row + 1).to(T),
+        tl.load(row + 2).to(T),
+        tl.load(row + 3).to(T),
+        tl.load(row + 4).to(T),
+        tl.load(row + 5).to(T),
+        tl.load(row + 6).to(T),
+        tl.load(row + 7).to(T),
+    )
+    offsets = tl.arange(0, BLOCK)
+    offset = tl.zeros_like(count)
+    while offset < full:  # in accesses of 128 bits
+        i = offset + offsets
+        _update_block(
+            tl.multiple_of(param + i, 16),
+            tl.multiple_of(grad + i, 16),
+            tl.multiple_of(exp_avg + i, 16),
+            tl.multiple_of(exp_avg_sq + i, 16),
+            tl.multiple_of(max_exp_avg_sq + i, 16),
+            coefficients,
+            None,
+            T,
+            AMSGRAD,
+        )
+        offset += BLOCK
+    while offset < count:
+        i = offset + offsets
+        _update_block(
+            param + i,
+            grad + i,
+            exp_avg + i,
+            exp_avg_sq + i,
+            max_exp_avg_sq + i,
+            coefficients,
+            i < count,
+            T,
+            AMSGRAD,
+        )
+        offset += BLOCK
+
+
+@triton.jit(do_not_specialize=["chunks", "records", "coefficients", "skip", "completed", "skipped"])
+def update(chunks, records, coefficients, skip, completed, skipped, KINDS: tl.constexpr):
+    """Update one chunk of a tensor and, in its first, the tensor's counter. A program for each chunk of the model.
+
+    `KINDS` has what occurs in the model, in the order of the records' `kind`: (dtype of the parameter, dtype of
+    the gradient, amsgrad, elements at once).
+    """
+    index = tl.program_id(0).to(tl.int64)
+    skips = tl.load(skip) != 0
+    if index == 0:
+        counter = completed
+        if skips:
+            counter = skipped
+        tl.store(counter, tl.load(counter) + 1)
+    if skips == 0:
+        chunk = chunks + index * _CHUNK_WORDS
+        begin = tl.load(chunk)
+        count = tl.load(chunk + 1).to(tl.int32)  # at most CHUNK_ELEMENTS
+        tensor = tl.load(chunk + 2)
+        record = records + tensor * _RECORD_WORDS
+        if tl.load(record + 1) != 0:
+            if begin == 0:
+                step = tl.load(record + 5).to(tl.pointer_type(tl.int64))
+                tl.store(step, tl.load(step) + 1)
+            kind = tl.load(record + 7)
+            row = coefficients + tensor * _COEFFICIENTS
+            for j in tl.static_range(len(KINDS)):
+                if kind == j:
+                    _update_chunk(
+                        record,
+                        begin,
+                        count,
+                        row,
+                        _DTYPES[KINDS[j][0]],
+                        _DTYPES[KINDS[j][1]],
+                        KINDS[j][2],
+                        KINDS[j][3],
+                    )
+
+
+@triton.jit(do_not_specialize=["segments", "rows", "steps", "count", "out"])
+def evaluate(segments, rows: tl.int64, steps, count: tl.int64, out, BLOCK: tl.constexpr):
+    """A schedule's values at `steps`."""
+    i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < count
+    t = tl.load(steps + i, mask=mask, other=0)
+    tl.store(out + i, evaluate_schedule(segments, rows, t, mask), mask=mask)

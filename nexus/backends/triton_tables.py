@@ -1,0 +1,137 @@
+"""What the Triton kernels read besides the tensors themselves: tables of int64 words in device memory.
+
+An address is a word; a float64 is the word with its bits. So whatever changes from step to step is data, and no
+kernel is compiled anew for it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from nexus.backends.interface import GroupSettings, TensorEntry
+from nexus.backends.watched import DTYPE_INDEX, address, rate_fields
+
+CHUNK_ELEMENTS = 16_384  # of one tensor: what one program updates
+
+# The columns.
+RATE = ("value", "tensor", "is_float64", "segments", "rows", "scale", "last")
+GROUP = (*RATE, *RATE, "beta1", "beta2", "eps", "max_grad_norm", "maximize")
+RECORD = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "group", "kind")
+CHUNK = ("begin", "count", "tensor")
+COEFFICIENTS = (
+    "grad_multiplier",
+    "decay",
+    "one_minus_beta1",
+    "beta2",
+    "one_minus_beta2",
+    "step_size",
+    "inv_sqrt_bias2",
+    "eps",
+)
+
+
+def group_words(group: GroupSettings) -> Tensor:
+    """A row of `GROUP`."""
+    lr, weight_decay = rate_fields(group.lr), rate_fields(group.weight_decay)
+    fields = (*lr, *weight_decay, *group.betas, group.eps, group.max_grad_norm, int(group.maximize))
+    words = torch.tensor([f if isinstance(f, int) else 0 for f in fields], dtype=torch.int64, device="cpu")
+    for index, value in enumerate(fields):
+        if isinstance(value, float):
+            words.view(torch.float64)[index] = value
+    return words
+
+
+def record_words(entry: TensorEntry, kind: int) -> list[int]:
+    """A row of `RECORD`, but for where the parameter and its gradient are."""
+    max_exp_avg_sq = address(entry.max_exp_avg_sq)
+    streams = entry.exp_avg.data_ptr(), entry.exp_avg_sq.data_ptr(), max_exp_avg_sq, entry.step.data_ptr()
+    return [0, 0, *streams, entry.group, kind]
+
+
+def dtypes_of(entry: TensorEntry) -> tuple[torch.dtype, torch.dtype]:
+    """Of a parameter and of its gradient."""
+    param = entry.param.dtype
+    return param, param if entry.grad is None else entry.grad.dtype
+
+
+def kind_of(entry: TensorEntry, block_elements: int) -> tuple[int, int, bool, int]:
+    """What an update is compiled for: dtypes by their index, amsgrad, and elements at once."""
+    param, grad = dtypes_of(entry)
+    return DTYPE_INDEX[param], DTYPE_INDEX[grad], entry.max_exp_avg_sq is not None, block_elements
+
+
+def chunk_words(sizes: tuple[int, ...]) -> Tensor:
+    """The rows of `CHUNK` for tensors of these sizes; an empty one has a chunk too, which counts its steps."""
+    numel = torch.tensor(sizes, dtype=torch.int64, device="cpu")
+    counts = ((numel + CHUNK_ELEMENTS - 1) // CHUNK_ELEMENTS).clamp_(min=1)
+    tensor = torch.repeat_interleave(counts)
+    begin = (torch.arange(len(tensor), device="cpu") - (counts.cumsum(0) - counts)[tensor]) * CHUNK_ELEMENTS
+    return torch.stack([begin, (numel[tensor] - begin).clamp_(max=CHUNK_ELEMENTS), tensor], dim=1)
+
+
+def is_capturing(device: torch.device) -> bool:
+    """Whether what is enqueued on the device's current stream becomes part of a graph."""
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+class DeviceTable:
+    """A table in device memory that follows one on the host.
+
+    A graph that is captured keeps the table for itself: each replay writes into it again what has changed between
+    the last upload before the capture and the capture, and nothing else ever does.
+
+    Args:
+        device: where the table is.
+        fixed: its words never change once they are there, so graphs may share the table.
+    """
+
+    def __init__(self, device: torch.device, *, fixed: bool = False) -> None:
+        self._device = device
+        self._fixed = fixed
+        self._table: Tensor | None = None
+        self._uploaded = torch.empty(0, dtype=torch.int64, device="cpu")
+
+    def upload(self, words: Tensor, *, capturing: bool) -> Tensor:
+        """The table, once what differs from the last upload is on its way to it.
+
+        Args:
+            words: 1-dim int64, on the CPU; may be overwritten afterwards.
+            capturing: whether this becomes part of a graph.
+        """
+        if self._fixed and self._table is not None:
+            return self._table
+        if self._table is None or words.shape != self._uploaded.shape:
+            table = torch.empty(words.shape, dtype=torch.int64, device=self._device)
+            changed = torch.arange(len(words), device="cpu")
+        else:
+            table = self._table
+            changed = (words != self._uploaded).nonzero().flatten()
+        if capturing:
+            _write_by_value(table, words, changed)
+            self._table = None
+            return table
+        if len(changed):
+            _write_from_host(table, words, changed)
+            self._uploaded = words.clone()
+        self._table = table
+        return table
+
+
+def _write_by_value(table: Tensor, words: Tensor, indices: Tensor) -> None:
+    """Write some words in arguments of kernels, of which a graph keeps a copy."""
+    if len(indices):
+        places = table.unbind()
+        targets = [places[i] for i in indices.tolist()]
+        torch._foreach_zero_(targets)
+        torch._foreach_add_(targets, words[indices].tolist())
+
+
+def _write_from_host(table: Tensor, words: Tensor, indices: Tensor) -> None:
+    """Write some words by way of page-locked memory, which PyTorch keeps until the copy is over."""
+    first, last = int(indices[0]), int(indices[-1]) + 1
+    part = words[first:last]
+    table[first:last].copy_(part.pin_memory() if table.device.type == "cuda" else part, non_blocking=True)

@@ -1,0 +1,67 @@
+"""The CUDA backend without a GPU: its kernels, compiled as C++, run on tensors of the CPU."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterable
+from types import ModuleType
+from typing import Any
+
+import torch
+from cuda_shim import build
+from cuda_shim.controls import Shim
+from torch import Tensor
+
+from nexus import backends
+from nexus.backends import cuda
+from nexus.backends.watched import make_list
+
+NAME = "cuda on cpu"
+
+
+@functools.cache
+def extension() -> ModuleType:
+    return build.load()
+
+
+@functools.cache
+def shim() -> Shim:
+    """What steers the kernels. Streams are numbers; 0 is the null stream of device 0."""
+    return Shim(extension().__file__)
+
+
+class Runner(cuda.CudaRunner):
+    name = NAME
+
+    def __init__(self, tensors: Any) -> None:
+        super().__init__(tensors)
+        self.stream = 0
+
+    def current_stream(self, device: torch.device) -> tuple[int, int]:  # type: ignore[override]
+        return device.index or 0, self.stream
+
+
+class Backend:
+    """See `nexus.backends.interface.Backend`."""
+
+    NAME = NAME
+    DEVICE_TYPES = frozenset({"cpu"})
+
+    def unavailable(self, devices: Iterable[torch.device] = ()) -> str | None:
+        return None
+
+    def detail(self) -> str:
+        return "for tests"
+
+    def runner(self, attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Runner:
+        return Runner(make_list(extension().CudaTensorList, attributes, setting_names))
+
+    def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
+        steps = steps.contiguous()
+        out = torch.empty(steps.shape, dtype=torch.float64, device=steps.device)
+        rows, count = table.shape[0], steps.numel()
+        extension().cuda_evaluate(0, table.data_ptr(), rows, steps.data_ptr(), count, out.data_ptr(), 0)
+        return out
+
+
+backends._BACKENDS[NAME] = Backend()

@@ -1,0 +1,131 @@
+"""Steers the shim in a library that build.py has built, and reads what happened there."""
+
+from __future__ import annotations
+
+import ctypes
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ORDERS = ("ascending", "descending", "shuffled")
+
+
+class Launch(NamedTuple):
+    kernel: str  # its name, without namespaces and template arguments
+    signature: str  # its name in full
+    grid: tuple[int, int, int]
+    block: tuple[int, int, int]
+    stream: int
+    device: int
+    captured: bool
+
+
+class Graph:
+    """What was enqueued on a stream while it was captured."""
+
+    def __init__(self, shim: Shim, number: int):
+        self.shim = shim
+        self.number = number
+
+    def replay(self) -> None:
+        error = self.shim.library.nexus_shim_replay(self.number)
+        if error:
+            raise RuntimeError(f"replay stopped with error {error}: {self.shim.fault()}")
+
+
+class _Record(ctypes.Structure):
+    _fields_ = (
+        ("kernel", ctypes.c_int64),
+        ("grid", ctypes.c_uint32 * 3),
+        ("block", ctypes.c_uint32 * 3),
+        ("stream", ctypes.c_void_p),
+        ("device", ctypes.c_int32),
+        ("captured", ctypes.c_int32),
+    )
+
+
+class Shim:
+    """The controls of one library. A test calls reset() first: settings outlive it."""
+
+    def __init__(self, library: Path | str):
+        self.library = ctypes.CDLL(str(library))
+        self.library.nexus_shim_fault.restype = ctypes.c_char_p
+        self.library.nexus_shim_stream.restype = ctypes.c_void_p
+        self.library.nexus_shim_fail.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
+        self.library.nexus_shim_set_order.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
+        self.library.nexus_shim_begin_capture.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        # dladdr() does not know names with internal linkage, which kernels have.
+        symbols = subprocess.run(["nm", "-C", str(library)], check=True, capture_output=True, text=True).stdout
+        found = re.findall(r"^([0-9a-f]+) [tTW] (.*)$", symbols, re.MULTILINE)
+        self._names = {int(address, 16): name.replace("(anonymous namespace)::", "") for address, name in found}
+
+    def reset(self) -> None:
+        """One device of four multiprocessors, ascending orders; no failures, launches, calls, graphs or error.
+
+        Streams stay, and so does memory that is not freed; device 0 is current again.
+        """
+        self.library.nexus_shim_reset()
+
+    def set_devices(self, count: int = 1, multiprocessors: int = 4, capability: tuple[int, int] = (9, 0)) -> None:
+        self.library.nexus_shim_set_devices(count, multiprocessors, *capability)
+
+    def set_order(self, blocks: str = "ascending", threads: str = "ascending", seed: int = 0) -> None:
+        """The order in which blocks, and the threads of a block, run between barriers: one of ORDERS."""
+        self.library.nexus_shim_set_order(ORDERS.index(blocks), ORDERS.index(threads), seed)
+
+    def fail(self, error: int, nth: int = 1, function: str = "cudaLaunchKernelEx") -> None:
+        """Let the ``nth`` call of a function from now on do nothing but return ``error``."""
+        self.library.nexus_shim_fail(function.encode(), nth - 1, error)
+
+    def stream(self, device: int = 0) -> int:
+        """The handle of a new stream."""
+        return self.library.nexus_shim_stream(device)
+
+    @contextmanager
+    def capture(self, stream: int, relaxed: bool = False) -> Iterator[Graph]:
+        """Keep what is enqueued on ``stream`` in a graph, instead of running it.
+
+        Calls that may wait for the device end the capture with an error, unless it is ``relaxed`` or the thread is.
+        """
+        number = self.library.nexus_shim_begin_capture(stream, relaxed)
+        try:
+            yield Graph(self, number)
+        finally:
+            error = self.library.nexus_shim_end_capture()
+        if error:
+            raise RuntimeError(f"the capture was invalidated: {self.fault()}")
+
+    def launches(self) -> list[Launch]:
+        """What was launched since reset(); replays do not count."""
+        records = []
+        for index in range(self.library.nexus_shim_launch_count()):
+            record = _Record()
+            self.library.nexus_shim_launch(index, ctypes.byref(record))
+            name = self._names[record.kernel]
+            kernel = re.search(r"(\w+)[<(]", name)[1]
+            grid, block, stream = tuple(record.grid), tuple(record.block), record.stream or 0
+            records.append(Launch(kernel, name, grid, block, stream, record.device, bool(record.captured)))
+        return records
+
+    def calls(self, function: str) -> int:
+        """How often one of CUDA's functions was called since reset()."""
+        return self.library.nexus_shim_calls(function.encode())
+
+    def allocations(self, device: int = 0) -> int:
+        """How many allocations of a device's memory are not freed."""
+        return self.library.nexus_shim_allocations(device)
+
+    def streams(self, device: int = 0) -> int:
+        """How many streams a device has, besides the null stream."""
+        return self.library.nexus_shim_streams(device)
+
+    def capture_mode_is_global(self) -> bool:
+        """Whether this thread's capture mode is what it is at first."""
+        return self.library.nexus_shim_capture_mode() == 0
+
+    def fault(self) -> str:
+        """What the kernel that was stopped last did wrong, and where; or the call that ended a capture."""
+        return self.library.nexus_shim_fault().decode()

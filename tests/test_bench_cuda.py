@@ -1,0 +1,212 @@
+"""The benchmark on a GPU: its way with a device that only looks like one, and what `Cuda` does where there is one."""
+
+import json
+import math
+from collections.abc import Callable, Iterator
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from nexus.__main__ import main
+from nexus.bench import cases, cli, contestants, cuda, table
+from nexus.bench.cases import (
+    APEX,
+    BFLOAT16,
+    CAPTURABLE,
+    CASES,
+    CLIP_STEP_SCHEDULE,
+    CUDA,
+    FOREACH,
+    FUSED,
+    OPTIMI,
+    STEP,
+    TRAFFIC,
+    Case,
+)
+from nexus.bench.measure import measure
+from nexus.bench.peers import PEERS
+from nexus.bench.rows import LeftOut, Row
+from nexus.bench.timing import Sample
+
+SHAPES = ((40,), (7, 5), (1,))
+SMALL = Case("small", "three small tensors", SHAPES, repeats=3, quick_repeats=2, memory_bound=True)
+BANDWIDTH = 4e12
+
+
+class FakeGpu:
+    """Runs everything on the CPU, and says that each call took the device 10 µs and the host 5."""
+
+    kind = CUDA
+    where = torch.device("cpu")
+    limit_s: float | None = None
+
+    def __init__(self) -> None:
+        self.captured = 0
+        self.settled = 0
+
+    def metadata(self) -> dict[str, Any]:
+        return {"gpu": "NVIDIA Fake 1", "driver": "1.0", "cuda": "13.0", "triton": "3.6.0"}
+
+    def sample(self, call: Callable[[], object]) -> Sample:
+        call()
+        return Sample(10.0, 5.0)
+
+    def wait(self) -> None:
+        pass
+
+    def capture(self, warm: Callable[[], object], body: Callable[[], object]) -> Callable[[], object]:
+        warm()
+        self.captured += 1
+        return body
+
+    def free_bytes(self) -> int | None:
+        return None
+
+    def copy_bandwidth(self) -> float | None:
+        return BANDWIDTH
+
+    def settle(self) -> None:
+        self.settled += 1
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def by_peer(case: Case) -> dict[tuple[str, str], Row | LeftOut]:
+    return {(row.job, row.peer): row for row in measure(case, 3, FakeGpu())}
+
+
+def test_rows() -> None:
+    rows = by_peer(SMALL)
+    assert set(rows) == {(job, peer) for job in SMALL.jobs for peer in SMALL.cuda_peers} | {(STEP, TRAFFIC)}
+    for job in SMALL.jobs:
+        triton = rows[job, cases.NEXUS_TRITON]  # needs a real GPU: the others go on without it
+        assert isinstance(triton, LeftOut)
+        assert not triton.failed
+        for peer in (FUSED, CAPTURABLE, FOREACH):
+            row = rows[job, peer]
+            assert isinstance(row, Row)
+            assert (row.time.nexus.median, row.time.ratio.median, row.host.peer.median) == (10.0, 1.0, 5.0)
+            assert (row.replay.nexus.median, row.replay_host.nexus.median) == (10.0, 5.0)
+            assert row.difference < 1e-3
+            assert row.bytes_moved == 76 * (28 if job == STEP else 32)
+            assert row.copy_share.median == pytest.approx(row.bytes_moved / 10e-6 / BANDWIDTH)
+        assert rows[job, CAPTURABLE].replay.ratio.median == 1.0
+        assert rows[job, FUSED].replay.peer is None  # a float rate would freeze in the graph
+
+
+def test_the_host_schedules_beside_a_graph() -> None:
+    """With a rate that a scheduler on the host writes between replays, the peer does what it does step by step."""
+    ours, theirs = (contestants.peer(SMALL, CLIP_STEP_SCHEDULE, CAPTURABLE) for _ in range(2))
+    for _ in range(5):
+        ours.call()
+        theirs.in_graph()
+        theirs.beside_graph()
+    assert contestants.difference(ours, theirs) == 0.0
+    assert contestants.peer(SMALL, STEP, CAPTURABLE).beside_graph is None
+    assert contestants.peer(SMALL, STEP, FUSED).in_graph is None
+
+
+def test_bfloat16() -> None:
+    case = Case("half", "", ((1000,),) * 3, 100, 2, cuda_peers=(FUSED, FOREACH), dtype=BFLOAT16)
+    for row in measure(case, case.repeats, FakeGpu()):
+        assert isinstance(row, Row), row.reason
+        assert row.pairs == 30  # more, and the peers' bfloat16 moments would stand still
+        assert row.remark.startswith("its moments are bfloat16")
+        assert row.bytes_moved == 3000 * (22 if row.job == STEP else 24)
+    ours = contestants.nexus(case, STEP)
+    ours.call()
+    assert ours.params[0].dtype == torch.bfloat16
+    assert ours.optimizer.state[ours.params[0]]["exp_avg"].dtype == torch.float32
+
+
+def test_a_failing_capture_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(self, warm, body):
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeGpu, "capture", refuse)
+    row = by_peer(SMALL)[STEP, FUSED]
+    assert isinstance(row, Row)
+    assert row.replay is None
+    assert row.remark.startswith("nexus was not captured: RuntimeError: operation not permitted")
+
+
+def test_the_capturable_peer_has_a_rate_of_its_own_in_each_group() -> None:
+    groups = [{"params": [torch.zeros(1)]} for _ in range(2)]
+    optimizer = PEERS[CAPTURABLE].make(groups, torch.device("cpu"))
+    first, second = (group["lr"] for group in optimizer.param_groups)
+    assert isinstance(first, torch.Tensor)
+    assert first is not second
+
+
+@pytest.mark.parametrize("name", [OPTIMI, cases.TORCHAO, APEX])
+def test_what_is_not_installed_is_left_out(name: str) -> None:
+    if find_spec(PEERS[name].module.partition(".")[0]):
+        pytest.skip(f"{name} is installed")
+    case = Case("small", "", SHAPES, repeats=1, quick_repeats=1, jobs=(STEP,), cuda_peers=(name,))
+    (left_out,) = measure(case, 1, FakeGpu())
+    assert isinstance(left_out, LeftOut)
+    assert not left_out.failed
+    assert "not installed" in left_out.reason
+
+
+def test_billion() -> None:
+    for name, bytes_moved in (("billion", 28), ("billion-bf16", 22)):
+        case = CASES[name]
+        assert 1.0e9 < case.elements < 1.05e9
+        assert case.devices == (CUDA,)
+        assert case.bytes_moved(STEP) == case.elements * bytes_moved
+        assert case.bytes_needed(CUDA) < 100e9
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    device = FakeGpu()
+    monkeypatch.setattr(cli, "_device", lambda wanted: device)
+    picture = ["--picture", str(tmp_path / "speed.png")] if find_spec("matplotlib") else []
+    argv = ["bench", "--device", "cuda", "--case", "gpt", "--repeats", "1", "--out", str(tmp_path)]
+    assert main([*argv, *picture]) == 0
+    (path,) = tmp_path.glob("*.json")
+    assert path.name.endswith("_nvidia-fake-1.json")
+    data = json.loads(path.read_text())
+    assert (data["metadata"]["gpu"], data["metadata"]["device"]) == ("NVIDIA Fake 1", "cuda")
+    assert {row["peer"] for row in data["rows"]} == {FUSED, CAPTURABLE, FOREACH}
+    assert all(row["host"]["peer"]["median"] == 5.0 for row in data["rows"])
+    assert not data["host"]
+    out = capsys.readouterr().out
+    assert table.CUDA_HEADING in out
+    assert "10.0 / 10.0" in out
+    assert len([*tmp_path.glob("*.png")]) == len(picture) // 2
+
+
+def test_without_a_gpu(capsys) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert main(["bench", "--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("python -m nexus bench: --device cuda cannot be had: t")
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+def test_the_real_device() -> None:
+    device = cuda.Cuda()
+    values = torch.ones(1 << 24, device=device.where)
+    add = lambda: values.add_(1.0)  # noqa: E731
+    device.sample(add)
+    sample = device.sample(add)
+    assert 1.0 < sample.us < 1e4
+    assert 0.0 < sample.host_us < 1e4
+    before = float(values[0])
+    replay = device.capture(add, add)
+    replay()
+    device.wait()
+    assert float(values[0]) == before + cuda.CAPTURE_WARMUP + 1
+    assert 1e10 < device.copy_bandwidth() < math.inf
+    assert {"gpu", "driver", "cuda", "peers"} <= set(device.metadata())

@@ -1,0 +1,42 @@
+"""What backends do on every device, and that it reads nothing back: a fake tensor has no value to be read."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from nexus.backends import reference
+from nexus.backends.devices import total_everywhere
+from nexus.schedule_table import ScheduleTable
+from nexus.schedules import WSD, Cosine
+
+
+def test_every_device_gets_the_sum_of_all() -> None:
+    sums = [torch.tensor(value, dtype=torch.float64) for value in (1.5, 2.0, 4.0)]
+    total_everywhere(sums)
+    assert sums == [7.5] * 3
+    total_everywhere(sums[:1])
+    assert float(sums[0]) == 7.5
+
+
+def test_a_sum_over_devices_reads_nothing_back() -> None:
+    with FakeTensorMode():
+        total_everywhere([torch.zeros((), dtype=torch.float64) for _ in range(2)])
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3)])
+def test_the_reference_evaluator_reads_nothing_back(shape: tuple[int, ...]) -> None:
+    with FakeTensorMode():
+        table = torch.zeros(3, 5, dtype=torch.float64)
+        values = reference.evaluate(table, torch.zeros(shape, dtype=torch.int64))
+    assert values.shape == shape
+
+
+def test_edits_of_a_schedule_read_nothing_back() -> None:
+    with FakeTensorMode():
+        table = ScheduleTable(WSD(3, 4, 5, 1.0), torch.device("cpu"))
+        completed = torch.zeros((), dtype=torch.int64)
+        table.begin_decay(completed)
+        table.extend_stable(3, completed)
+        ScheduleTable(Cosine(1.0, 5), torch.device("cpu")).replace(Cosine(2.0, 5))

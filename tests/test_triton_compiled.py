@@ -1,0 +1,87 @@
+"""The Triton kernels as they are compiled for GPUs, which needs none: variants, accesses, registers, rounding."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton")
+
+# A streaming multiprocessor has 65,536 registers: 36 warps of 32 threads at 56 each, 20 at 96. Measured: 55 for
+# float32, 64 at most with amsgrad; 72 for half precision (92 on sm_80), 92 for float64, 96 for several at once.
+MOST_REGISTERS = {"float32": 56, "float32 amsgrad": 64}
+MOST_REGISTERS_OF_OTHERS = 96
+# Accesses of 128 bits in the aligned loop, of the parameter, the gradient and the moments: loads and stores.
+WIDE = {
+    "float32": (4, 3),
+    "float32 amsgrad": (5, 4),
+    "bfloat16": (2 + 4, 1 + 4),  # eight elements a thread: two accesses for each moment
+    "bfloat16 and float32 gradients": (1 + 2 + 4, 1 + 4),
+    "float16": (2 + 4, 1 + 4),
+    "float64": (5, 4),  # with amsgrad
+    "mixed": (4 + 6, 3 + 5),
+}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict[str, Any]:
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    script = Path(__file__).with_name("triton_launches.py")
+    result = subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def kernels(found: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]]:
+    return [(what, kernel) for what, own in found["compiled"].items() for kernel in own if kernel["kernel"] == name]
+
+
+@pytest.mark.xdist_group("triton_compiled")
+def test_nothing_is_compiled_twice_whatever_a_user_changes(found: dict[str, Any]) -> None:
+    assert Counter(found["launches"]) == dict.fromkeys(["evaluate", "norm", "norm_total", "prologue", "update"], 1), (
+        found["launches_in_full"]
+    )
+    assert "specialized" not in str(found["launches_in_full"])
+
+
+@pytest.mark.xdist_group("triton_compiled")
+def test_aligned_accesses_are_of_128_bits(found: dict[str, Any]) -> None:
+    updates = kernels(found, "update")
+    assert len(updates) == 3 * len(WIDE)
+    for what, kernel in updates:
+        assert (wide(kernel["loads"]), wide(kernel["stores"])) == WIDE[what], (what, kernel)
+    for what, kernel in kernels(found, "norm"):
+        assert wide(kernel["loads"]) >= 1, (what, kernel)
+
+
+def wide(accesses: list[str]) -> int:
+    return sum(access.endswith((".v4.b32", ".v2.b64")) for access in accesses)
+
+
+@pytest.mark.xdist_group("triton_compiled")
+def test_no_register_is_spilled(found: dict[str, Any]) -> None:
+    for name in ("update", "norm", "norm_total"):
+        for what, kernel in kernels(found, name):
+            assert kernel["local_bytes"] == 0, (what, kernel)
+            assert kernel["registers"] <= MOST_REGISTERS_OF_OTHERS, (what, kernel)
+    for what, kernel in kernels(found, "update"):
+        assert kernel["registers"] <= MOST_REGISTERS.get(what, MOST_REGISTERS_OF_OTHERS), (what, kernel)
+    for name in ("prologue", "evaluate"):  # where the cosine of a large number would need a table of its own
+        for what, kernel in kernels(found, name):
+            assert kernel["local_bytes"] <= 48, (what, kernel)
+
+
+@pytest.mark.xdist_group("triton_compiled")
+def test_an_update_is_rounded_as_the_other_backends_round(found: dict[str, Any]) -> None:
+    for what, kernel in kernels(found, "update"):
+        bits = 64 if what == "float64" else 32
+        assert kernel["arithmetic"] == [f"div.rn.f{bits}", f"sqrt.rn.f{bits}"], (what, kernel)  # and no fma
+    for what, kernel in [*kernels(found, "prologue"), *kernels(found, "evaluate")]:
+        assert kernel["arithmetic"] == ["div.rn.f64", "fma.rn.f64", "sqrt.rn.f64"], (what, kernel)  # fma: in cos

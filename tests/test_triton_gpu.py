@@ -1,0 +1,122 @@
+"""What only a GPU can show of the Triton backend: streams, graphs, several devices, and that nothing waits."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from references import Float64AdamW, assert_same_run, copies, set_grads
+
+pytest.importorskip("triton")
+from triton_cases import grads_of, own_params, params_on, step_pair
+
+from nexus.backends import triton as backend
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Cosine
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(backend.INTERPRETS or not torch.cuda.is_available(), reason="needs a GPU"),
+]
+SHAPES = [(3,), (16_385,), (), (64, 65)]
+
+
+@pytest.fixture
+def sync_debug_mode() -> Iterator[Callable[[str], None]]:
+    yield torch.cuda.set_sync_debug_mode
+    torch.cuda.set_sync_debug_mode("default")
+
+
+def test_no_step_waits_for_the_device(sync_debug_mode: Callable[[str], None]) -> None:
+    params = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in SHAPES]
+    lr = torch.full((), 1e-3, device="cuda")
+    decayed = {"params": params[:2], "lr": WSD(3, 4, 5, 1e-2), "weight_decay": Cosine(0.1, 9)}
+    optimizer = FusedAdamW(
+        [decayed, {"params": params[2:3], "lr": lr}, {"params": params[3:]}],
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+        backend="triton",
+    )
+    for step in range(6):
+        for param in params:
+            param.grad = torch.ones_like(param)  # elsewhere in each step
+        if step == 2:
+            optimizer.param_groups[2]["lr"] = 0.5
+        if step == 3:
+            optimizer.param_groups[1]["max_grad_norm"] = None
+        if step == 4:
+            optimizer.begin_decay()
+        optimizer.grad_scale = torch.ones((), device="cuda")
+        optimizer.found_inf = torch.zeros(1, device="cuda")
+        optimizer.step()
+        sync_debug_mode("error")  # once the schedules' tables are there
+
+
+def test_a_step_follows_the_callers_stream() -> None:
+    params = params_on("cuda", SHAPES)
+    optimizer, reference = FusedAdamW(copies(params), backend="triton"), Float64AdamW(params)
+    own = own_params(optimizer)
+    step_pair(optimizer, reference, steps=1)
+    late = torch.cuda.Stream()
+    for _ in range(3):
+        grads = grads_of(params)
+        set_grads(own, [torch.full_like(grad, torch.nan) for grad in grads])
+        late.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(late):
+            torch.cuda._sleep(20_000_000)
+            for param, grad in zip(own, grads, strict=True):
+                param.grad.copy_(grad)
+            optimizer.step()
+        torch.cuda.current_stream().wait_stream(late)
+        reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("with_extension", [True, False])
+def test_a_captured_step_goes_on_with_its_schedule(with_extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not with_extension:
+        monkeypatch.setattr(backend, "extension", None)
+    options = {"lr": WSD(3, 4, 5, 1e-2), "max_grad_norm": 1.0}
+    params = params_on("cuda", SHAPES)
+    optimizer, reference = FusedAdamW(copies(params), backend="triton", **options), Float64AdamW(params, **options)
+    own = own_params(optimizer)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step_pair(optimizer, reference, steps=2)
+    torch.cuda.current_stream().wait_stream(side)
+
+    graphs = []
+    for _ in range(2):  # the second is captured without a step in between
+        static = [torch.zeros_like(param) for param in own]
+        set_grads(own, static)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graphs.append((graph, static))
+    for step in range(9):
+        if step % 3 == 2:
+            step_pair(optimizer, reference, steps=1)  # gradients elsewhere, eagerly
+            continue
+        graph, static = graphs[step % 2]
+        grads = grads_of(params)
+        for target, grad in zip(static, grads, strict=True):
+            target.copy_(grad)
+        graph.replay()
+        reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_parameters_on_several_devices_have_one_norm() -> None:
+    params = [params_on(device, [(5,), (300,)])[0] for device in ("cuda:0", "cuda:1")]
+    optimizer = FusedAdamW(copies(params), max_grad_norm=0.5, backend="triton")
+    reference = Float64AdamW([param.to("cuda:0") for param in params], max_grad_norm=0.5)
+    for _ in range(4):
+        grads = grads_of(params)
+        set_grads(own_params(optimizer), grads)
+        optimizer.step()
+        reference.step([grad.to("cuda:0") for grad in grads])
+    for param, expected in zip(own_params(optimizer), reference.params, strict=True):
+        torch.testing.assert_close(param.to("cuda:0").double(), expected, rtol=5e-7, atol=1e-6)

@@ -1,0 +1,121 @@
+"""How the Triton backend follows tensors: its tables in device memory, and the list without the extension."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from references import Float64AdamW, assert_same_run, copies, set_grads
+from test_adamw import OPTIONS
+
+pytest.importorskip("triton")
+from triton_cases import COMMON, CPU, GPU, grads_of, own_params, params_on, run, step_pair
+
+from nexus.backends import triton as backend
+from nexus.backends.triton_tables import CHUNK_ELEMENTS, DeviceTable, chunk_words
+from nexus.backends.unwatched_list import UnwatchedList
+from nexus.optim import FusedAdamW
+
+
+@pytest.fixture(params=[CPU, GPU])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+# The tables.
+
+
+def test_a_table_follows_its_words() -> None:
+    table = DeviceTable(torch.device("cpu"))
+    words = torch.arange(10)
+    first = table.upload(words, capturing=False)
+    assert torch.equal(first, words)
+    words[3] = -1
+    words[7] = 2**62 + 1
+    assert table.upload(words, capturing=False) is first  # in place
+    assert torch.equal(first, words)
+    longer = table.upload(torch.arange(12), capturing=False)
+    assert torch.equal(longer, torch.arange(12))
+    assert torch.equal(first, words)
+
+
+def test_a_captured_table_belongs_to_its_graph() -> None:
+    table = DeviceTable(torch.device("cpu"))
+    words = torch.tensor([5, -(2**63), 2**63 - 1, 0])
+    eager = table.upload(words, capturing=False)
+    words[1:3] = torch.tensor([2**60 + 1, -7])
+    captured = table.upload(words, capturing=True)
+    assert captured is eager  # of which a replay writes what has changed
+    assert torch.equal(captured, words)
+    later = table.upload(words + 1, capturing=False)
+    second = table.upload(words + 2, capturing=True)
+    third = table.upload(words + 3, capturing=True)  # nothing was uploaded in between
+    for found, expected in ((captured, words), (later, words + 2), (second, words + 2), (third, words + 3)):
+        assert torch.equal(found, expected)
+    assert later is second
+    assert len({found.data_ptr() for found in (captured, second, third)}) == 3
+
+
+def test_graphs_share_a_table_that_is_fixed() -> None:
+    table = DeviceTable(torch.device("cpu"), fixed=True)
+    first = table.upload(torch.arange(5), capturing=False)
+    assert table.upload(torch.arange(5), capturing=True) is first
+    assert table.upload(torch.arange(5), capturing=False) is first
+
+
+def test_chunks_cover_every_tensor_once() -> None:
+    huge = 2**31 + 5
+    sizes = (0, 1, CHUNK_ELEMENTS, CHUNK_ELEMENTS + 1, huge)
+    chunks = chunk_words(sizes)
+    for tensor, size in enumerate(sizes):
+        own = chunks[chunks[:, 2] == tensor]
+        assert int(own[0, 0]) == 0
+        assert torch.equal(own[1:, 0], own[:-1, :2].sum(dim=1))
+        assert int(own[-1, :2].sum()) == size
+
+
+# Pointers that move, and what is there without the extension.
+
+
+def test_pointers_that_move_are_followed(device: str) -> None:
+    params = params_on(device, [(9,), (300,)])
+    optimizer, reference = FusedAdamW(copies(params), backend="triton"), Float64AdamW(params)
+    own = own_params(optimizer)
+    for step in range(6):
+        step_pair(optimizer, reference, steps=1)  # gradients are new tensors
+        if step == 2:
+            own[1].data = own[1].data.clone()
+        if step == 3:
+            for grad in (param.grad for param in own):
+                grad.zero_()
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS["everything"]], ids=["defaults", "everything"])
+def test_it_runs_without_the_extension(device: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(backend, "extension", None)
+    params = [param for dtype, _ in COMMON for param in params_on(device, [(2, 3, 5)], dtype)]
+    params.append(torch.nn.Parameter(params[0].detach().transpose(0, 2)))
+    optimizer = run(params, [grad for _, grad in COMMON] + [torch.float32], **options)
+    assert isinstance(optimizer._runner._list, UnwatchedList)
+    versions = [param._version for param in own_params(optimizer)]
+    own_params(optimizer)[0].grad = None
+    optimizer.step()
+    assert [param._version > v for param, v in zip(own_params(optimizer), versions, strict=True)] == [
+        False, *[True] * len(COMMON)
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("without_extension", [False, True])
+def test_parameters_that_share_memory_are_refused(
+    device: str, without_extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without_extension:
+        monkeypatch.setattr(backend, "extension", None)
+    memory = torch.zeros(10, device=device)
+    params = [torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[6:]), torch.nn.Parameter(memory[5:8])]
+    set_grads(params, grads_of(params))
+    FusedAdamW(params[:2], backend="triton").step()
+    with pytest.raises(ValueError, match="share memory"):
+        FusedAdamW(params, backend="triton").step()

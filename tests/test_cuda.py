@@ -1,0 +1,367 @@
+"""The CUDA backend's launches: how many, where, in which order, under capture, and when one fails.
+
+What the kernels compute, the other tests compare with the references, on the CPU under the name "cuda on cpu".
+"""
+
+from __future__ import annotations
+
+import gc
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from cuda_on_cpu import NAME, Runner, extension, shim
+from cuda_shim.controls import Shim
+from references import (
+    Float64AdamW,
+    assert_same_run,
+    copies,
+    make_grads,
+    make_params,
+    same_bits,
+    set_grads,
+    snapshot,
+    step_both,
+)
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Cosine
+
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+CHUNK = 16_384
+UPDATES = {"adamw_uniform", "adamw_any"}
+LAUNCH_FAILURE = 719
+CLIPPED = {"max_grad_norm": 1.0, "skip_nonfinite": True}
+
+
+@pytest.fixture
+def gpu() -> Iterator[Shim]:
+    """Steers the device that stands in."""
+    shim().reset()
+    yield shim()
+    shim().reset()
+
+
+def kernels(gpu: Shim) -> list[str]:
+    return [launch.kernel for launch in gpu.launches()]
+
+
+def own_params(optimizer: FusedAdamW) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def completed(optimizer: FusedAdamW) -> int:
+    (state,) = optimizer._states.values()
+    return int(state.completed)
+
+
+def mixed_params() -> list[Tensor]:
+    return [param for dtype in DTYPES for param in make_params([(33,), (), (0,), (CHUNK + 5,)], dtype)]
+
+
+# How many launches.
+
+
+@pytest.mark.parametrize("count", [1, 3000])
+def test_one_update_for_any_number_of_tensors(gpu: Shim, count: int) -> None:
+    params = make_params([(1 + index % 7,) for index in range(count)])
+    optimizer, reference = FusedAdamW(params, backend=NAME, lr=1e-2), Float64AdamW(params, lr=1e-2)
+    step_both(optimizer, reference, steps=2)
+    assert_same_run(optimizer, reference)
+    grads = [param.grad for param in params]
+    gpu.reset()
+    for _ in range(2):
+        optimizer.step()
+    assert kernels(gpu) == ["prepare", "adamw_uniform"] * 2
+    assert gpu.launches()[-1].grid == (count, 1, 1)
+    assert all(param.grad is grad for param, grad in zip(params, grads, strict=True))
+
+
+def test_one_update_for_any_mixture_of_dtypes(gpu: Shim) -> None:
+    params = mixed_params()
+    optimizer, reference = FusedAdamW(params, backend=NAME, **CLIPPED), Float64AdamW(params, max_grad_norm=1.0)
+    step_both(optimizer, reference, steps=5)
+    assert_same_run(optimizer, reference)
+    gpu.reset()
+    optimizer.step()
+    assert kernels(gpu) == ["sum_squares", "prepare", "adamw_any"]
+
+
+def test_pointers_travel_only_when_they_change(gpu: Shim) -> None:
+    params = make_params([(5,)] * 600)
+    optimizer = FusedAdamW(params, lr=Cosine(1.0, 10), backend=NAME)
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    gpu.reset()
+    for _ in range(3):
+        optimizer.step()
+    assert "store" not in kernels(gpu)
+    params[300].grad = torch.ones(5)
+    optimizer.step()
+    assert kernels(gpu).count("store") == 1
+    params[0].grad = None
+    optimizer.step()
+    assert kernels(gpu).count("store") == 2
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    optimizer.step()
+    assert kernels(gpu).count("store") == 3
+    assert not gpu.calls("cudaMalloc")
+    assert not gpu.calls("cudaFree")
+
+
+def test_steps_wait_for_nothing(gpu: Shim) -> None:
+    params = mixed_params()
+    optimizer = FusedAdamW(params, lr=WSD(2, 2, 2, 0.1), backend=NAME, **CLIPPED)
+    for _ in range(5):
+        set_grads(params, make_grads(params))
+        optimizer.step()
+    for call in ("cudaStreamSynchronize", "cudaDeviceSynchronize", "cudaMemcpy", "cudaMemcpyAsync"):
+        assert not gpu.calls(call)
+    assert gpu.calls("cudaMalloc") == 1
+
+
+def test_launches_are_on_the_callers_stream(gpu: Shim) -> None:
+    params = make_params([(5,)])
+    optimizer = FusedAdamW(params, backend=NAME, **CLIPPED)
+    set_grads(params, make_grads(params))
+    runner = optimizer._prepare()
+    assert isinstance(runner, Runner)
+    for stream in (gpu.stream(), 0, gpu.stream()):
+        gpu.reset()
+        runner.stream = stream
+        optimizer.step()
+        assert {launch.stream for launch in gpu.launches()} == {stream}
+
+
+# The same numbers, whatever the device.
+
+
+@pytest.mark.parametrize("order", ["descending", "shuffled"])
+@pytest.mark.parametrize("multiprocessors", [1, 132])
+def test_the_bits_do_not_depend_on_the_order(gpu: Shim, order: str, multiprocessors: int) -> None:
+    params, seed = mixed_params(), random.randrange(1000)
+    rounds = [make_grads(params) for _ in range(3)]
+
+    def run() -> tuple[list[Tensor], Tensor]:
+        optimizer = FusedAdamW(copies(params), backend=NAME, amsgrad=True, **CLIPPED)
+        for grads in rounds:
+            set_grads(own_params(optimizer), [grad.clone() for grad in grads])
+            optimizer.step()
+        assert optimizer.grad_norm is not None
+        return snapshot(optimizer), optimizer.grad_norm
+
+    first = run()
+    gpu.set_devices(multiprocessors=multiprocessors)
+    gpu.set_order(blocks=order, threads=order, seed=seed)
+    second = run()
+    assert same_bits(first[0], second[0]), seed
+    assert torch.equal(first[1], second[1]), seed
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("offset", [1, 2, 4, 8])
+def test_the_bits_do_not_depend_on_alignment(gpu: Shim, dtype: torch.dtype, offset: int) -> None:
+    size = CHUNK + 77
+    param, grad = make_params([(size,)], dtype)[0], torch.randn(size, dtype=dtype)
+
+    def run(shift: int) -> FusedAdamW:
+        def shifted(values: Tensor) -> Tensor:
+            return torch.cat([torch.zeros(shift, dtype=dtype), values.detach()])[shift:]
+
+        own = torch.nn.Parameter(shifted(param))
+        own.grad = shifted(grad)
+        optimizer = FusedAdamW([own], backend=NAME, **CLIPPED)
+        for _ in range(3):
+            optimizer.step()
+        return optimizer
+
+    aligned, unaligned = run(0), run(offset)
+    assert same_bits(snapshot(aligned), snapshot(unaligned))
+    assert torch.equal(aligned.grad_norm, unaligned.grad_norm)
+
+
+# Failures.
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3, 4])
+def test_a_launch_that_fails_changes_nothing(gpu: Shim, nth: int) -> None:
+    params = mixed_params()
+    optimizer, reference = FusedAdamW(params, backend=NAME, **CLIPPED), Float64AdamW(params, max_grad_norm=1.0)
+    step_both(optimizer, reference, steps=2)
+    before, version = snapshot(optimizer), params[0]._version
+    grads = make_grads(params)
+    set_grads(params, grads)  # elsewhere, so that there is an upload before the norm, the prologue and the update
+    gpu.fail(LAUNCH_FAILURE, nth)
+    with pytest.raises(RuntimeError, match=r"nexus: .* failed: cudaErrorLaunchFailure \(.+\)"):
+        optimizer.step()
+    assert same_bits(before, snapshot(optimizer))
+    assert completed(optimizer) == 2
+    assert int(optimizer.skipped_steps) == 0
+    assert params[0]._version == version
+    optimizer.step()
+    reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+def test_memory_that_cannot_be_had(gpu: Shim) -> None:
+    params = make_params([(5,)])
+    optimizer = FusedAdamW(params, backend=NAME)
+    set_grads(params, make_grads(params))
+    before = params[0].detach().clone()
+    gpu.fail(2, function="cudaMalloc")
+    with pytest.raises(RuntimeError, match="allocating the table of tensors failed: cudaErrorMemoryAllocation"):
+        optimizer.step()
+    assert torch.equal(params[0], before)
+    optimizer.step()
+    assert not torch.equal(params[0], before)
+
+
+def test_memory_is_given_back(gpu: Shim) -> None:
+    gc.collect()
+    before = gpu.allocations()
+    params = make_params([(5,)])
+    optimizer = FusedAdamW(params, backend=NAME)
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    for size in (3, 70_000, 4):  # another table takes the place of the first
+        optimizer.add_param_group({"params": make_params([(size,)])})
+        set_grads(own_params(optimizer), make_grads(own_params(optimizer)))
+        optimizer.step()
+    assert gpu.allocations() == before + 1
+    del optimizer
+    gc.collect()
+    assert gpu.allocations() == before
+
+
+# Capture.
+
+
+def captured_step(gpu: Shim, optimizer: FusedAdamW) -> Any:
+    runner = optimizer._prepare()
+    assert isinstance(runner, Runner)
+    runner.stream = gpu.stream()
+    with gpu.capture(runner.stream) as graph:
+        optimizer.step()
+    runner.stream = 0
+    return graph
+
+
+def test_a_captured_step_is_replayed_with_rates_that_move(gpu: Shim) -> None:
+    params, schedule = make_params([(5,), (CHUNK + 1,)]), WSD(3, 4, 5, 1e-2)
+    optimizer = FusedAdamW(params, lr=schedule, backend=NAME, max_grad_norm=1.0)
+    reference = Float64AdamW(params, lr=schedule, max_grad_norm=1.0)
+    step_both(optimizer, reference, steps=1)
+    before = snapshot(optimizer)
+    buffers = [param.grad for param in params]
+    gpu.reset()
+    graph = captured_step(gpu, optimizer)
+    assert same_bits(before, snapshot(optimizer))
+    assert [launch.kernel for launch in gpu.launches() if launch.captured] == [
+        "sum_squares",
+        "prepare",
+        "adamw_uniform",
+    ]
+    assert gpu.capture_mode_is_global()
+    for step in range(1, 12):
+        grads = make_grads(params)
+        for buffer, grad in zip(buffers, grads, strict=True):
+            buffer.copy_(grad)
+        graph.replay()
+        reference.step(grads)
+        assert float(optimizer.param_groups[0]["lr"]) == schedule(step)
+    assert_same_run(optimizer, reference)
+    assert completed(optimizer) == 12
+
+
+def test_steps_between_replays_do_not_disturb_them(gpu: Shim) -> None:
+    params = make_params([(5,), (7,)])
+    optimizer, reference = FusedAdamW(params, lr=1e-2, backend=NAME), Float64AdamW(params, lr=1e-2)
+    step_both(optimizer, reference, steps=1)
+    first = [param.grad for param in params]
+    graphs = [captured_step(gpu, optimizer)]
+    second = make_grads(params)
+    set_grads(params, second)
+    graphs.append(captured_step(gpu, optimizer))
+    for _ in range(3):
+        for graph, grads in zip(graphs, (first, second), strict=True):
+            graph.replay()
+            reference.step(grads)
+            set_grads(params, make_grads(params))  # eagerly, with gradients elsewhere
+            optimizer.step()
+            reference.step([param.grad for param in params])
+    optimizer.add_param_group({"params": make_params([(70_000,)])})  # which moves the table of the eager steps
+    set_grads(own_params(optimizer)[2:], make_grads(own_params(optimizer)[2:]))
+    set_grads(params, [None, None])
+    optimizer.step()
+    reference.step([None, None])
+    for graph, grads in zip(graphs, (first, second), strict=True):
+        graph.replay()
+        reference.step(grads)
+    optimizer.param_groups.pop()
+    assert_same_run(optimizer, reference)
+
+
+def test_the_same_step_captured_again_takes_no_more_memory(gpu: Shim) -> None:
+    params = make_params([(5,)])
+    optimizer = FusedAdamW(params, backend=NAME)
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    captured_step(gpu, optimizer)
+    before = gpu.allocations()
+    for _ in range(3):
+        captured_step(gpu, optimizer)
+    assert gpu.allocations() == before
+    set_grads(params, make_grads(params))
+    captured_step(gpu, optimizer)
+    assert gpu.allocations() == before + 1
+
+
+# Several devices, of which the second is of the shim's making: its tensors are the CPU's too.
+
+
+def test_several_devices_share_one_norm(gpu: Shim) -> None:
+    from nexus.backends.interface import DevicePlan, Plan, StepState
+
+    gpu.set_devices(count=2)
+    params = make_params([(5,), (CHUNK + 3,), (9,)])
+    optimizer, reference = (
+        FusedAdamW(params, lr=1e-2, max_grad_norm=0.5, backend=NAME),
+        Float64AdamW(params, lr=1e-2, max_grad_norm=0.5),
+    )
+    grads = make_grads(params)
+    set_grads(params, grads)
+    runner = optimizer._prepare()
+    plan = optimizer._plan
+    assert plan is not None
+    (whole,) = plan.devices.values()
+    split = {}
+    for index, entries in enumerate((whole.entries[:2], whole.entries[2:])):
+        state = StepState(torch.device("cpu"), False)
+        state.device = torch.device("cpu", index)
+        split[state.device] = DevicePlan(state, whole.groups, entries, True)
+    runner.bind(Plan(plan.parameters, split))
+    gpu.reset()
+    gpu.set_devices(count=2)
+    for _ in range(3):
+        runner.step(None, None)
+        reference.step(grads)
+    assert_same_run(optimizer, reference)
+    assert {launch.device for launch in gpu.launches()} == {0, 1}
+    for device_plan in split.values():
+        assert int(device_plan.state.completed) == 3
+        torch.testing.assert_close(device_plan.state.grad_norm, reference.grad_norm, rtol=1e-12, atol=0.0)
+
+
+# Beyond what a test can allocate.
+
+
+@pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**31 + CHUNK + 1, 2**40 + 3])
+def test_chunks_of_huge_tensors(numel: int) -> None:
+    module = extension()
+    count = module.chunk_count(numel)
+    begin, size = module.chunk(numel, count - 1)
+    assert begin == (count - 1) * CHUNK
+    assert begin + size == numel

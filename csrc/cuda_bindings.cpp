@@ -64,9 +64,14 @@ class CudaTensorList : public WatchedList {
     list.step(stream_at(stream));
   }
 
+  void update_captured(size_t index, Address stream) {
+    devices_.at(index)->update_captured(stream_at(stream));
+  }
+
   void traffic(size_t index, Address stream) {
     if (!devices_.at(index)->traffic(stream_at(stream))) {
-      throw std::invalid_argument("only a list of float32 or of bfloat16 tensors can be measured");
+      throw std::invalid_argument(
+          "only a list of float32 or of bfloat16 tensors, without amsgrad, can be measured");
     }
   }
 
@@ -102,6 +107,7 @@ void define_cuda(py::module_& m) {
       .def("set_state", &CudaTensorList::set_state)
       .def("sum_of_squares", &CudaTensorList::sum_of_squares, release())
       .def("step", &CudaTensorList::step, release())
+      .def("update_captured", &CudaTensorList::update_captured, release())
       .def("traffic", &CudaTensorList::traffic, release(),
            "The loads and stores of step() alone; no value changes.");
 }

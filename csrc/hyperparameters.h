@@ -1,6 +1,7 @@
 // What the user set for a parameter group, and the row that one step makes of it. Host and device; no torch.
 #pragma once
 
+#include "history.h"
 #include "schedule.h"
 #include "tensor_list.h"
 
@@ -36,6 +37,7 @@ struct StepState {
   const float* grad_scale;       // gradients are to be divided by this, or null
   const float* found_inf;        // nonzero: skip this step, or null
   int64_t skip_nonfinite;
+  History history;
 };
 
 // One step's hyperparameters of a group.
@@ -45,7 +47,8 @@ struct Row {
   double beta1;
   double beta2;
   double eps;
-  double grad_multiplier;
+  double clip;             // what the gradients are multiplied by to keep to the group's max_grad_norm
+  double grad_multiplier;  // clip / gradient scale; negative to maximize
 };
 
 NEXUS_FN double read_scalar(const void* p, DType dtype) {
@@ -80,28 +83,41 @@ NEXUS_FN bool skips(const StepState& state) {
   return state.skip_nonfinite != 0 && !(*state.sum_of_squares <= 1.7976931348623157e308);
 }
 
-// Evaluates a group's rates at t, leaves the scheduled ones where their reader looks, and returns the row.
+NEXUS_FN double clip_coefficient(const Group& group, double grad_norm) {
+  if (!(group.max_grad_norm <= 1.7976931348623157e308)) {
+    return 1.0;
+  }
+  // As torch.nn.utils.clip_grad_norm_, so that a NaN norm stays NaN.
+  const double coefficient = group.max_grad_norm / (grad_norm + 1e-6);
+  return coefficient > 1.0 ? 1.0 : coefficient;
+}
+
 NEXUS_FN Row row_at(const Group& group, int64_t t, double grad_norm, double grad_scale) {
   Row row;
   row.lr = rate_at(group.lr, t);
   row.weight_decay = rate_at(group.weight_decay, t);
-  if (group.lr.last != nullptr) {
-    *group.lr.last = row.lr;
-  }
-  if (group.weight_decay.last != nullptr) {
-    *group.weight_decay.last = row.weight_decay;
-  }
   row.beta1 = group.beta1;
   row.beta2 = group.beta2;
   row.eps = group.eps;
-  row.grad_multiplier = 1.0 / grad_scale;
-  if (group.max_grad_norm <= 1.7976931348623157e308) {
-    // As torch.nn.utils.clip_grad_norm_, so that a NaN norm stays NaN.
-    const double coefficient = group.max_grad_norm / (grad_norm + 1e-6);
-    row.grad_multiplier *= coefficient > 1.0 ? 1.0 : coefficient;
-  }
+  row.clip = clip_coefficient(group, grad_norm);
+  row.grad_multiplier = 1.0 / grad_scale * row.clip;
   if (group.maximize != 0) {
     row.grad_multiplier = -row.grad_multiplier;
+  }
+  return row;
+}
+
+// The row of a group in the step with t completed updates before it, into the history too. The scheduled
+// rates are left where their reader looks, unless the step is skipped.
+NEXUS_FN Row evaluated_row(const StepState& state, const Group& group, int64_t index, int64_t t, bool skipped,
+                           double grad_norm, double grad_scale) {
+  const Row row = row_at(group, t, grad_norm, grad_scale);
+  record_group(state.history, index, row.lr, row.clip);
+  if (!skipped && group.lr.last != nullptr) {
+    *group.lr.last = row.lr;
+  }
+  if (!skipped && group.weight_decay.last != nullptr) {
+    *group.weight_decay.last = row.weight_decay;
   }
   return row;
 }

@@ -30,19 +30,24 @@ inline Rate rate_of(const RateFields& fields) {
   return {value, at<const void>(tensor), dtype, at<const double>(table), rows, scale, at<double>(last)};
 }
 
-// (completed, skipped, sum_of_squares, grad_norm, skip_nonfinite): the fields of StepState that outlive a
-// step.
-using StateFields = std::tuple<Address, Address, Address, Address, bool>;
+// (count, rows, slots, width): the fields of History.
+using HistoryFields = std::tuple<Address, Address, int64_t, int64_t>;
+
+// (completed, skipped, sum_of_squares, grad_norm, skip_nonfinite, history): the fields of StepState that
+// outlive a step.
+using StateFields = std::tuple<Address, Address, Address, Address, bool, HistoryFields>;
 
 inline StepState state_of(const StateFields& fields) {
-  const auto& [completed, skipped, sum_of_squares, grad_norm, skip_nonfinite] = fields;
+  const auto& [completed, skipped, sum_of_squares, grad_norm, skip_nonfinite, history] = fields;
+  const auto& [count, rows, slots, width] = history;
   return {at<int64_t>(completed),
           at<int64_t>(skipped),
           at<const double>(sum_of_squares),
           at<double>(grad_norm),
           nullptr,
           nullptr,
-          skip_nonfinite};
+          skip_nonfinite,
+          {at<int64_t>(count), at<double>(rows), slots, width}};
 }
 
 // What the lists of all devices have in common: tensors and hyperparameters, watched.

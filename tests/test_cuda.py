@@ -319,6 +319,68 @@ def test_the_same_step_captured_again_takes_no_more_memory(gpu: Shim) -> None:
     assert gpu.allocations() == before + 1
 
 
+def test_hyperparameters_reach_captured_steps(gpu: Shim) -> None:
+    params = make_params([(5,), (7,)])
+    groups = [{"params": params[:1], "lr": 1e-2}, {"params": params[1:], "weight_decay": Cosine(0.1, 50)}]
+    reference = Float64AdamW([dict(group) for group in groups], max_grad_norm=10.0)
+    optimizer = FusedAdamW(groups, max_grad_norm=10.0, backend=NAME)
+    step_both(optimizer, reference, steps=1)
+    grads = [param.grad for param in params]
+    graph = captured_step(gpu, optimizer)
+    changes: list[dict[str, Any]] = [
+        {},
+        {"lr": 3e-3},
+        {"weight_decay": 0.5},
+        {"betas": (0.5, 0.6)},
+        {"lr": 0.5, "eps": 1e-2, "maximize": True},
+    ]
+    for change, limit in zip(changes, (10.0, 0.1, 0.1, None, 3.0), strict=True):
+        optimizer.param_groups[0].update(change)
+        for group in optimizer.param_groups:
+            group["max_grad_norm"] = limit
+        optimizer.sync_hyperparameters()
+        graph.replay()
+        reference.optimizer.param_groups[0].update(change)
+        reference.max_grad_norm = limit
+        reference.step(grads)
+    assert_same_run(optimizer, reference)
+    set_grads(params, [grad.clone() for grad in grads])
+    optimizer.step()  # eagerly, with the same ones
+    reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+def test_clipping_cannot_be_switched_on_in_a_graph_without_a_norm(gpu: Shim) -> None:
+    params = make_params([(5,)])
+    optimizer = FusedAdamW(params, backend=NAME)
+    optimizer.sync_hyperparameters()  # before any step: nothing to do
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    captured_step(gpu, optimizer)
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(RuntimeError, match="clipping cannot be switched on in it"):
+        optimizer.sync_hyperparameters()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_traffic_changes_nothing(gpu: Shim, dtype: torch.dtype) -> None:
+    params = make_params([(5,), (CHUNK + 9,)], dtype)
+    optimizer = FusedAdamW(params, backend=NAME)
+    set_grads(params, make_grads(params))
+    optimizer.step()
+    before = snapshot(optimizer)
+    runner = optimizer._runner
+    assert isinstance(runner, Runner)
+    gpu.reset()
+    runner.traffic()
+    assert kernels(gpu) == ["rewrite"]
+    assert same_bits(before, snapshot(optimizer))
+    optimizer.param_groups[0]["amsgrad"] = True
+    optimizer._prepare()
+    with pytest.raises(ValueError, match="without amsgrad"):
+        runner.traffic()
+
+
 # Several devices, of which the second is of the shim's making: its tensors are the CPU's too.
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+pytest.importorskip("matplotlib")
 from nexus.__main__ import main
 from nexus.demo import checkpoint, corpus, picture, session
 from nexus.demo.model import GPT, GPTConfig

@@ -4,85 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import example, given, settings
-from hypothesis import strategies as st
+from schedule_cases import WHOLE, assert_equal_to_oracle, assert_within_rounding
 
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Schedule, evaluate
-
-COUNTS = st.one_of(st.integers(0, 50), st.integers(0, 10**6), st.integers(0, MAX_STEP))
-LENGTHS = st.one_of(st.integers(1, 50), st.integers(1, 10**6), st.integers(1, MAX_STEP))
-PEAKS = st.floats(1e-8, 10.0)
-SHARES = st.one_of(st.just(0.0), st.just(1.0), st.floats(0.0, 1.0))  # of the peak: the minimum
-
-
-@st.composite
-def schedules(draw: st.DrawFn) -> Schedule:
-    peak = draw(PEAKS)
-    low = min(peak, peak * draw(SHARES))
-    kind = draw(st.sampled_from([WSD, CosineRestarts, Cosine, Constant]))
-    if kind is WSD:
-        stable = draw(st.one_of(st.none(), COUNTS))
-        curve = draw(st.sampled_from(["linear", "cosine", "sqrt"]))
-        return WSD(draw(COUNTS), stable, draw(LENGTHS), peak, low, curve)
-    if kind is CosineRestarts:
-        mult = draw(st.sampled_from([1.0, 1.1, 1.5, 2.0, 3.0]))
-        return CosineRestarts(peak, low, draw(LENGTHS), mult, draw(COUNTS))
-    if kind is Cosine:
-        total = draw(LENGTHS)
-        return Cosine(peak, total, low, draw(st.integers(0, total - 1)))
-    return Constant(peak)
-
-
-def boundaries(schedule: Schedule) -> list[int]:
-    """The first and last steps of every phase and cycle, their neighbours, and where narrow types overflow."""
-    edges = {0, 2**24, 2**31, 2**32, MAX_STEP}
-    for segment in schedule.segments()[:80]:
-        edges |= {segment.start, segment.start + segment.length // 2, segment.start + segment.length}
-    near = {edge + offset for edge in edges for offset in (-1, 0, 1)}
-    return sorted(step for step in near if 0 <= step <= MAX_STEP)
-
-
-def assert_equal_to_oracle(schedule: Schedule, steps: list[int]) -> None:
-    oracle = torch.tensor([schedule(step) for step in steps], dtype=torch.float64)
-    at = torch.tensor(steps, dtype=torch.int64)
-    for exact in ("native", "cuda on cpu"):
-        assert torch.equal(evaluate(schedule, at, backend=exact), oracle)  # in float64, no difference at all
-    assert_within_rounding(evaluate(schedule, at, backend="reference"), oracle)
-
-
-def assert_within_rounding(values: torch.Tensor, oracle: torch.Tensor) -> None:
-    """Its cosine and square root may be another library's, each within a unit in the last place."""
-    top = float(oracle.max())
-    assert ((values - oracle).abs() <= oracle * 2**-50 + top * 2**-52).all()
-    far = oracle >= 1e-6 * top  # where 1 - sqrt(p) is not a difference of nearly equal numbers
-    assert torch.equal(values.float()[far], oracle.float()[far])
-
-
-@settings(max_examples=300, deadline=None)
-@given(schedules(), st.lists(st.integers(0, MAX_STEP), max_size=20))
-@example(WSD(0, 0, 1, 1.0), [])
-@example(WSD(0, None, 1, 1.0), [])
-@example(WSD(1, 0, 1, 1.0, 1.0), [])
-@example(CosineRestarts(1.0, cycle_length=1, cycle_mult=1.0), [])
-@example(CosineRestarts(1.0, cycle_length=1, cycle_mult=3.0), [121])  # pytorch's goes astray there
-@example(CosineRestarts(1.0, cycle_length=10, cycle_mult=1.1), [10**8, 10**8 + 1])
-@example(Cosine(1.0, 1), [])
-def test_evaluators_equal_the_oracle(schedule: Schedule, steps: list[int]) -> None:
-    assert_equal_to_oracle(schedule, boundaries(schedule) + steps)
-
-
-WHOLE = [
-    WSD(100, 300, 200, 1e-3, 1e-5),
-    WSD(100, 300, 200, 1e-3, 1e-5, "cosine"),
-    WSD(100, 300, 200, 1e-3, 1e-5, "sqrt"),
-    WSD(0, 0, 1000, 1e-3),
-    CosineRestarts(1e-3, 1e-6, 100, 1.0, 50),
-    CosineRestarts(1e-3, 1e-6, 50, 1.1, 50),
-    CosineRestarts(1e-3, 1e-6, 50, 2.0),
-    CosineRestarts(1e-3, 1e-6, 1, 3.0),
-    Cosine(1e-3, 900, 1e-5, 100),
-    Constant(0.1),
-]
 
 
 @pytest.mark.parametrize("schedule", WHOLE, ids=repr)

@@ -23,8 +23,8 @@ from references import (
     set_grads,
     snapshot,
 )
+from schedule_cases import WHOLE, boundaries
 from test_adamw import OPTIONS
-from test_evaluate import WHOLE, boundaries
 
 pytest.importorskip("triton")
 from triton_cases import COMMON, CPU, DTYPES, GPU, STEPS, grads_of, own_params, params_on, run, step_pair
@@ -99,10 +99,11 @@ def test_no_difference_from_the_compiled_backend(device: str) -> None:
         set_grads(own_params(own), [grad.to(device) for grad in grads])
         native.step()
         own.step()
-    # beta**t differs in the last bit of float64, which float32 mostly does not see
+    # beta**t may differ in the last bit of float64, which float32 mostly does not see: in the interpreter, never.
     for mine, expected in zip(snapshot(own), snapshot(native), strict=True):
         if mine.dtype != torch.float64:
-            assert float((mine.cpu() != expected).double().mean()) < 1e-2
+            unequal = float((mine.cpu() != expected).double().mean())
+            assert unequal <= (0.0 if device == "cpu" else 1e-2)
 
 
 def test_the_comparison_notices_a_kernel_that_does_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,14 +125,17 @@ def test_layouts_that_differ_equal_torch(device: str, layouts: tuple[str, str]) 
     assert_same_run(optimizer, reference)
 
 
-def test_infinite_parameters_and_gradients_that_are_not_finite(device: str) -> None:
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_infinite_parameters_and_gradients_that_are_not_finite(device: str, amsgrad: bool) -> None:
     (param,) = params_on(device, [(40,)])
     with torch.no_grad():
         param[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    optimizer, reference = FusedAdamW([param], backend="triton"), Float64AdamW([param])
-    for _ in range(3):
+    optimizer = FusedAdamW([param], amsgrad=amsgrad, backend="triton")
+    reference = Float64AdamW([param], amsgrad=amsgrad)
+    for step in range(4):
         grads = grads_of([param])
-        grads[0][5], grads[0][6] = torch.inf, torch.nan
+        if step < 2:
+            grads[0][5], grads[0][6] = torch.inf, torch.nan
         set_grads([param], grads)
         reference.step(grads)
         optimizer.step()

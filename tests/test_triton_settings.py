@@ -41,6 +41,8 @@ def test_groups_with_schedules_of_their_own(device: str) -> None:
         rates = [float(group["lr"]) for group in optimizer.param_groups]
         expected = [group["lr_scale"] * group["lr_schedule"](step) for group in optimizer.param_groups]
         assert torch.equal(torch.tensor(rates), torch.tensor(expected))  # in float32
+        decay = optimizer.param_groups[0]
+        assert float(decay["weight_decay"]) == pytest.approx(decay["weight_decay_schedule"](step), rel=1e-15)
     optimizer.param_groups.pop()
     assert_same_run(optimizer, reference)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,9 +14,10 @@ pytest.importorskip("triton")
 from triton_cases import COMMON, CPU, GPU, grads_of, own_params, params_on, run, step_pair
 
 from nexus.backends import triton as backend
-from nexus.backends.triton_tables import CHUNK_ELEMENTS, DeviceTable, chunk_words
+from nexus.backends.triton_tables import CHUNK_ELEMENTS, GROUP, CapturedGroups, DeviceTable, chunk_words
 from nexus.backends.unwatched_list import UnwatchedList
 from nexus.optim import FusedAdamW
+from nexus.schedules import Cosine
 
 
 @pytest.fixture(params=[CPU, GPU])
@@ -62,6 +64,40 @@ def test_graphs_share_a_table_that_is_fixed() -> None:
     first = table.upload(torch.arange(5), capturing=False)
     assert table.upload(torch.arange(5), capturing=True) is first
     assert table.upload(torch.arange(5), capturing=False) is first
+
+
+def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = params_on("cpu", [(5,), (3,)])
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": Cosine(0.1, 9)}]
+    optimizer = FusedAdamW(groups, max_grad_norm=math.inf, backend="triton")
+    step_pair(optimizer, Float64AdamW(params), steps=1)
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    optimizer.step()  # runs here, too; what matters is the tables that it leaves to a graph
+    monkeypatch.undo()
+    (own,) = optimizer._runner._lists.values()
+    captured, eager = own._captured[0], own
+    for change in (
+        {"lr": 0.25},
+        {"weight_decay": 0.5, "max_grad_norm": 3.0},
+        {"betas": (0.1, 0.2), "maximize": True},
+    ):
+        optimizer.param_groups[0].update(change)
+        optimizer.sync_hyperparameters()
+        assert torch.equal(captured.table, eager._groups.flatten())
+    optimizer.step()
+    assert not captured.written_by_replays
+    values = captured.table.view(torch.float64)[: len(GROUP)]
+    assert float(values[0]) == 0.25
+    assert values[GROUP.index("beta1") : GROUP.index("maximize")].tolist() == [0.1, 0.2, 1e-8, 3.0]
+
+
+def test_what_no_replay_would_use_is_refused() -> None:
+    words = torch.arange(6)
+    CapturedGroups(torch.zeros(5), False, True).update(words, measures_norm=True)  # of another number of groups
+    with pytest.raises(RuntimeError, match="clipping cannot be switched on in it"):
+        CapturedGroups(torch.zeros(6), False, False).update(words, measures_norm=True)
+    with pytest.raises(RuntimeError, match="make a step before the capture"):
+        CapturedGroups(torch.zeros(6), True, True).update(words, measures_norm=True)
 
 
 def test_chunks_cover_every_tensor_once() -> None:

@@ -103,6 +103,7 @@ def train_variously() -> None:
             for count in range(2, 18):
                 extra = param_with_grad(torch.float32, torch.float32, count)
                 optimizer.add_param_group({"params": [extra], "lr": Cosine(1.0, count)})
+            optimizer.history(capacity=len(sizes))
             optimizer.grad_scale = torch.ones(1)
             optimizer.found_inf = torch.zeros(())
             optimizer.step()

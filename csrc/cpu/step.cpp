@@ -90,11 +90,23 @@ bool Step::prepare() {
     grad_norm = sqrt(*state.sum_of_squares) / grad_scale;
     *state.grad_norm = grad_norm;
   }
-  if (skips(state)) {
+  const int64_t t = *state.completed;
+  const bool skip = skips(state);
+  const auto evaluate = [&](int32_t group) {
+    return evaluated_row(state, list_.groups[static_cast<size_t>(group)], group, t, skip, grad_norm,
+                         grad_scale);
+  };
+  const auto group_count = static_cast<int32_t>(list_.groups.size());
+  record_step(state.history, t, skip, state.sum_of_squares == nullptr ? NAN : grad_norm);
+  if (skip) {
+    for (int32_t i = 0; i < group_count; ++i) {
+      evaluate(i);
+    }
+    advance(state.history);
     ++*state.skipped;
     return false;
   }
-  const int64_t t = (*state.completed)++;
+  ++*state.completed;
   int32_t group = -1;
   int64_t step = -1;  // of the coefficients at hand: tensors of one group mostly share theirs
   Row row = {};
@@ -105,7 +117,7 @@ bool Step::prepare() {
     const TensorRecord& tensor = list_.tensors[i];
     // Tensors come in the order of their groups. Every group is evaluated, also one that has none.
     for (; evaluated <= tensor.group; ++evaluated) {
-      row = row_at(list_.groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
+      row = evaluate(evaluated);
     }
     if (tensor.grad == nullptr) {
       continue;
@@ -120,9 +132,10 @@ bool Step::prepare() {
     float_coefficients_[i] = as_float;
     double_coefficients_[i] = as_double;
   }
-  for (; evaluated < static_cast<int32_t>(list_.groups.size()); ++evaluated) {
-    row_at(list_.groups[static_cast<size_t>(evaluated)], t, grad_norm, grad_scale);
+  for (; evaluated < group_count; ++evaluated) {
+    evaluate(evaluated);
   }
+  advance(state.history);
   return true;
 }
 

@@ -26,7 +26,8 @@ class Step {
   // threads does not change a bit of the result.
   double sum_of_squares(int threads);
 
-  // Decides whether to skip, advances the counters, evaluates the rates and updates every tensor.
+  // Decides whether to skip, advances the counters, evaluates the rates, leaves a row in the history, and
+  // updates every tensor.
   void run(int threads);
 
   // Reads and writes back, unchanged, what run() reads and writes: the time that memory alone takes, to

@@ -23,6 +23,7 @@ struct ArithmeticOf<double> {
 
 // What is done to an element.
 struct AdamW {
+  static constexpr bool kMayAmsgrad = true;
   template <bool kAmsgrad, class T>
   static __device__ void apply(T& param, T grad, T& m, T& v, T& largest_v, const Coefficients<T>& c) {
     adamw<kAmsgrad>(param, grad, m, v, largest_v, c);
@@ -31,6 +32,7 @@ struct AdamW {
 
 // Nothing, in a way that no compiler sees through: what it multiplies by is 1, and 0 for the gradient.
 struct Nothing {
+  static constexpr bool kMayAmsgrad = false;
   template <bool kAmsgrad, class T>
   static __device__ void apply(T& param, T grad, T& m, T& v, T& largest_v, const Coefficients<T>& c) {
     param = c.decay * param + c.eps * grad;
@@ -160,11 +162,12 @@ struct Work {
   __device__ void update() const {
     using T = typename ArithmeticOf<P>::type;
     const Coefficients<T> c = of_type(row, T());
-    const Streams<P, G, T> streams = {
-        static_cast<P*>(pointers.param) + chunk.begin, static_cast<const G*>(pointers.grad) + chunk.begin,
-        static_cast<T*>(record.exp_avg) + chunk.begin, static_cast<T*>(record.exp_avg_sq) + chunk.begin,
-        static_cast<T*>(record.max_exp_avg_sq) + chunk.begin};
-    if (record.max_exp_avg_sq != nullptr) {
+    const Streams<P, G, T> streams = {global(static_cast<P*>(pointers.param) + chunk.begin),
+                                      global(static_cast<const G*>(pointers.grad) + chunk.begin),
+                                      global(static_cast<T*>(record.exp_avg) + chunk.begin),
+                                      global(static_cast<T*>(record.exp_avg_sq) + chunk.begin),
+                                      global(static_cast<T*>(record.max_exp_avg_sq) + chunk.begin)};
+    if (Each::kMayAmsgrad && record.max_exp_avg_sq != nullptr) {
       update_chunk<Each, true>(streams, chunk.count, c);
     } else {
       update_chunk<Each, false>(streams, chunk.count, c);
@@ -178,6 +181,7 @@ __device__ void update_block(const Table& table, const StepState& state, const U
   const bool skip = table.header->skip != 0;
   if (blockIdx.x == 0 && threadIdx.x == 0) {
     ++*(skip ? state.skipped : state.completed);
+    advance(state.history);
   }
   if (skip || blockIdx.x >= table.chunk_count) {
     return;
@@ -189,7 +193,7 @@ __device__ void update_block(const Table& table, const StepState& state, const U
     return;
   }
   if (chunk.begin == 0 && threadIdx.x == 0) {
-    ++*record.step;
+    ++*global(record.step);
   }
   update(Work{record, pointers, table.coefficients[chunk.tensor], chunk});
 }

@@ -58,13 +58,18 @@ DeviceList::DeviceList(const HostList& list, const Part& part, std::unique_ptr<D
   table_->forget();
 }
 
+void DeviceList::read_groups() {
+  contents_.measures_norm = state.sum_of_squares != nullptr;
+  const auto first = list_.groups.begin() + part_.first_group;
+  contents_.groups.assign(first, first + part_.group_count);
+}
+
 const Table& DeviceList::current_table(cudaStream_t stream) {
   for (size_t i = 0; i < contents_.pointers.size(); ++i) {
     const TensorRecord& tensor = list_.tensors[static_cast<size_t>(part_.first_tensor) + i];
     contents_.pointers[i] = {tensor.param, tensor.grad};
   }
-  const auto first = list_.groups.begin() + part_.first_group;
-  contents_.groups.assign(first, first + part_.group_count);
+  read_groups();
 
   if (!is_capturing(stream)) {
     table_->write(contents_, stream);
@@ -96,7 +101,22 @@ void DeviceList::step(cudaStream_t stream) {
   update(table, state, stream);
 }
 
+void DeviceList::update_captured(cudaStream_t stream) {
+  const DeviceGuard guard(part_.device);
+  read_groups();
+  for (const auto& table : captured_) {
+    if (table->device() == part_.device) {
+      table->write_groups(contents_, stream);
+    }
+  }
+}
+
 bool DeviceList::traffic(cudaStream_t stream) {
+  for (const TensorRecord& tensor : contents_.tensors) {
+    if (tensor.max_exp_avg_sq != nullptr) {
+      return false;
+    }
+  }
   const DeviceGuard guard(part_.device);
   return cuda::traffic(current_table(stream), stream);
 }

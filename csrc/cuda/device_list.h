@@ -21,7 +21,8 @@ struct Part {
 // Everything here is enqueued on the caller's stream, and returns at once.
 //
 // While that stream is being captured, a step gets a table of its own, which is complete before the call
-// returns and is never written again: a graph that is replayed finds what the captured step has seen.
+// returns. Nothing but update_captured() writes to it again: a graph that is replayed finds what the captured
+// step has seen.
 class DeviceList {
  public:
   // `captured` outlives this list, and any graph that was captured.
@@ -39,12 +40,16 @@ class DeviceList {
   // Decides whether to skip, evaluates the rates, updates every tensor, and advances the counters.
   void step(cudaStream_t stream);
 
+  // Gives the hyperparameters of this moment to the steps that were captured, too.
+  void update_captured(cudaStream_t stream);
+
   // Reads and writes back, unchanged, what step() reads and writes: the time that memory alone takes, to
-  // measure step() against. False, and nothing done, unless all streams but the moments are float32, or all
-  // bfloat16.
+  // measure step() against. False, and nothing done, unless all parameters and gradients are float32, or all
+  // bfloat16, without amsgrad.
   bool traffic(cudaStream_t stream);
 
  private:
+  void read_groups();
   const Table& current_table(cudaStream_t stream);
 
   const HostList& list_;

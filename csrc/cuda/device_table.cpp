@@ -115,12 +115,28 @@ void DeviceTable::write(const Contents& now, cudaStream_t stream) {
   }
   write_changes(table_.pointers, written_.pointers, now.pointers, stream);
   write_changes(table_.groups, written_.groups, now.groups, stream);
+  written_.measures_norm = now.measures_norm;
+  complete_ = true;
+}
+
+void DeviceTable::write_groups(const Contents& now, cudaStream_t stream) {
+  if (!complete_ || now.groups.size() != written_.groups.size()) {
+    return;
+  }
+  if (now.measures_norm && !written_.measures_norm) {
+    throw std::runtime_error(
+        "a graph holds a step that does not measure the gradient norm, so clipping cannot be switched on in "
+        "it; "
+        "capture it with max_grad_norm=math.inf");
+  }
+  complete_ = false;
+  write_changes(table_.groups, written_.groups, now.groups, stream);
   complete_ = true;
 }
 
 bool DeviceTable::holds(const Contents& now) const {
-  return complete_ && same(written_.tensors, now.tensors) && same(written_.pointers, now.pointers) &&
-         same(written_.groups, now.groups);
+  return complete_ && written_.measures_norm == now.measures_norm && same(written_.tensors, now.tensors) &&
+         same(written_.pointers, now.pointers) && same(written_.groups, now.groups);
 }
 
 }  // namespace nexus::cuda

@@ -40,6 +40,7 @@ struct Contents {
   std::vector<TensorPointers> pointers;
   std::vector<Group> groups;
   int64_t chunk_count = 0;
+  bool measures_norm = false;
   DType param_dtype = DType::kOther;  // of all tensors, or kOther, and so grad_dtype
   DType grad_dtype = DType::kOther;
 };
@@ -59,6 +60,10 @@ class DeviceTable {
   // Enqueues what brings the device up to date: all of it at first, then the pointers and groups that
   // changed. If that fails, everything is written the next time.
   void write(const Contents& now, cudaStream_t stream);
+
+  // Enqueues the hyperparameters alone, into a table of as many groups; another one stays as it is. Throws
+  // where they need the norm, and the step that has this table does not measure it.
+  void write_groups(const Contents& now, cudaStream_t stream);
 
   bool holds(const Contents& now) const;
 

@@ -55,6 +55,7 @@ __device__ double thread_sum(const G* grad, int32_t count) {
 }
 
 __device__ double thread_sum(const void* grad, DType dtype, int64_t begin, int32_t count) {
+  grad = global(grad);
   switch (dtype) {
     case DType::kFloat32:
       return thread_sum(static_cast<const float*>(grad) + begin, count);

@@ -30,7 +30,7 @@ void prologue(const Table& table, const StepState& state, cudaStream_t stream);
 void update(const Table& table, const StepState& state, cudaStream_t stream);
 
 // The loads and stores of update() alone: no value changes, so long as all are finite. False, and nothing
-// done, unless all parameters and gradients are float32, or all are bfloat16.
+// done, unless all parameters and gradients are float32, or all are bfloat16. Of amsgrad it knows nothing.
 bool traffic(const Table& table, cudaStream_t stream);
 
 // A schedule's values at `steps`.

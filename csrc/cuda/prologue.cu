@@ -1,5 +1,6 @@
 // What a step decides once, in one block and in float64: whether to skip, every group's rates, and every
-// tensor's coefficients. It reads the counters; update() advances them.
+// tensor's coefficients. It reads the counters, and writes where the next row of the history is to be;
+// update() advances both.
 #include "kernels.h"
 #include "launch.h"
 
@@ -10,6 +11,7 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
   __shared__ bool skip;
   __shared__ double grad_norm;
   const double grad_scale = gradient_scale(state);
+  const int64_t t = *state.completed;
   if (threadIdx.x == 0) {
     grad_norm = 0.0;
     if (state.sum_of_squares != nullptr) {
@@ -18,14 +20,14 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
     }
     skip = skips(state);
     table.header->skip = skip;
+    record_step(state.history, t, skip, state.sum_of_squares == nullptr ? NAN : grad_norm);
   }
   __syncthreads();
+  for (int64_t i = threadIdx.x; i < table.group_count; i += kThreads) {
+    table.rows[i] = evaluated_row(state, table.groups[i], i, t, skip, grad_norm, grad_scale);
+  }
   if (skip) {
     return;
-  }
-  const int64_t t = *state.completed;
-  for (int64_t i = threadIdx.x; i < table.group_count; i += kThreads) {
-    table.rows[i] = row_at(table.groups[i], t, grad_norm, grad_scale);
   }
   __syncthreads();
   int32_t group = -1;

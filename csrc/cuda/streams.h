@@ -26,6 +26,13 @@ __device__ inline void assign(double& to, double x) { to = x; }
 __device__ inline void assign(BFloat16& to, float x) { from_float(x, to); }
 __device__ inline void assign(Float16& to, float x) { from_float(x, to); }
 
+// p, which points to global memory: what comes from a table would else be accessed by slower, generic ones.
+template <class T>
+__device__ inline T* global(T* p) {
+  __builtin_assume(__isGlobal(p));
+  return p;
+}
+
 __device__ inline bool is_aligned(const void* p) { return reinterpret_cast<uintptr_t>(p) % 16 == 0; }
 
 // kElements of a stream from p on, which is aligned to 16 bytes, and back.

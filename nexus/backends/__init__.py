@@ -55,6 +55,9 @@ def select(name: str, devices: list[torch.device]) -> Backend:
             raise RuntimeError(f"backend={name!r} cannot run here: {reason}")
         return backend
 
+    if types <= {"cpu"}:
+        # The reference, if it must be: nexus.optim has warned. Not Triton's interpreter, which is there for tests.
+        return _BACKENDS[native.NAME if native.unavailable() is None else reference.NAME]
     reasons = []
     for backend in _FUSED:
         if types <= backend.DEVICE_TYPES:
@@ -62,8 +65,6 @@ def select(name: str, devices: list[torch.device]) -> Backend:
             if reason is None:
                 return backend
             reasons.append(f"backend {backend.NAME!r}: {reason}")
-    if types <= {"cpu"}:
-        return _BACKENDS[reference.NAME]  # said at import: nexus.optim warns
     if reasons:
         raise RuntimeError(
             f"no kernels for parameters on {_listed(types)}. {'. '.join(reasons)}. backend='reference' runs "

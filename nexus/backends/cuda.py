@@ -13,7 +13,7 @@ from torch import Tensor
 from nexus.backends import watched
 from nexus.backends.devices import total_everywhere
 from nexus.backends.interface import DevicePlan, Plan
-from nexus.backends.watched import WatchedRunner, address, extension, make_list
+from nexus.backends.watched import WatchedRunner, address, extension, history_fields, make_list
 
 __all__ = ["DEVICE_TYPES", "NAME", "CudaRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -92,10 +92,14 @@ class CudaRunner(WatchedRunner):
         """The loads and stores of a step alone: every value stays. For benchmarks, after a first step.
 
         Raises:
-            ValueError: not all tensors are float32, and not all are bfloat16.
+            ValueError: not all tensors are float32, and not all are bfloat16, or there is amsgrad.
         """
         for position, plan in enumerate(self._devices):
             self._list.traffic(position, self.current_stream(plan.state.device)[1])
+
+    def update_captured(self) -> None:
+        for position, plan in enumerate(self._devices):
+            self._list.update_captured(position, self.current_stream(plan.state.device)[1])
 
     def _take_tensors(self, plan: Plan) -> None:
         self._devices = list(plan.devices.values())
@@ -118,6 +122,7 @@ class CudaRunner(WatchedRunner):
                     state.sum_of_squares.data_ptr() if device_plan.measures_norm else 0,
                     state.grad_norm.data_ptr(),
                     state.skip_nonfinite,
+                    history_fields(device_plan.history),
                 ),
             )
 

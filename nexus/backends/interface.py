@@ -115,6 +115,37 @@ class StepState:
         self.grad_norm = torch.zeros((), dtype=torch.float64, device=self.device)
 
 
+HISTORY_COLUMNS = 3
+"""Columns of a row of a `Ring` that are the step's; after them, each group has two."""
+
+
+@dataclass(frozen=True, eq=False)
+class Ring:
+    """Where each step leaves a row: t, skipped, gradient norm (NaN: not measured); lr and clip coefficient by group.
+
+    A step that is skipped leaves the rates that it would have used.
+    """
+
+    block: Tensor  # float64 (1 + slots * width,): the count of rows written so far, as an int64; then the rows
+    slots: int  # one more than are read: a row that no step has completed is in the place of none that is read
+    groups: int
+
+    @property
+    def width(self) -> int:
+        """Columns of a row."""
+        return HISTORY_COLUMNS + 2 * self.groups
+
+    @property
+    def count(self) -> Tensor:
+        """int64 (1,), a view: row `i` is in slot `i % slots`, and row `count` is the next to be written."""
+        return self.block[:1].view(torch.int64)
+
+    @property
+    def rows(self) -> Tensor:
+        """(slots, width), a view."""
+        return self.block[1:].view(self.slots, self.width)
+
+
 @dataclass
 class DevicePlan:
     """What one step works on, on one device."""
@@ -123,6 +154,7 @@ class DevicePlan:
     groups: list[GroupSettings]
     entries: list[TensorEntry]
     measures_norm: bool  # some group clips, or non-finite gradients are to be skipped
+    history: Ring | None = None  # on one device of the plan at most
 
 
 @dataclass
@@ -144,11 +176,17 @@ class Runner(Protocol):
     def changed(self) -> int:
         """A `Change`: what the optimizer has to renew before `step`; pointers that merely moved are followed."""
 
+    def forget(self) -> None:
+        """Let `changed` ask for a new plan."""
+
     def bind(self, plan: Plan) -> None:
         """Take over a new plan."""
 
     def update_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups, which have changed; its tensors have not."""
+
+    def update_captured(self) -> None:
+        """Give the hyperparameters to the steps that graphs have captured, too."""
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update everything once: enqueued, without a visit to the host."""

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from nexus.backends.interface import Plan
-from nexus.backends.watched import WatchedRunner, address, extension, make_list, unavailable
+from nexus.backends.watched import WatchedRunner, address, extension, history_fields, make_list, unavailable
 
 __all__ = ["DEVICE_TYPES", "NAME", "NativeRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -70,6 +70,7 @@ class NativeRunner(WatchedRunner):
                 self._sum_of_squares if device_plan.measures_norm else 0,
                 state.grad_norm.data_ptr(),
                 state.skip_nonfinite,
+                history_fields(device_plan.history),
             )
         )
 

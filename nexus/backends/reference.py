@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from nexus.backends.devices import total_everywhere
-from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, TensorEntry
+from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, Ring, TensorEntry
 from nexus.segments import Curve
 
 NAME = "reference"
@@ -63,11 +63,17 @@ class ReferenceRunner:
     def changed(self) -> int:
         return Change.TENSORS
 
+    def forget(self) -> None:
+        """It remembers nothing."""
+
     def bind(self, plan: Plan) -> None:
         self._plan = plan
 
     def update_settings(self) -> None:
         """The plan is read anew in each step."""
+
+    def update_captured(self) -> None:
+        """No graph reads them."""
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
@@ -105,21 +111,33 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
     if skip is not None:
         state.skipped.add_(skip)
 
-    rows = []
+    rows, recorded = [], []
     for group in plan.groups:
         lr, weight_decay = (_rate(rate, state.completed) for rate in (group.lr, group.weight_decay))
         for rate, value in ((group.lr, lr), (group.weight_decay, weight_decay)):
             if rate.last is not None:
                 _assign(rate.last, value, skip)
-        multiplier = 1.0 / scale
+        clip = torch.ones_like(scale)
         if group.clips:  # the coefficient of torch.nn.utils.clip_grad_norm_
-            multiplier = multiplier * torch.clamp(group.max_grad_norm / (state.grad_norm + 1e-6), max=1.0)
+            clip = torch.clamp(group.max_grad_norm / (state.grad_norm + 1e-6), max=1.0)
+        recorded += [lr, clip]
+        multiplier = 1.0 / scale * clip
         rows.append((group, lr, weight_decay, -multiplier if group.maximize else multiplier))
     for entry in plan.entries:
         grad = entry.grad
         if grad is not None:
             _update(entry, grad, *rows[entry.group], skip)
+    if plan.history is not None:
+        grad_norm = state.grad_norm if plan.measures_norm else torch.full_like(scale, math.nan)
+        skipped = torch.zeros_like(scale) if skip is None else skip.to(torch.float64)
+        _record(plan.history, [state.completed.to(torch.float64), skipped, grad_norm, *recorded])
     state.completed.add_(1 if skip is None else ~skip)
+
+
+def _record(ring: Ring, row: list[Tensor]) -> None:
+    """Leave a row: 0-dim float64 each."""
+    ring.rows.index_copy_(0, ring.count % ring.slots, torch.stack(row).unsqueeze(0))
+    ring.count.add_(1)
 
 
 def _rate(rate: Rate, completed: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from nexus.backends.triton_tables import (
     CHUNK_ELEMENTS,
     COEFFICIENTS,
     RECORD,
+    CapturedGroups,
     DeviceTable,
     chunk_words,
     dtypes_of,
@@ -30,7 +31,7 @@ from nexus.backends.triton_tables import (
     record_words,
 )
 from nexus.backends.unwatched_list import UnwatchedList
-from nexus.backends.watched import WatchedRunner, address, extension, make_list
+from nexus.backends.watched import WatchedRunner, address, extension, history_fields, make_list
 
 __all__ = ["DEVICE_TYPES", "NAME", "TritonRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -123,11 +124,14 @@ class _DeviceList:
         self.sizes = tuple(entry.original.numel() for entry in entries)
         kinds = [kind_of(entry, block_elements(*dtypes_of(entry))) for entry in entries]
         self._kinds = tuple(sorted(set(kinds)))
+        self._history = history_fields(plan.history)
         # Where there is no tensor, there is an empty chunk of a record of zeros.
         rows = [record_words(entry, self._kinds.index(kind)) for entry, kind in zip(entries, kinds, strict=True)]
         self._records = torch.tensor(rows or [[0] * len(RECORD)], dtype=torch.int64, device="cpu")
         self._chunks = chunk_words(self.sizes or (0,))
         self._table: DeviceTable = DeviceTable(device) if last is None else last._table
+        self._group_table: DeviceTable = DeviceTable(device) if last is None else last._group_table
+        self._captured: list[CapturedGroups] = [] if last is None else last._captured
         self._chunk_table = DeviceTable(device, fixed=True)
         if last is not None and last.sizes == self.sizes:
             self._chunk_table = last._chunk_table
@@ -149,12 +153,26 @@ class _DeviceList:
         """
         capturing = is_capturing(self.plan.state.device)
         self._records[: len(pointers), :2] = pointers
-        self._groups.view(torch.float64)[:, 0] = torch.tensor(rates, dtype=torch.float64, device="cpu")
-        words = torch.cat([self._groups.flatten(), self._records.flatten()])
-        table = self._table.upload(words, capturing=capturing)
+        self._take_rates(rates)
+        words = self._groups.flatten()
+        written = not self._group_table.holds(words)
+        groups = self._group_table.upload(words, capturing=capturing)
+        records = self._table.upload(self._records.flatten(), capturing=capturing)
         chunks = self._chunk_table.upload(self._chunks.flatten(), capturing=capturing)
-        self._on_device = table[: self._groups.numel()], table[self._groups.numel() :], chunks
-        return [table, chunks, self._skip, self._coefficients, self._partial_sums] if capturing else []
+        self._on_device = groups, records, chunks
+        if not capturing:
+            return []
+        self._captured.append(CapturedGroups(groups, self.plan.measures_norm, written))
+        return [*self._on_device, self._skip, self._coefficients, self._partial_sums]
+
+    def update_captured(self, rates: list[float]) -> None:
+        """Give the hyperparameters, and these float rates, to the steps that graphs have captured."""
+        self._take_rates(rates)
+        for groups in self._captured:
+            groups.update(self._groups.flatten(), measures_norm=self.plan.measures_norm)
+
+    def _take_rates(self, rates: list[float]) -> None:
+        self._groups.view(torch.float64)[:, 0] = torch.tensor(rates, dtype=torch.float64, device="cpu")
 
     def measure(self) -> None:
         """Leave the sum of squares of this device's gradients in its state."""
@@ -186,6 +204,7 @@ class _DeviceList:
                 address(inf),
                 int(self.plan.measures_norm),
                 int(state.skip_nonfinite),
+                *self._history,
                 BLOCK=_LANES,
                 **OPTIONS,
             )
@@ -196,6 +215,7 @@ class _DeviceList:
                 self._skip,
                 state.completed,
                 state.skipped,
+                self._history[0],
                 KINDS=self._kinds,
                 **OPTIONS,
             )
@@ -222,15 +242,21 @@ class TritonRunner(WatchedRunner):
         for device_list in self._lists.values():
             device_list.take_settings()
 
+    def update_captured(self) -> None:
+        for device_list, rates in self._lists_and_rates():
+            device_list.update_captured(rates)
+
+    def _lists_and_rates(self) -> list[tuple[_DeviceList, list[float]]]:
+        """Of each device, with the float rates of its groups."""
+        rates, lists = iter(self._list.rates()), self._lists.values()
+        return [(own, [next(rates) for _ in own.plan.groups]) for own in lists]
+
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         lists = list(self._lists.values())
         self._list.write_pointers(self._pointers.data_ptr())
-        rates = self._list.rates()
         pointers = torch.split(self._pointers, [len(device_list.sizes) for device_list in lists])
-        for index, device_list in enumerate(lists):
-            groups = len(device_list.plan.groups)
-            own_rates = rates[index * groups : (index + 1) * groups]
-            self._in_graphs += device_list.follow(pointers[index], own_rates)
+        for (device_list, rates), own_pointers in zip(self._lists_and_rates(), pointers, strict=True):
+            self._in_graphs += device_list.follow(own_pointers, rates)
         measured = [device_list for device_list in lists if device_list.plan.measures_norm]
         for device_list in measured:
             device_list.measure()

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nexus.backends.interface import HISTORY_COLUMNS
 from nexus.backends.triton_math import adamw, bias_correction, evaluate_schedule
 from nexus.backends.triton_tables import CHUNK, COEFFICIENTS, GROUP, RATE, RECORD
 
@@ -19,6 +20,7 @@ _GROUP_WORDS = tl.constexpr(len(GROUP))
 _RECORD_WORDS = tl.constexpr(len(RECORD))
 _CHUNK_WORDS = tl.constexpr(len(CHUNK))
 _COEFFICIENTS = tl.constexpr(len(COEFFICIENTS))
+_HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
 _DTYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # in the order of the extension's
 
 
@@ -49,6 +51,20 @@ def _leave(words, rate, mask):
     """Store scheduled rates where their readers look."""
     last = tl.load(words + 6, mask=mask, other=0)
     tl.store(last.to(tl.pointer_type(tl.float64)), rate, mask=last != 0)
+
+
+@triton.jit
+def _clip(limit, grad_norm):
+    # As torch.nn.utils.clip_grad_norm_, so that a NaN norm stays NaN; an infinite limit does not clip.
+    clip = limit / (grad_norm + 1e-6)
+    return tl.where((clip > 1.0) | (limit - limit != 0.0), 1.0, clip)
+
+
+@triton.jit
+def _history_row(count, rows, slots, width):
+    """The row of the step that is under way, which `update` completes by advancing the count."""
+    written = tl.load(count.to(tl.int64).to(tl.pointer_type(tl.int64)))
+    return rows.to(tl.int64).to(tl.pointer_type(tl.float64)) + written % slots * width
 
 
 @triton.jit
@@ -116,6 +132,10 @@ def norm_total(partial_sums, count: tl.int64, sum_of_squares, BLOCK: tl.constexp
         "found_inf",
         "measures_norm",
         "skip_nonfinite",
+        "history_count",
+        "history_rows",
+        "history_slots",
+        "history_width",
     ]
 )
 def prologue(
@@ -132,11 +152,15 @@ def prologue(
     found_inf: tl.int64,
     measures_norm: tl.int64,
     skip_nonfinite: tl.int64,
+    history_count: tl.int64,
+    history_rows: tl.int64,
+    history_slots: tl.int64,
+    history_width: tl.int64,
     BLOCK: tl.constexpr,
 ):
     """Decide whether to skip, and evaluate every rate once: program 0 for the reader, the others for `BLOCK` tensors.
 
-    Counters are read, not advanced: where a launch fails, none has moved.
+    Counters are read, not advanced: where a launch fails, none has moved, and the history has no row of it.
     """
     t = tl.load(completed)
     scale = tl.load(grad_scale.to(tl.int64).to(tl.pointer_type(tl.float32)), mask=grad_scale != 0, other=1.0)
@@ -151,15 +175,26 @@ def prologue(
         tl.store(skip, skips.to(tl.int64))
         if measures_norm != 0:
             tl.store(grad_norm, total_norm)
-        if skips == 0:
-            offset = tl.zeros((), tl.int64)
-            while offset < group_count:
-                i = offset + lanes
-                mask = i < group_count
-                group = groups + i * _GROUP_WORDS
-                _leave(group, _rates(group, t, mask), mask)
+        if history_count != 0:
+            row = _history_row(history_count, history_rows, history_slots, history_width)
+            tl.store(row, t.to(tl.float64))
+            tl.store(row + 1, skips.to(tl.float64))
+            tl.store(row + 2, tl.where(measures_norm != 0, total_norm, float("nan")))
+        offset = tl.zeros((), tl.int64)
+        while offset < group_count:
+            i = offset + lanes
+            mask = i < group_count
+            group = groups + i * _GROUP_WORDS
+            lr = _rates(group, t, mask)
+            if skips == 0:
+                _leave(group, lr, mask)
                 _leave(group + _RATE_WORDS, _rates(group + _RATE_WORDS, t, mask), mask)
-                offset += BLOCK
+            if history_count != 0:
+                row = _history_row(history_count, history_rows, history_slots, history_width)
+                columns = row + _HISTORY_COLUMNS + 2 * i
+                tl.store(columns, lr, mask=mask)
+                tl.store(columns + 1, _clip(_float64(group + 2 * _RATE_WORDS + 3, mask), total_norm), mask=mask)
+            offset += BLOCK
     else:
         i = (program - 1).to(tl.int64) * BLOCK + lanes
         record = records + i * _RECORD_WORDS
@@ -171,11 +206,7 @@ def prologue(
         beta1 = _float64(others, mask)
         beta2 = _float64(others + 1, mask)
         multiplier = 1.0 / (tl.zeros_like(lr) + scale.to(tl.float64))
-        limit = _float64(others + 3, mask)
-        # As torch.nn.utils.clip_grad_norm_, so that a NaN norm stays NaN; an infinite limit does not clip.
-        clip = limit / (total_norm + 1e-6)
-        clip = tl.where((clip > 1.0) | (limit - limit != 0.0), 1.0, clip)
-        multiplier *= clip
+        multiplier *= _clip(_float64(others + 3, mask), total_norm)
         multiplier = tl.where(tl.load(others + 4, mask=mask, other=0) != 0, -multiplier, multiplier)
         step = tl.load(record + 5, mask=mask, other=0).to(tl.pointer_type(tl.int64))
         count = (tl.load(step, mask=mask, other=0) + 1).to(tl.float64)
@@ -286,8 +317,8 @@ def _update_chunk(
         offset += BLOCK
 
 
-@triton.jit(do_not_specialize=["chunks", "records", "coefficients", "skip", "completed", "skipped"])
-def update(chunks, records, coefficients, skip, completed, skipped, KINDS: tl.constexpr):
+@triton.jit(do_not_specialize=["chunks", "records", "coefficients", "skip", "completed", "skipped", "history_count"])
+def update(chunks, records, coefficients, skip, completed, skipped, history_count: tl.int64, KINDS: tl.constexpr):
     """Update one chunk of a tensor and, in its first, the tensor's counter. A program for each chunk of the model.
 
     `KINDS` has what occurs in the model, in the order of the records' `kind`: (dtype of the parameter, dtype of
@@ -300,6 +331,9 @@ def update(chunks, records, coefficients, skip, completed, skipped, KINDS: tl.co
         if skips:
             counter = skipped
         tl.store(counter, tl.load(counter) + 1)
+        if history_count != 0:
+            rows_written = history_count.to(tl.int64).to(tl.pointer_type(tl.int64))
+            tl.store(rows_written, tl.load(rows_written) + 1)
     if skips == 0:
         chunk = chunks + index * _CHUNK_WORDS
         begin = tl.load(chunk)

@@ -6,6 +6,8 @@ kernel is compiled anew for it.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -95,6 +97,10 @@ class DeviceTable:
         self._table: Tensor | None = None
         self._uploaded = torch.empty(0, dtype=torch.int64, device="cpu")
 
+    def holds(self, words: Tensor) -> bool:
+        """Whether an upload of these words would write nothing."""
+        return self._table is not None and torch.equal(words, self._uploaded)
+
     def upload(self, words: Tensor, *, capturing: bool) -> Tensor:
         """The table, once what differs from the last upload is on its way to it.
 
@@ -119,6 +125,34 @@ class DeviceTable:
             self._uploaded = words.clone()
         self._table = table
         return table
+
+
+class CapturedGroups(NamedTuple):
+    """The hyperparameters that a graph reads."""
+
+    table: Tensor
+    measures_norm: bool
+    written_by_replays: bool
+
+    def update(self, words: Tensor, *, measures_norm: bool) -> None:
+        """Write others, if they are of as many groups.
+
+        Raises:
+            RuntimeError: no replay would make use of them.
+        """
+        if self.table.shape != words.shape:
+            return
+        if measures_norm and not self.measures_norm:
+            raise RuntimeError(
+                "a graph holds a step that does not measure the gradient norm, so clipping cannot be switched on in "
+                "it; capture it with max_grad_norm=math.inf"
+            )
+        if self.written_by_replays:
+            raise RuntimeError(
+                "a graph holds a step that was captured right after a hyperparameter had changed, and every replay "
+                "sets that again; make a step before the capture"
+            )
+        _write_from_host(self.table, words, torch.arange(len(words), device="cpu"))
 
 
 def _write_by_value(table: Tensor, words: Tensor, indices: Tensor) -> None:

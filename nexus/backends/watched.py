@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from nexus.backends.interface import Change, DevicePlan, Plan, Rate, TensorEntry
+from nexus.backends.interface import Change, DevicePlan, Plan, Rate, Ring, TensorEntry
 
 try:
     from nexus import _native as extension
@@ -26,6 +26,7 @@ __all__ = [
     "WatchedRunner",
     "address",
     "extension",
+    "history_fields",
     "make_list",
     "rate_fields",
     "unavailable",
@@ -75,6 +76,11 @@ def rate_fields(rate: Rate) -> tuple[float, int, int, int, int, float, int]:
     )
 
 
+def history_fields(ring: Ring | None) -> tuple[int, int, int, int]:
+    """A history as the extension takes it: count, rows, slots, width."""
+    return (0, 0, 0, 0) if ring is None else (ring.count.data_ptr(), ring.rows.data_ptr(), ring.slots, ring.width)
+
+
 class WatchedRunner:
     """Binds plans to a list of the extension. What is done with the list is up to the subclass.
 
@@ -91,6 +97,9 @@ class WatchedRunner:
 
     def changed(self) -> int:
         return Change.TENSORS if self._plan is None else self._list.refresh()
+
+    def forget(self) -> None:
+        self._plan = None
 
     def bind(self, plan: Plan) -> None:
         self._plan = None  # until the end: a list that is half made is never run
@@ -132,6 +141,9 @@ class WatchedRunner:
         self._add_groups(plan)
         self._take_settings(plan)
         self._plan = plan
+
+    def update_captured(self) -> None:
+        """Where nothing is captured, there is nothing to do."""
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for entry in self._staged:

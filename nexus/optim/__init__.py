@@ -4,8 +4,9 @@ import warnings
 
 from nexus.backends import native
 from nexus.optim.fused_adamw import FusedAdamW
+from nexus.optim.history import History, HistoryRows
 
-__all__ = ["FusedAdamW"]
+__all__ = ["FusedAdamW", "History", "HistoryRows"]
 
 if (_reason := native.unavailable()) is not None:
     warnings.warn(

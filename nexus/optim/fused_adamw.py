@@ -15,6 +15,7 @@ from nexus.arguments import shown
 from nexus.backends import reference
 from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
 from nexus.optim import checkpoint, tensor_list
+from nexus.optim.history import History, history_of
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group, settings_of
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Schedule
@@ -72,6 +73,7 @@ class FusedAdamW(Optimizer):
     """
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]  # torch says dict, which it is
+    _history: History | None = None  # a copy has none
 
     # GradScaler asks for this, and sets `grad_scale` and `found_inf` for the time of a step (it takes a product
     # with a `grad_scale` that is there before, so there is none): unscaling and skipping are part of the update.
@@ -159,6 +161,23 @@ class FusedAdamW(Optimizer):
 
     _step_with_hooks = Optimizer.profile_hook_step(_step)
 
+    def sync_hyperparameters(self) -> None:
+        """Let graphs that have captured a step see what has changed in `param_groups` since.
+
+        `step()` sees that by itself. A replay uses what was there at the capture, or at the last call of this; rates
+        that are schedules or tensors move in any case. Waits for nothing.
+
+        Raises:
+            RuntimeError: clipping is switched on, and the captured step does not measure the norm.
+            TypeError, ValueError: a hyperparameter is not allowed. Graphs stay as they are.
+        """
+        if self._runner is None:
+            return  # no step has been made, let alone captured
+        change = self._runner.changed()
+        if change:
+            self._prepare(change)
+        self._runner.update_captured()
+
     # What happens when something has changed.
 
     def _prepare(self, change: int = Change.TENSORS) -> Runner:
@@ -191,6 +210,8 @@ class FusedAdamW(Optimizer):
         for device in self._devices():
             devices[device] = DevicePlan(self._state_on(device), [], [], False)
             self._fill_settings(devices[device], device)
+        if self._history is not None:
+            self._history.attach(next(iter(devices.values())))
         self._states = {device: self._states[device] for device in devices}  # what was left behind goes stale
         self._tables = {key: table for key, table in self._tables.items() if key[1] in devices}
         parameters: list[tuple[Tensor, TensorEntry | None]] = []
@@ -372,6 +393,35 @@ class FusedAdamW(Optimizer):
     def skipped_steps(self) -> Tensor:
         """How many steps changed nothing since a gradient was not finite: 0-dim int64, on the device."""
         return self._state_on(self._devices()[0]).skipped
+
+    def history(self, capacity: int = 10_000) -> History:
+        """Let each step from now on leave a row on the device, with what it did. It waits for nothing.
+
+        Steps in graphs leave rows too, if they are captured after this; and again after `add_param_group`, since
+        graphs that are there go on to write where nobody reads. A checkpoint or a copy of the optimizer has none.
+
+        Args:
+            capacity: how many rows are kept; newer ones take the places of the oldest.
+
+        Returns:
+            The history, whose `read()` returns the rows since the last read. The same at every call.
+
+        Raises:
+            TypeError, ValueError: `capacity` is no count from 1 to 2**31, or not that of the history there is.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = FusedAdamW([weight], lr=0.5, max_grad_norm=1.0)
+        >>> history = optimizer.history(capacity=100)
+        >>> for _ in range(3):
+        ...     weight.grad = torch.tensor([3.0, 4.0])
+        ...     optimizer.step()
+        >>> rows = history.read()
+        >>> rows.step.tolist(), rows.lr.tolist(), rows.grad_norm.tolist(), rows.overwritten
+        ([0, 1, 2], [[0.5], [0.5], [0.5]], [5.0, 5.0, 5.0], 0)
+        """
+        return history_of(self, capacity)
 
     def begin_decay(self) -> None:
         """Let the decay of every WSD schedule of this optimizer begin with the next step.

@@ -1,25 +1,46 @@
-"""What only a GPU can show of the Triton backend: streams, graphs, several devices, and that nothing waits."""
+"""What only a GPU can show of the backends there: streams, graphs, several devices, and that nothing waits."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run, copies, set_grads
+from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, set_grads
+from torch import Tensor
 
-pytest.importorskip("triton")
-from triton_cases import grads_of, own_params, params_on, step_pair
-
-from nexus.backends import triton as backend
+from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(backend.INTERPRETS or not torch.cuda.is_available(), reason="needs a GPU"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SHAPES = [(3,), (16_385,), (), (64, 65)]
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def name(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def params_on(device: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    return [torch.nn.Parameter(param.detach().to(device)) for param in make_params(shapes, dtype)]
+
+
+def grads_of(params: Sequence[Tensor]) -> list[Tensor]:
+    return [grad.to(param.device) for grad, param in zip(make_grads(params), params, strict=True)]
+
+
+def own_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def step_pair(optimizer: FusedAdamW, reference: Float64AdamW, steps: int) -> None:
+    for _ in range(steps):
+        grads = grads_of(own_params(optimizer))
+        set_grads(own_params(optimizer), grads)
+        reference.step(grads)
+        optimizer.step()
 
 
 @pytest.fixture
@@ -28,7 +49,7 @@ def sync_debug_mode() -> Iterator[Callable[[str], None]]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-def test_no_step_waits_for_the_device(sync_debug_mode: Callable[[str], None]) -> None:
+def test_no_step_waits_for_the_device(name: str, sync_debug_mode: Callable[[str], None]) -> None:
     params = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in SHAPES]
     lr = torch.full((), 1e-3, device="cuda")
     decayed = {"params": params[:2], "lr": WSD(3, 4, 5, 1e-2), "weight_decay": Cosine(0.1, 9)}
@@ -36,7 +57,7 @@ def test_no_step_waits_for_the_device(sync_debug_mode: Callable[[str], None]) ->
         [decayed, {"params": params[2:3], "lr": lr}, {"params": params[3:]}],
         max_grad_norm=1.0,
         skip_nonfinite=True,
-        backend="triton",
+        backend=name,
     )
     for step in range(6):
         for param in params:
@@ -53,9 +74,9 @@ def test_no_step_waits_for_the_device(sync_debug_mode: Callable[[str], None]) ->
         sync_debug_mode("error")  # once the schedules' tables are there
 
 
-def test_a_step_follows_the_callers_stream() -> None:
+def test_a_step_follows_the_callers_stream(name: str) -> None:
     params = params_on("cuda", SHAPES)
-    optimizer, reference = FusedAdamW(copies(params), backend="triton"), Float64AdamW(params)
+    optimizer, reference = FusedAdamW(copies(params), backend=name), Float64AdamW(params)
     own = own_params(optimizer)
     step_pair(optimizer, reference, steps=1)
     late = torch.cuda.Stream()
@@ -74,12 +95,16 @@ def test_a_step_follows_the_callers_stream() -> None:
 
 
 @pytest.mark.parametrize("with_extension", [True, False])
-def test_a_captured_step_goes_on_with_its_schedule(with_extension: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_captured_step_goes_on_with_its_schedule(
+    name: str, with_extension: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if not with_extension:
-        monkeypatch.setattr(backend, "extension", None)
+        if name == "cuda":
+            pytest.skip("it is in the extension")
+        monkeypatch.setattr(triton, "extension", None)
     options = {"lr": WSD(3, 4, 5, 1e-2), "max_grad_norm": 1.0}
     params = params_on("cuda", SHAPES)
-    optimizer, reference = FusedAdamW(copies(params), backend="triton", **options), Float64AdamW(params, **options)
+    optimizer, reference = FusedAdamW(copies(params), backend=name, **options), Float64AdamW(params, **options)
     own = own_params(optimizer)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -109,9 +134,9 @@ def test_a_captured_step_goes_on_with_its_schedule(with_extension: bool, monkeyp
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
-def test_parameters_on_several_devices_have_one_norm() -> None:
+def test_parameters_on_several_devices_have_one_norm(name: str) -> None:
     params = [params_on(device, [(5,), (300,)])[0] for device in ("cuda:0", "cuda:1")]
-    optimizer = FusedAdamW(copies(params), max_grad_norm=0.5, backend="triton")
+    optimizer = FusedAdamW(copies(params), max_grad_norm=0.5, backend=name)
     reference = Float64AdamW([param.to("cuda:0") for param in params], max_grad_norm=0.5)
     for _ in range(4):
         grads = grads_of(params)
@@ -120,3 +145,27 @@ def test_parameters_on_several_devices_have_one_norm() -> None:
         reference.step([grad.to("cuda:0") for grad in grads])
     for param, expected in zip(own_params(optimizer), reference.params, strict=True):
         torch.testing.assert_close(param.to("cuda:0").double(), expected, rtol=5e-7, atol=1e-6)
+
+
+def test_steps_beside_torchs_fused_optimizer(name: str) -> None:
+    options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
+    schedule = WSD(20, 100, 80, 3e-3, 1e-4, "cosine")
+    params = params_on("cuda", [(1000, 257), (16_384,), (3,)])
+    ours = FusedAdamW(copies(params), lr=schedule, max_grad_norm=1.0, backend=name, **options)
+    theirs = copies(params)
+    fused = torch.optim.AdamW(theirs, lr=1.0, fused=True, **options)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(fused, schedule)
+    for _ in range(200):
+        grads = grads_of(params)
+        set_grads(own_params(ours), grads)
+        set_grads(theirs, [grad.clone() for grad in grads])
+        ours.step()
+        torch.nn.utils.clip_grad_norm_(theirs, 1.0)
+        fused.step()
+        scheduler.step()
+    for own, param, their in zip(own_params(ours), params, theirs, strict=True):
+        assert float((their - param).detach().abs().mean()) > 0.05
+        # From float64, torch comes to be 1.2e-5 away in these 200 steps, nexus 7e-7 (measured on a CPU).
+        torch.testing.assert_close(own, their, rtol=0.0, atol=3e-5)
+        for moment in ("exp_avg", "exp_avg_sq"):
+            torch.testing.assert_close(ours.state[own][moment], fused.state[their][moment], rtol=1e-4, atol=1e-7)

@@ -1,0 +1,45 @@
+"""Schedules and steps at which evaluators are compared with the oracle, and the comparison."""
+
+from __future__ import annotations
+
+import torch
+
+from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Schedule, evaluate
+
+WHOLE = [
+    WSD(100, 300, 200, 1e-3, 1e-5),
+    WSD(100, 300, 200, 1e-3, 1e-5, "cosine"),
+    WSD(100, 300, 200, 1e-3, 1e-5, "sqrt"),
+    WSD(0, 0, 1000, 1e-3),
+    CosineRestarts(1e-3, 1e-6, 100, 1.0, 50),
+    CosineRestarts(1e-3, 1e-6, 50, 1.1, 50),
+    CosineRestarts(1e-3, 1e-6, 50, 2.0),
+    CosineRestarts(1e-3, 1e-6, 1, 3.0),
+    Cosine(1e-3, 900, 1e-5, 100),
+    Constant(0.1),
+]
+
+
+def boundaries(schedule: Schedule) -> list[int]:
+    """The first and last steps of every phase and cycle, their neighbours, and where narrow types overflow."""
+    edges = {0, 2**24, 2**31, 2**32, MAX_STEP}
+    for segment in schedule.segments()[:80]:
+        edges |= {segment.start, segment.start + segment.length // 2, segment.start + segment.length}
+    near = {edge + offset for edge in edges for offset in (-1, 0, 1)}
+    return sorted(step for step in near if 0 <= step <= MAX_STEP)
+
+
+def assert_equal_to_oracle(schedule: Schedule, steps: list[int]) -> None:
+    oracle = torch.tensor([schedule(step) for step in steps], dtype=torch.float64)
+    at = torch.tensor(steps, dtype=torch.int64)
+    for exact in ("native", "cuda on cpu"):
+        assert torch.equal(evaluate(schedule, at, backend=exact), oracle)  # in float64, no difference at all
+    assert_within_rounding(evaluate(schedule, at, backend="reference"), oracle)
+
+
+def assert_within_rounding(values: torch.Tensor, oracle: torch.Tensor) -> None:
+    """Its cosine and square root may be another library's, each within a unit in the last place."""
+    top = float(oracle.max())
+    assert ((values - oracle).abs() <= oracle * 2**-50 + top * 2**-52).all()
+    far = oracle >= 1e-6 * top  # where 1 - sqrt(p) is not a difference of nearly equal numbers
+    assert torch.equal(values.float()[far], oracle.float()[far])

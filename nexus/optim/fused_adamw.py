@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any, TypeAlias
 
 import torch
@@ -12,18 +12,18 @@ from torch.optim.optimizer import Optimizer
 
 from nexus import backends
 from nexus.arguments import shown
-from nexus.backends import reference
-from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
+from nexus.backends.interface import Backend, Change, Plan, Runner, StepState
 from nexus.optim import checkpoint, tensor_list
 from nexus.optim.history import History, history_of
-from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group, settings_of
+from nexus.optim.param_group import ParamGroup, check_group
+from nexus.optim.planned import PlannedOptimizer
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Schedule
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedAdamW(Optimizer):
+class FusedAdamW(PlannedOptimizer):
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for `torch.optim.AdamW`.
 
     With :math:`\eta_t` the rate, :math:`\lambda_t` the weight decay and :math:`g_t` the gradient, clipped to
@@ -71,9 +71,6 @@ class FusedAdamW(Optimizer):
     >>> optimizer.param_groups[0]["lr"].item() == schedule(5)
     True
     """
-
-    param_groups: list[ParamGroup]  # type: ignore[assignment]  # torch says dict, which it is
-    _history: History | None = None  # a copy has none
 
     # GradScaler asks for this, and sets `grad_scale` and `found_inf` for the time of a step (it takes a product
     # with a `grad_scale` that is there before, so there is none): unscaling and skipping are part of the update.
@@ -177,140 +174,6 @@ class FusedAdamW(Optimizer):
         if change:
             self._prepare(change)
         self._runner.update_captured()
-
-    # What happens when something has changed.
-
-    def _prepare(self, change: int = Change.TENSORS) -> Runner:
-        """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
-        backend = backends.select(self._requested_backend, self._devices())
-        if self._runner is None or backend is not self._backend:
-            self._backend, self._plan = backend, None
-            self._runner = backend.runner(self.__dict__, SETTING_NAMES)
-        if self._plan is not None and change == Change.SETTINGS:
-            self._settle_groups()
-            if [group["amsgrad"] for group in self.param_groups] == self._planned_amsgrad:
-                for device, device_plan in self._plan.devices.items():
-                    self._fill_settings(device_plan, device)
-                self._runner.update_settings()
-                return self._runner
-        self._plan = self._make_plan()
-        self._planned_amsgrad = [group["amsgrad"] for group in self.param_groups]
-        self._runner.bind(self._plan)
-        return self._runner
-
-    def _make_plan(self) -> Plan:
-        self._settle_groups()
-        named = list(self._named_parameters())
-        for _, param, name in named:
-            tensor_list.check_parameter(param, name)
-            tensor_list.check_gradient(param, name)
-        tensor_list.check_sharing([(name, param) for _, param, name in named])
-        self._init_states()
-        devices: dict[torch.device, DevicePlan] = {}
-        for device in self._devices():
-            devices[device] = DevicePlan(self._state_on(device), [], [], False)
-            self._fill_settings(devices[device], device)
-        if self._history is not None:
-            self._history.attach(next(iter(devices.values())))
-        self._states = {device: self._states[device] for device in devices}  # what was left behind goes stale
-        self._tables = {key: table for key, table in self._tables.items() if key[1] in devices}
-        parameters: list[tuple[Tensor, TensorEntry | None]] = []
-        for index, param, name in named:
-            entry = None
-            if param in self.state:
-                amsgrad = self.param_groups[index]["amsgrad"]
-                entry = tensor_list.make_entry(param, self.state[param], index, amsgrad=amsgrad, where=name)
-                devices[param.device].entries.append(entry)
-            parameters.append((param, entry))
-        return Plan(parameters, devices)
-
-    def _init_states(self) -> None:
-        """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""
-        starting = [
-            (param, self.state[param], group["amsgrad"])
-            for group in self.param_groups
-            for param in group["params"]
-            if param.grad is not None or self.state.get(param)
-        ]
-        tensor_list.complete_states(starting)
-
-    def _fill_settings(self, plan: DevicePlan, device: torch.device) -> None:
-        plan.groups = [
-            settings_of(group, {name: self._table(s, device).rows for name, s in group.schedules()}, device)
-            for group in self.param_groups
-        ]
-        plan.measures_norm = self._measures_norm
-
-    def _settle_groups(self) -> None:
-        """Check every group, and install the schedules that were assigned to one."""
-        for index, group in enumerate(self.param_groups):
-            if not isinstance(group, ParamGroup):  # put there without add_param_group
-                self.param_groups[index] = ParamGroup({**self.defaults, **group})
-            self._settle_group(self.param_groups[index])
-        used = self._used_schedules()
-        self._tables = {key: table for key, table in self._tables.items() if key[0] in used}
-
-    def _used_schedules(self, but: ParamGroup | None = None) -> set[Schedule]:
-        return {schedule for group in self.param_groups if group is not but for _, schedule in group.schedules()}
-
-    def _settle_group(self, group: ParamGroup) -> None:
-        check_group(group)
-        if isinstance(group["betas"], list):
-            group["betas"] = tuple(group["betas"])  # a change within a list would go unnoticed
-        device = group["params"][0].device if group["params"] else torch.device("cpu")
-        for name in SCHEDULABLE:
-            assigned = isinstance(group[name], Schedule)
-            schedule = group.settle(name, device)
-            if schedule is not None:
-                if assigned and schedule not in self._used_schedules(but=group):
-                    for (other, _), table in self._tables.items():
-                        if other == schedule:
-                            table.restore({})  # an equal one, whose decay may have begun, was assigned before
-                self._show_rate(group, name, schedule)
-
-    def _show_rate(self, group: ParamGroup, name: str, schedule: Schedule) -> None:
-        """Let a group show the rate of the next update, where no update has shown one yet."""
-        output = group.outputs[name]
-        rows = self._table(schedule, output.device).rows
-        now = reference.evaluate(rows, self._state_on(output.device).completed)
-        output.copy_(now * group["lr_scale"] if name == "lr" else now)
-
-    # Device memory: made once for each device, and followed when the parameters move.
-
-    def _devices(self) -> list[torch.device]:
-        params = [param for group in self.param_groups for param in group["params"]]
-        return list(dict.fromkeys(param.device for param in params)) or [torch.device("cpu")]
-
-    def _state_on(self, device: torch.device) -> StepState:
-        if device not in self._states:
-            state = StepState(device, self._skip_nonfinite)
-            for other in self._states.values():
-                state.completed.copy_(other.completed)
-                state.skipped.copy_(other.skipped)
-                break
-            self._states[device] = state
-        return self._states[device]
-
-    def _table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
-        if (schedule, device) not in self._tables:
-            table = ScheduleTable(schedule, device)
-            for (other, _), source in self._tables.items():
-                if other == schedule:
-                    table.rows.copy_(source.rows)
-                    break
-            self._tables[schedule, device] = table
-        return self._tables[schedule, device]
-
-    def _named_parameters(self) -> Iterator[tuple[int, Tensor, str]]:
-        """(index of the group, parameter, its name in an error)."""
-        for index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
-            for i, param in enumerate(group["params"]):
-                yield index, param, f"parameter {names[i] if names else i} of group {index}"
-
-    @property
-    def _measures_norm(self) -> bool:
-        return self._skip_nonfinite or any(group["max_grad_norm"] is not None for group in self.param_groups)
 
     # What torch.optim.Optimizer has.
 

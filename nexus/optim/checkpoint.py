@@ -123,7 +123,9 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     completed = _completed(pairs, states)
     for device in optimizer._devices():
         optimizer._state_on(device).completed.fill_(completed)
-    optimizer._plan = optimizer._runner = None
+    optimizer._plan = None
+    if optimizer._runner is not None:
+        optimizer._runner.forget()  # not dropped: graphs that have captured a step read its tables
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 

@@ -71,14 +71,18 @@ class _DeviceRates:
             self.counter.fill_(step)
         self.counted = step
 
+    def take_scales(self, scales: list[float]) -> None:
+        """Let the next `show`, also one in a captured graph, multiply by these."""
+        if scales != self._seen_scales:
+            self.scales.copy_(torch.tensor(scales, dtype=torch.float64))
+            self._seen_scales = scales
+
     def show(self, scales: list[float]) -> None:
         """Write every group's rate at the counter."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.views):  # one was added
             self._make_views(*self._shared.get(self.optimizer, (None, ())))
-        if scales != self._seen_scales:
-            self.scales.copy_(torch.tensor(scales, dtype=torch.float64))
-            self._seen_scales = scales
+        self.take_scales(scales)
         torch.mul(self.scales, self.optimizer.evaluator.evaluate(self.table.rows, self.counter), out=self.rates)
         for group, view in zip(groups, self.views, strict=True):
             if group["lr"] is not view:  # another number was put there
@@ -133,6 +137,19 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
                 group["lr"].fill_(rate)
             else:
                 group["lr"] = rate
+
+    def before_replay(self) -> None:
+        """Let a graph that has captured `step()` see the groups' `"lr_scale"`."""
+        if self._device_rates is not None:
+            self._device_rates.take_scales(self._scales())
+
+    def after_replay(self, steps: int) -> None:
+        """Follow a graph that has captured `steps` calls of `step()`: the device has advanced by itself."""
+        self.last_epoch += steps
+        self._step_count += steps
+        if self._device_rates is not None:
+            self._device_rates.counted += steps
+        self._last_lr = self.get_lr()
 
     def _scales(self) -> list[float]:
         given = [group.get("lr_scale", 1.0) for group in self.optimizer.param_groups]

@@ -1,0 +1,120 @@
+"""One graph of a train step, and what has to be right around each of its replays."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from operator import is_
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from nexus.arguments import shown
+from nexus.optim import FusedAdamW
+from nexus.training.gradients import Gradients
+from nexus.training.graph_device import Graph
+from nexus.training.safety import named_parameters
+from nexus.training.schedulers import ScheduleScheduler
+from nexus.training.signature import Outputs
+
+
+class CapturedGraph:
+    """A graph with its inputs, outputs and gradients.
+
+    Args:
+        graph: that was captured.
+        optimizer: whose step is in it.
+        inputs: where the graph finds its inputs.
+        outputs: where it leaves its outputs.
+        gradients: what it does with gradients.
+        advances: schedulers that it steps, and how often at each replay.
+    """
+
+    def __init__(
+        self,
+        graph: Graph,
+        optimizer: Optimizer,
+        inputs: list[Tensor],
+        outputs: Outputs,
+        gradients: Gradients,
+        advances: dict[ScheduleScheduler[Any], int],
+    ) -> None:
+        self._graph = graph
+        self._optimizer = optimizer
+        self._inputs = inputs
+        self._outputs = outputs
+        self._gradients = gradients
+        self._advances = advances
+        self._named = named_parameters(optimizer)
+        self._params = [param for _, param in self._named]
+        self._addresses = [param.data_ptr() for _, param in self._named]
+        self._options = list(_options(optimizer))
+        self._tables = optimizer._runner if isinstance(optimizer, FusedAdamW) else None  # which the graph reads
+
+    def check_unchanged(self) -> None:
+        """See that what the graph points to is there, and let it know what has changed.
+
+        Raises:
+            RuntimeError: parameters were added, taken away or moved, or an option was changed that is a number in
+                the graph.
+        """
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        if len(params) != len(self._named):
+            raise RuntimeError(
+                f"the optimizer has {len(params)} parameters, and had {len(self._named)} when its step was captured: "
+                "call reset() on the captured step, and the next call captures anew"
+            )
+        if [param.data_ptr() for param in params] != self._addresses or not all(map(is_, params, self._params)):
+            for (name, known), param, address in zip(self._named, params, self._addresses, strict=True):
+                if param is known and param.data_ptr() == address:
+                    continue
+                raise RuntimeError(
+                    f"{name} is not where it was when the step was captured: write to it in place, or call "
+                    "reset() on the captured step, and the next call captures anew"
+                )
+        options = list(_options(self._optimizer))
+        if len(options) == len(self._options) and all(
+            now[2] is then[2] for now, then in zip(options, self._options, strict=True)
+        ):
+            return
+        if isinstance(self._optimizer, FusedAdamW):
+            _refuse_changes(self._options, options, ("amsgrad",))
+            self._optimizer.sync_hyperparameters()
+        else:
+            _refuse_changes(self._options, options)
+        self._options = options
+
+    def replay(self, inputs: list[Tensor]) -> Outputs:
+        """Run the step once, on these inputs. Enqueues work; reads nothing back."""
+        for scheduler in self._advances:
+            scheduler.before_replay()
+        for static, given in zip(self._inputs, inputs, strict=True):
+            static.copy_(given, non_blocking=True)
+        self._gradients.fetch()
+        self._graph.replay()
+        self._gradients.leave()
+        for scheduler, steps in self._advances.items():
+            scheduler.after_replay(steps)
+        return self._outputs
+
+
+def _options(optimizer: Optimizer) -> Iterator[tuple[int, str, Any]]:
+    for index, group in enumerate(optimizer.param_groups):
+        for key, value in group.items():
+            if key not in ("params", "param_names", "initial_lr"):
+                yield index, key, value
+
+
+def _refuse_changes(
+    then: list[tuple[int, str, Any]], now: list[tuple[int, str, Any]], only: tuple[str, ...] | None = None
+) -> None:
+    before = {(index, key): value for index, key, value in then}
+    for index, key, value in now:
+        old = before.get((index, key))
+        if only is not None and key not in only:
+            continue
+        if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old):
+            raise RuntimeError(
+                f"group {index}'s {key!r} was changed from {shown(old)} to {shown(value)}, and the graph holds what "
+                "it was: call reset() on the captured step, and the next call captures anew"
+            )

@@ -1,0 +1,370 @@
+"""Training loops for the tests of capture: each is run once as it is and once captured, and has to end the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD
+from nexus.training import capture_train_step
+from nexus.training.schedulers import WSDScheduler
+
+SCHEDULE = WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2)
+STEPS = 14
+
+
+class World:
+    """A model, an optimizer and data. `captured` says whether `self.step` captures.
+
+    Args:
+        backend: of the optimizer.
+        options: for the optimizer.
+    """
+
+    def __init__(self, backend: str, captured: bool, device: str = "cpu", **options: Any) -> None:
+        torch.manual_seed(0)
+        self.device = device
+        self.captured = captured
+        with torch.device(device):
+            self.model = torch.nn.Sequential(
+                torch.nn.Linear(4, 8), torch.nn.BatchNorm1d(8), torch.nn.Dropout(0.3), torch.nn.Linear(8, 1)
+            )
+        options = {"lr": SCHEDULE, "max_grad_norm": 0.5, **options}
+        self.optimizer: torch.optim.Optimizer = FusedAdamW(self.model.parameters(), backend=backend, **options)
+        self.extra: list[Any] = []  # tensors, and functions that give one
+
+    def step(self, function: Callable[..., Any], **options: Any) -> Callable[..., Any]:
+        return capture_train_step(function, self.optimizer, **options) if self.captured else function
+
+    def batch(self, index: int, size: int = 6) -> tuple[Tensor, Tensor]:
+        generator = torch.Generator().manual_seed(index)
+        x = torch.randn(size, 4, generator=generator)
+        return x, x.sum(1, keepdim=True)
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        return (self.model(x.to(self.device)) - y.to(self.device)).square().mean()
+
+    def state(self) -> list[Tensor]:
+        """Copies of all that a step changes."""
+        found = list(self.model.state_dict().values())
+        for param in self.model.parameters():
+            found += [value for value in self.optimizer.state.get(param, {}).values() if isinstance(value, Tensor)]
+        for group in self.optimizer.param_groups:
+            found.append(torch.as_tensor(group["lr"]))
+        found += [value() if callable(value) else torch.as_tensor(value) for value in self.extra]
+        if isinstance(self.optimizer, FusedAdamW):
+            found.append(self.optimizer.skipped_steps)
+        if self.device != "cpu":
+            found.append(torch.cuda.get_rng_state(self.device))
+        return [tensor.detach().cpu().clone() for tensor in found] + [torch.get_rng_state()]
+
+    def gradients(self) -> list[Tensor | None]:
+        return [None if p.grad is None else p.grad.detach().cpu().clone() for p in self.model.parameters()]
+
+
+Loop = Callable[[World], list[Tensor]]
+LOOPS: dict[str, Loop] = {}
+
+
+def loop(function: Loop) -> Loop:
+    LOOPS[function.__name__] = function
+    return function
+
+
+def plain_step(world: World) -> Callable[..., Tensor]:
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        world.optimizer.zero_grad()
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        return loss
+
+    return train_step
+
+
+def train(world: World, step: Callable[..., Tensor], steps: int = STEPS, first: int = 0) -> list[Tensor]:
+    return [step(*world.batch(first + index)).detach().cpu().clone() for index in range(steps)]
+
+
+@loop
+def cleared_at_the_start(world: World) -> list[Tensor]:
+    return train(world, world.step(plain_step(world)))
+
+
+@loop
+def cleared_at_the_start_in_place(world: World) -> list[Tensor]:
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        world.optimizer.zero_grad(set_to_none=False)
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        return loss
+
+    return train(world, world.step(train_step))
+
+
+@loop
+def cleared_at_the_end(world: World) -> list[Tensor]:
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        world.optimizer.zero_grad()
+        return loss
+
+    return train(world, world.step(train_step))
+
+
+@loop
+def cleared_outside(world: World) -> list[Tensor]:
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        return loss
+
+    losses, step = [], world.step(train_step)
+    for index in range(STEPS):
+        if index % 3 == 1:
+            world.optimizer.zero_grad()
+        elif index % 3 == 2:  # with other gradients there
+            for param in world.model.parameters():
+                param.grad = torch.full_like(param, 0.01 * index)
+        losses.append(step(*world.batch(index)).detach().clone())
+    return losses
+
+
+@loop
+def never_cleared(world: World) -> list[Tensor]:
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        return loss
+
+    for param in world.model.parameters():  # left from before
+        param.grad = torch.full_like(param, 0.5)
+    return train(world, world.step(train_step))
+
+
+@loop
+def accumulated(world: World) -> list[Tensor]:
+    def accumulate(x: Tensor, y: Tensor) -> Tensor:
+        loss = world.loss(x, y)
+        loss.backward()
+        return loss
+
+    def update(x: Tensor, y: Tensor) -> Tensor:
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        world.optimizer.zero_grad(set_to_none=False)
+        return loss
+
+    losses, steps = [], (world.step(accumulate), world.step(accumulate), world.step(update))
+    for index in range(STEPS):
+        losses.append(steps[index % 3](*world.batch(index)).detach().clone())
+    return losses
+
+
+@loop
+def other_shapes_in_turns(world: World) -> list[Tensor]:
+    step = world.step(plain_step(world))
+    losses = []
+    for index in range(STEPS):
+        losses.append(step(*world.batch(index, size=5 + index % 3)).detach().clone())
+        losses += [grad for grad in world.gradients() if grad is not None]
+    return losses
+
+
+@loop
+def trees(world: World) -> list[Tensor]:
+    def train_step(batch: dict[str, Any], *, weight: float) -> dict[str, Any]:
+        world.optimizer.zero_grad()
+        (x, y), scale = batch["pair"], batch["scale"]
+        loss = world.loss(x * scale.to(x.device), y) * weight
+        loss.backward()
+        world.optimizer.step()
+        return {"loss": loss, "parts": (loss * 2, [loss * 3])}
+
+    losses, step = [], world.step(train_step)
+    for index in range(STEPS):
+        batch = {"pair": list(world.batch(index)), "scale": torch.tensor(1.0 + index)}
+        result = step(batch, weight=1.0 if index % 4 else 0.5)
+        losses += [tensor.detach().clone() for tensor in (result["loss"], result["parts"][0], result["parts"][1][0])]
+    return losses
+
+
+@loop
+def autocast_inside(world: World) -> list[Tensor]:
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        world.optimizer.zero_grad()
+        with torch.autocast(world.device, torch.bfloat16):
+            loss = world.loss(x, y) + world.loss(x, y)  # the weights are cast once for both
+        loss.backward()
+        world.optimizer.step()
+        return loss
+
+    return train(world, world.step(train_step))
+
+
+@loop
+def autocast_outside(world: World) -> list[Tensor]:
+    step = world.step(plain_step(world))
+    losses = []
+    for index in range(STEPS):
+        with torch.autocast(world.device, torch.bfloat16, enabled=index % 4 != 3):
+            losses.append(step(*world.batch(index)).detach().clone())
+    return losses
+
+
+@loop
+def scaled(world: World) -> list[Tensor]:
+    scaler = torch.amp.GradScaler(world.device, init_scale=4.0, growth_interval=3)
+    world.extra = [lambda: scaler._scale, lambda: scaler._growth_tracker]
+
+    def train_step(x: Tensor, y: Tensor, spike: Tensor) -> Tensor:
+        world.optimizer.zero_grad()
+        loss = world.loss(x, y)
+        scaler.scale(loss * spike.to(loss.device)).backward()
+        scaler.step(world.optimizer)
+        scaler.update()
+        return loss
+
+    losses, step = [], world.step(train_step)
+    for index in range(STEPS):
+        spike = torch.tensor(float("inf") if index == 5 else 1.0)
+        losses.append(step(*world.batch(index), spike).detach().clone())
+    return losses
+
+
+@loop
+def averaged_weights(world: World) -> list[Tensor]:
+    averages = [param.detach().clone() for param in world.model.parameters()]
+    calls = torch.zeros((), dtype=torch.int64, device=world.device)
+    world.extra = [*averages, calls]
+    inner = plain_step(world)
+
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        loss = inner(x, y)
+        with torch.no_grad():
+            torch._foreach_lerp_(averages, list(world.model.parameters()), 0.1)
+            calls.add_(1)
+            world.model[0].weight.clamp_(-0.4, 0.4)  # after the kernels have written it
+        return loss
+
+    return train(world, world.step(train_step))
+
+
+@loop
+def checkpointed(world: World) -> list[Tensor]:
+    """Saved and loaded in place between replays."""
+    step = world.step(plain_step(world))
+    losses = train(world, step, 5)
+    saved = {"model": world.model.state_dict(), "optimizer": world.optimizer.state_dict()}
+    saved["model"] = {name: value.clone() for name, value in saved["model"].items()}
+    saved["optimizer"]["state"] = {
+        key: {name: value.clone() for name, value in state.items()}
+        for key, state in saved["optimizer"]["state"].items()
+    }
+    losses += train(world, step, 1, first=5)
+    world.optimizer.param_groups[0].update(weight_decay=0.5, max_grad_norm=0.1)
+    losses += train(world, step, 2, first=6)
+    world.model.load_state_dict(saved["model"])
+    world.optimizer.load_state_dict(saved["optimizer"])
+    return losses + train(world, step, 6, first=5)
+
+
+@loop
+def edited(world: World) -> list[Tensor]:
+    """Hyperparameters and schedule are changed between replays."""
+    step, group = world.step(plain_step(world)), world.optimizer.param_groups[0]
+    losses = train(world, step, 4)
+    group["weight_decay"] = 0.5
+    losses += train(world, step, 2, first=4)
+    group["max_grad_norm"] = 0.05
+    losses += train(world, step, 2, first=6)
+    group["betas"], group["lr_scale"] = (0.5, 0.9), 0.5
+    losses += train(world, step, 2, first=8)
+    world.optimizer.extend_stable(2)
+    losses += train(world, step, 1, first=10)
+    world.optimizer.begin_decay()
+    return losses + train(world, step, 3, first=11)
+
+
+def _scheduled(world: World, inside: bool) -> list[Tensor]:
+    world.optimizer = FusedAdamW(world.model.parameters(), backend=world.optimizer.backend, max_grad_norm=0.5)
+    scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
+    inner = plain_step(world)
+
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        loss = inner(x, y)
+        if inside:
+            scheduler.step()
+        return loss
+
+    world.extra = [scheduler._device_rates.counter]
+    losses, step = [], world.step(train_step)
+    for index in range(STEPS):
+        if index == 6:
+            scheduler.extend_stable(2)
+        if index == 9:
+            world.optimizer.param_groups[0]["lr_scale"] = 0.5
+        losses.append(step(*world.batch(index)).detach().clone())
+        if not inside:
+            scheduler.step()
+        losses.append(torch.tensor([*scheduler.get_last_lr(), scheduler.last_epoch], dtype=torch.float64))
+        assert torch.equal(losses[-1][:1].to(world.device), world.optimizer.param_groups[0]["lr"].reshape(1))
+        assert scheduler._step_count == index + 2
+    return losses
+
+
+@loop
+def scheduler_inside(world: World) -> list[Tensor]:
+    return _scheduled(world, inside=True)
+
+
+@loop
+def scheduler_outside(world: World) -> list[Tensor]:
+    return _scheduled(world, inside=False)
+
+
+@loop
+def compiled(world: World) -> list[Tensor]:
+    torch._dynamo.reset()
+    world.model = torch.compile(world.model, backend="aot_eager")
+    losses = train(world, world.step(plain_step(world)), 6)
+    world.model = world.model._orig_mod
+    return losses
+
+
+@loop
+def torchs_own(world: World) -> list[Tensor]:
+    """Its state is made in the first step."""
+    lr = torch.tensor(1e-2, device=world.device)
+    world.optimizer = torch.optim.AdamW(world.model.parameters(), lr=lr, fused=True, capturable=True)
+    world.optimizer._warned_capturable_if_run_uncaptured = True  # the plain loop means it
+    scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(world.optimizer, 10)
+    losses, step = [], world.step(plain_step(world))
+    for index in range(STEPS):
+        losses += train(world, step, 1, first=index)
+        scheduler.step()
+    return losses
+
+
+@loop
+def skipped(world: World) -> list[Tensor]:
+    world.optimizer = FusedAdamW(
+        world.model.parameters(), lr=SCHEDULE, backend=world.optimizer.backend, skip_nonfinite=True
+    )
+    history = world.optimizer.history(capacity=100)
+    step, losses = world.step(plain_step(world)), []
+    for index in range(STEPS):
+        x, y = world.batch(index)
+        step(x, y * (float("nan") if index in (0, 4) else 1.0))
+    rows = history.read()
+    return [*losses, rows.step, rows.lr, rows.skipped, rows.grad_norm.nan_to_num(-1.0)]

@@ -1,0 +1,146 @@
+"""CUDA graphs without a GPU: a double of `nexus.training.graph_device` that records a step and can run it again.
+
+What a step does is recorded operation by operation, with the tensors it does it to. A replay repeats these
+operations on these tensors, and nothing else: a number from the host is what it was, and Python does not run.
+`FusedAdamW(backend="cuda on cpu")` launches its kernels, which are captured by their own shim.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from cuda_on_cpu import Backend, Runner, extension, shim
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class Graph:
+    def __init__(self, events: list[str]) -> None:
+        self.work: list[Callable[[], Any]] = []
+        self._events = events
+
+    def replay(self) -> None:
+        self._events.append("replay")
+        with torch.no_grad():
+            for work in self.work:
+                work()
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+
+
+class _Recorder(TorchDispatchMode):
+    """Records operations. They run, for their results' shapes; what they overwrite is brought back at the end."""
+
+    def __init__(self, graph: Graph) -> None:
+        super().__init__()
+        self.graph = graph
+        self.overwritten: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def keep(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        block = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self.overwritten.setdefault(storage._cdata, (block, block.clone()))
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        for tensor in _tensors((args, kwargs)):  # more than is needed
+            self.keep(tensor)
+        result = func(*args, **kwargs)
+        given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
+        made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in given]
+        args, kwargs = _without_graph(args), _without_graph(kwargs)
+
+        def work() -> None:
+            again = func(*args, **kwargs)
+            for tensor, value in zip(_tensors(result), _tensors(again), strict=True):
+                if any(tensor is one for one in made):
+                    tensor.copy_(value)
+
+        self.graph.work.append(work)
+        return result
+
+    def restore(self) -> None:
+        for block, value in self.overwritten.values():
+            block.copy_(value)
+
+
+def _without_graph(tree: Any) -> Any:
+    from torch.utils._pytree import tree_map_only
+
+    return tree_map_only(Tensor, lambda tensor: tensor.detach(), tree)
+
+
+class Graphs:
+    """See `nexus.training.graph_device.GraphDevice`. `events` tells what was done, in which order."""
+
+    def __init__(self) -> None:
+        self.device = torch.device("cpu")
+        self.events: list[str] = []
+        self.fail: BaseException | None = None
+
+    @contextlib.contextmanager
+    def side_stream(self) -> Iterator[None]:
+        self.events.append("side stream")
+        yield
+        self.events.append("main stream")
+
+    def capture(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
+        self.events.append("capture")
+        graph = Graph(self.events)
+        recorder = _Recorder(graph)
+        random_state = torch.get_rng_state()
+        try:
+            with recorder, _kernels_captured(graph):
+                result = run()
+            if self.fail is not None:
+                raise self.fail
+        finally:
+            recorder.restore()
+            torch.set_rng_state(random_state)
+        return graph, result
+
+    def random_state(self) -> Tensor:
+        self.events.append("random state")
+        return torch.get_rng_state()
+
+    def set_random_state(self, state: Tensor) -> None:
+        self.events.append("set random state")
+        torch.set_rng_state(state)
+
+
+@contextlib.contextmanager
+def _kernels_captured(graph: Graph) -> Iterator[None]:
+    """Let kernels that are launched on the shim's devices go into a graph of the shim."""
+    run, evaluate = Runner._run, Backend.evaluate
+
+    def captured_run(self: Runner, *args: Any) -> None:
+        self.stream = shim().stream()
+        try:
+            with shim().capture(self.stream) as kernels:
+                run(self, *args)
+        finally:
+            self.stream = 0
+        graph.work.append(kernels.replay)
+
+    def captured_evaluate(self: Backend, table: Tensor, steps: Tensor) -> Tensor:
+        out = torch.empty(steps.shape, dtype=torch.float64)
+        count = steps.numel()
+
+        def work() -> None:
+            extension().cuda_evaluate(0, table.data_ptr(), table.shape[0], steps.data_ptr(), count, out.data_ptr(), 0)
+
+        work()
+        graph.work.append(work)
+        return out
+
+    Runner._run, Backend.evaluate = captured_run, captured_evaluate
+    try:
+        yield
+    finally:
+        Runner._run, Backend.evaluate = run, evaluate

@@ -1,0 +1,182 @@
+"""Train steps in real CUDA graphs: what only a GPU can show."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from capture_worlds import LOOPS, World, plain_step, train
+from references import same_bits
+from torch import Tensor
+
+from nexus.backends import cuda, triton
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, CosineRestarts
+from nexus.training import capture_train_step
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+
+DEVICE = "cuda:0"
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    reason = {"cuda": cuda, "triton": triton}[request.param].unavailable()
+    if reason is not None:
+        pytest.skip(reason)
+    return request.param
+
+
+@pytest.fixture
+def sync_debug_mode() -> Iterator[Callable[[str], None]]:
+    yield torch.cuda.set_sync_debug_mode
+    torch.cuda.set_sync_debug_mode("default")
+
+
+class GpuWorld(World):
+    """On the GPU, whose generator starts anew."""
+
+    def __init__(self, backend: str, captured: bool, **options: Any) -> None:
+        torch.cuda.manual_seed_all(0)
+        super().__init__(backend, captured, device="cuda", **options)
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_captured_steps_equal_plain_ones(name: str, backend: str) -> None:
+    plain = GpuWorld(backend, captured=False)
+    expected = LOOPS[name](plain)
+    end, gradients = plain.state(), plain.gradients()
+    captured = GpuWorld(backend, captured=True)
+    assert same_bits(LOOPS[name](captured), expected)
+    assert same_bits(captured.state(), end)
+    for now, then in zip(captured.gradients(), gradients, strict=True):
+        assert (now is None and then is None) or torch.equal(now, then)
+
+
+def captured_loop(backend: str, lr: Any, **options: Any) -> tuple[Any, FusedAdamW, Tensor]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(16, 32), torch.nn.GELU(), torch.nn.Linear(32, 1)).to(DEVICE)
+    optimizer = FusedAdamW(model.parameters(), lr=lr, backend=backend, **options)
+
+    def train_step(x: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = (model(x) - x.sum(1, keepdim=True)).square().mean()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    return capture_train_step(train_step, optimizer), optimizer, torch.randn(8, 16, device=DEVICE)
+
+
+@pytest.mark.parametrize(
+    "schedule", [WSD(1000, 5000, 3000, 1e-3, 1e-5, "cosine"), CosineRestarts(1e-3, 1e-6, 500, 1.5, 100)]
+)
+def test_ten_thousand_replays_have_the_rates_of_the_oracle(backend: str, schedule: Any) -> None:
+    step, optimizer, x = captured_loop(backend, schedule)
+    history = optimizer.history(capacity=10_000)
+    for _ in range(10_000):
+        step(x)
+    rows = history.read()
+    assert rows.step.tolist() == list(range(10_000))
+    expected = torch.tensor(schedule.values(0, 10_000), dtype=torch.float64)
+    assert torch.equal(rows.lr[:, 0].float(), expected.float())
+
+
+@pytest.mark.parametrize("source", ["cpu", "pinned", "device"])
+def test_a_replay_waits_for_nothing_and_copies_nothing_but_inputs(
+    source: str, backend: str, sync_debug_mode: Callable[[str], None]
+) -> None:
+    step, _, x = captured_loop(backend, WSD(3, 4, 5, 1e-2), max_grad_norm=1.0, skip_nonfinite=True)
+    given = {"cpu": x.cpu(), "pinned": x.cpu().pin_memory(), "device": x}[source]
+    for _ in range(3):
+        step(given)
+    torch.cuda.synchronize()
+    sync_debug_mode("error")
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for _ in range(10):
+            step(given)
+        sync_debug_mode("default")
+    names = [event.name for event in profile.events()]
+    assert sum("HtoD" in name for name in names) == (0 if source == "device" else 10)
+    assert not any("DtoH" in name for name in names)
+    assert sum(name == "cudaGraphLaunch" for name in names) == 10
+    # The profiler itself waits for the device once or twice at its end.
+    assert sum("Synchronize" in name for name in names) <= 2
+
+
+def test_a_number_of_the_host_is_refused(backend: str) -> None:
+    model = torch.nn.Linear(3, 1, device=DEVICE)
+    optimizer = FusedAdamW(model.parameters(), backend=backend)
+    factors = torch.ones(3)
+    steps: list[tuple[Callable[[Tensor], Tensor], str]] = [
+        (lambda loss: loss * loss.item(), "makes the host wait"),
+        (lambda loss: loss * torch.tensor([1.0], device=DEVICE), "from numbers of the host"),
+        (lambda loss: loss * factors.to(DEVICE).sum(), "on cpu, and the graph is on cuda:0"),
+        (lambda loss: loss.cpu(), "on cpu, and the graph is on cuda:0"),
+    ]
+    for change, match in steps:
+
+        def train_step(x: Tensor, change: Callable[[Tensor], Tensor] = change) -> Tensor:
+            optimizer.zero_grad()
+            loss = change(model(x).sum())
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        before = [param.detach().clone() for param in model.parameters()]
+        with pytest.raises(RuntimeError, match=match):
+            capture_train_step(train_step, optimizer)(torch.ones(2, 3))
+        assert all(torch.equal(a, b) for a, b in zip(model.parameters(), before, strict=True))
+        assert not optimizer.state
+
+
+def test_after_a_capture_that_cuda_has_ended(backend: str) -> None:
+    """Everything goes on as if it had not been tried: random numbers, allocations, other captures."""
+
+    def run(disturbed: bool) -> tuple[list[Tensor], list[Tensor]]:
+        world = GpuWorld(backend, captured=True)
+        inner = plain_step(world)
+        if disturbed:
+
+            def train_step(x: Tensor, y: Tensor) -> Tensor:
+                loss = inner(x, y)
+                torch.cuda.synchronize()  # which the inspection does not see
+                return loss
+
+            with pytest.raises(RuntimeError):
+                world.step(train_step)(*world.batch(0))
+        losses = train(world, inner, 3)
+        return losses + train(world, world.step(inner), 3, first=3), world.state()
+
+    for undisturbed, disturbed in zip(run(False), run(True), strict=True):
+        assert same_bits(undisturbed, disturbed)
+
+
+def test_a_compiled_model(backend: str) -> None:
+    """By Inductor, whose kernels torch does not see write."""
+
+    def run(captured: bool) -> list[Tensor]:
+        torch._dynamo.reset()
+        world = GpuWorld(backend, captured)
+        world.model = torch.compile(world.model)
+        losses = train(world, world.step(plain_step(world)))
+        world.model = world.model._orig_mod
+        return [*losses, *world.state()]
+
+    assert same_bits(run(False), run(True))
+
+
+def test_graphs_give_their_memory_back(backend: str) -> None:
+    world = GpuWorld(backend, captured=True)
+    step = world.step(plain_step(world), max_graphs=2)
+    reserved = []
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="inputs of more than max_graphs=2 kinds")
+        for size in range(3, 23):
+            step(*world.batch(0, size * 1000))
+            reserved.append(torch.cuda.memory_reserved())
+    assert max(reserved[10:]) <= 2 * max(reserved[2:10])

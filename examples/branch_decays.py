@@ -1,8 +1,8 @@
 """Several decays from one checkpoint of the stable phase of a WSD run.
 
 A warmup-stable-decay run need not know its length: the stable phase is saved once, and a decay of any length is
-branched off it. What to see: each decay ends far below the loss of the stable phase, longer ones lower; and none of
-them had to train the stable phase again. The last line is what one run from scratch costs and reaches.
+branched off it. What to see: each decay ends below the loss of the stable phase, longer ones lower, and none of them
+trains the stable phase again.
 """
 
 import tempfile

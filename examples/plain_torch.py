@@ -9,7 +9,7 @@ import torch
 device = "cuda" if torch.cuda.is_available() else "cpu"
 torch.manual_seed(0)
 model = torch.nn.Sequential(torch.nn.Linear(8, 64), torch.nn.GELU(), torch.nn.Linear(64, 1)).to(device)
-optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.1)
+optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.01)
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: min(1.0, step / 20, (300 - step) / 100))
 
 
@@ -25,7 +25,7 @@ def train_step(x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
 
 losses = []
 for step in range(300):
-    x = torch.randn(64, 8)
+    x = torch.randn(256, 8)
     loss = train_step(x.to(device), x.sin().sum(1, keepdim=True).to(device))
     if step % 50 == 49:
         losses.append(loss.item())

@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("matplotlib")
 from nexus.__main__ import main
-from nexus.demo import checkpoint, corpus, picture, session
+from nexus.demo import checkpoint, corpus, picture, session, train
 from nexus.demo.model import GPT, GPTConfig
 from nexus.demo.run import RunConfig, Size, schedule_for
 from nexus.demo.timing import StepCost
@@ -89,6 +89,8 @@ class TestRun:
         assert demo(tmp_path, "--schedule", schedule, steps=150) == 0
         state = saved(tmp_path)
         assert state["rates"].tolist() == schedule_for(schedule, 150).values(0, 150)
+        assert state["grad_norms"].shape == (150,)
+        assert 0 < state["grad_norms"].min() < state["grad_norms"].max() < 100
         assert 7.5 < state["before"] < 8.5
         assert state["after"] < state["before"] - 2
         assert sorted(path.name for path in tmp_path.iterdir()) == [session.CHECKPOINT, session.PICTURE]
@@ -114,6 +116,29 @@ class TestRun:
         assert demo(tmp_path / "other", "--seed", "1") == 0
         assert not torch.equal(saved(whole)["losses"], saved(tmp_path / "other")["losses"])
 
+    def test_steps_go_through_the_capture_and_norms_through_the_history(
+        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """As a plain loop has them, which reads them at every step."""
+        captured: list[object] = []
+        norms: list[float] = []
+
+        def capture(train_step, optimizer):
+            captured.append(optimizer)
+
+            def step(*batch: torch.Tensor) -> torch.Tensor:
+                loss = train_step(*batch)
+                norms.append(float(optimizer.grad_norm))
+                return loss.detach()
+
+            return step
+
+        monkeypatch.setattr(train, "capture_train_step", capture)
+        assert demo(tmp_path) == 0
+        assert len(captured) == 1
+        assert_same_run(saved(whole), saved(tmp_path))
+        assert torch.tensor(norms).allclose(saved(whole)["grad_norms"].float(), rtol=1e-6)
+
     def test_one_step(self, tmp_path: Path) -> None:
         for schedule in ("wsd", "sgdr", "cosine"):
             assert demo(tmp_path / schedule, "--schedule", schedule, steps=1) == 0
@@ -125,11 +150,11 @@ class TestRun:
         old = (whole / session.CHECKPOINT).read_bytes()
         (tmp_path / session.CHECKPOINT).write_bytes(old)
 
-        def train(self: Training, *_: object) -> None:
+        def interrupted(self: Training, *_: object) -> None:
             assert (tmp_path / session.CHECKPOINT).read_bytes() == old
             raise KeyboardInterrupt  # as the second Ctrl-C
 
-        monkeypatch.setattr(Training, "train", train)
+        monkeypatch.setattr(Training, "train", interrupted)
         assert demo(tmp_path) == 130
         assert (tmp_path / session.CHECKPOINT).read_bytes() == old
 
@@ -323,7 +348,7 @@ class TestCheckpoint:
         self, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
     ) -> None:
         path = tmp_path / session.CHECKPOINT
-        for part in ("model", "optimizer", "losses", "random", "step", "made_by"):
+        for part in ("model", "optimizer", "losses", "grad_norms", "random", "step", "made_by"):
             state = saved(whole)
             del state[part]
             checkpoint.write(path, state)

@@ -136,7 +136,8 @@ def whole(make_gpu, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     codes = dict.fromkeys(gpu.BUDGETS, "") | {
         "environment": writes("environment.json", found),
         "rates": writes("rates.json", {"cuda": {"steps": 10, "unequal": 0}, "triton": {"not run": "no Triton"}}),
-        "benchmark": writes("benchmark.json", {"format": 2, "metadata": {"torch": "2.11.0"}, "rows": [ROW]}),
+        "benchmark": writes("benchmark.json", {"format": 2, "metadata": {"torch": "2.11.0"}, "rows": [ROW]})
+        + f"; Path({str(work / 'benchmark-training.png')!r}).write_text('drawn')",
     }
 
     def fake(real):
@@ -182,6 +183,7 @@ def test_all_pass(whole, capsys) -> None:
         "logs.txt",
         *(p.name for p in whole.results.iterdir()),
     }
+    assert [path.name[10:] for path in whole.results.glob("*.png")] == ["_nvidia-fake-1-training.png"]
     assert (whole.out / "summary.txt").read_text().strip() in out
 
 
@@ -280,9 +282,26 @@ def test_the_small_case_finds_a_kernel_that_does_nothing(make_gpu, monkeypatch: 
 
 def test_targets_name_rows_that_the_benchmark_has(make_gpu) -> None:
     from nexus.bench.cases import CASES, CUDA
+    from nexus.bench.training_cases import PEERS, TRAINING_CASES
 
     for target in make_gpu.gpu_summary.TARGETS:
+        if target.case in TRAINING_CASES:
+            assert CUDA in TRAINING_CASES[target.case].by_default
+            assert target.peer in PEERS[CUDA, target.job]
+            continue
         case = CASES[target.case]
         assert CUDA in case.devices
         assert target.job in case.jobs
-        assert "fused" in case.cuda_peers
+        assert target.peer in case.cuda_peers
+
+
+@pytest.mark.parametrize(("case", "bound"), [("train-gpt", 3), ("train-mlp", 6)])
+def test_targets_of_training(make_gpu, case: str, bound: float) -> None:
+    for ratio, met in ((bound + 0.1, True), (bound - 0.1, False)):
+        row = {"case": case, "job": "training step, captured", "peer": "torch loop", "backend": "cuda"}
+        row["loop"] = {"nexus": {"median": 1.0}, "peer": {"median": ratio}, "ratio": {"median": ratio}}
+        other = {**row, "peer": "torch in a CUDA graph", "loop": None}
+        found = [target for target in make_gpu.gpu_summary.targets([other, row]) if target["met"] is not None]
+        assert [(target["value"], target["bound"], target["met"]) for target in found] == [
+            (ratio, f"at least {bound}", met)
+        ]

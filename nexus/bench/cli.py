@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from nexus.arguments import whole_number
 from nexus.bench.cases import CASES, CPU, CUDA, TRAFFIC, Case
+from nexus.bench.training_cases import TRAINING_CASES, TrainingCase
 
 if TYPE_CHECKING:
     from nexus.bench.report import Results
@@ -29,7 +30,7 @@ class Refusal(Exception):
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of `python -m nexus bench`."""
     add = parser.add_argument
-    names = (*CASES, HOST)
+    names = (*CASES, *TRAINING_CASES, HOST)
     add("--device", choices=(CPU, CUDA), default=CPU, help=f"where the parameters are; default: {CPU}")
     add("--case", choices=names, action="append", help="time this alone (may be given again); default: all")
     add("--quick", action="store_true", help="few repeats: seconds, and rough figures")
@@ -75,8 +76,11 @@ def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> 
         torch.set_num_threads(args.threads)
     results = report.Results(report.metadata(device))
     try:
-        print(table.headline(results.metadata), table.heading(device.kind), sep="\n\n", flush=True)
-        for case in cases:
+        print(table.headline(results.metadata), flush=True)
+        for before, case in zip([None, *cases], cases, strict=False):
+            if type(before) is not type(case):
+                heading = table.training_heading if isinstance(case, TrainingCase) else table.heading
+                print("", heading(device.kind), sep="\n", flush=True)
             _measure(case, args, device, results)
             if out is not None:
                 report.write(out, results)  # the next case may take the process with it
@@ -87,18 +91,28 @@ def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> 
     results.complete = True
     if out is not None:
         print(f"\nRows: {report.write(out, results)}")
-    if picture is not None and any(row.peer != TRAFFIC for row in results.rows):
-        from nexus.bench.picture import draw
-
-        draw(results.rows, results.metadata, picture)
-        print(f"Picture: {picture}")
+    if picture is not None:
+        _draw(results, picture)
     return FAILED if any(left_out.failed for left_out in results.left_out) else 0
 
 
-def _measure(case: Case, args: argparse.Namespace, device: Device, results: Results) -> None:
+def _draw(results: Results, picture: Path) -> None:
+    """The optimizer's steps, and beside it, in a picture of their own, whole training steps."""
+    from nexus.bench.picture import draw
+
+    steps = [row for row in results.rows if row.case in CASES and row.peer != TRAFFIC]
+    training = [row for row in results.rows if row.case in TRAINING_CASES]
+    for rows, path in ((steps, picture), (training, picture.with_stem(f"{picture.stem}-training"))):
+        if rows:
+            draw(rows, results.metadata, path)
+            print(f"Picture: {path}")
+
+
+def _measure(case: Case | TrainingCase, args: argparse.Namespace, device: Device, results: Results) -> None:
     from nexus.bench import table
     from nexus.bench.measure import measure
     from nexus.bench.rows import LeftOut
+    from nexus.bench.training import measure_training
 
     free, need = device.free_bytes(), case.bytes_needed(device.kind)
     if free is not None and free < need:
@@ -106,7 +120,11 @@ def _measure(case: Case, args: argparse.Namespace, device: Device, results: Resu
         results.left_out.append(LeftOut(case.name, "all", "all", reason, failed=False))
         print(f"{case.name}: left out, {reason}", flush=True)
         return
-    for row in measure(case, args.repeats or (case.quick_repeats if args.quick else case.repeats), device):
+    repeats = args.repeats or (case.quick_repeats if args.quick else case.repeats)
+    rows = (
+        measure_training(case, repeats, device) if isinstance(case, TrainingCase) else measure(case, repeats, device)
+    )
+    for row in rows:
         if isinstance(row, LeftOut):
             results.left_out.append(row)
             print(table.left_out_line(row), file=sys.stderr if row.failed else sys.stdout, flush=True)
@@ -137,13 +155,19 @@ def _device(wanted: str) -> Device:
     return cuda.Cuda()
 
 
-def _cases(wanted: list[str] | None, device: str) -> list[Case]:
+def _cases(wanted: list[str] | None, device: str) -> list[Case | TrainingCase]:
     """Those that were asked for, in that order; by default all that this kind of device has."""
     if wanted is None:
-        return [case for case in CASES.values() if device in case.devices]
+        training = [case for case in TRAINING_CASES.values() if device in case.by_default]
+        steps = [case for case in CASES.values() if device in case.devices]
+        # A run on a GPU may be cut short: what says the most comes first.
+        alone = [case for case in steps if device == CUDA and CPU not in case.devices]
+        others = [case for case in steps if case not in alone]
+        return [*alone, *training, *others] if device == CUDA else [*others, *training]
     if HOST in wanted and device != CPU:
         raise Refusal(f"--case {HOST} is about the CPU: add --device {CPU}")
-    cases = [CASES[name] for name in dict.fromkeys(wanted) if name != HOST]
+    every: dict[str, Case | TrainingCase] = {**CASES, **TRAINING_CASES}
+    cases = [every[name] for name in dict.fromkeys(wanted) if name != HOST]
     for case in cases:
         if device not in case.devices:
             raise Refusal(f"--case {case.name} is for {' or '.join(case.devices)}, and this is {device}")

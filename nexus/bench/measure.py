@@ -39,27 +39,28 @@ def measure(case: Case, repeats: int, device: Device = CPU_DEVICE) -> Iterator[R
         for name in case.peers_on(device.kind):
             reason = peers.unavailable(name)
             if reason is None:
-                yield _guarded(partial(_beside_peer, case, job, name, repeats, device, copy), case, job, name)
+                yield guarded(partial(_beside_peer, case, job, name, repeats, device, copy), case.name, job, name)
                 device.settle()
             else:
                 yield LeftOut(case.name, job, name, reason, failed=False)
         if case.memory_bound and job == STEP:
-            yield _guarded(partial(_beside_traffic, case, job, repeats, device, copy), case, job, TRAFFIC)
+            yield guarded(partial(_beside_traffic, case, job, repeats, device, copy), case.name, job, TRAFFIC)
             device.settle()
 
 
-def _guarded(compare: Callable[[], Row], case: Case, job: str, peer: str) -> Row | LeftOut:
+def guarded(compare: Callable[[], Row], case: str, job: str, peer: str) -> Row | LeftOut:
+    """What `compare` measures, or why it does not."""
     try:
         return compare()
     except PeerFailure as error:
-        return LeftOut(case.name, job, peer, str(error), failed=False)
+        return LeftOut(case, job, peer, str(error), failed=False)
     except Disagreement as error:
-        return LeftOut(case.name, job, peer, str(error), failed=True)
+        return LeftOut(case, job, peer, str(error), failed=True)
     except Exception as error:  # of whatever kind: kernels are compiled and run here that nobody may have run before
-        return LeftOut(case.name, job, peer, _described(error), failed=True)
+        return LeftOut(case, job, peer, described(error), failed=True)
 
 
-def _described(error: Exception) -> str:
+def described(error: Exception) -> str:
     """An exception in one line."""
     words = " ".join(str(error).split())
     return f"{type(error).__name__}: {words[:300]}"
@@ -86,7 +87,7 @@ def _peer(case: Case, job: str, name: str, device: Device) -> Contestant:
         theirs.call()
         device.wait()
     except Exception as error:
-        raise PeerFailure(_described(error)) from error
+        raise PeerFailure(described(error)) from error
     return theirs
 
 
@@ -111,13 +112,13 @@ def _with_replays(row: Row, ours: Contestant, theirs: Contestant, repeats: int, 
     try:
         first = _captured(ours, device)
     except Exception as error:
-        return replace(row, remark=f"nexus was not captured: {_described(error)}")
+        return replace(row, remark=f"nexus was not captured: {described(error)}")
     if first is None:
         return row
     try:
         second = _captured(theirs, device)
     except Exception as error:
-        second, row = None, replace(row, remark=f"the peer was not captured: {_described(error)}")
+        second, row = None, replace(row, remark=f"the peer was not captured: {described(error)}")
     pairs = _timed(first, second or _nothing, repeats, device)
     device_times = Comparison.of([(a.us, b.us) for a, b in pairs])
     host_times = Comparison.of([(a.host_us, b.host_us) for a, b in pairs])

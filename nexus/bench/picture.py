@@ -14,6 +14,7 @@ from matplotlib.ticker import NullLocator
 from nexus.bench.cases import APEX, CAPTURABLE, CUDA, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
 from nexus.bench.rows import Comparison, Row, Spread
 from nexus.bench.table import conditions
+from nexus.bench.training_cases import NEXUS_EAGER, TORCH_FUSED_LOOP, TORCH_GRAPH, TORCH_LOOP, TRAINING_CASES
 
 COLORS = {
     FUSED: "#2563a8",
@@ -24,8 +25,16 @@ COLORS = {
     TORCHAO: "#d9b36c",
     APEX: "#6a9f58",
     NEXUS_TRITON: "#9b8ec4",
+    TORCH_LOOP: "#2563a8",
+    TORCH_FUSED_LOOP: "#7fb2dd",
+    TORCH_GRAPH: "#c98a2b",
+    NEXUS_EAGER: "#9b8ec4",
 }
-LABELS = {name: f"torch.optim.AdamW, {name}" for name in (FUSED, CAPTURABLE, FOREACH, FOR_LOOP)}
+LABELS = {
+    **{name: f"torch.optim.AdamW, {name}" for name in (FUSED, CAPTURABLE, FOREACH, FOR_LOOP)},
+    TORCH_LOOP: "torch loop: AdamW, foreach; clip_grad_norm_; LambdaLR",
+    TORCH_FUSED_LOOP: "the same, fused",
+}
 INK = "#3e4c59"
 BAR = 0.8  # of the space between two bars
 
@@ -40,13 +49,7 @@ def draw(rows: list[Row], data: dict[str, Any], path: Path) -> None:
     """
     rows = [row for row in rows if row.peer in COLORS]
     heights, ticks = _places(rows)
-    panels: dict[str, list[Comparison | None]] = {"": [row.time for row in rows]}
-    if any(row.device == CUDA for row in rows):
-        panels = {
-            "time of the device": [row.time for row in rows],
-            "time of the host, step by step": [row.host for row in rows],
-            "time of the host, replaying a graph": [row.replay_host for row in rows],
-        }
+    panels = _panels(rows)
     figure = Figure(figsize=(6 + 4 * len(panels), 1.8 + 0.3 * (heights[-1] + 1)), dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
     for axes, (title, comparisons) in zip(all_axes, panels.items(), strict=True):
@@ -61,6 +64,23 @@ def draw(rows: list[Row], data: dict[str, Any], path: Path) -> None:
         f"How many times as fast is nexus?\n{_conditions(data)}", x=0.01, horizontalalignment="left", color=INK
     )
     _save(figure, path)
+
+
+def _panels(rows: list[Row]) -> dict[str, list[Comparison | None]]:
+    """What is drawn side by side, of each row."""
+    if all(row.device != CUDA for row in rows):
+        return {"": [row.time for row in rows]}
+    if all(row.case in TRAINING_CASES for row in rows):
+        return {
+            "steps a second": [row.loop for row in rows],
+            "time of the device": [row.time for row in rows],
+            "time of the host": [row.host for row in rows],
+        }
+    return {
+        "time of the device": [row.time for row in rows],
+        "time of the host, step by step": [row.host for row in rows],
+        "time of the host, replaying a graph": [row.replay_host for row in rows],
+    }
 
 
 def _draw_bars(axes: Any, rows: list[Row], heights: list[float], ratios: list[Spread | None]) -> None:
@@ -79,7 +99,7 @@ def _draw_bars(axes: Any, rows: list[Row], heights: list[float], ratios: list[Sp
             textcoords="offset points",
             verticalalignment="center",
             color=INK,
-            weight="bold" if row.peer == FUSED else "normal",
+            weight="bold" if row.peer in (FUSED, TORCH_LOOP) else "normal",
         )
     axes.set_xscale("log")
     low = min([0.9, *(ratio.p20 * 0.95 for ratio in drawn)])

@@ -53,12 +53,13 @@ class Row:
     backend: str  # of nexus
     time: Comparison  # on a CPU until the call returns, on a GPU what the device takes
     pairs: int
-    difference: float | None  # of the parameters afterwards, see contestants.difference
-    bytes_moved: int  # that nexus needs to load and store
+    difference: float | None  # of the parameters afterwards, see contestants.difference; in training of the losses
+    bytes_moved: int | None  # that nexus needs to load and store; None: not counted, in training
     # On a GPU alone:
     host: Comparison | None = None  # what the host takes to enqueue a step
     replay: Comparison | None = None  # the device, replaying a CUDA graph of the step
     replay_host: Comparison | None = None  # the host, starting the replay
+    loop: Comparison | None = None  # in training: wall-clock time of a step, of several in a row
     copy_bandwidth: float | None = None  # bytes a second, of a copy on the device just before
     copy_share: Spread | None = None  # nexus's bytes a second / copy_bandwidth
     remark: str = ""

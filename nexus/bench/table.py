@@ -7,6 +7,7 @@ from typing import Any
 from nexus.bench.cases import CUDA, TRAFFIC
 from nexus.bench.host import HostRow
 from nexus.bench.rows import Comparison, LeftOut, Row, Spread
+from nexus.bench.training_cases import TRAINING_CASES
 
 PEER_NAMES = {TRAFFIC: "same traffic alone"}
 
@@ -23,6 +24,8 @@ CUDA_HEADING = "\n".join(
         _CUDA_LINE.format("case", "job", "peer", *["nexus / peer"] * 4, "copy speed", "times as fast [p20, p80]"),
     )
 )
+_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17}  {}"
+_CUDA_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17} {:>19} {:>17}  {}"
 HOST_HEADING = f"{'host time':<60} {'median [p20, p80]'}"
 
 
@@ -31,8 +34,18 @@ def heading(device: str) -> str:
     return CUDA_HEADING if device == CUDA else HEADING
 
 
+def training_heading(device: str) -> str:
+    """Over the rows of whole training steps."""
+    columns = ["steps a second", "µs of the device", "µs of the host"][: 3 if device == CUDA else 1]
+    of = _CUDA_TRAINING_LINE if device == CUDA else _TRAINING_LINE
+    names = ("case", "job", "peer", *["nexus / peer"] * len(columns), "times as fast [p20, p80]")
+    return f"{of.format('', '', '', *columns, '').rstrip()}\n{of.format(*names)}"
+
+
 def line(row: Row) -> str:
     """A row of the table."""
+    if row.case in TRAINING_CASES:
+        return _training_line(row)
     speed = _speed(row)
     if row.device == CUDA:
         times = (_both(part) for part in (row.time, row.host, row.replay, row.replay_host))
@@ -48,6 +61,15 @@ def line(row: Row) -> str:
         _median(row.time.peer),
         speed,
     )
+
+
+def _training_line(row: Row) -> str:
+    whole = row.loop or row.time
+    rates = " / ".join("–" if us is None else figures(1e6 / us.median) for us in (whole.nexus, whole.peer))
+    if row.device == CUDA:
+        times = (_both(row.time), _both(row.host))
+        return _CUDA_TRAINING_LINE.format(row.case, row.job, row.peer, rates, *times, _ratio(whole))
+    return _TRAINING_LINE.format(row.case, row.job, row.peer, rates, _ratio(whole))
 
 
 def left_out_line(left_out: LeftOut) -> str:
@@ -103,11 +125,12 @@ def figures(value: float) -> str:
 
 
 def _speed(row: Row) -> str:
-    ratio = row.time.ratio
-    if ratio is None:
-        return ""
-    text = f"{figures(ratio.median)} [{figures(ratio.p20)}, {figures(ratio.p80)}]"
-    return text + (" of that limit" if row.peer == TRAFFIC else "")
+    return _ratio(row.time) + (" of that limit" if row.peer == TRAFFIC else "")
+
+
+def _ratio(times: Comparison) -> str:
+    ratio = times.ratio
+    return "" if ratio is None else f"{figures(ratio.median)} [{figures(ratio.p20)}, {figures(ratio.p80)}]"
 
 
 def _both(times: Comparison | None) -> str:

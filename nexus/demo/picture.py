@@ -1,4 +1,4 @@
-"""The demo's picture: loss above, rate below, over steps."""
+"""The demo's picture: loss above, gradient norm and rate below, over steps."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from nexus.demo.train import Training
+from nexus.demo.train import MAX_GRAD_NORM, Training
 from nexus.plot import COLORS, CYCLE_COLORS, spans
 
 INK, LOSS, RATE = "#3e4c59", "#2563a8", "#1f2933"
@@ -20,10 +20,11 @@ INK, LOSS, RATE = "#3e4c59", "#2563a8", "#1f2933"
 def draw(training: Training, path: Path) -> None:
     """Draw the run so far to a PNG of 1200 x 900 pixels, which is written whole or not at all."""
     figure = Figure(figsize=(10, 7.5), dpi=120, layout="constrained")
-    above, below = figure.subplots(2, 1, sharex=True, height_ratios=[3, 2])
+    above, middle, below = figure.subplots(3, 1, sharex=True, height_ratios=[10, 3, 7])
     _draw_loss(above, training)
+    _draw_grad_norm(middle, training)
     _draw_rate(below, training)
-    for axes in (above, below):
+    for axes in (above, middle, below):
         axes.grid(alpha=0.25)
         axes.spines[["top", "right"]].set_visible(False)
         axes.set_xlim(0, max(1, training.step))
@@ -85,6 +86,16 @@ def _draw_loss(axes: Axes, training: Training) -> None:
     axes.legend(loc="upper right", edgecolor="none", framealpha=1)
     millions = sum(p.numel() for p in training.model.parameters()) / 1e6
     axes.set_title(f"A GPT of {millions:.2f} million parameters learns {training.corpus.source}", pad=12)
+
+
+def _draw_grad_norm(axes: Axes, training: Training) -> None:
+    norms = training.grad_norms[: training.step].tolist()
+    axes.plot(range(len(norms)), norms, color=LOSS, linewidth=0.8)
+    axes.axhline(MAX_GRAD_NORM, color="#d9534a", linewidth=1, linestyle=(0, (4, 4)), label="max_grad_norm")
+    highest = sorted([MAX_GRAD_NORM, *norms])[-1 - len(norms) // 200]  # a few at the start may be far above the rest
+    axes.set_ylim(0, 1.1 * highest)
+    axes.set_ylabel("gradient norm")
+    axes.legend(loc="upper right", edgecolor="none", framealpha=1)
 
 
 def _draw_rate(axes: Axes, training: Training) -> None:

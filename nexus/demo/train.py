@@ -17,8 +17,10 @@ from nexus.demo.model import GPT
 from nexus.demo.run import RunConfig
 from nexus.optim import FusedAdamW
 from nexus.schedules import Schedule
+from nexus.training import capture_train_step
 
 LOOK_EVERY = 10  # steps
+HISTORY = 10 * LOOK_EVERY  # steps that the device keeps until it is looked at
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.99)  # a short run: the second moment must follow within a hundred steps
 
@@ -53,8 +55,8 @@ def reproducible(config: RunConfig) -> Iterator[None]:
 class Training:
     """A run of the demo at some step: what a checkpoint holds, and how to go on.
 
-    `losses` (nats a byte) and `rates` have one entry an update and stay on the device; `before` and `after`
-    are bits a byte on the held-out text.
+    `losses` (nats a byte, on the device), `rates` and `grad_norms` (as the optimizer's history told them, on the CPU)
+    have one entry an update; `before` and `after` are bits a byte on the held-out text.
     """
 
     def __init__(self, config: RunConfig, corpus: Corpus) -> None:
@@ -63,8 +65,11 @@ class Training:
         self.config, self.corpus = config, corpus
         self.model = GPT(config.size.model).to(device)
         self.optimizer = make_optimizer(self.model, config.schedule)
+        self._history = self.optimizer.history(HISTORY)
+        self._step = capture_train_step(self._train_step, self.optimizer)
         self.losses = torch.zeros(config.steps, device=device)
-        self.rates = torch.zeros(config.steps, dtype=torch.float64, device=device)
+        self.rates = torch.zeros(config.steps, dtype=torch.float64)
+        self.grad_norms = torch.zeros(config.steps, dtype=torch.float64)
         self.step = 0
         self.seconds = 0.0
         self.before: float | None = None
@@ -87,18 +92,28 @@ class Training:
         """
         started, seconds = time.perf_counter(), self.seconds
         while self.step < self.config.steps and not stop():
-            loss = self.model.loss(*self.batch(self.step))
-            loss.backward()  # type: ignore[no-untyped-call]
-            self.optimizer.step()
-            self.optimizer.zero_grad()
-            rate = self.optimizer.param_groups[0]["lr"]  # a tensor: looking at it is what would wait
-            loss = loss.detach()
+            loss = self._step(*self.batch(self.step))  # on CUDA the next step overwrites it
             self.losses[self.step].copy_(loss)
-            self.rates[self.step].copy_(rate)
             self.step += 1
             if self.step % LOOK_EVERY == 0 or self.step == self.config.steps:
-                look(self.step, float(loss), float(rate))
+                self._read_history()
+                look(self.step, float(loss), float(self.rates[self.step - 1]))
+        self._read_history()  # of the steps before `stop`
         self.seconds = seconds + time.perf_counter() - started
+
+    def _train_step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """All of an update; on CUDA, one graph."""
+        self.optimizer.zero_grad()
+        loss = self.model.loss(inputs, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        self.optimizer.step()
+        return loss
+
+    def _read_history(self) -> None:
+        """Note what the optimizer did in the steps since the last time."""
+        rows = self._history.read()
+        self.rates[rows.step] = rows.lr[:, 0]
+        self.grad_norms[rows.step] = rows.grad_norm
 
     @torch.no_grad()
     def held_out_bits(self) -> float:
@@ -125,6 +140,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "losses": self.losses[: self.step].clone(),
             "rates": self.rates[: self.step].clone(),
+            "grad_norms": self.grad_norms[: self.step].clone(),
             "random": torch.get_rng_state(),
         }
         if self.config.device == "cuda":
@@ -139,6 +155,7 @@ class Training:
         self.before, self.after = state["before"], state["after"]
         self.losses[: self.step].copy_(state["losses"])
         self.rates[: self.step].copy_(state["rates"])
+        self.grad_norms[: self.step].copy_(state["grad_norms"])
         torch.set_rng_state(state["random"].cpu())
         if "random_cuda" in state:
             torch.cuda.set_rng_state(state["random_cuda"].cpu())

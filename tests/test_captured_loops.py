@@ -1,0 +1,94 @@
+"""The demo, the benchmark's models and the example in graphs of graphs_on_cpu.py: nothing in them refuses capture."""
+
+from __future__ import annotations
+
+import runpy
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+import torch
+from cuda_on_cpu import NAME, shim
+from graphs_on_cpu import Graphs
+from test_bench_cuda import FakeGpu
+
+from nexus.bench import models, trainees
+from nexus.bench.training_cases import CAPTURED, EAGER, TRAINING_CASES
+from nexus.demo import corpus, train
+from nexus.demo.model import GPTConfig
+from nexus.demo.run import RunConfig, Size, schedule_for
+from nexus.demo.train import Training
+from nexus.optim import FusedAdamW
+from nexus.training import graph_device
+
+pytestmark = pytest.mark.xdist_group("demo")  # one corpus for all
+
+TINY = Size(GPTConfig(layers=1, heads=2, width=8, context=16), 2, held_out_windows=4)
+STEPS = 23
+
+
+@pytest.fixture(autouse=True)
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """Lets steps on the CPU be captured."""
+    shim().reset()
+    double = Graphs()
+    monkeypatch.setattr(graph_device, "graph_device", lambda device: double)
+    yield double
+    shim().reset()
+
+
+def training(text: corpus.Corpus, steps: int = STEPS) -> Training:
+    return Training(RunConfig(steps, schedule_for("wsd", STEPS), 0, TINY, "cpu", 1, ""), text)
+
+
+def same(a: dict[str, object], b: dict[str, object]) -> None:
+    for key in ("losses", "rates", "grad_norms"):
+        assert torch.equal(a[key], b[key]), key
+    for name, value in a["model"].items():
+        assert torch.equal(value, b["model"][name]), name
+
+
+def test_the_demo(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Captured, it has the numbers of an eager run; also where it goes on from a checkpoint and captures anew."""
+    text = corpus.load(torch.device("cpu"))
+    monkeypatch.setattr(train, "FusedAdamW", partial(FusedAdamW, backend=NAME))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "capture_train_step", lambda step, optimizer: lambda *batch: step(*batch).detach())
+        eager = training(text)
+        eager.train(lambda: False, lambda *_: None)
+    assert not graphs.events
+    shown = []
+    first = training(text)
+    first.train(lambda: first.step == 13, lambda *numbers: shown.append(numbers))
+    saved = first.state_dict()
+    assert saved["rates"].tolist() == schedule_for("wsd", STEPS).values(0, 13)
+    second = training(text)
+    second.load_state_dict(saved)
+    second.train(lambda: False, lambda *numbers: shown.append(numbers))
+    assert graphs.events.count("capture") == 2
+    assert graphs.events.count("replay") == STEPS
+    same(eager.state_dict(), second.state_dict())
+    assert [(step, loss) for step, loss, _ in shown] == [(s, float(second.losses[s - 1])) for s in (10, 20, 23)]
+
+
+@pytest.mark.parametrize("case", TRAINING_CASES.values(), ids=lambda case: case.name)
+def test_the_benchmarks_models(case, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trainees, "FusedAdamW", partial(FusedAdamW, backend=NAME))
+    monkeypatch.setattr(models, "MLP_WIDTHS", (20, 12, 10))
+    monkeypatch.setattr(models, "Size", lambda: TINY)
+    monkeypatch.setattr(models, "GPT2Config", partial(models.GPT2Config, 1, 2, 8, 64, 16))
+    monkeypatch.setattr(models, "_token_sizes", lambda case, device: (2, 16, 64))
+    captured, eager = (trainees.nexus(case, job, FakeGpu()) for job in (CAPTURED, EAGER))
+    assert captured.read_losses(8) == eager.read_losses(8)
+    assert graphs.events.count("replay") == 8
+
+
+def test_the_example(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    examples = Path(__file__).resolve().parents[1] / "examples"
+    eager = runpy.run_path(str(examples / "nexus_eager.py"))["losses"]
+    monkeypatch.setattr("nexus.optim.FusedAdamW", partial(FusedAdamW, backend=NAME))
+    captured = runpy.run_path(str(examples / "nexus_captured.py"))["losses"]
+    assert graphs.events.count("replay") == 300
+    assert captured == pytest.approx(eager, rel=1e-3)

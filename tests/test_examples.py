@@ -1,0 +1,109 @@
+"""The examples run, show what they say that they show, and their README shows what they print."""
+
+import difflib
+import re
+import runpy
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+README = (EXAMPLES / "README.md").read_text("utf-8")
+THREE = ("plain_torch", "nexus_eager", "nexus_captured")
+NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
+@pytest.fixture(autouse=True)
+def on_one_thread_of_the_cpu(monkeypatch: pytest.MonkeyPatch, restored_threads: None) -> None:
+    """Where all machines print nearly the same, and busy ones are not slow."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    torch.set_num_threads(1)
+
+
+def run(name: str) -> dict[str, object]:
+    with warnings.catch_warnings():
+        return runpy.run_path(str(EXAMPLES / f"{name}.py"))
+
+
+def printed_by(name: str) -> list[str]:
+    """What the README says that an example prints."""
+    (block,) = re.findall(rf"^```\n\$ python examples/{name}.py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return [re.sub(r"\s+", " ", line).strip() for line in block.splitlines()]
+
+
+def close(line: str, expected: str) -> bool:
+    """The same words, and numbers that are alike."""
+    number = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
+    a, b = (re.split(number, re.sub(r"\s+", " ", text).strip()) for text in (line, expected))
+    return a[::2] == b[::2] and [float(x) for x in a[1::2]] == pytest.approx([float(x) for x in b[1::2]], rel=0.2)
+
+
+def changed_lines(before: str, after: str) -> list[str]:
+    """Those in which two examples differ, without their docstrings and empty lines."""
+    codes = [
+        re.sub(r'^""".*?"""\n', "", (EXAMPLES / f"{name}.py").read_text("utf-8"), flags=re.DOTALL).splitlines()
+        for name in (before, after)
+    ]
+    return [line for line in difflib.ndiff(*codes) if line[:1] in "+-" and line[1:].strip()]
+
+
+def diff_in_readme(before: str, after: str) -> list[str]:
+    (block,) = re.findall(rf"^```diff\n\$ diff {before}.py {after}.py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return block.splitlines()
+
+
+@pytest.mark.parametrize(("before", "after", "most"), [(*THREE[:2], 8), (*THREE[1:], 2)])
+def test_a_few_lines_differ(before: str, after: str, most: int) -> None:
+    changed = changed_lines(before, after)
+    assert 0 < len(changed) <= most
+    assert sorted(changed) == sorted(diff_in_readme(before, after))
+
+
+def test_three_reach_the_same_losses(capsys: pytest.CaptureFixture[str]) -> None:
+    losses = [run(name)["losses"] for name in THREE]
+    assert len(losses[0]) == 6
+    assert losses[1] == pytest.approx(losses[0], rel=1e-3)  # of 300 steps, each rounded in another order
+    assert losses[2] == losses[1]
+    assert losses[0][-1] < losses[0][0] / 2
+    lines = capsys.readouterr().out.splitlines()
+    for start in (0, 6, 12):
+        assert all(map(close, lines[start : start + 6], printed_by("plain_torch")))
+
+
+def test_longer_decays_of_one_stable_phase_end_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    results = run("branch_decays")["results"]
+    losses = list(results.values())
+    assert len(losses) == 6
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.75 * losses[0]
+    lines = capsys.readouterr().out.splitlines()
+    assert all(map(close, lines, printed_by("branch_decays")))
+    assert len(lines) == len(printed_by("branch_decays"))
+
+
+def test_the_ensemble_beats_its_members(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("snapshot_ensemble")
+    (accuracy, loss), members = found["ensemble"], found["scores"]
+    assert len(members) == 6
+    assert all(accuracy > member[0] and loss < member[1] - 0.005 for member in members)
+    lines = capsys.readouterr().out.splitlines()
+    assert all(map(close, lines, printed_by("snapshot_ensemble")))
+    assert len(lines) == len(printed_by("snapshot_ensemble"))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_short_and_explained(name: str) -> None:
+    text = (EXAMPLES / f"{name}.py").read_text("utf-8")
+    assert text.count("\n") < 100
+    assert text.startswith('"""')
+    assert f"`{name}.py`" in README
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
+@pytest.mark.parametrize("name", NAMES)
+def test_on_a_gpu(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert run(name)["device"] == "cuda"

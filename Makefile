@@ -15,11 +15,11 @@ export NEXUS_REQUIRE_NATIVE := 1
 export NEXUS_CUDA_ARCHS ?= sm_90
 
 .DEFAULT_GOAL := help
-.PHONY: .venv help build test lint format bench gpu demo clean
+.PHONY: .venv help build test fuzz lint format bench gpu demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'PYTHON=python3.12 picks the interpreter, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, nexus bench or nexus demo.'
+	@echo 'PYTHON=python3.12 picks the interpreter, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, fuzz.py, nexus bench or nexus demo.'
 
 .venv: $(STAMP) ## make the environment
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -33,6 +33,9 @@ build: $(STAMP) ## compile what changed in csrc
 
 test: build ## run all tests
 	$(BIN)/python -m pytest -n $(JOBS) --dist loadgroup $(ARGS)
+
+fuzz: build ## compare random optimizers with torch in float64, for ten minutes or ARGS="--seconds 60"
+	$(BIN)/python tests/fuzz.py $(ARGS)
 
 lint: $(STAMP) ## check style, types and compiler warnings
 	$(BIN)/ruff check .

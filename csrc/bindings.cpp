@@ -102,7 +102,9 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("add_group", &WatchedList::add_group)
       .def("add_tensor", &WatchedList::add_tensor)
       .def("watch_parameter", &WatchedList::watch_parameter)
-      .def("watch_entry", &WatchedList::watch_entry)
+      .def("watch_entry", &WatchedList::watch_entry, py::arg("param"), py::arg("record"), py::arg("streams"),
+           py::arg("staged_param"), py::arg("staged_grad"), py::arg("grad_buffer"),
+           py::arg("placements") = py::none())
       .def("watch_tensor", &WatchedList::watch_tensor)
       .def("watch_setting_tensor", &WatchedList::watch_setting_tensor)
       .def("written", &WatchedList::written, "The parameters that the next step writes to in place.")

@@ -88,8 +88,12 @@ void evaluate(int device, Address table, int64_t rows, Address steps, int64_t co
 }
 
 std::string missing_code(int device) {
-  const cuda::DeviceGuard guard(device);
-  return cuda::missing_code();
+  try {
+    const cuda::DeviceGuard guard(device);
+    return cuda::missing_code();
+  } catch (const std::runtime_error& error) {  // no device can be had: of an old driver, for one
+    return error.what();
+  }
 }
 
 }  // namespace

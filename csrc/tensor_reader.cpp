@@ -114,13 +114,25 @@ bool TensorReader::describe_by_attributes(PyObject* tensor, Description& out) {
   out.ndim = static_cast<int>(shape_scratch_.size());
   out.shape = shape_scratch_.data();
   out.strides = stride_scratch_.data();
-  out.dtype = DType::kOther;
+  out.dtype = index_of(dtype.get());
+  return true;
+}
+
+DType TensorReader::dtype(PyObject* tensor) const {
+  const Object dtype = Object::own(PyObject_GetAttr(tensor, dtype_.get()));
+  if (dtype.get() == nullptr) {
+    PyErr_Clear();
+  }
+  return index_of(dtype.get());
+}
+
+DType TensorReader::index_of(PyObject* dtype) const {
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dtypes_.get()); ++i) {
-    if (PyTuple_GET_ITEM(dtypes_.get(), i) == dtype.get()) {
-      out.dtype = static_cast<DType>(i);
+    if (PyTuple_GET_ITEM(dtypes_.get(), i) == dtype) {
+      return static_cast<DType>(i);
     }
   }
-  return true;
+  return DType::kOther;
 }
 
 }  // namespace nexus

@@ -45,7 +45,10 @@ TensorWatch::TensorWatch(HostList& list, PyObject* attributes, PyObject* setting
       param_groups_name_(interned("param_groups")),
       state_name_(interned("state")),
       params_name_(interned("params")),
-      detach_name_(interned("detach")) {}
+      detach_name_(interned("detach")),
+      local_tensor_name_(interned("_local_tensor")),
+      spec_name_(interned("_spec")),
+      placements_name_(interned("placements")) {}
 
 PyObject* TensorWatch::attribute(const Object& name) const { return item(attributes_.get(), name.get()); }
 
@@ -97,18 +100,23 @@ void TensorWatch::reset_settings() {
 }
 
 void TensorWatch::add_parameter(PyObject* param) {
-  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}});
+  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}, {}});
 }
 
 void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
-                                bool staged_grad, void* grad_buffer) {
+                                bool staged_grad, void* grad_buffer, PyObject* placements) {
   const TensorRecord& entry = list_.tensors.at(static_cast<size_t>(record));
   Description now;
-  if (!reader_.describe(param, now)) {
+  const bool spread = placements != Py_None;
+  const Object local = spread ? local_part(param, placements) : Object(param);
+  const Object alias =
+      spread ? Object::own(PyObject_CallMethodNoArgs(param, detach_name_.get())) : Object(streams);
+  if (local.get() == nullptr || alias.get() == nullptr || !reader_.describe(local.get(), now)) {
+    PyErr_Clear();
     throw std::invalid_argument("a parameter could not be read");
   }
   parameters_.push_back({Object(param),
-                         Object(streams),
+                         alias,
                          record,
                          staged_param,
                          staged_grad,
@@ -118,6 +126,7 @@ void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* strea
                          now.ndim,
                          layouts_.size(),
                          grad_buffer,
+                         spread ? Object(placements) : Object(),
                          {}});
   layouts_.insert(layouts_.end(), now.shape, now.shape + now.ndim);
   layouts_.insert(layouts_.end(), now.strides, now.strides + now.ndim);
@@ -292,6 +301,22 @@ Object TensorWatch::gradient(PyObject* param) {
   return Object::own(PyObject_GetAttrString(param, "grad"));
 }
 
+// The part of a DTensor that is in this process; null where it is spread over the processes otherwise.
+Object TensorWatch::local_part(PyObject* tensor, PyObject* placements) const {
+  const Object spec = Object::own(PyObject_GetAttr(tensor, spec_name_.get()));
+  const Object now =
+      spec.get() == nullptr ? Object() : Object::own(PyObject_GetAttr(spec.get(), placements_name_.get()));
+  if (now.get() == nullptr || PyObject_RichCompareBool(now.get(), placements, Py_EQ) != 1) {
+    PyErr_Clear();
+    return Object();
+  }
+  Object local = Object::own(PyObject_GetAttr(tensor, local_tensor_name_.get()));
+  if (local.get() == nullptr) {
+    PyErr_Clear();
+  }
+  return local;
+}
+
 // `strides`: the expected ones; null where any will do.
 bool TensorWatch::same_layout(const Parameter& parameter, const Description& now,
                               const int64_t* strides) const {
@@ -330,8 +355,10 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
   }
   const int64_t* strides = layouts_.data() + parameter.layout + parameter.ndim;
   const int64_t* grad_strides = parameter.staged_grad ? nullptr : strides + parameter.ndim;
+  const bool spread = parameter.placements.get() != nullptr;
+  const Object local = spread ? local_part(param, parameter.placements.get()) : Object(param);
   Description now;
-  if (!reader_.describe(param, now) || now.dtype != parameter.dtype ||
+  if (local.get() == nullptr || !reader_.describe(local.get(), now) || now.dtype != parameter.dtype ||
       !same_layout(parameter, now, strides)) {
     return false;
   }
@@ -344,8 +371,15 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
       return false;
     }
   }
-  if (!reader_.describe(grad.get(), now) || now.dtype != parameter.grad_dtype ||
-      !same_layout(parameter, now, grad_strides)) {
+  if (spread && !parameter.staged_grad) {
+    grad = local_part(grad.get(), parameter.placements.get());
+  }
+  if (spread && parameter.staged_grad) {  // its part in this process may be of any shape
+    if (reader_.dtype(grad.get()) != parameter.grad_dtype) {
+      return false;
+    }
+  } else if (grad.get() == nullptr || !reader_.describe(grad.get(), now) ||
+             now.dtype != parameter.grad_dtype || !same_layout(parameter, now, grad_strides)) {
     return false;
   }
   const void* data = parameter.staged_grad ? parameter.grad_buffer : now.data;

@@ -67,9 +67,13 @@ class TensorReader {
   // False where the tensor is none that a kernel could take; no Python error is left behind.
   bool describe(PyObject* tensor, Description& out);
 
+  // Its type alone; also of a tensor that has no memory of its own.
+  DType dtype(PyObject* tensor) const;
+
  private:
   bool describe_by_attributes(PyObject* tensor, Description& out);
   bool read_tuple(Object tuple, std::vector<int64_t>& out);
+  DType index_of(PyObject* dtype) const;
 
   int (*exchange_)(void* tensor, void* dltensor) = nullptr;
   Object dtypes_;
@@ -95,8 +99,10 @@ class TensorWatch {
 
   // The next parameter, which is tensor `record` of the list. `streams` is a tensor that is laid out as the
   // record's streams are: a gradient has to be as well, or is copied to `grad_buffer` by the caller.
+  // `placements` are a DTensor's, whose part in this process is what is watched, and whose gradient has to
+  // have them too, or is copied; None for any other tensor.
   void add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param, bool staged_grad,
-                     void* grad_buffer);
+                     void* grad_buffer, PyObject* placements);
 
   // A tensor whose memory must stay where it is.
   void add_tensor(PyObject* tensor);
@@ -133,7 +139,8 @@ class TensorWatch {
     int32_t ndim;
     size_t layout;  // in layouts_: the shape, the parameter's strides, the gradient's strides
     void* grad_buffer;
-    Object grad;  // between refresh() and release_gradients()
+    Object placements;  // null: no DTensor
+    Object grad;        // between refresh() and release_gradients()
   };
   struct GroupSnapshot {
     Object group;
@@ -162,6 +169,7 @@ class TensorWatch {
   void list_written();
   FixedTensor fixed(PyObject* tensor);
   Object gradient(PyObject* param);
+  Object local_part(PyObject* tensor, PyObject* placements) const;
   PyObject* attribute(const Object& name) const;  // borrowed
 
   HostList& list_;
@@ -170,6 +178,7 @@ class TensorWatch {
   Object grad_descriptor_;
   TensorReader reader_;
   Object param_groups_name_, state_name_, params_name_, detach_name_;
+  Object local_tensor_name_, spec_name_, placements_name_;
 
   Object seen_groups_, seen_state_;
   std::vector<GroupSnapshot> groups_;

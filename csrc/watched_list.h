@@ -86,9 +86,9 @@ class WatchedList {
   void watch_parameter(const py::handle& param) { watch_.add_parameter(param.ptr()); }
 
   void watch_entry(const py::handle& param, int64_t record, const py::handle& streams, bool staged_param,
-                   bool staged_grad, Address grad_buffer) {
-    watch_.add_parameter(param.ptr(), record, streams.ptr(), staged_param, staged_grad,
-                         at<void>(grad_buffer));
+                   bool staged_grad, Address grad_buffer, const py::handle& placements) {
+    watch_.add_parameter(param.ptr(), record, streams.ptr(), staged_param, staged_grad, at<void>(grad_buffer),
+                         placements.ptr());
   }
 
   void watch_tensor(const py::handle& tensor) { watch_.add_tensor(tensor.ptr()); }

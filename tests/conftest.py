@@ -13,6 +13,7 @@ if not torch.cuda.is_available():  # before Triton is imported: without a GPU, i
 
 import cuda_on_cpu  # noqa: F401  # registers its backend; imports nexus
 from references import BACKENDS, EVERY_BACKEND, GPU_BACKENDS, tensors_where_it_runs
+from worlds import Worlds, worlds_in
 
 # Several pytest processes share the processors: threads that wait for one another while they take turns are slow.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -36,6 +37,13 @@ def backends(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
     """All of one device, for a test that sets them side by side."""
     with tensors_where_it_runs(request.param):
         yield BACKENDS if request.param == "cpu" else ("reference", *GPU_BACKENDS)
+
+
+@pytest.fixture(scope="session")
+def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
+    """Processes that train together. Tests that use them are of one `xdist_group`, "distributed"."""
+    with worlds_in(tmp_path_factory.mktemp("worlds")) as worlds:
+        yield worlds
 
 
 @pytest.fixture

@@ -104,6 +104,10 @@ class TestCuda:
         monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
         assert cuda.unavailable() == "PyTorch finds no CUDA device"
 
+    def test_an_older_driver(self, extension: SimpleNamespace) -> None:
+        extension.cuda_missing_code = lambda index: "cudaErrorInsufficientDriver (CUDA driver version is ...)"
+        assert "InsufficientDriver (CUDA driver version is ...). Update the driver" in (cuda.unavailable([GPU]) or "")
+
     def test_an_older_gpu(self, extension: SimpleNamespace) -> None:
         extension.cuda_missing_code = lambda index: "cudaErrorNoKernelImageForDevice" if index == 1 else ""
         assert cuda.unavailable([GPU]) is None

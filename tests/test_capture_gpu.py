@@ -156,6 +156,7 @@ def test_after_a_capture_that_cuda_has_ended(backend: str) -> None:
         assert same_bits(undisturbed, disturbed)
 
 
+@pytest.mark.filterwarnings("ignore")  # Inductor warns of float32 that is not TF32
 def test_a_compiled_model(backend: str) -> None:
     """By Inductor, whose kernels torch does not see write."""
 

@@ -344,6 +344,9 @@ ON_CPU, FACTOR = torch.ones(3), torch.tensor(0.9)
     [
         lambda: ON_DEVICE * ON_CPU.to("meta"),
         lambda: ON_DEVICE.copy_(ON_CPU),
+        lambda: ON_DEVICE.copy_(torch.tensor(2.0)),
+        lambda: ON_DEVICE * torch.tensor(2.0).to("meta"),
+        lambda: torch.empty_like(ON_DEVICE.sum(), device="cpu"),  # as loss.cpu() makes one
         lambda: ON_DEVICE * FACTOR,
         lambda: torch.zeros(3) + 1,
         lambda: torch.randn(3),

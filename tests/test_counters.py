@@ -23,6 +23,8 @@ from torch import Tensor
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
+RATE = {"rel": 1e-15, "abs": 1e-18}  # on a GPU, the last bit of a cosine may be another
+
 
 def lr(optimizer: FusedAdamW, group: int = 0) -> float:
     return float(optimizer.param_groups[group]["lr"])
@@ -77,9 +79,8 @@ def test_one_advance_a_step_with_many_groups_and_dtypes(backend: str) -> None:
             set_grads(own, own_grads)
         optimizer.step()
         reference.step([grad for own_grads in grads for grad in own_grads])
-        assert [lr(optimizer, i) for i in range(5)] == [
-            group["lr_scale"] * schedule(step) for group in groups
-        ]  # also where a group is empty
+        expected = [group["lr_scale"] * schedule(step) for group in groups]
+        assert [lr(optimizer, i) for i in range(5)] == pytest.approx(expected, **RATE)  # also where a group is empty
     optimizer.param_groups.pop()
     assert_same_run(optimizer, reference)
 
@@ -157,7 +158,8 @@ def test_the_first_and_last_update_of_every_phase_equal_torchs_loop(backend: str
     for step in range(16):
         used = reference.optimizer.param_groups[0]["lr"]
         step_both(optimizer, reference, steps=1)
-        assert lr(optimizer) == used == schedule(step)
+        assert used == schedule(step)
+        assert lr(optimizer) == pytest.approx(used, **RATE)
         assert_same_run(optimizer, reference)
 
 

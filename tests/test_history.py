@@ -80,10 +80,10 @@ def torch_clip(max_norm: float, norm: Tensor) -> float:
 
 
 def assert_rates(actual: Tensor, expected: list[Any], optimizer: FusedAdamW) -> None:
-    """Bit for bit, but for the reference backend, whose cosine is another one."""
-    reference = optimizer.backend == "reference"
+    """Bit for bit, but for the reference backend and on a GPU, where the last bit of a cosine may be another."""
+    exact = optimizer.backend in ("native", NAME)
     expected = torch.tensor(expected, dtype=torch.float64, device="cpu")
-    torch.testing.assert_close(actual, expected, rtol=4e-16 if reference else 0.0, atol=0.0, equal_nan=True)
+    torch.testing.assert_close(actual, expected, rtol=0.0 if exact else 1e-15, atol=0.0, equal_nan=True)
 
 
 def assert_rows(rows: HistoryRows, steps: list[int], overwritten: int = 0) -> None:

@@ -49,6 +49,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("eps", math.inf, ValueError, f"eps {NUMBER}"),
     ("eps", "1e-8", TypeError, f"eps {NUMBER}"),
     ("eps", None, TypeError, f"eps {NUMBER}"),
+    ("differentiable", True, RuntimeError, r"use torch.optim.AdamW\(differentiable=True\) where gradients"),
     ("amsgrad", 1, TypeError, f"amsgrad {BOOL}"),
     ("amsgrad", None, TypeError, f"amsgrad {BOOL}"),
     ("maximize", "yes", TypeError, f"maximize {BOOL}"),
@@ -66,7 +67,10 @@ OF_THE_CONSTRUCTOR: list[tuple[str, Any, type[Exception], str]] = [
     ("backend", "gpu", ValueError, r"backend must be one of \('auto', 'native', 'cuda', .*\), got 'gpu'"),
     ("backend", "cuda", ValueError, r"backend='cuda' runs on cuda, but the tensors are on cpu"),
     ("backend", None, TypeError, r"backend must be a string, got None \(NoneType\)"),
-    ("fused", True, TypeError, "unexpected keyword argument 'fused'"),
+    ("fused", 1, TypeError, r"fused must be a bool or None, got 1 \(int\)"),
+    ("foreach", "yes", TypeError, "foreach must be a bool or None, got 'yes'"),
+    ("capturable", None, TypeError, f"capturable {BOOL}"),
+    ("differentiable", 0, TypeError, f"differentiable {BOOL}"),
 ]
 OF_A_GROUP: list[tuple[str, Any, type[Exception], str]] = [
     ("lr_scale", -1.0, ValueError, f"lr_scale {NUMBER}"),
@@ -120,6 +124,8 @@ GOOD: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", GOOD, ids=repr)
 def test_numbers_of_many_kinds_are_taken(backend: str, options: dict[str, Any]) -> None:
     params = make_params([(3,)])
+    where = params[0].device
+    options = {name: v.to(where) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
     optimizer = FusedAdamW(params, backend=backend, **options)
     set_grads(params, make_grads(params))
     optimizer.step()
@@ -186,6 +192,7 @@ def test_parameters_that_cannot_be_optimized(backend: str, given: Any, error: An
     ids=["none", "a tensor", "a number", "a group without params", "in two groups", "twice"],
 )
 def test_lists_that_cannot_be_optimized(backend: str, given: Any, error: Any, words: str) -> None:
+    ONE[0].data = torch.zeros(3)  # where the backend runs
     with pytest.raises(error, match=words):
         FusedAdamW(given, backend=backend)
 

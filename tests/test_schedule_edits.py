@@ -124,4 +124,4 @@ def test_negated_views_are_refused(backend: str) -> None:
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
 def test_a_tensor_rate_out_of_range_is_refused(backend: str, rate: float) -> None:
     with pytest.raises(ValueError, match="lr must be a finite number"):
-        FusedAdamW(make_params([(3,)]), lr=torch.tensor(rate), backend=backend)
+        FusedAdamW(make_params([(3,)]), lr=torch.tensor(rate, device="cpu"), backend=backend)

@@ -150,7 +150,8 @@ def test_rates_equal_the_oracle(device: str, schedule: Any) -> None:
     steps = [*range(1000), *boundaries(schedule)]
     oracle = torch.tensor([schedule(step) for step in steps], dtype=torch.float64)
     values = evaluate(schedule, torch.tensor(steps), device=device, backend="triton").cpu()
-    assert float((values - oracle).abs().max()) <= float(oracle.max()) * 2**-52
+    # The cosine of a GPU may be another in its last bit, which the weight has twice.
+    assert float((values - oracle).abs().max()) <= float(oracle.max()) * 2**-51
     assert torch.equal(values.float(), oracle.float())
 
 

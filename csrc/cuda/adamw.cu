@@ -244,14 +244,14 @@ Kernel uniform_kernel(DType grad_dtype) {
   }
 }
 
-Kernel kernel_for(const Table& table) {
-  switch (table.param_dtype) {
+Kernel kernel_for(DType param_dtype, DType grad_dtype) {
+  switch (param_dtype) {
     case DType::kFloat32:
-      return uniform_kernel<float>(table.grad_dtype);
+      return uniform_kernel<float>(grad_dtype);
     case DType::kBFloat16:
-      return uniform_kernel<BFloat16>(table.grad_dtype);
+      return uniform_kernel<BFloat16>(grad_dtype);
     case DType::kFloat16:
-      return uniform_kernel<Float16>(table.grad_dtype);
+      return uniform_kernel<Float16>(grad_dtype);
     default:
       return adamw_any;
   }
@@ -272,7 +272,13 @@ __global__ void __launch_bounds__(kThreads, kUniformBlocks) rewrite(Table table,
 }  // namespace
 
 void update(const Table& table, const StepState& state, cudaStream_t stream) {
-  launch("the update", kernel_for(table), table.chunk_count, stream, table, state);
+  launch("the update", kernel_for(table.param_dtype, table.grad_dtype), table.chunk_count, stream, table,
+         state);
+}
+
+cudaError_t load_update(DType param_dtype, DType grad_dtype) {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, kernel_for(param_dtype, grad_dtype));
 }
 
 bool traffic(const Table& table, cudaStream_t stream) {

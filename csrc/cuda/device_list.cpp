@@ -82,6 +82,9 @@ const Table& DeviceList::current_table(cudaStream_t stream) {
   }
   auto table = std::make_unique<DeviceTable>(part_.device);
   const OutsideCapture outside;
+  check(load_norm(), "loading the gradient norm");
+  check(load_prologue(), "loading the prologue of a step");
+  check(load_update(contents_.param_dtype, contents_.grad_dtype), "loading the update");
   const SideStream side;
   table->write(contents_, side.get());
   check(cudaStreamSynchronize(side.get()), "writing the table of a captured step");

@@ -37,6 +37,12 @@ bool traffic(const Table& table, cudaStream_t stream);
 void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out,
               cudaStream_t stream);
 
+// Bring the code of a step's kernels to the current device, which otherwise their first launches do: not to
+// be left to a launch that is captured.
+cudaError_t load_norm();
+cudaError_t load_prologue();
+cudaError_t load_update(DType param_dtype, DType grad_dtype);
+
 // Why the current device cannot run these kernels, or an empty string.
 std::string missing_code();
 

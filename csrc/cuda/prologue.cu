@@ -62,6 +62,11 @@ __global__ void __launch_bounds__(kThreads)
 
 }  // namespace
 
+cudaError_t load_prologue() {
+  cudaFuncAttributes attributes;
+  return cudaFuncGetAttributes(&attributes, prepare);
+}
+
 void prologue(const Table& table, const StepState& state, cudaStream_t stream) {
   launch("the prologue of a step", prepare, 1, stream, table, state);
 }

@@ -48,7 +48,8 @@ def select(name: str, devices: list[torch.device]) -> Backend:
         backend = _BACKENDS[name]
         if not types <= backend.DEVICE_TYPES:
             raise ValueError(
-                f"backend={name!r} runs on {_listed(backend.DEVICE_TYPES)}, but the tensors are on {_listed(types)}"
+                f"backend={name!r} runs on {_listed(backend.DEVICE_TYPES)}, but the tensors are on {_listed(types)}; "
+                "move them first, or leave the choice to backend='auto'"
             )
         reason = backend.unavailable(devices)
         if reason is not None:

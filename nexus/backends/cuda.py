@@ -22,7 +22,7 @@ DEVICE_TYPES = frozenset({"cuda"})
 
 
 def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
-    """Why it cannot run here, or on one of `devices`: no extension, no CUDA code in it, no GPU, an older GPU."""
+    """Why it cannot run here, or on one of `devices`, by default the current: no code, no GPU, an older GPU."""
     reason = watched.unavailable()
     if reason is not None:
         return reason
@@ -34,6 +34,7 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
         return "this PyTorch is not built for CUDA"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device"
+    devices = list(devices) or [torch.device("cuda")]
     indices = {torch.cuda.current_device() if device.index is None else device.index for device in devices}
     return next(filter(None, map(_unavailable_on, sorted(indices))), None)
 
@@ -43,6 +44,11 @@ def _unavailable_on(index: int) -> str | None:
     error = extension.cuda_missing_code(index)
     if not error:
         return None
+    if "InsufficientDriver" in error:
+        return (
+            f"the driver is older than the CUDA that the extension was built with: {error}. Update the driver, or "
+            f"install nexus again with the nvcc of CUDA {torch.version.cuda}"
+        )
     major, minor = torch.cuda.get_device_capability(index)
     return (
         f"the extension has code for {extension.cuda_architectures} and newer, none for cuda:{index} "
@@ -134,7 +140,7 @@ class CudaRunner(WatchedRunner):
                 stream = self.current_stream(state.device)[1]
                 self._list.sum_of_squares(position, state.sum_of_squares.data_ptr(), stream)
                 measured.append(state.sum_of_squares)
-        total_everywhere(measured)
+        found_inf = total_everywhere(measured, plan.norm_parts, found_inf)
         for position, device_plan in enumerate(self._devices):
             device = device_plan.state.device
             scale, inf = _float32(grad_scale, device), _float32(found_inf, device)

@@ -10,10 +10,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
+
+from nexus.backends import shards
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class Change(IntEnum):
@@ -30,6 +35,7 @@ class Rate:
 
     value: float = 0.0
     tensor: Tensor | None = None  # read at every step
+    host: Tensor | None = None  # on the CPU, where the parameters are elsewhere: goes into `tensor` at every step
     table: Tensor | None = None  # float64 (rows, 5): segments, evaluated at every step
     scale: float = 1.0  # multiplies the schedule
     last: Tensor | None = None  # 0-dim float64: where a schedule's value is left once used
@@ -55,8 +61,9 @@ class GroupSettings:
 class TensorEntry:
     """Every stream of one parameter, all of one shape and one layout, dense in memory.
 
-    Where the user's parameter or gradient is laid out otherwise, a buffer stands in for it. The gradient itself
-    is not held on to: it may be freed between steps.
+    Of a DTensor, the streams are the part of it that is in this process. Where the user's parameter or gradient is
+    laid out otherwise, a buffer stands in for it. The gradient itself is not held on to: it may be freed between
+    steps.
     """
 
     original: Tensor
@@ -71,12 +78,15 @@ class TensorEntry:
     @property
     def param(self) -> Tensor:
         """What a kernel updates."""
-        return self.original.detach() if self.param_buffer is None else self.param_buffer
+        return shards.local(self.original).detach() if self.param_buffer is None else self.param_buffer
 
     @property
     def grad(self) -> Tensor | None:
         """What a kernel reads; None in a step in which the parameter has no gradient."""
-        return self.original.grad if self.grad_buffer is None or self.original.grad is None else self.grad_buffer
+        grad = self.original.grad
+        if grad is None:
+            return None
+        return shards.local(grad) if self.grad_buffer is None else self.grad_buffer
 
     @property
     def staged(self) -> bool:
@@ -87,14 +97,14 @@ class TensorEntry:
         """Copy into the buffers, before a step."""
         grad = self.original.grad
         if grad is not None and self.param_buffer is not None:
-            self.param_buffer.copy_(self.original.detach())
+            self.param_buffer.copy_(shards.local(self.original).detach())
         if grad is not None and self.grad_buffer is not None:
-            self.grad_buffer.copy_(grad.detach())
+            self.grad_buffer.copy_(shards.spread_as(grad, self.original))
 
     def put_back(self) -> None:
         """Copy out of the parameter's buffer, after a step."""
         if self.original.grad is not None and self.param_buffer is not None:
-            self.original.detach().copy_(self.param_buffer)
+            shards.local(self.original).detach().copy_(self.param_buffer)
 
 
 @dataclass
@@ -158,14 +168,25 @@ class DevicePlan:
 
 
 @dataclass
+class NormPart:
+    """Parameters whose squares are to be added up over the same processes for the global norm."""
+
+    groups: tuple[ProcessGroup, ...]  # sums are added up over each of these, one after the other
+    device: torch.device
+    entries: list[TensorEntry]
+
+
+@dataclass
 class Plan:
     """What one step works on. `parameters` has them all, in the order of the groups.
 
-    A parameter that has never had a gradient has no entry.
+    A parameter that has never had a gradient has no entry. `norm_parts` is empty where nothing is spread over
+    processes; where something is, it is the same on all of them, and the first part is the largest.
     """
 
     parameters: list[tuple[Tensor, TensorEntry | None]]
     devices: dict[torch.device, DevicePlan]
+    norm_parts: list[NormPart] = field(default_factory=list)
 
 
 class Runner(Protocol):

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus.backends.devices import total_everywhere
 from nexus.backends.interface import Plan
 from nexus.backends.watched import WatchedRunner, address, extension, history_fields, make_list, unavailable
 
@@ -78,6 +79,9 @@ class NativeRunner(WatchedRunner):
         threads = torch.get_num_threads()
         if self._measures_norm:
             self._list.sum_of_squares(self._sum_of_squares, threads)
+        if plan.norm_parts:
+            sums = [plan.devices[_CPU].state.sum_of_squares] if self._measures_norm else []
+            found_inf = total_everywhere(sums, plan.norm_parts, found_inf)
         if grad_scale is None and found_inf is None:
             self._list.step(threads, 0, 0)
         else:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from nexus.backends import shards
 from nexus.backends.devices import total_everywhere
 from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, Ring, TensorEntry
 from nexus.segments import Curve
@@ -83,11 +84,14 @@ class ReferenceRunner:
                 entry.fetch()
             if plan.measures_norm:
                 plan.state.sum_of_squares.copy_(_sum_of_squares(plan.entries, plan.state.device))
-        total_everywhere([plan.state.sum_of_squares for plan in plans if plan.measures_norm])
+        measured = [plan.state.sum_of_squares for plan in plans if plan.measures_norm]
+        found_inf = total_everywhere(measured, self._plan.norm_parts, found_inf)
         for plan in plans:
             _step_device(plan, grad_scale, found_inf)
             for entry in plan.entries:
                 entry.put_back()
+                if shards.is_spread(entry.original):  # its part knows nothing of the versions of the whole
+                    torch.autograd.graph.increment_version(entry.original.detach())
 
 
 def _sum_of_squares(entries: list[TensorEntry], device: torch.device) -> Tensor:
@@ -145,7 +149,8 @@ def _rate(rate: Rate, completed: Tensor) -> Tensor:
     if rate.table is not None:
         return rate.scale * evaluate(rate.table, completed)
     if rate.tensor is not None:
-        return rate.tensor.detach().to(completed.device, torch.float64, non_blocking=True).reshape(())
+        tensor = rate.tensor if rate.host is None else rate.host
+        return tensor.detach().to(completed.device, torch.float64, non_blocking=True).reshape(())
     return torch.full((), rate.value, dtype=torch.float64, device=completed.device)
 
 

@@ -121,7 +121,7 @@ class _DeviceList:
         device = plan.state.device
         entries = plan.entries
         self.plan = plan
-        self.sizes = tuple(entry.original.numel() for entry in entries)
+        self.sizes = tuple(entry.param.numel() for entry in entries)
         kinds = [kind_of(entry, block_elements(*dtypes_of(entry))) for entry in entries]
         self._kinds = tuple(sorted(set(kinds)))
         self._history = history_fields(plan.history)
@@ -260,7 +260,8 @@ class TritonRunner(WatchedRunner):
         measured = [device_list for device_list in lists if device_list.plan.measures_norm]
         for device_list in measured:
             device_list.measure()
-        total_everywhere([device_list.plan.state.sum_of_squares for device_list in measured])
+        sums = [device_list.plan.state.sum_of_squares for device_list in measured]
+        found_inf = total_everywhere(sums, plan.norm_parts, found_inf)
         for device_list in lists:
             device_list.update(grad_scale, found_inf)
         self._list.release_gradients()

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from nexus.backends import shards
 from nexus.backends.interface import Change
 from nexus.backends.watched import DTYPES
 
@@ -23,7 +24,7 @@ class _Watched(NamedTuple):
 
     def addresses(self) -> tuple[int, int]:
         grad = self.param.grad
-        return self.streams.data_ptr(), 0 if grad is None else self.grad_buffer or grad.data_ptr()
+        return self.streams.data_ptr(), 0 if grad is None else self.grad_buffer or shards.local(grad).data_ptr()
 
 
 class UnwatchedList:
@@ -63,7 +64,14 @@ class UnwatchedList:
         pass
 
     def watch_entry(
-        self, param: Tensor, record: int, streams: Tensor, staged_param: bool, staged_grad: bool, grad_buffer: int
+        self,
+        param: Tensor,
+        record: int,
+        streams: Tensor,
+        staged_param: bool,
+        staged_grad: bool,
+        grad_buffer: int,
+        placements: tuple[object, ...] | None,
     ) -> None:
         self._watched[record] = _Watched(param, streams, staged_param, grad_buffer)
 

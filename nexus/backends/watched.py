@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from nexus.backends import shards
 from nexus.backends.interface import Change, DevicePlan, Plan, Rate, Ring, TensorEntry
 
 try:
@@ -94,6 +95,7 @@ class WatchedRunner:
         self._list = tensors
         self._plan: Plan | None = None
         self._staged: list[TensorEntry] = []
+        self._host_rates: list[tuple[Tensor, Tensor]] = []
 
     def changed(self) -> int:
         return Change.TENSORS if self._plan is None else self._list.refresh()
@@ -118,6 +120,7 @@ class WatchedRunner:
                     watched.param_buffer is not None,
                     watched.grad_buffer is not None,
                     address(watched.grad_buffer),
+                    shards.placements(param),
                 )
         for device_plan in plan.devices.values():
             for tensor in _one_of_each_storage(device_plan):
@@ -148,6 +151,8 @@ class WatchedRunner:
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for entry in self._staged:
             entry.fetch()
+        for tensor, host in self._host_rates:
+            _fill_from_host(tensor, host)
         assert self._plan is not None
         self._run(self._plan, grad_scale, found_inf)
         # To autograd these are in-place updates: a graph that saved an old value must refuse to use the new one.
@@ -168,12 +173,15 @@ class WatchedRunner:
         raise NotImplementedError
 
     def _add_groups(self, plan: Plan) -> None:
+        self._host_rates = []
         for device_plan in plan.devices.values():
             for group in device_plan.groups:
                 for rate in (group.lr, group.weight_decay):
                     for tensor in (rate.tensor, rate.last):
                         if tensor is not None:
                             self._list.watch_setting_tensor(tensor)
+                    if rate.tensor is not None and rate.host is not None:
+                        self._host_rates.append((rate.tensor, rate.host))
                 self._list.add_group(
                     rate_fields(group.lr),
                     rate_fields(group.weight_decay),
@@ -197,6 +205,16 @@ class WatchedRunner:
             DTYPE_INDEX[param.dtype if grad is None else grad.dtype],
         )
         return index
+
+
+def _fill_from_host(tensor: Tensor, host: Tensor) -> None:
+    """Copy a number from the CPU, waiting for nothing; the host's tensor may change as soon as this returns."""
+    if tensor.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a rate is a tensor on the CPU, and a graph would hold the number that it has now: make that tensor on "
+            f"{tensor.device}, or give a Schedule"
+        )
+    tensor.fill_(float(host.detach()))
 
 
 def _one_of_each_storage(plan: DevicePlan) -> list[Tensor]:

@@ -15,8 +15,10 @@ import torch
 from torch import Tensor
 
 from nexus.arguments import MAX_STEP, check_count, check_number, shown
+from nexus.backends.shards import local
 from nexus.optim import tensor_list
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
+from nexus.optim.shards import respread
 from nexus.schedules import WSD, Schedule
 from nexus.segments import NEVER
 
@@ -66,7 +68,7 @@ def _saved_group(optimizer: FusedAdamW, group: ParamGroup, indices: dict[int, in
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
                 "step": int(optimizer._state_on(device).completed),
-                "edits": optimizer._table(schedule, device).edits(),
+                "edits": dict.fromkeys(_edit_names(schedule)) | optimizer._table(schedule, device).edits(),
             }
     return saved
 
@@ -231,11 +233,20 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any]) -> dict[str, dict[s
     return edits
 
 
+def _edit_names(schedule: Schedule) -> tuple[str, ...]:
+    """What can be edited of a schedule. All are saved: torch.distributed.checkpoint loads no entry that is new."""
+    return ("extended", *_DECAY_EDITS) if isinstance(schedule, WSD) else ()
+
+
+_DECAY_EDITS = ("decay_start", "decay_from")
+
+
 def _checked_table_edits(schedule: Schedule, edits: Any, name: str) -> dict[str, Any]:
     name = f"{name} of the loaded state dict"
-    begun = {"decay_start", "decay_from"}
-    allowed = {"extended", *begun} if isinstance(schedule, WSD) else set()
-    if not isinstance(edits, dict) or not set(edits) <= allowed or len(begun & set(edits)) == 1:
+    allowed = _edit_names(schedule)
+    if isinstance(edits, dict):
+        edits = {key: value for key, value in edits.items() if value is not None}
+    if not isinstance(edits, dict) or not set(edits) <= set(allowed) or len(set(_DECAY_EDITS) & set(edits)) == 1:
         raise ValueError(f"{name} must be a dict of {sorted(allowed) or 'nothing'}, got {shown(edits)}")
     for edit in ("extended", "decay_start"):
         if edit in edits:
@@ -249,13 +260,13 @@ def _load_state(optimizer: FusedAdamW, param: Tensor, saved: dict[str, Any] | No
     if not saved:
         for value in optimizer.state.get(param, {}).values():
             if isinstance(value, Tensor):
-                value.zero_()  # as if it had never had a gradient
+                local(value).zero_()  # as if it had never had a gradient
         return
     state = optimizer.state[param]
     state["step"].copy_(torch.as_tensor(saved["step"]).to(torch.int64).reshape(()))
     for name in tensor_list.MOMENTS:
         if name in saved:
-            state[name].copy_(saved[name])
+            local(state[name]).copy_(respread(saved[name], param))
         else:
             state.pop(name, None)  # of an amsgrad that is over
     for name, value in saved.items():

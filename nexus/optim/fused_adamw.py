@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.optim.optimizer as torch_optimizer
@@ -15,10 +15,13 @@ from nexus.arguments import shown
 from nexus.backends.interface import Backend, Change, Plan, Runner, StepState
 from nexus.optim import checkpoint, tensor_list
 from nexus.optim.history import History, history_of
-from nexus.optim.param_group import ParamGroup, check_group
+from nexus.optim.param_group import ParamGroup, check_group, check_torch_options
 from nexus.optim.planned import PlannedOptimizer
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Schedule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -38,18 +41,22 @@ class FusedAdamW(PlannedOptimizer):
     Args:
         params: parameters, named parameters or groups, as for any `torch.optim.Optimizer`. float32, float64,
             bfloat16 or float16; of any layout. Moments are float32 for half precision.
-        lr: a float (which a torch scheduler may change), a one-element tensor, or a `Schedule`, which is
-            evaluated by the kernels at the optimizer's own count of completed updates.
-        betas: decay rates of the moments, in [0, 1).
+        lr: a float (which a torch scheduler may change), a one-element tensor (read at each step), or a `Schedule`,
+            which is evaluated by the kernels at the optimizer's own count of completed updates.
+        betas: decay rates of the moments, in [0, 1). Two one-element tensors are read once, here.
         eps: added to the denominator, 0 or above.
         weight_decay: a float, a one-element tensor or a `Schedule`.
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018, arXiv:1904.09237).
         maximize: ascend.
+        foreach, capturable, fused: taken, so that `torch.optim.AdamW` can be replaced by name, and of no effect.
+        differentiable: must be False.
         max_grad_norm: scale the gradients down to this global 2-norm inside the update, as
             `torch.nn.utils.clip_grad_norm_` would before it. None: do not; `math.inf`: only measure it.
         skip_nonfinite: let a step whose gradients hold an infinity or a NaN change nothing but `skipped_steps`.
         backend: `"auto"`, or one of `"native"` (compiled, CPU), `"cuda"` (compiled, NVIDIA), `"triton"` (NVIDIA and
             AMD) and `"reference"` (plain PyTorch, any device).
+        norm_group: processes whose optimizers have other parameters of the same model, each its own: the gradient
+            norm is that of all of them, and what one skips, all skip. DTensors need none, nor does DDP.
 
     A group may have its own value of each of these but the last two, and an `lr_scale` (1.0) that multiplies its
     schedule.
@@ -80,16 +87,22 @@ class FusedAdamW(PlannedOptimizer):
         self,
         params: Params,
         lr: float | Tensor | Schedule = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
+        betas: tuple[float, float] | tuple[Tensor, Tensor] = (0.9, 0.999),
         eps: float = 1e-8,
         weight_decay: float | Tensor | Schedule = 1e-2,
         amsgrad: bool = False,
         *,
         maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
         max_grad_norm: float | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
+        norm_group: ProcessGroup | None = None,
     ) -> None:
+        check_torch_options(capturable=capturable, differentiable=differentiable, foreach=foreach, fused=fused)
         defaults = {
             "lr": lr,
             "betas": betas,
@@ -109,6 +122,7 @@ class FusedAdamW(PlannedOptimizer):
             raise TypeError(f"backend must be a string, got {shown(backend)}")
         self._requested_backend = backend
         self._skip_nonfinite = skip_nonfinite
+        self._norm_group = norm_group
         self._states: dict[torch.device, StepState] = {}
         self._tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
         self._plan: Plan | None = None
@@ -151,6 +165,9 @@ class FusedAdamW(PlannedOptimizer):
         runner = self._runner
         change = Change.TENSORS if runner is None else runner.changed()
         if runner is None or change:
+            if not self.state and self._only_makes_state():
+                self._init_states()
+                return loss
             runner = self._prepare(change)
         attributes = self.__dict__
         runner.step(attributes.get("grad_scale"), attributes.get("found_inf"))
@@ -202,7 +219,8 @@ class FusedAdamW(PlannedOptimizer):
             group = self.param_groups[-1] = ParamGroup(self.param_groups[-1])
             for i, param in enumerate(group["params"]):
                 tensor_list.check_parameter(param, f"parameter {i} of group {count}")
-            backends.select(self._requested_backend, self._devices())
+            if any(each["params"] for each in self.param_groups):  # an empty group is nowhere
+                backends.select(self._requested_backend, self._devices())
             self._settle_group(group)
         except Exception:
             del self.param_groups[count:]
@@ -224,7 +242,7 @@ class FusedAdamW(PlannedOptimizer):
         checkpoint.load_state_dict(self, state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_requested_backend", "_skip_nonfinite", "_states", "_tables")
+        kept = ("_requested_backend", "_skip_nonfinite", "_norm_group", "_states", "_tables")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -121,9 +121,10 @@ def check_group(group: dict[str, Any]) -> None:
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         raise TypeError(f"betas must be a pair of numbers in [0, 1), got {shown(betas)}")
-    for index, beta in enumerate(betas):
+    for index, beta in enumerate(_numbers(betas)):
         if check_number(f"betas[{index}]", beta) >= 1.0:
             raise ValueError(f"betas[{index}] must be a number in [0, 1), got {shown(beta)}")
+    _refuse_differentiable(group.get("differentiable"))
     check_number("eps", group["eps"])
     check_number("lr_scale", group["lr_scale"])
     for name in ("amsgrad", "maximize"):
@@ -135,6 +136,46 @@ def check_group(group: dict[str, Any]) -> None:
             check_number("max_grad_norm", limit, positive=True)
         except (TypeError, ValueError) as error:
             raise type(error)(f"{error}; None does not clip, math.inf measures the norm alone") from None
+
+
+def check_torch_options(*, capturable: object, differentiable: object, **implementations: object) -> None:
+    """Check what `torch.optim.AdamW` is told of how to run. Of these, only `differentiable` would change anything.
+
+    Raises:
+        TypeError: an option that is no bool.
+        RuntimeError: two implementations at once; `differentiable=True`. As in torch.
+    """
+    for name, value in implementations.items():
+        if value is not None and not isinstance(value, bool):
+            raise TypeError(f"{name} must be a bool or None, got {shown(value)}")
+    if all(implementations.values()):
+        raise RuntimeError("`fused` and `foreach` cannot be `True` together; leave both out, FusedAdamW is fused")
+    if not isinstance(capturable, bool):
+        raise TypeError(f"capturable must be a bool, got {shown(capturable)}")
+    if not isinstance(differentiable, bool):
+        raise TypeError(f"differentiable must be a bool, got {shown(differentiable)}")
+    _refuse_differentiable(differentiable)
+
+
+def _refuse_differentiable(value: object) -> None:
+    if value:
+        raise RuntimeError(
+            "`fused` does not support `differentiable`, and FusedAdamW is fused: use "
+            "torch.optim.AdamW(differentiable=True) where gradients are to go through the update"
+        )
+
+
+def _numbers(betas: tuple[Any, ...] | list[Any]) -> list[Any]:
+    """Betas as numbers: torch takes a pair of one-element tensors, too."""
+    if all(isinstance(beta, Tensor) and beta.numel() == 1 for beta in betas):
+        return [float(beta) for beta in betas]
+    return list(betas)
+
+
+def plain_betas(betas: tuple[Any, ...] | list[Any]) -> tuple[Any, Any]:
+    """What a group keeps: a tuple of numbers, in which no change would go unnoticed."""
+    first, second = _numbers(betas)
+    return first, second
 
 
 def _check_rate(name: str, value: object) -> None:
@@ -152,6 +193,20 @@ def _check_rate(name: str, value: object) -> None:
         check_number(name, value)
 
 
+def _tensor_rate(name: str, value: Tensor, device: torch.device, *, used: bool) -> Rate:
+    """A rate that is a tensor; `used` if the group has parameters on this device."""
+    if value.device == device:
+        return Rate(tensor=value)
+    if value.device.type == "cpu":
+        return Rate(tensor=torch.zeros((), dtype=torch.float64, device=device), host=value)
+    if used:
+        raise ValueError(
+            f"{name} is a tensor on {value.device}, and parameters of its group are on {device}: make it there, or "
+            "on the CPU, or give a number or a Schedule. Parameters on several devices may have a group each"
+        )
+    return Rate(value=math.nan)
+
+
 def settings_of(group: ParamGroup, tables: dict[str, Tensor], device: torch.device) -> GroupSettings:
     """A checked group as a backend wants it; `tables` are the segment tables of its schedules on `device`."""
     limit = group["max_grad_norm"]
@@ -163,9 +218,7 @@ def settings_of(group: ParamGroup, tables: dict[str, Tensor], device: torch.devi
             last = output if output is not None and output.device == device else None
             rates[name] = Rate(table=tables[name], scale=scale, last=last)
         elif isinstance(value, Tensor):
-            if value.device != device:
-                raise ValueError(f"{name} is a tensor on {value.device}, the parameters are on {device}")
-            rates[name] = Rate(tensor=value)
+            rates[name] = _tensor_rate(name, value, device, used=any(p.device == device for p in group["params"]))
         else:
             rates[name] = Rate(value=float(value))
     return GroupSettings(

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -13,9 +15,13 @@ from nexus.backends import reference
 from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
 from nexus.optim import tensor_list
 from nexus.optim.history import History
-from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group, settings_of
+from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group, plain_betas, settings_of
+from nexus.optim.shards import is_zero_everywhere, norm_parts
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 class PlannedOptimizer(Optimizer):
@@ -32,6 +38,7 @@ class PlannedOptimizer(Optimizer):
     _states: dict[torch.device, StepState]
     _tables: dict[tuple[Schedule, torch.device], ScheduleTable]
     _history: History | None = None  # a copy has none
+    _norm_group: ProcessGroup | None = None
 
     def _prepare(self, change: int = Change.TENSORS) -> Runner:
         """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
@@ -75,7 +82,25 @@ class PlannedOptimizer(Optimizer):
                 entry = tensor_list.make_entry(param, self.state[param], index, amsgrad=amsgrad, where=name)
                 devices[param.device].entries.append(entry)
             parameters.append((param, entry))
-        return Plan(parameters, devices)
+        return Plan(parameters, devices, norm_parts(parameters, self._norm_group))
+
+    def _only_makes_state(self) -> bool:
+        """Whether this step is `torch.distributed.checkpoint`'s, which is to make the state and change nothing.
+
+        To that end it sets every rate to 0, whatever drives it, and every gradient to zeros. Asked where there is no
+        state yet.
+        """
+        if "torch.distributed.checkpoint.state_dict" not in sys.modules:
+            return False
+        for group in self.param_groups:
+            lr = group["lr"]
+            is_number = lr.device.type == "cpu" if isinstance(lr, Tensor) else isinstance(lr, float)
+            if lr is group.outputs.get("lr") or not is_number or float(lr) != 0.0:
+                return False
+        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
+        grads = [param.grad for param in params if param.grad is not None]
+        parts = norm_parts([(param, None) for param in params], self._norm_group)
+        return len(grads) == len(params) and is_zero_everywhere(grads, parts)
 
     def _init_states(self) -> None:
         """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""
@@ -108,9 +133,9 @@ class PlannedOptimizer(Optimizer):
 
     def _settle_group(self, group: ParamGroup) -> None:
         check_group(group)
-        if isinstance(group["betas"], list):
-            group["betas"] = tuple(group["betas"])  # a change within a list would go unnoticed
-        device = group["params"][0].device if group["params"] else torch.device("cpu")
+        if isinstance(group["betas"], list) or isinstance(group["betas"][0], Tensor):
+            group["betas"] = plain_betas(group["betas"])
+        device = group["params"][0].device if group["params"] else self._devices()[0]
         for name in SCHEDULABLE:
             assigned = isinstance(group[name], Schedule)
             schedule = group.settle(name, device)

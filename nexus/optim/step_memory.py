@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from nexus.backends.shards import local
+
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
@@ -20,10 +22,10 @@ def step_memory(optimizer: FusedAdamW) -> dict[Hashable, Tensor]:
     found: dict[Hashable, Tensor] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):
-        found["param", index] = param.detach()
+        found["param", index] = local(param).detach()
         for name, value in optimizer.state.get(param, {}).items():
             if isinstance(value, Tensor):
-                found["state", index, name] = value
+                found["state", index, name] = local(value)
     for device, state in optimizer._states.items():
         for name in ("completed", "skipped", "sum_of_squares", "grad_norm"):
             found[device, name] = getattr(state, name)

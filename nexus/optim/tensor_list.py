@@ -10,6 +10,8 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus.backends.interface import TensorEntry
+from nexus.backends.shards import is_spread, local
+from nexus.optim import shards
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
@@ -21,8 +23,11 @@ def check_parameter(param: Tensor, where: str) -> None:
     """Refuse a parameter that no kernel can update. `where` names it in the error."""
     if is_lazy(param):
         raise TypeError(f"{where} is not initialized yet; run the lazy module once before making the optimizer")
+    if is_spread(param):
+        shards.check_spread(param, where)
+        param = local(param)
     if is_traceable_wrapper_subclass(param):
-        raise TypeError(f"{where} is a {type(param).__name__}; FusedAdamW takes plain tensors")
+        raise TypeError(f"{where} is a {type(param).__name__}; FusedAdamW takes plain tensors and DTensors of such")
     if param.layout != torch.strided:
         raise TypeError(f"{where} has the layout {param.layout}; FusedAdamW takes dense (strided) tensors")
     if param.dtype not in PARAM_DTYPES:
@@ -56,6 +61,9 @@ def check_gradient(param: Tensor, where: str) -> None:
             f"{where} of shape {tuple(param.shape)} on {param.device} has a gradient of shape "
             f"{tuple(grad.shape)} on {grad.device}"
         )
+    if is_spread(param) or is_spread(grad):
+        shards.check_spread_gradient(param, grad, where)
+        grad = local(grad)
     if grad.is_neg():
         raise TypeError(f"{where} has a gradient that is a negated view; set p.grad = p.grad.resolve_neg()")
     if _is_freed(grad):
@@ -71,11 +79,12 @@ def check_sharing(params: list[tuple[str, Tensor]]) -> None:
 
     Of parameters that are, a backend sees it by their addresses.
     """
+    params = [(name, local(param)) for name, param in params]
     if all(is_dense(param.detach()) for _, param in params):
         return
     by_storage: dict[int, list[tuple[str, Tensor]]] = {}
     for name, param in params:
-        if param.device.type == "cpu" and param.numel():
+        if param.numel():
             by_storage.setdefault(param.untyped_storage().data_ptr(), []).append((name, param))
     for sharers in by_storage.values():
         if len(sharers) == 1 and is_dense(sharers[0][1].detach()):
@@ -112,23 +121,23 @@ def make_entry(param: Tensor, state: dict[str, Any], group: int, *, amsgrad: boo
 
     State tensors that were put there by hand are laid out as the parameter is; what does not fit is an error.
     """
-    target = param.detach()
-    param_buffer = None if is_dense(target) else torch.empty(param.shape, dtype=param.dtype, device=param.device)
+    target = local(param).detach()
+    param_buffer = None if is_dense(target) else torch.empty(target.shape, dtype=param.dtype, device=param.device)
     target = target if param_buffer is None else param_buffer
     for name in MOMENTS:
         if name in state:
-            state[name] = _fitting_moment(state[name], target, f"{where}: state {name!r}")
+            state[name] = _fitting_moment(state[name], param, target, f"{where}: state {name!r}")
     grad, grad_buffer = param.grad, None
-    if grad is not None and not same_layout(grad, target):
+    if grad is not None and not (shards.is_read_in_place(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
     return TensorEntry(
         original=param,
         group=group,
         param_buffer=param_buffer,
         grad_buffer=grad_buffer,
-        exp_avg=state["exp_avg"],
-        exp_avg_sq=state["exp_avg_sq"],
-        max_exp_avg_sq=state["max_exp_avg_sq"] if amsgrad else None,
+        exp_avg=local(state["exp_avg"]),
+        exp_avg_sq=local(state["exp_avg_sq"]),
+        max_exp_avg_sq=local(state["max_exp_avg_sq"]) if amsgrad else None,
         step=state["step"],
     )
 
@@ -156,24 +165,35 @@ def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
             if name not in state and (amsgrad or index < 2):
                 wanted.setdefault((param.device, moment_dtype(param)), []).append((param, state, name))
     for (device, dtype), new in wanted.items():
-        padded = [1 if name == "step" else -(-param.numel() // _ALIGNMENT) * _ALIGNMENT for param, _, name in new]
+        parts = [local(param).detach() for param, _, _ in new]
+        padded = [
+            1 if name == "step" else -(-part.numel() // _ALIGNMENT) * _ALIGNMENT
+            for part, (_, _, name) in zip(parts, new, strict=True)
+        ]
         block = torch.zeros(sum(padded), dtype=dtype, device=device)
-        for (param, state, name), part in zip(new, torch.split(block, padded), strict=True):
-            state[name] = part[0] if name == "step" else part.as_strided(param.shape, _dense_stride(param))
+        for (param, state, name), part, memory in zip(new, parts, torch.split(block, padded), strict=True):
+            if name == "step":
+                state[name] = memory[0]
+            else:
+                moment = memory.as_strided(part.shape, _dense_stride(part))
+                state[name] = shards.spread_like(param, moment)
 
 
 def _dense_stride(param: Tensor) -> tuple[int, ...]:
     """The layout that the kernels want beside this parameter: its own, or contiguous."""
-    if is_dense(param.detach()):
+    if is_dense(param):
         return param.stride()
     return torch.empty(param.shape, device="meta").stride()
 
 
-def _fitting_moment(moment: Any, target: Tensor, where: str) -> Tensor:
-    if not isinstance(moment, Tensor) or moment.shape != target.shape or moment.device != target.device:
+def _fitting_moment(moment: Any, param: Tensor, target: Tensor, where: str) -> Tensor:
+    if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != target.device:
         given = f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
-        raise ValueError(f"{where} must be of shape {tuple(target.shape)} on {target.device}, got {given}")
+        raise ValueError(f"{where} must be of shape {tuple(param.shape)} on {target.device}, got {given}")
     dtype = moment_dtype(target)
-    if moment.dtype == dtype and is_dense(moment) and same_layout(moment, target):
-        return moment
-    return torch.empty_like(target, dtype=dtype).copy_(moment)
+    if shards.same_spread(moment, param):
+        part = local(moment)
+        if part.dtype == dtype and is_dense(part) and same_layout(part, target):
+            return moment
+    fitting = torch.empty_like(target, dtype=dtype).copy_(shards.respread(moment, param))
+    return shards.spread_like(param, fitting)

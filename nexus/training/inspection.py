@@ -19,6 +19,7 @@ _TORCH = str(Path(torch.__file__).resolve().parent)
 _EXEMPT = tuple(str(Path(_NEXUS) / name) for name in ("backends", "optim", "schedule_table.py"))
 
 _EMPTY = {"aten::" + name for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
+_COPIES = {"aten::_to_copy", "aten::copy_"}
 _PRUNE_EVERY = 64
 
 
@@ -86,15 +87,16 @@ class Inspector(TorchDispatchMode):  # type: ignore[no-untyped-call]  # by its _
         made = [tensor for tensor in _tensors(result) if _key(tensor) not in keys]
         if func._schema.name == "aten::lift_fresh":
             made = given
+        of_the_host = all(tensor.device.type == "cpu" for tensor in given)
         for tensor in made:
-            self._note_birth(tensor, func)
+            self._note_birth(tensor, func, of_the_host)
         if self._checks and self.refusal is None:
             self._check_after(func, given, made)
         return result
 
-    def _note_birth(self, tensor: Tensor, func: Any) -> None:
+    def _note_birth(self, tensor: Tensor, func: Any, of_the_host: bool) -> None:
         key = _key(tensor)
-        if tensor.device.type == "cpu" and tensor.dim() == 0:
+        if of_the_host and tensor.device.type == "cpu" and tensor.dim() == 0:
             self._constants[key] = tensor.untyped_storage()
         if self._first_run:
             self._made_as.pop(key, None)
@@ -159,8 +161,10 @@ class Inspector(TorchDispatchMode):  # type: ignore[no-untyped-call]  # by its _
                 "make it before the step, or by torch.full, torch.zeros or torch.arange",
             )
             return
+        crosses = func._schema.name in _COPIES and any(t.device == self._device for t in (*given, *made))
         for tensor in (*given, *made):
-            if tensor.device != self._device and _key(tensor) not in self._constants:
+            # A kernel takes a number of the host as an argument; a copy of it would wait.
+            if tensor.device != self._device and (crosses or _key(tensor) not in self._constants):
                 self._refuse(
                     func,
                     f"uses a tensor of shape {tuple(tensor.shape)} on {tensor.device}, and the graph is on "

@@ -1,0 +1,176 @@
+"""Parameters that are updated during the backward pass, each as soon as its gradient is there."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from nexus.arguments import shown
+from nexus.optim import FusedAdamW
+from nexus.optim.one_parameter import OneParameter
+
+__all__ = ["StepInBackward", "step_in_backward"]
+
+
+def step_in_backward(model: nn.Module, optimizer: FusedAdamW) -> StepInBackward:
+    """Let each backward pass update the parameters as it goes, and free each gradient at once.
+
+    The training loop stays as it is, one backward pass and one `optimizer.step()`: what a backward pass has updated
+    already, the step leaves alone. It updates the others that have a gradient, and ends the update: schedules and
+    the count of updates advance there. The parameters after it are, bit for bit, those of the plain loop. What
+    changes is that the gradients are never all there at once.
+
+    Args:
+        model: whose parameters are updated in the backward pass, as far as they are the optimizer's.
+        optimizer: without `max_grad_norm` and `skip_nonfinite`: a norm needs all gradients before the first update.
+
+    Returns:
+        A handle, whose `remove()` ends it; also a context manager that does.
+
+    Raises:
+        TypeError, ValueError, RuntimeError: here, what cannot be had in a backward pass, with the remedy.
+        RuntimeError: in a backward pass, a second gradient of a parameter before `optimizer.step()`, or clipping
+            that was switched on; the parameter and its gradient stay as they are. In a step, a `GradScaler`.
+
+    >>> import torch
+    >>> from nexus.optim import FusedAdamW
+    >>> from nexus.training import step_in_backward
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 1))
+    >>> optimizer = FusedAdamW(model.parameters(), lr=1e-2)
+    >>> with step_in_backward(model, optimizer):
+    ...     for _ in range(3):
+    ...         model(torch.ones(2, 4)).sum().backward()
+    ...         optimizer.step()
+    >>> [param.grad for param in model.parameters()]
+    [None, None, None, None]
+    >>> int(optimizer.state[model[0].weight]["step"])
+    3
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
+    if not isinstance(optimizer, FusedAdamW):
+        raise TypeError(f"optimizer must be a nexus.optim.FusedAdamW, got {shown(optimizer)}")
+    if any(isinstance(module, DistributedDataParallel) for module in model.modules()):
+        raise TypeError(
+            "gradients of a DistributedDataParallel are there before they are averaged over the ranks: use "
+            "torch.distributed.fsdp.fully_shard for less memory, or step after the backward pass"
+        )
+    for hook in optimizer._optimizer_step_post_hooks.values():
+        if isinstance(getattr(hook, "__self__", None), StepInBackward):
+            raise RuntimeError("this optimizer steps in backward passes already: remove() that handle first")
+    _check_options(optimizer)
+    return StepInBackward(model, optimizer)
+
+
+class StepInBackward:
+    """What `step_in_backward` returns."""
+
+    def __init__(self, model: nn.Module, optimizer: FusedAdamW) -> None:
+        self._model = model
+        self._optimizer = optimizer
+        self._lock = threading.Lock()  # each device has a thread of its own in a backward pass
+        self._stepped: set[Tensor] = set()
+        self._parts: dict[Tensor, OneParameter] = {}
+        self._hooks: dict[Tensor, Any] = {}
+        self._find_parameters()
+        if not self._hooks:
+            raise ValueError("no parameter of the model that requires a gradient is the optimizer's")
+        self._ends = [
+            optimizer.register_step_pre_hook(self._check_scale),
+            optimizer.register_step_post_hook(self._end_update),
+        ]
+
+    def remove(self) -> None:
+        """Leave gradients alone from now on. What this update has done is done, and ends with the next step."""
+        for end in self._ends:
+            end.remove()
+        for hook in self._hooks.values():
+            hook.remove()
+        self._hooks.clear()
+        self._parts.clear()
+
+    def __enter__(self) -> StepInBackward:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.remove()
+
+    def _find_parameters(self) -> None:
+        """Follow what has been added to the optimizer, taken away, or unfrozen."""
+        optimizer, of_model = self._optimizer, set(self._model.parameters())
+        parts = {}
+        for index, param, name in optimizer._named_parameters():
+            if param not in of_model or not param.requires_grad:
+                continue
+            group, part = optimizer.param_groups[index], self._parts.get(param)
+            parts[param] = (
+                part if part is not None and part.group is group else OneParameter(optimizer, group, param, name)
+            )
+            if param not in self._hooks:
+                register = param.register_post_accumulate_grad_hook
+                self._hooks[param] = register(_hook(weakref.ref(self)))  # type: ignore[no-untyped-call]
+        self._parts = parts
+
+    def _step(self, param: Tensor) -> None:
+        """Update a parameter whose gradient has just been completed."""
+        with self._lock:
+            if not self._stepped:  # the first of an update
+                _check_options(self._optimizer)
+                self._find_parameters()
+            part = self._parts.get(param)
+            if part is None or param.grad is None:
+                return
+            if param in self._stepped:
+                raise RuntimeError(
+                    f"{part.name} has a second gradient before optimizer.step(): one backward pass is one update "
+                    "here. Call optimizer.step() after each; to accumulate gradients, remove() the handle that "
+                    "step_in_backward returned"
+                )
+            if param.is_cuda and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "updates in a backward pass cannot be captured: remove() the handle before capture"
+                )
+            part.step()
+            self._stepped.add(param)
+            param.grad = None
+
+    def _check_scale(self, *_: Any) -> None:
+        """Before `optimizer.step()`."""
+        given = vars(self._optimizer)
+        if self._stepped and (given.get("grad_scale") is not None or given.get("found_inf") is not None):
+            raise RuntimeError(
+                "a GradScaler steps this optimizer, and the backward pass has updated parameters with gradients that "
+                "are still scaled: train in bfloat16 without a GradScaler, or step after the backward pass"
+            )
+
+    def _end_update(self, *_: Any) -> None:
+        """After `optimizer.step()`."""
+        with self._lock:
+            self._stepped.clear()
+
+
+def _hook(handle: weakref.ref[StepInBackward]) -> Callable[[Tensor], None]:
+    # Weak: the garbage collector does not see what such a hook holds. The optimizer keeps the handle.
+    def step(param: Tensor) -> None:
+        stepper = handle()
+        if stepper is not None:
+            stepper._step(param)
+
+    return step
+
+
+def _check_options(optimizer: FusedAdamW) -> None:
+    if optimizer._measures_norm:
+        raise RuntimeError(
+            "max_grad_norm and skip_nonfinite need the gradients of all parameters before the first is updated: set "
+            "them to None and False (also in each group), or step after the backward pass"
+        )

@@ -1,0 +1,239 @@
+"""Random optimizers beside float64 torch: `run(seed, backend)`. As a program, for as long as it is told to.
+
+A seed is a whole run: its groups, options, dtypes, shapes, layouts, and what happens between its steps.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import io
+import random
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from references import MOMENT, MOMENTS, PARAMS, Float64AdamW, assert_close, moment_dtype, set_grads
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
+
+BACKENDS = ("native", "reference", "cuda on cpu")
+DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
+SHAPES = ((), (0,), (1,), (7,), (31,), (257,), (3, 0), (5, 13), (2, 3, 5), (4, 3, 2, 5), (511,), (64, 9), (16_411,))
+
+
+def _every_other(x: Tensor) -> Tensor:
+    return torch.stack([x, x], dim=-1).flatten(-2)[..., ::2]
+
+
+LAYOUTS: tuple[Callable[[Tensor], Tensor], ...] = (
+    lambda x: x.contiguous(),
+    lambda x: x.contiguous(),
+    lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    _every_other,
+    lambda x: torch.cat([torch.zeros(3, dtype=x.dtype), x.flatten()])[3:].view(x.shape),
+)
+
+
+class Case:
+    """One random run."""
+
+    def __init__(self, seed: int, backend: str) -> None:
+        self.dice = random.Random(seed)
+        self.generator = torch.Generator().manual_seed(seed)
+        self.backend = backend
+        dice = self.dice
+        groups = [self.group() for _ in range(dice.choice((1, 1, 2, 4)))]
+        self.skip = dice.random() < 0.3
+        self.limit = dice.choice((None, None, 0.5, 1e6))
+        scheduled = any(isinstance(group["lr"], Schedule) for group in groups)
+        self.keeps_rates = scheduled  # the reference's scheduler writes all of its rates
+        self.groups = groups
+        own = [{**group, "params": list(group["params"])} for group in groups]
+        self.reference = Float64AdamW([as_float(group) for group in groups], max_grad_norm=self.limit)
+        self.optimizer = self.make(own)
+        self.params = [param for group in own for param in group["params"]]
+        self.silent = {index for index in range(len(self.params)) if dice.random() < 0.1}
+        self.skipped = 0
+
+    def make(self, groups: Any) -> FusedAdamW:
+        return FusedAdamW(groups, max_grad_norm=self.limit, skip_nonfinite=self.skip, backend=self.backend)
+
+    def randn(self, shape: Any) -> Tensor:
+        return torch.randn(shape, dtype=torch.float64, generator=self.generator)
+
+    def laid_out(self, values: Tensor) -> Tensor:
+        return self.dice.choice(LAYOUTS)(values) if values.dim() else values
+
+    def schedule(self, peak: float) -> Schedule:
+        warmup = self.dice.choice((0, 1, 3))
+        return self.dice.choice(
+            (
+                WSD(
+                    warmup,
+                    self.dice.choice((0, 4)),
+                    5,
+                    peak,
+                    peak / 10,
+                    self.dice.choice(("linear", "cosine", "sqrt")),
+                ),
+                Cosine(peak, 9 + warmup, 0.0, warmup),
+                CosineRestarts(peak, 0.0, 4, self.dice.choice((1.0, 1.5)), warmup),
+                Constant(peak),
+            )
+        )
+
+    def group(self) -> dict[str, Any]:
+        dice = self.dice
+        rate, decay = dice.choice((1e-4, 1e-3, 2e-2)), dice.choice((0.0, 1e-2, 0.3))
+        params = []
+        for _ in range(dice.choice((0, 1, 3, 6)) or 1):
+            values = self.laid_out(self.randn(dice.choice(SHAPES)).to(dice.choice(DTYPES)))
+            params.append(torch.nn.Parameter(values))
+        return {
+            "params": params,
+            "lr": dice.choice((rate, torch.tensor(rate, dtype=torch.float64), self.schedule(rate))),
+            "weight_decay": dice.choice((decay, decay, self.schedule(decay or 0.1))),
+            "lr_scale": dice.choice((1.0, 0.3)),
+            "betas": dice.choice(((0.9, 0.999), (0.5, 0.8), (0.0, 0.99), (0.95, 0.9999))),
+            "eps": dice.choice((1e-8, 1e-3)),
+            "amsgrad": dice.random() < 0.3,
+            "maximize": dice.random() < 0.3,
+        }
+
+    def gradients(self) -> list[Tensor | None]:
+        grads: list[Tensor | None] = []
+        for index, param in enumerate(self.params):
+            if index in self.silent or self.dice.random() < 0.15:
+                grads.append(None)
+                continue
+            values = (self.randn(param.shape) * 0.5 + 0.5).to(param.dtype)
+            if param.dtype in (torch.bfloat16, torch.float16) and self.dice.random() < 0.2:
+                values = values.float()
+            grads.append(self.laid_out(values))
+        return grads
+
+    def step(self) -> None:
+        grads = self.gradients()
+        there = [grad for grad in grads if grad is not None and grad.numel()]
+        if self.skip and there and self.dice.random() < 0.2:
+            spoiled = self.dice.choice(there)
+            spoiled[(0,) * spoiled.dim()] = self.dice.choice((torch.inf, -torch.inf, torch.nan))
+            self.skipped += 1
+            set_grads(self.params, grads)
+            self.optimizer.step()
+            return
+        self.reference.step(grads)
+        set_grads(self.params, grads)
+        self.optimizer.step()
+        if self.limit is not None:
+            norm = self.optimizer.grad_norm
+            assert norm is not None
+            torch.testing.assert_close(norm, self.reference.grad_norm, rtol=1e-12, atol=0.0, check_dtype=False)
+
+    # What users do between two steps.
+
+    def load_in_place(self) -> None:
+        self.optimizer.load_state_dict(copy.deepcopy(self.optimizer.state_dict()))
+
+    def load_elsewhere(self) -> None:
+        file = io.BytesIO()
+        torch.save(self.optimizer.state_dict(), file)
+        file.seek(0)
+        counted = self.optimizer.skipped_steps
+        groups = []
+        for group, now in zip(self.groups, self.optimizer.param_groups, strict=True):
+            groups.append({**group, "params": now["params"]})
+            if isinstance(group["lr"], Tensor):
+                groups[-1]["lr"] = group["lr"].clone()
+        self.optimizer = self.make(groups)
+        self.optimizer.load_state_dict(torch.load(file, weights_only=True))
+        self.optimizer.skipped_steps.copy_(counted)
+
+    def swap_storage(self) -> None:
+        param = self.dice.choice(self.params)
+        param.data = self.laid_out(param.data.clone())
+
+    def change_a_number(self) -> None:
+        index = self.dice.randrange(len(self.groups))
+        ours, theirs = self.optimizer.param_groups[index], self.reference.optimizer.param_groups[index]
+        name, value = self.dice.choice((("betas", (0.8, 0.95)), ("eps", 1e-4), ("maximize", not ours["maximize"])))
+        ours[name] = theirs[name] = value
+        if not self.keeps_rates:
+            rate = self.dice.choice((3e-4, 5e-3))
+            theirs["lr"] = rate
+            if isinstance(ours["lr"], Tensor):
+                ours["lr"].fill_(rate)
+            else:
+                ours["lr"] = rate
+
+    def read(self) -> None:
+        assert len(self.optimizer.state_dict()["param_groups"]) == len(self.groups)
+        assert "FusedAdamW" in repr(self.optimizer)
+
+    def run(self) -> None:
+        events = (self.load_in_place, self.load_elsewhere, self.swap_storage, self.change_a_number, self.read)
+        for _ in range(self.dice.choice((1, 4, 12))):
+            self.step()
+            if self.dice.random() < 0.3:
+                self.dice.choice(events)()
+        self.check()
+
+    def check(self) -> None:
+        assert int(self.optimizer.skipped_steps) == self.skipped
+        for index, param in enumerate(self.params):
+            what = f"parameter {index} {tuple(param.shape)} {param.dtype}"
+            assert_close(param, self.reference.params[index], PARAMS[param.dtype], what)
+            state, expected = self.optimizer.state.get(param, {}), self.reference.state(index)
+            if state and not expected and self.skipped:  # its only gradients were those of skipped steps
+                assert not any(value.any() for value in state.values()), what
+                continue
+            assert set(state) == set(expected), what
+            for name in MOMENTS:
+                if name in state:
+                    assert state[name].dtype == moment_dtype(param.dtype), what
+                    assert_close(state[name], expected[name], MOMENT[state[name].dtype], f"{what} {name}")
+            if "step" in state:
+                assert int(state["step"]) == int(expected["step"]), what
+
+
+def as_float(group: dict[str, Any]) -> dict[str, Any]:
+    """Torch's for-loop takes no tensor for a rate beside a scheduler."""
+    return {**group, "lr": float(group["lr"]) if isinstance(group["lr"], Tensor) else group["lr"]}
+
+
+def run(seed: int, backend: str) -> None:
+    """The run of a seed; AssertionError if it is not that of float64 torch."""
+    Case(seed, backend).run()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seconds", type=float, default=600.0, help="how long (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=None, help="the first seed (default: of the clock)")
+    parser.add_argument("--count", type=int, default=None, help="how many seeds at most")
+    arguments = parser.parse_args()
+    import cuda_on_cpu  # noqa: F401  # registers its backend
+
+    first = time.time_ns() // 10**6 if arguments.seed is None else arguments.seed
+    end = time.monotonic() + arguments.seconds
+    seed = first
+    while time.monotonic() < end and seed - first != arguments.count:
+        for backend in BACKENDS:
+            try:
+                run(seed, backend)
+            except Exception:
+                print(f"python tests/fuzz.py --seed {seed} --count 1  # fails with {backend!r}", file=sys.stderr)
+                raise
+        seed += 1
+    print(f"{seed - first} runs from seed {first}, each with {', '.join(BACKENDS)}: no difference")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,172 @@
+"""DDP and ZeroRedundancyOptimizer beside one process in float64 torch."""
+
+from __future__ import annotations
+
+import functools
+import io
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import OPTIONS, SCHEDULE, Net, batch, loss_of, my_rows, same_on_all_ranks
+from references import Float64AdamW, make_grads, make_params, same_bits
+from torch import Tensor
+from torch.nn.parallel import DistributedDataParallel
+from worlds import Worlds
+
+from nexus.optim import FusedAdamW
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+def train_beside_one_process(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+    torch.manual_seed(1)
+    alone = Net().double()
+    reference = Float64AdamW(list(alone.parameters()), **OPTIONS)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, *map(my_rows, batch(step, torch.float64))).backward()
+        optimizer.step()
+        alone.zero_grad()
+        loss_of(alone, *batch(step, torch.float64)).backward()
+        reference.step([param.grad for param in alone.parameters()])
+        with torch.no_grad():
+            for param, value in zip(alone.parameters(), reference.params, strict=True):
+                param.copy_(value)
+    for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(param.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+
+
+def make_ddp(**options: Any) -> DistributedDataParallel:
+    torch.manual_seed(1)
+    return DistributedDataParallel(Net().double(), **options)
+
+
+def ddp(bucket_view: bool) -> None:
+    model = make_ddp(gradient_as_bucket_view=bucket_view)
+    optimizer = FusedAdamW(model.parameters(), **OPTIONS)
+    train_beside_one_process(model, optimizer, 30)
+    assert not optimizer._plan.norm_parts  # gradients are whole everywhere: no sum over processes
+    assert same_on_all_ranks(optimizer.grad_norm, *(param.detach() for param in model.parameters()))
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+def test_ddp_trains_as_one_process(worlds: Worlds, size: int, bucket_view: bool) -> None:
+    worlds(size).run(ddp, bucket_view)
+
+
+def make_zero(model: torch.nn.Module, *, bucket_view: bool = False, **options: Any) -> Any:
+    from torch.distributed.optim import ZeroRedundancyOptimizer  # the import warns of what torch itself deprecates
+
+    return ZeroRedundancyOptimizer(
+        model.parameters(),
+        functools.partial(FusedAdamW, norm_group=dist.group.WORLD),
+        parameters_as_bucket_view=bucket_view,
+        **{**OPTIONS, **options},
+    )
+
+
+def zero(bucket_view: bool) -> None:
+    model = make_ddp()
+    optimizer = make_zero(model, bucket_view=bucket_view)
+    train_beside_one_process(model, optimizer, 20)
+    assert optimizer.param_groups[0]["lr"].item() == pytest.approx(SCHEDULE(19), rel=1e-15)
+    assert same_on_all_ranks(optimizer.optim.grad_norm, *(param.detach() for param in model.parameters()))
+    held = sum(param.numel() for group in optimizer.optim.param_groups for param in group["params"])
+    assert 0 < held < sum(param.numel() for param in model.parameters())
+
+
+@pytest.mark.parametrize("bucket_view", [False, True])
+def test_zero_trains_as_one_process(worlds: Worlds, bucket_view: bool) -> None:
+    worlds(2).run(zero, bucket_view)
+
+
+def read_back(saved: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def zero_resumes(scheduled: bool) -> None:
+    def train(model: torch.nn.Module, optimizer: Any, start: int, stop: int) -> None:
+        for step in range(start, stop):
+            optimizer.zero_grad()
+            loss_of(model, *map(my_rows, batch(step, torch.float64))).backward()
+            optimizer.step()
+
+    lr = SCHEDULE if scheduled else 0.01
+    whole, resumed = make_ddp(), make_ddp()
+    first, second = make_zero(whole, lr=lr), make_zero(resumed, lr=lr)
+    train(whole, first, 0, 10)
+    resumed.load_state_dict(whole.state_dict())
+    if scheduled:  # each process its own part, which has the schedule's counter
+        second.optim.load_state_dict(read_back(first.optim.state_dict()))
+    else:
+        everything: list[Any] = [None]
+        first.consolidate_state_dict(to=0)
+        if dist.get_rank() == 0:
+            everything = [read_back(first.state_dict())]
+        dist.broadcast_object_list(everything)
+        second.load_state_dict(everything[0])
+    train(whole, first, 10, 20)
+    train(resumed, second, 10, 20)
+    assert same_bits(list(whole.parameters()), list(resumed.parameters()))
+    for optimizer in (first, second):
+        assert {int(state["step"]) for state in optimizer.optim.state.values()} == {20}
+    assert float(second.param_groups[0]["lr"]) == float(first.param_groups[0]["lr"])
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+def test_a_run_with_zero_resumes(worlds: Worlds, scheduled: bool) -> None:
+    worlds(2).run(zero_resumes, scheduled)
+
+
+def zeros_own_load_of_a_schedule() -> None:
+    model = make_ddp()
+    first, second = make_zero(model), make_zero(model)
+    loss_of(model, *map(my_rows, batch(0, torch.float64))).backward()
+    first.step()
+    first.consolidate_state_dict(to=0)
+    everything: list[Any] = [first.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(everything)
+    second.load_state_dict(everything[0])
+    with pytest.raises(RuntimeError, match=r"was set to .* while WSD"):
+        second.step()
+
+
+def test_zeros_own_load_which_loses_the_schedules_counter_is_an_error(worlds: Worlds) -> None:
+    worlds(2).run(zeros_own_load_of_a_schedule)
+
+
+def parameters_of_its_own(scales: bool) -> None:
+    """As the stages of a pipeline have: each process has other parameters of the same model."""
+    start: list[Tensor] = [param.detach() for param in make_params([(5, 3), (7,), (2, 2), (4,)])]
+    mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 4)
+    params = [torch.nn.Parameter(tensor.clone()) for tensor in start[mine]]
+    optimizer = FusedAdamW(params, skip_nonfinite=not scales, norm_group=dist.group.WORLD, **OPTIONS)
+    reference = Float64AdamW(start, **OPTIONS)
+    for step in range(10):
+        grads = make_grads(start)
+        bad = step == 4
+        if not bad:
+            reference.step(grads)
+        if scales:
+            optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(bad and dist.get_rank() == 1))
+        elif bad:
+            grads[3][0] = math.nan  # in what rank 1 has alone
+        for param, grad in zip(params, grads[mine], strict=True):
+            param.grad = grad
+        optimizer.step()
+    for param, expected in zip(params, reference.params[mine], strict=True):
+        torch.testing.assert_close(param.double(), expected, rtol=1e-6, atol=1e-6)
+    assert same_on_all_ranks(optimizer.grad_norm, optimizer.skipped_steps)
+    assert int(optimizer.skipped_steps) == 1
+
+
+@pytest.mark.parametrize("scales", [False, True])
+def test_processes_with_parameters_of_their_own_share_norm_and_decision(worlds: Worlds, scales: bool) -> None:
+    worlds(2).run(parameters_of_its_own, scales)

@@ -1,0 +1,75 @@
+"""The first runs of fuzz.py, the same ones each time. `make fuzz` makes new ones for as long as it is told to."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+import fuzz
+import pytest
+import torch
+
+from nexus.optim import FusedAdamW
+
+RUNS = 75
+
+
+@pytest.mark.usefixtures("restored_threads")
+@pytest.mark.parametrize("first", range(0, 4 * RUNS, RUNS))
+def test_random_runs_equal_torch_in_float64(first: int) -> None:
+    torch.set_num_threads(1)  # threads that wait for one another are slow where others are at work
+    for seed in range(first, first + RUNS):
+        for backend in fuzz.BACKENDS:
+            try:
+                fuzz.run(seed, backend)
+            except Exception as error:
+                pytest.fail(f"python tests/fuzz.py --seed {seed} --count 1  # {backend}: {error!r}")
+
+
+def test_a_seed_is_one_run() -> None:
+    first, second = fuzz.Case(5, "native"), fuzz.Case(5, "native")
+    first.run()
+    second.run()
+    assert all(torch.equal(a, b) for a, b in zip(first.params, second.params, strict=True))
+
+
+def wrong_step(self: FusedAdamW, *arguments: Any) -> Any:
+    """Does nothing to the last parameter."""
+    last = self.param_groups[-1]["params"][-1]
+    grad, last.grad = last.grad, None
+    result = FusedAdamW._step(self, *arguments)
+    last.grad = grad
+    return result
+
+
+def wrong_decay(self: FusedAdamW, *arguments: Any) -> Any:
+    """Decays a little more."""
+    with torch.no_grad():
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    param.mul_(1 - 1e-4)
+    return FusedAdamW._step(self, *arguments)
+
+
+@pytest.mark.parametrize("wrong", [wrong_step, wrong_decay])
+def test_a_wrong_optimizer_is_found_out_soon(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(FusedAdamW, "step", wrong)
+    failures = 0
+    for seed in range(30):
+        try:
+            fuzz.run(seed, "native")
+        except AssertionError:
+            failures += 1
+    assert failures >= 10
+
+
+def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--seed", "3", "--count", "2"])
+    assert fuzz.main() == 0
+    assert capsys.readouterr().out.startswith("2 runs from seed 3")
+    monkeypatch.setattr(FusedAdamW, "step", wrong_step)
+    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--seed", "3", "--count", "30"])
+    with pytest.raises(AssertionError):
+        fuzz.main()
+    assert "python tests/fuzz.py --seed" in capsys.readouterr().err

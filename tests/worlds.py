@@ -1,0 +1,124 @@
+"""Worlds of processes that train together: started once, asked to run functions, killed if they hang."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import pickle
+import tempfile
+import traceback
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+LIMIT = 60.0  # seconds that a function may take in a world; starting one takes about five
+
+
+class World:
+    """`size` processes with a gloo group of them all.
+
+    Args:
+        size: how many.
+        folder: for the file over which they find one another.
+    """
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size = size
+        context = multiprocessing.get_context("spawn")
+        file = tempfile.mktemp(dir=folder, prefix="world_")
+        self._pipes: list[Connection] = []
+        self._processes = []
+        for rank in range(size):
+            mine, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(theirs, rank, size, file), daemon=True)
+            process.start()
+            theirs.close()
+            self._pipes.append(mine)
+            self._processes.append(process)
+
+    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """What `function(*args)` returns in each process. A failed or a hung process fails the test, by its words."""
+        for pipe in self._pipes:
+            pipe.send_bytes(pickle.dumps((function, args)))
+        results, errors = [], []
+        for rank, pipe in enumerate(self._pipes):
+            try:
+                if not pipe.poll(LIMIT):
+                    raise TimeoutError(f"no answer within {LIMIT:.0f} s")
+                error, result = pickle.loads(pipe.recv_bytes())
+            except (EOFError, ConnectionError, TimeoutError) as gone:
+                error, result = repr(gone), None
+            results.append(result)
+            if error:
+                errors.append(f"rank {rank} of {self.size}: {error}")
+        if errors:
+            self.close()  # the others may wait for one that failed
+            raise AssertionError("\n".join(errors))
+        return results
+
+    @property
+    def is_alive(self) -> bool:
+        return all(process.is_alive() for process in self._processes)
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+        for process in self._processes:
+            process.join()
+            process.close()
+        for pipe in self._pipes:
+            pipe.close()
+        self._processes = []
+
+
+class Worlds:
+    """Those of a test session, by their sizes."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._worlds: dict[int, World] = {}
+
+    def __call__(self, size: int) -> World:
+        world = self._worlds.get(size)
+        if world is None or not world._processes or not world.is_alive:
+            world = self._worlds[size] = World(size, self._folder)
+        return world
+
+    def close(self) -> None:
+        for world in self._worlds.values():
+            world.close()
+
+
+@contextlib.contextmanager
+def worlds_in(folder: Path) -> Iterator[Worlds]:
+    worlds = Worlds(folder)
+    try:
+        yield worlds
+    finally:
+        worlds.close()
+
+
+def _serve(pipe: Connection, rank: int, size: int, file: str) -> None:
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+    torch.set_num_threads(1)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT / 2)
+    )
+    while True:
+        try:
+            function, args = pickle.loads(pipe.recv_bytes())
+        except EOFError:  # the tests are over
+            return
+        torch.manual_seed(20_240_404)
+        try:
+            answer = None, function(*args)
+        except BaseException:
+            answer = traceback.format_exc(), None
+        pipe.send_bytes(pickle.dumps(answer))

@@ -23,52 +23,55 @@ from nexus.schedules import WSD
 
 STEPS, BATCH = 60, 12  # sequences of all processes together; their number divides it
 
-parser = argparse.ArgumentParser()
-parser.add_argument("--stop", type=int, default=STEPS, help="save and stop after this many steps")
-parser.add_argument("--checkpoint", type=Path, default=Path("build/fsdp2"), help="a folder; if it is there, go on")
-arguments = parser.parse_args()
 
-device = "cuda" if torch.cuda.is_available() else "cpu"
-mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
-rank, processes = mesh.get_rank(), mesh.size()
+def train(stop: int, checkpoint: Path) -> None:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
+    rank, processes = mesh.get_rank(), mesh.size()
 
-torch.manual_seed(0)  # the same model everywhere, before it is sharded
-model = GPT(GPTConfig(layers=2, width=64, context=64)).to(device)
-for block in model.blocks:
-    fully_shard(block, mesh=mesh)
-fully_shard(model, mesh=mesh)
-schedule = WSD(warmup_steps=10, stable_steps=30, decay_steps=20, peak_lr=5e-3)
-optimizer = FusedAdamW(model.parameters(), lr=schedule, weight_decay=0.1, max_grad_norm=1.0)  # as in one process
+    torch.manual_seed(0)  # the same model everywhere, before it is sharded
+    model = GPT(GPTConfig(layers=2, width=64, context=64)).to(device)
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    schedule = WSD(warmup_steps=10, stable_steps=30, decay_steps=20, peak_lr=5e-3)
+    optimizer = FusedAdamW(model.parameters(), lr=schedule, weight_decay=0.1, max_grad_norm=1.0)  # as in one process
+
+    step = 0
+    if (checkpoint / ".metadata").is_file():
+        saved = state(model, optimizer, step)
+        dcp.load(saved, checkpoint_id=checkpoint)  # each process reads its own part, however it was saved
+        set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
+        step = saved["step"]
+
+    text = corpus.load(torch.device(device))
+    while step < stop:
+        inputs, targets = (rows.chunk(processes)[rank] for rows in text.batch(0, step, BATCH, 64))
+        optimizer.zero_grad()
+        loss = model.loss(inputs, targets)
+        loss.backward()
+        optimizer.step()
+        step += 1
+        if step % 10 == 0:
+            mean = loss.detach() / processes
+            dist.all_reduce(mean)
+            if rank == 0:
+                norm, rate = optimizer.grad_norm.item(), optimizer.param_groups[0]["lr"].item()
+                print(f"{processes} processes, step {step}: loss {mean.item():.3f}, norm {norm:.3f}, rate {rate:.5f}")
+    if step < STEPS:
+        dcp.save(state(model, optimizer, step), checkpoint_id=checkpoint)
 
 
-def state() -> dict[str, object]:
+def state(model: GPT, optimizer: FusedAdamW, step: int) -> dict[str, object]:
     of_model, of_optimizer = get_state_dict(model, optimizer)
     return {"model": of_model, "optimizer": of_optimizer, "step": step}
 
 
-step = 0
-if (arguments.checkpoint / ".metadata").is_file():
-    saved = state()
-    dcp.load(saved, checkpoint_id=arguments.checkpoint)  # each process reads its own part, however it was saved
-    set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-    step = saved["step"]
-
-text = corpus.load(torch.device(device))
-while step < arguments.stop:
-    inputs, targets = (rows.chunk(processes)[rank] for rows in text.batch(0, step, BATCH, 64))
-    optimizer.zero_grad()
-    loss = model.loss(inputs, targets)
-    loss.backward()
-    optimizer.step()
-    step += 1
-    if step % 10 == 0:
-        mean = loss.detach() / processes
-        dist.all_reduce(mean)
-        if rank == 0:
-            norm, rate = optimizer.grad_norm.item(), optimizer.param_groups[0]["lr"].item()
-            print(f"{processes} processes, step {step}: loss {mean.item():.3f}, norm {norm:.3f}, rate {rate:.5f}")
-if step < STEPS:
-    dcp.save(state(), checkpoint_id=arguments.checkpoint)
-del model, block, optimizer, loss  # left to the end, gloo of torch 2.13 may abort, its work done
-gc.collect()
-dist.destroy_process_group()
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--stop", type=int, default=STEPS, help="save and stop after this many steps")
+    parser.add_argument("--checkpoint", type=Path, default="build/fsdp2", help="gone on from, if it is there")
+    arguments = parser.parse_args()
+    train(arguments.stop, arguments.checkpoint)
+    gc.collect()  # a sharded model that is left to the interpreter's end can make gloo abort, its work done
+    dist.destroy_process_group()

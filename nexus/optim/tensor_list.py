@@ -87,7 +87,7 @@ def check_sharing(params: list[tuple[str, Tensor]]) -> None:
         if param.numel():
             by_storage.setdefault(param.untyped_storage().data_ptr(), []).append((name, param))
     for sharers in by_storage.values():
-        if len(sharers) == 1 and is_dense(sharers[0][1].detach()):
+        if all(is_dense(param.detach()) for _, param in sharers):
             continue
         taken = torch.zeros(sharers[0][1].untyped_storage().nbytes(), dtype=torch.bool, device="cpu")
         for name, param in sharers:
@@ -95,9 +95,12 @@ def check_sharing(params: list[tuple[str, Tensor]]) -> None:
             mine = taken.as_strided(
                 (*param.shape, size), (*(size * s for s in param.stride()), 1), size * param.storage_offset()
             )
-            before = int(taken.sum())
+            first = size * param.storage_offset()
+            extent = 1 + sum((n - 1) * stride for n, stride in zip(param.shape, param.stride(), strict=True))
+            around = taken[first : first + size * extent]
+            before = int(around.sum())
             mine.fill_(True)
-            if int(taken.sum()) - before != param.numel() * size:
+            if int(around.sum()) - before != param.numel() * size:
                 others = ", ".join(other for other, _ in sharers if other != name) or "itself"
                 raise ValueError(f"{name} shares memory with {others}; give the optimizer one tensor for both")
 

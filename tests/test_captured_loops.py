@@ -77,7 +77,8 @@ def test_the_benchmarks_models(case, graphs: Graphs, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(trainees, "FusedAdamW", partial(FusedAdamW, backend=NAME))
     monkeypatch.setattr(models, "MLP_WIDTHS", (20, 12, 10))
     monkeypatch.setattr(models, "Size", lambda: TINY)
-    monkeypatch.setattr(models, "GPT2Config", partial(models.GPT2Config, 1, 2, 8, 64, 16))
+    tiny = {"layers": 1, "heads": 2, "width": 8, "vocabulary": 64, "context": 16}
+    monkeypatch.setattr(models, "GPT2Config", partial(models.GPT2Config, **tiny))
     monkeypatch.setattr(models, "_token_sizes", lambda case, device: (2, 16, 64))
     captured, eager = (trainees.nexus(case, job, FakeGpu()) for job in (CAPTURED, EAGER))
     assert captured.read_losses(8) == eager.read_losses(8)

@@ -13,7 +13,7 @@ from torch import Tensor
 from nexus.backends import watched
 from nexus.backends.devices import total_everywhere
 from nexus.backends.interface import DevicePlan, Plan
-from nexus.backends.watched import WatchedRunner, address, extension, history_fields, make_list
+from nexus.backends.watched import WatchedRunner, address, extension, make_list, state_fields
 
 __all__ = ["DEVICE_TYPES", "NAME", "CudaRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -119,18 +119,7 @@ class CudaRunner(WatchedRunner):
 
     def _take_settings(self, plan: Plan) -> None:
         for position, device_plan in enumerate(self._devices):
-            state = device_plan.state
-            self._list.set_state(
-                position,
-                (
-                    state.completed.data_ptr(),
-                    state.skipped.data_ptr(),
-                    state.sum_of_squares.data_ptr() if device_plan.measures_norm else 0,
-                    state.grad_norm.data_ptr(),
-                    state.skip_nonfinite,
-                    history_fields(device_plan.history),
-                ),
-            )
+            self._list.set_state(position, state_fields(device_plan))
 
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         measured = []

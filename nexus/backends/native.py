@@ -9,7 +9,7 @@ from torch import Tensor
 
 from nexus.backends.devices import total_everywhere
 from nexus.backends.interface import Plan
-from nexus.backends.watched import WatchedRunner, address, extension, history_fields, make_list, unavailable
+from nexus.backends.watched import WatchedRunner, address, extension, make_list, state_fields, unavailable
 
 __all__ = ["DEVICE_TYPES", "NAME", "NativeRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -61,19 +61,9 @@ class NativeRunner(WatchedRunner):
 
     def _take_settings(self, plan: Plan) -> None:
         device_plan = plan.devices[_CPU]
-        state = device_plan.state
         self._measures_norm = device_plan.measures_norm
-        self._sum_of_squares = state.sum_of_squares.data_ptr()
-        self._list.set_state(
-            (
-                state.completed.data_ptr(),
-                state.skipped.data_ptr(),
-                self._sum_of_squares if device_plan.measures_norm else 0,
-                state.grad_norm.data_ptr(),
-                state.skip_nonfinite,
-                history_fields(device_plan.history),
-            )
-        )
+        self._sum_of_squares = device_plan.state.sum_of_squares.data_ptr()
+        self._list.set_state(state_fields(device_plan))
 
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         threads = torch.get_num_threads()

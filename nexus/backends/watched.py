@@ -30,6 +30,7 @@ __all__ = [
     "history_fields",
     "make_list",
     "rate_fields",
+    "state_fields",
     "unavailable",
 ]
 
@@ -80,6 +81,19 @@ def rate_fields(rate: Rate) -> tuple[float, int, int, int, int, float, int]:
 def history_fields(ring: Ring | None) -> tuple[int, int, int, int]:
     """A history as the extension takes it: count, rows, slots, width."""
     return (0, 0, 0, 0) if ring is None else (ring.count.data_ptr(), ring.rows.data_ptr(), ring.slots, ring.width)
+
+
+def state_fields(plan: DevicePlan) -> tuple[int, int, int, int, bool, tuple[int, int, int, int]]:
+    """What a step works on besides tensors and groups, as the extension takes it; no norm where nobody wants one."""
+    state = plan.state
+    return (
+        state.completed.data_ptr(),
+        state.skipped.data_ptr(),
+        state.sum_of_squares.data_ptr() if plan.measures_norm else 0,
+        state.grad_norm.data_ptr(),
+        state.skip_nonfinite,
+        history_fields(plan.history),
+    )
 
 
 class WatchedRunner:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from nexus.bench.cases import CUDA
 from nexus.bench.training_cases import DEMO_GPT, MLP, TrainingCase
-from nexus.demo.model import GPT
+from nexus.demo.model import GPT, Block, GPTConfig
 from nexus.demo.run import Size
 
 BATCHES = 4  # different ones, over and over
@@ -21,38 +21,14 @@ Batch = tuple[Tensor, Tensor]
 
 
 @dataclass(frozen=True)
-class GPT2Config:
+class GPT2Config(GPTConfig):
     """That of the smallest GPT-2."""
 
     layers: int = 12
     heads: int = 12
     width: int = 768
-    vocabulary: int = 50257
     context: int = 1024
-
-
-class GPT2Block(nn.Module):
-    """Pre-LN attention and MLP, each added to the residual stream."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.attention_norm = nn.LayerNorm(config.width)
-        self.qkv = nn.Linear(config.width, 3 * config.width)
-        self.attention_out = nn.Linear(config.width, config.width)
-        self.mlp_norm = nn.LayerNorm(config.width)
-        self.mlp_in = nn.Linear(config.width, 4 * config.width)
-        self.mlp_out = nn.Linear(4 * config.width, config.width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """The residual stream `x` (batch, length, width) after this block."""
-        batch, length, width = x.shape
-        qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)
-        attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))
-        mlp: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))
-        return x + mlp
+    vocabulary: int = 50257
 
 
 class GPT2(nn.Module):
@@ -62,7 +38,7 @@ class GPT2(nn.Module):
         super().__init__()
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.positions = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(GPT2Block(config) for _ in range(config.layers))
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.LayerNorm(config.width)
         for parameter in self.parameters():
             if parameter.dim() == 2:

@@ -45,12 +45,13 @@ class Block(nn.Module):
         self.mlp_in = nn.Linear(config.width, 4 * config.width)
         self.mlp_out = nn.Linear(4 * config.width, config.width)
 
-    def forward(self, x: Tensor, rotation: Tensor) -> Tensor:
-        """The residual stream `x` (batch, length, width) after this block."""
+    def forward(self, x: Tensor, rotation: Tensor | None = None) -> Tensor:
+        """The residual stream `x` (batch, length, width) after this block; `rotation` gives rotary positions."""
         batch, length, width = x.shape
         qkv = self.qkv(self.attention_norm(x)).view(batch, length, 3, self.heads, width // self.heads)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (batch, heads, length, width / heads)
-        q, k = rotated(q, rotation), rotated(k, rotation)
+        if rotation is not None:
+            q, k = rotated(q, rotation), rotated(k, rotation)
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.attention_out(attended.transpose(1, 2).reshape(batch, length, width))
         mlp: Tensor = self.mlp_out(F.gelu(self.mlp_in(self.mlp_norm(x)), approximate="tanh"))

@@ -53,8 +53,8 @@ class FusedAdamW(PlannedOptimizer):
         max_grad_norm: scale the gradients down to this global 2-norm inside the update, as
             `torch.nn.utils.clip_grad_norm_` would before it. None: do not; `math.inf`: only measure it.
         skip_nonfinite: let a step whose gradients hold an infinity or a NaN change nothing but `skipped_steps`.
-        backend: `"auto"`, or one of `"native"` (compiled, CPU), `"cuda"` (compiled, NVIDIA), `"triton"` (NVIDIA and
-            AMD) and `"reference"` (plain PyTorch, any device).
+        backend: `"auto"`, or one of `"native"` (compiled, CPU), `"cuda"` (compiled, NVIDIA), `"triton"` (where
+            Triton runs) and `"reference"` (plain PyTorch, any device).
         norm_group: processes whose optimizers have other parameters of the same model, each its own: the gradient
             norm is that of all of them, and what one skips, all skip. DTensors need none, nor does DDP.
 

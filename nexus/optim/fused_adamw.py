@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import Optimizer
 
 from nexus import backends
 from nexus.arguments import shown
 from nexus.backends.interface import Backend, Change, Plan, Runner, StepState
-from nexus.optim import checkpoint, tensor_list
+from nexus.optim import checkpoint, compiled, tensor_list
 from nexus.optim.history import History, history_of
 from nexus.optim.param_group import ParamGroup, check_group, check_torch_options
 from nexus.optim.planned import PlannedOptimizer
@@ -79,10 +80,6 @@ class FusedAdamW(PlannedOptimizer):
     True
     """
 
-    # GradScaler asks for this, and sets `grad_scale` and `found_inf` for the time of a step (it takes a product
-    # with a `grad_scale` that is there before, so there is none): unscaling and skipping are part of the update.
-    _step_supports_amp_scaling = True
-
     def __init__(
         self,
         params: Params,
@@ -128,6 +125,7 @@ class FusedAdamW(PlannedOptimizer):
         self._plan: Plan | None = None
         self._planned_amsgrad: list[bool] = []
         self._runner: Runner | None = None
+        self._operands = compiled.Operands(self)
         super().__init__(params, defaults)
         self._backend = backends.select(backend, self._devices())
 
@@ -145,6 +143,8 @@ class FusedAdamW(PlannedOptimizer):
         Raises:
             RuntimeError: a sparse gradient, or a float written over a scheduled rate. Nothing is changed.
         """
+        if is_dynamo_compiling():
+            return compiled.step(self, closure)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -152,7 +152,8 @@ class FusedAdamW(PlannedOptimizer):
             or torch_optimizer._global_optimizer_post_hooks
             or torch._C._autograd._profiler_enabled()
         ):
-            return self._step_with_hooks(closure)
+            # As torch's: hooks see only what was given, and may give a closure themselves.
+            return self._step_with_hooks() if closure is None else self._step_with_hooks(closure)
         return self._step(closure)
 
     step.hooked = True  # type: ignore[attr-defined]  # tells torch not to wrap it again
@@ -162,18 +163,28 @@ class FusedAdamW(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        attributes = self.__dict__
+        self._update(attributes.get("grad_scale"), attributes.get("found_inf"))
+        return loss
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         runner = self._runner
         change = Change.TENSORS if runner is None else runner.changed()
         if runner is None or change:
             if not self.state and self._only_makes_state():
                 self._init_states()
-                return loss
+                return
             runner = self._prepare(change)
-        attributes = self.__dict__
-        runner.step(attributes.get("grad_scale"), attributes.get("found_inf"))
-        return loss
+        runner.step(grad_scale, found_inf)
 
     _step_with_hooks = Optimizer.profile_hook_step(_step)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As any `torch.optim.Optimizer`'s; `torch.compile` takes it into its graphs, too."""
+        if is_dynamo_compiling():
+            compiled.zero_grad(self, set_to_none)
+        else:
+            super().zero_grad(set_to_none)
 
     def sync_hyperparameters(self) -> None:
         """Let graphs that have captured a step see what has changed in `param_groups` since.
@@ -193,6 +204,19 @@ class FusedAdamW(PlannedOptimizer):
         self._runner.update_captured()
 
     # What torch.optim.Optimizer has.
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Asked by `GradScaler` before each step: whether unscaling and skipping are left to the update.
+
+        It then sets `grad_scale` and `found_inf` for the time of the step (it takes a product with a `grad_scale`
+        that is there before, so there is none). Accelerate takes a step for skipped if `GradScaler` does not call
+        it: under its watch `GradScaler` is to decide, save for float16 gradients, which it refuses to unscale.
+        """
+        if getattr(self.__dict__.get("step"), "__module__", None) != "accelerate.optimizer":
+            return True
+        grads = [param.grad for group in self.param_groups for param in group["params"]]
+        return any(grad is not None and grad.dtype == torch.float16 for grad in grads)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with any options of its own; also while training.
@@ -248,6 +272,7 @@ class FusedAdamW(PlannedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = self._runner = None
+        self._operands = compiled.Operands(self)
         self._backend = backends.select(self._requested_backend, self._devices())
 
     # What it has beyond.
@@ -268,11 +293,15 @@ class FusedAdamW(PlannedOptimizer):
 
         None without `max_grad_norm` and `skip_nonfinite`, since nobody asked for it to be computed.
         """
+        if is_dynamo_compiling():
+            return compiled.grad_norm(self)
         return self._state_on(self._devices()[0]).grad_norm if self._measures_norm else None
 
     @property
     def skipped_steps(self) -> Tensor:
         """How many steps changed nothing since a gradient was not finite: 0-dim int64, on the device."""
+        if is_dynamo_compiling():
+            return compiled.skipped_steps(self)
         return self._state_on(self._devices()[0]).skipped
 
     def history(self, capacity: int = 10_000) -> History:

@@ -29,6 +29,13 @@ SETTING_NAMES = (
 )
 """The keys of a group whose values a step uses."""
 
+OWN_SCHEDULE = (
+    "evaluates its own schedule, {!r}: it advances with step() and takes no scheduler. Leave the scheduler out, or "
+    "give FusedAdamW a float lr to use one; where a trainer wants a scheduler, give it "
+    "nexus.training.schedulers.FollowingScheduler(optimizer), which reports the rate and leaves it alone."
+)
+"""What a scheduler is told that would overwrite a schedule."""
+
 
 class ParamGroup(dict[str, Any]):
     """A group as `torch.optim` has them, a dict, that refuses a second driver of a scheduled rate.
@@ -47,6 +54,13 @@ class ParamGroup(dict[str, Any]):
 
     def __reduce__(self) -> tuple[Any, ...]:  # not item by item, which would ask _refuse_scheduler
         return _restored, (dict(self), self.outputs, self.driver)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        # Dynamo asks this when it finds `param_groups` in the code that it traces, and then crashes: it takes groups
+        # to be of the very type dict. So that code runs outside of the graph.
+        if key == "params" and torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+            raise torch._dynamo.exc.Unsupported("param_groups of a FusedAdamW are read outside of the graph")
+        return super().get(key, default)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         self._refuse_scheduler(key)
@@ -90,10 +104,7 @@ class ParamGroup(dict[str, Any]):
         if key != "initial_lr":
             return
         if isinstance(self.get("lr_schedule"), Schedule):
-            raise RuntimeError(
-                f"this optimizer evaluates its own schedule, {self['lr_schedule']!r}: it advances with step() and "
-                "takes no scheduler. Leave the scheduler out, or give FusedAdamW a float lr to use one."
-            )
+            raise RuntimeError(f"this optimizer {OWN_SCHEDULE.format(self['lr_schedule'])}")
         if self.driver is not None:
             raise RuntimeError(
                 f"a {self.driver} drives this optimizer's rate on the device, and would overwrite what another "

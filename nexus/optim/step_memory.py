@@ -13,13 +13,13 @@ if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
 
-def step_memory(optimizer: FusedAdamW) -> dict[Hashable, Tensor]:
+def step_memory(optimizer: FusedAdamW) -> dict[tuple[Hashable, ...], Tensor]:
     """Every tensor that the kernels of a step write, by what it is: kernels tell torch nothing of what they do.
 
     What is not there yet is zero before the first step that writes to it.
     """
     optimizer._settle_groups()
-    found: dict[Hashable, Tensor] = {}
+    found: dict[tuple[Hashable, ...], Tensor] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):
         found["param", index] = local(param).detach()
@@ -33,5 +33,5 @@ def step_memory(optimizer: FusedAdamW) -> dict[Hashable, Tensor]:
         for name, output in group.outputs.items():
             found["rate", index, name] = output
     if optimizer._history is not None:
-        found["history"] = optimizer._history.block
+        found["history",] = optimizer._history.block
     return found

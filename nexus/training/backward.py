@@ -165,7 +165,8 @@ def _hook(handle: weakref.ref[StepInBackward]) -> Callable[[Tensor], None]:
         if stepper is not None:
             stepper._step(param)
 
-    return step
+    outside: Callable[[Tensor], None] = torch.compiler.disable(step)  # type: ignore[no-untyped-call]
+    return outside
 
 
 def _check_options(optimizer: FusedAdamW) -> None:

@@ -91,12 +91,13 @@ class History:
 
 def history_of(optimizer: FusedAdamW, capacity: int) -> History:
     """See `FusedAdamW.history`."""
-    history = optimizer._history
+    owner = optimizer._unwrapped()
+    history = owner._history
     if history is None:
-        history = History(capacity, optimizer._devices()[0], len(optimizer.param_groups))
-        optimizer._history = history
-        if optimizer._runner is not None:
-            optimizer._runner.forget()
+        history = History(capacity, owner._devices()[0], len(owner.param_groups))
+        owner._history = history
+        if owner._runner is not None:
+            owner._runner.forget()
     elif capacity != history.capacity:
         raise ValueError(
             f"this optimizer has a history of capacity={history.capacity}, got {shown(capacity)}; a history keeps "

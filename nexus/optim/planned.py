@@ -40,8 +40,19 @@ class PlannedOptimizer(Optimizer):
     _history: History | None = None  # a copy has none
     _norm_group: ProcessGroup | None = None
 
+    def _unwrapped(self) -> PlannedOptimizer:
+        """The optimizer itself, also where `self` is a wrapper of Lightning's.
+
+        Such a wrapper is made to be of this class, has its methods and reads the optimizer's attributes; what is
+        assigned to it, the optimizer never sees.
+        """
+        optimizer: PlannedOptimizer = vars(self).get("_optimizer", self)
+        return optimizer
+
     def _prepare(self, change: int = Change.TENSORS) -> Runner:
         """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
+        if self._unwrapped() is not self:
+            return self._unwrapped()._prepare(change)
         backend = backends.select(self._requested_backend, self._devices())
         if self._runner is None or backend is not self._backend:
             self._backend, self._plan = backend, None
@@ -58,6 +69,7 @@ class PlannedOptimizer(Optimizer):
         self._runner.bind(self._plan)
         return self._runner
 
+    @torch.inference_mode(False)  # it outlives a mode in which a step may be made
     def _make_plan(self) -> Plan:
         self._settle_groups()
         named = list(self._named_parameters())
@@ -126,7 +138,8 @@ class PlannedOptimizer(Optimizer):
                 self.param_groups[index] = ParamGroup({**self.defaults, **group})
             self._settle_group(self.param_groups[index])
         used = self._used_schedules()
-        self._tables = {key: table for key, table in self._tables.items() if key[0] in used}
+        for key in [key for key in self._tables if key[0] not in used]:
+            del self._tables[key]  # in place: also a wrapper may call this, see _unwrapped
 
     def _used_schedules(self, but: ParamGroup | None = None) -> set[Schedule]:
         return {schedule for group in self.param_groups if group is not but for _, schedule in group.schedules()}

@@ -27,10 +27,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import check_count, check_number, shown
 from nexus.optim import FusedAdamW
+from nexus.optim.param_group import OWN_SCHEDULE
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
-__all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "WSDScheduler"]
+__all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "FollowingScheduler", "WSDScheduler"]
 
 S = TypeVar("S", bound=Schedule)
 
@@ -202,15 +203,15 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         self._reschedule(schedule)
 
 
+def _own_schedules(optimizer: FusedAdamW) -> list[Schedule]:
+    # A schedule that was assigned to a group is its "lr" until the next step.
+    rates = [rate for group in optimizer.param_groups for rate in (group["lr"], group.get("lr_schedule"))]
+    return [rate for rate in rates if isinstance(rate, Schedule)]
+
+
 def _check_unscheduled(optimizer: FusedAdamW) -> None:
-    for group in optimizer.param_groups:
-        lr = group["lr"]  # a schedule that was assigned to a group is here until the next step
-        schedule = lr if isinstance(lr, Schedule) else group.get("lr_schedule")
-        if schedule is not None:
-            raise RuntimeError(
-                f"this FusedAdamW evaluates its own schedule, {schedule!r}: it advances with step() and takes no "
-                "scheduler. Leave the scheduler out, or give FusedAdamW a float lr to use one."
-            )
+    for schedule in _own_schedules(optimizer):
+        raise RuntimeError(f"this FusedAdamW {OWN_SCHEDULE.format(schedule)}")
 
 
 class WSDScheduler(ScheduleScheduler[WSD]):
@@ -335,3 +336,67 @@ class CosineAnnealingScheduler(ScheduleScheduler[Cosine]):
         except (TypeError, ValueError) as error:
             raise type(error)(str(error).replace("total_steps", "max_steps")) from None
         super().__init__(optimizer, schedule, last_epoch)
+
+
+class FollowingScheduler(LRScheduler):
+    """Reports the rates of a `FusedAdamW` that has a schedule of its own, to a trainer that wants a scheduler.
+
+    It drives nothing. `get_last_lr()` reads the rates that the last update used, also after `begin_decay()`, a load
+    or a skipped step; on a GPU it waits for that update.
+
+    Args:
+        optimizer: a `FusedAdamW`, itself and not a wrapper of it, that was given a `Schedule` as `lr`.
+
+    Raises:
+        TypeError: `optimizer` is no `FusedAdamW`.
+        ValueError: none of its groups has a schedule.
+
+    >>> import torch
+    >>> from nexus.optim import FusedAdamW
+    >>> from nexus.schedules import WSD
+    >>> from nexus.training.schedulers import FollowingScheduler
+    >>> weight = torch.nn.Parameter(torch.zeros(2))
+    >>> optimizer = FusedAdamW([weight], lr=WSD(warmup_steps=4, stable_steps=8, decay_steps=4, peak_lr=1.0))
+    >>> scheduler = FollowingScheduler(optimizer)
+    >>> for _ in range(3):
+    ...     weight.grad = torch.ones(2)
+    ...     optimizer.step()
+    ...     scheduler.step()
+    >>> scheduler.get_last_lr()
+    [0.5]
+    """
+
+    optimizer: FusedAdamW
+
+    def __init__(self, optimizer: FusedAdamW) -> None:
+        # Not as other schedulers begin: that would write the optimizer's groups, and wrap its step().
+        if not isinstance(optimizer, FusedAdamW):
+            raise TypeError(f"optimizer must be a nexus.optim.FusedAdamW, got {shown(optimizer)}")
+        if not _own_schedules(optimizer):
+            raise ValueError(
+                "no parameter group of this FusedAdamW has a schedule to follow: give it one as lr, or use a "
+                "scheduler that sets the rate"
+            )
+        self.optimizer = optimizer
+        self.last_epoch = 0
+        self._step_count = 1
+
+    def step(self, epoch: int | None = None) -> None:
+        self.last_epoch = self.last_epoch + 1 if epoch is None else epoch
+        self._step_count += 1
+
+    def get_last_lr(self) -> list[float | Tensor]:
+        if any(isinstance(group["lr"], Schedule) for group in self.optimizer.param_groups):
+            self.optimizer._settle_groups()
+        return [float(group["lr"]) for group in self.optimizer.param_groups]
+
+    get_lr = get_last_lr
+
+    def state_dict(self) -> dict[str, Any]:
+        """How often it was stepped. The schedule and its place are in the optimizer's state dict."""
+        return {"last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the count of any scheduler, as of the one that drove this run before."""
+        self.last_epoch = check_count("last_epoch", state_dict.get("last_epoch"))
+        self._step_count = self.last_epoch + 1

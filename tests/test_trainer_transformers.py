@@ -1,0 +1,379 @@
+"""FusedAdamW in the `Trainer` of transformers: with a scheduler of nexus, with Trainer's, with a schedule inside."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import runpy
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from references import MOMENTS, Float64AdamW, Tolerance, assert_close, assert_same_run, same_bits, snapshot
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Cosine, Schedule
+from nexus.training.schedulers import CosineAnnealingScheduler, FollowingScheduler, WSDScheduler
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
+pytest.importorskip("transformers")
+
+from accelerate.state import AcceleratorState, GradientState
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    Trainer,
+    TrainerCallback,
+    TrainingArguments,
+    set_seed,
+)
+
+STEPS = 14
+SCHEDULE = WSD(3, 6, 4, peak_lr=1e-2, min_lr=1e-4, decay_type="sqrt")
+COSINE = Cosine(1e-2, 12, min_lr=1e-4, warmup_steps=3)
+# What float64 runs come apart by when each sees its own gradients. Measured: 1e-14 in parameters of about 1, 3e-17 in
+# moments, which are below 0.1.
+PARAMS = Tolerance(rtol=0, atol=4e-14)
+MOMENT = Tolerance(rtol=0, atol=1e-16)
+
+
+@pytest.fixture(autouse=True)
+def alone(restored_threads: None) -> Iterator[None]:
+    """On one thread, since others wait for each other where processors are busy; and without a trace in accelerate.
+
+    Its state is one for all of a process, and keeps the precision that a Trainer has asked for.
+    """
+    torch.set_num_threads(1)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+
+
+def make_data() -> list[dict[str, Tensor]]:
+    tokens = torch.randint(0, 31, (36, 8), generator=torch.Generator().manual_seed(5))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def gpt2(dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+    """With dropout, so that a resumed run has to have the random numbers of the uninterrupted one."""
+    torch.manual_seed(seed)
+    config = GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
+    return GPT2LMHeadModel(config).to(dtype)
+
+
+def llama(seed: int = 0) -> PreTrainedModel:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=31,
+            hidden_size=8,
+            intermediate_size=16,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=8,
+        )
+    )
+
+
+def float64_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+    """Cross-entropy: those of transformers are computed in float32, whatever the model is."""
+    logits = outputs.logits[:, :-1].flatten(0, 1)
+    loss = torch.nn.functional.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum")
+    return loss / num_items_in_batch
+
+
+def make_trainer(
+    model: PreTrainedModel,
+    folder: Path,
+    optimizer: tuple[type[Optimizer], dict[str, Any]],
+    attach: Callable[[Optimizer], Any] | None,
+    *,
+    callbacks: list[TrainerCallback] | None = None,
+    compute_loss: Callable[..., Tensor] | None = None,
+    **options: Any,
+) -> Trainer:
+    """A Trainer whose optimizer has Trainer's groups, and Trainer's own scheduler if `attach` makes none."""
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 3,
+        "gradient_accumulation_steps": 2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.5,
+        "warmup_steps": 3,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "use_cpu": True,
+        "disable_tqdm": True,
+    }
+    trainer = Trainer(
+        model,
+        TrainingArguments(str(folder), **{**settings, **options}),
+        train_dataset=make_data(),
+        compute_loss_func=compute_loss,
+        optimizer_cls_and_kwargs=optimizer,
+        callbacks=callbacks,
+    )
+    if attach is not None:
+        trainer.lr_scheduler = attach(trainer.create_optimizer())
+    return trainer
+
+
+def wsd_scheduler(optimizer: Optimizer) -> WSDScheduler:
+    return WSDScheduler(optimizer, 3, 6, 4, peak_lr=1e-2, min_lr=1e-4, decay_type="sqrt")
+
+
+def cosine_scheduler(optimizer: Optimizer) -> CosineAnnealingScheduler:
+    return CosineAnnealingScheduler(optimizer, 3, 12, peak_lr=1e-2, min_lr=1e-4)
+
+
+# The rate given to FusedAdamW, what makes its scheduler, and the oracle; None for Trainer's own scheduler.
+WAYS: dict[str, tuple[float | Schedule, Callable[[Any], Any] | None, Schedule | None]] = {
+    "WSDScheduler": (1e-3, wsd_scheduler, SCHEDULE),
+    "CosineAnnealingScheduler": (1e-3, cosine_scheduler, COSINE),
+    "Trainer's scheduler": (1e-2, None, None),
+    "WSD inside": (SCHEDULE, FollowingScheduler, SCHEDULE),
+    "Cosine inside": (COSINE, FollowingScheduler, COSINE),
+}
+each_way = pytest.mark.parametrize("way", WAYS)
+
+
+def fused_trainer(
+    way: str, model: PreTrainedModel, folder: Path, clip: float | None = None, **options: Any
+) -> Trainer:
+    lr, attach, _ = WAYS[way]
+    return make_trainer(model, folder, (FusedAdamW, {"lr": lr, "max_grad_norm": clip}), attach, **options)
+
+
+def torch_trainer(way: str, model: PreTrainedModel, folder: Path, **options: Any) -> Trainer:
+    """The same with torch's AdamW."""
+    _, _, oracle = WAYS[way]
+    plain = {"foreach": False, "fused": False, "lr": 1e-2 if oracle is None else 1.0}
+    attach = None if oracle is None else lambda optimizer: LambdaLR(optimizer, oracle)
+    return make_trainer(model, folder, (torch.optim.AdamW, plain), attach, **options)
+
+
+def train(trainer: Trainer, resume: Path | None = None) -> Trainer:
+    set_seed(trainer.args.seed)  # as when it was made, for the order of the data; other models were made since then
+    trainer.train(resume_from_checkpoint=None if resume is None else str(resume))
+    return trainer
+
+
+def unwrapped(trainer: Trainer) -> Any:
+    return trainer.optimizer.optimizer
+
+
+def logged(trainer: Trainer, key: str) -> list[float]:
+    values = [row[key] for row in trainer.state.log_history if key in row]
+    assert {type(value) for value in values} == {float}
+    return values
+
+
+def steps_logged(history: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [row for row in history if "loss" in row]
+
+
+def assert_same_trained(trainer: Trainer, expected: Trainer) -> None:
+    """Parameters and moments of two float64 runs."""
+    pairs = list(zip(trainer.model.named_parameters(), expected.model.parameters(), strict=True))
+    for (name, param), other in pairs:
+        assert_close(param, other, PARAMS, name)
+        mine, theirs = unwrapped(trainer).state[param], unwrapped(expected).state[other]
+        assert int(mine["step"]) == int(theirs["step"]) == STEPS
+        for moment in MOMENTS[:2]:
+            assert_close(mine[moment], theirs[moment], MOMENT, f"{name} {moment}")
+            assert theirs[moment].abs().max() > 1e-9
+
+
+@pytest.mark.parametrize("clips", ["Trainer", "FusedAdamW"])
+@each_way
+def test_a_run_is_that_of_torchs_adamw(way: str, clips: str, tmp_path: Path) -> None:
+    own = {"clip": 0.5, "max_grad_norm": 0.0} if clips == "FusedAdamW" else {}
+    trainer = train(fused_trainer(way, gpt2(), tmp_path, compute_loss=float64_loss, **own))
+    expected = train(torch_trainer(way, gpt2(), tmp_path, compute_loss=float64_loss))
+
+    assert_same_trained(trainer, expected)
+    assert [group["weight_decay"] for group in unwrapped(trainer).param_groups] == [0.1, 0.0]
+    norms = logged(trainer, "grad_norm")
+    assert norms == pytest.approx(logged(expected, "grad_norm"), rel=1e-12)
+    assert sum(norm > 0.5 for norm in norms) > STEPS / 2  # clipping has had something to do
+    oracle = WAYS[way][2]
+    rates = logged(trainer, "learning_rate")
+    assert rates == (logged(expected, "learning_rate") if oracle is None else oracle.values(0, STEPS))
+    assert len(set(rates)) > 5
+
+
+class Beside(TrainerCallback):
+    """Steps the float64 reference with the gradients that Trainer's optimizer is about to see."""
+
+    def __init__(self, optimizer: FusedAdamW, **options: Any) -> None:
+        groups = [
+            {"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups
+        ]
+        self.params = [param for group in groups for param in group["params"]]
+        self.reference = Float64AdamW(groups, **options)
+
+    def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
+        self.reference.step([param.grad for param in self.params])
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][2]])
+def test_updates_of_llama_are_those_of_float64_torch(way: str, bf16: bool, tmp_path: Path) -> None:
+    model = llama()
+    trainer = fused_trainer(way, model, tmp_path, clip=0.5, max_grad_norm=0.0, bf16=bf16)
+    trainer.create_optimizer()
+    beside = Beside(trainer.optimizer, lr=WAYS[way][2], max_grad_norm=0.5)
+    trainer.add_callback(beside)
+    computed_in = set()
+    model.model.layers[0].mlp.register_forward_hook(lambda *given: computed_in.add(given[2].dtype))
+    trainer.train()
+
+    assert computed_in == {torch.bfloat16 if bf16 else torch.float32}
+    assert beside.reference.completed == STEPS
+    assert_same_run(unwrapped(trainer), beside.reference, way)
+    assert logged(trainer, "learning_rate") == WAYS[way][2].values(0, STEPS)
+    assert float(unwrapped(trainer).grad_norm) == pytest.approx(logged(trainer, "grad_norm")[-1], rel=1e-6)
+
+
+@each_way
+def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(way: str, tmp_path: Path) -> None:
+    saving = {"clip": 0.5, "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 4}  # an epoch is 6 updates
+    first = train(fused_trainer(way, gpt2(torch.float32), tmp_path, **saving))
+    second = fused_trainer(way, gpt2(torch.float32, seed=1), tmp_path / "second", **saving)
+    train(second, tmp_path / "checkpoint-4")
+
+    assert second.state.global_step == STEPS
+    assert same_bits(snapshot(unwrapped(second)), snapshot(unwrapped(first)))
+    assert steps_logged(second.state.log_history) == steps_logged(first.state.log_history)
+    for folder in (tmp_path, tmp_path / "second"):
+        saved = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text("utf-8"))
+        assert steps_logged(saved["log_history"]) == steps_logged(first.state.log_history)
+
+
+@pytest.mark.parametrize("way", ["WSD inside", "Trainer's scheduler"])
+def test_a_run_that_torchs_adamw_began_goes_on(way: str, tmp_path: Path) -> None:
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    whole = train(torch_trainer(way, gpt2(), tmp_path, compute_loss=float64_loss, **saving))
+    resumed = fused_trainer(way, gpt2(seed=1), tmp_path / "second", compute_loss=float64_loss)
+    train(resumed, tmp_path / "checkpoint-4")
+    assert_same_trained(resumed, whole)
+    assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
+
+
+def test_an_optimizer_made_by_hand_is_taken(tmp_path: Path) -> None:
+    settings = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
+
+    def run(make: Callable[..., Optimizer], rate: float | Schedule, attach: Callable[[Any], Any]) -> Trainer:
+        model = gpt2()
+        optimizer = make(model.parameters(), lr=rate, weight_decay=0.1)
+        return train(
+            Trainer(
+                model,
+                TrainingArguments(str(tmp_path), **settings),
+                train_dataset=make_data(),
+                compute_loss_func=float64_loss,
+                optimizers=(optimizer, attach(optimizer)),
+            )
+        )
+
+    plain = functools.partial(torch.optim.AdamW, foreach=False, fused=False)
+    expected = run(plain, 1.0, lambda optimizer: LambdaLR(optimizer, SCHEDULE))
+    for rate, attach in ((1e-3, wsd_scheduler), (SCHEDULE, FollowingScheduler)):
+        trainer = run(FusedAdamW, rate, attach)
+        assert_same_trained(trainer, expected)
+        assert logged(trainer, "learning_rate") == SCHEDULE.values(0, STEPS)
+
+
+# A schedule inside the optimizer.
+
+
+def test_trainers_own_scheduler_is_refused_with_the_remedy(tmp_path: Path) -> None:
+    trainer = make_trainer(llama(), tmp_path, (FusedAdamW, {"lr": SCHEDULE}), None)
+    before = snapshot(trainer.create_optimizer())
+    with pytest.raises(RuntimeError, match=r"its own schedule, WSD\(.*FollowingScheduler\(optimizer\)"):
+        trainer.train()
+    assert same_bits(snapshot(unwrapped(trainer)), before)
+
+
+def test_a_decay_that_a_callback_begins_is_logged(tmp_path: Path) -> None:
+    schedule = WSD(3, None, 4, peak_lr=1e-2)
+
+    class Decay(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, *_: Any, optimizer: Any, **__: Any) -> None:
+            if state.global_step == 6:
+                optimizer.optimizer.begin_decay()
+
+    trainer = make_trainer(llama(), tmp_path, (FusedAdamW, {"lr": schedule}), FollowingScheduler, callbacks=[Decay()])
+    trainer.train()
+    assert logged(trainer, "learning_rate") == schedule.begin_decay(6).values(0, STEPS)
+
+
+@pytest.mark.parametrize("way", ["WSD inside", "WSDScheduler"])
+def test_a_schedule_inside_waits_for_a_skipped_update_and_a_scheduler_does_not(way: str, tmp_path: Path) -> None:
+    calls = 0
+
+    def loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
+        nonlocal calls
+        calls += 1
+        return float64_loss(outputs, labels, num_items_in_batch) * (torch.inf if calls == 5 else 1.0)
+
+    lr, attach, _ = WAYS[way]
+    optimizer = (FusedAdamW, {"lr": lr, "skip_nonfinite": True})
+    trainer = make_trainer(gpt2(), tmp_path, optimizer, attach, compute_loss=loss, gradient_accumulation_steps=1)
+    trainer.train()
+    assert unwrapped(trainer).skipped_steps.item() == 1
+    used = SCHEDULE.values(0, STEPS)
+    assert logged(trainer, "learning_rate") == (used if way == "WSDScheduler" else [*used[:5], *used[4:-1]])
+
+
+def test_a_following_scheduler_reports_and_drives_nothing() -> None:
+    weight, scaled = (torch.nn.Parameter(torch.ones(2)) for _ in range(2))
+    optimizer = FusedAdamW([{"params": [weight]}, {"params": [scaled], "lr_scale": 0.5}], lr=SCHEDULE)
+    keys = set(optimizer.param_groups[0])
+    scheduler = FollowingScheduler(optimizer)
+    assert "step" not in vars(optimizer)  # others wrap it
+    for step in range(STEPS):
+        weight.grad = scaled.grad = torch.ones(2)
+        optimizer.step()
+        scheduler.step()
+        scheduler.step()
+        assert scheduler.get_last_lr() == [SCHEDULE(step), 0.5 * SCHEDULE(step)]
+    assert set(optimizer.param_groups[0]) == keys
+    for group in optimizer.param_groups:
+        group["lr"] = COSINE  # takes over at the next step
+    assert scheduler.get_last_lr() == [COSINE(STEPS), 0.5 * COSINE(STEPS)]
+    other = FollowingScheduler(optimizer)
+    other.load_state_dict(scheduler.state_dict())
+    assert other.last_epoch == scheduler.last_epoch == 2 * STEPS
+
+
+def test_a_following_scheduler_needs_a_schedule_to_follow() -> None:
+    params = [torch.nn.Parameter(torch.ones(2))]
+    with pytest.raises(TypeError, match=r"must be a nexus\.optim\.FusedAdamW, got .*SGD"):
+        FollowingScheduler(torch.optim.SGD(params))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="has a schedule to follow: give it one as lr"):
+        FollowingScheduler(FusedAdamW(params, lr=1e-3, weight_decay=COSINE))
+
+
+# The example.
+
+
+def test_the_example_logs_the_rates_of_its_schedule(capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(__file__).resolve().parents[1] / "examples" / "with_transformers.py"
+    assert path.read_text("utf-8").count("\n") < 50
+    found = runpy.run_path(str(path))
+    rows, schedule = found["rows"], found["schedule"]
+    assert [row["learning_rate"] for row in rows] == [schedule(row["step"] - 1) for row in rows]
+    assert rows[-1]["loss"] < rows[0]["loss"] / 2
+    printed = [line for line in capsys.readouterr().out.splitlines() if line.startswith("step ")]
+    assert [line.rsplit(" ", 1)[1] for line in printed] == [f"{row['learning_rate']:.2e}" for row in rows]

@@ -6,12 +6,13 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from references import same_bits
+from references import MOMENT, MOMENTS, PARAMS, Float64AdamW, assert_close, make_grads, same_bits
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Placement, distribute_tensor
 
+from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
 SCHEDULE = WSD(warmup_steps=5, stable_steps=10, decay_steps=15, peak_lr=2e-2, min_lr=1e-4)
@@ -23,12 +24,17 @@ def register(backend: str) -> None:
         import cuda_on_cpu  # noqa: F401  # registers it
 
 
+def lone_group() -> dist.ProcessGroup | None:
+    """In a world of one, which shards nothing: its group, so that there are sums over processes all the same."""
+    return dist.group.WORLD if dist.get_world_size() == 1 else None
+
+
 def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def same_on_all_ranks(*tensors: Tensor) -> bool:
-    mine = [tensor.clone() for tensor in tensors]
+    mine = [tensor.detach().cpu() for tensor in tensors]
     found: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(found, mine)
     return all(same_bits(mine, other) for other in found)
@@ -46,19 +52,19 @@ class Net(torch.nn.Module):
         return self.last(self.norm(torch.tanh(self.second(torch.tanh(self.first(x))))))
 
 
-def make_fsdp(dtype: torch.dtype = torch.float32, **options: Any) -> Net:
+def make_fsdp(dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Net:
     torch.manual_seed(1)
-    model = Net().to(dtype)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = Net().to(device, dtype)
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
     for layer in (model.first, model.second):
         fully_shard(layer, mesh=mesh, **options)
     fully_shard(model, mesh=mesh, **options)
     return model
 
 
-def batch(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+def batch(step: int, dtype: torch.dtype = torch.float32, device: str = "cpu") -> tuple[Tensor, Tensor]:
     """Of all processes together: twelve rows, the same whatever their number."""
-    x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).to(dtype)
+    x = torch.randn(12, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(step)).to(device, dtype)
     return x, x.sin().sum(1, keepdim=True)
 
 
@@ -68,3 +74,46 @@ def my_rows(tensor: Tensor) -> Tensor:
 
 def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (model(x) - y).square().mean()
+
+
+def assert_follows(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:
+    """Compare every parameter, moment and counter, gathered; each process compares all of them."""
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for index, (param, expected) in enumerate(zip(params, reference.params, strict=True)):
+        where = f"{what} parameter {index} {tuple(param.shape)}"
+        assert_close(whole(param), expected, PARAMS[param.dtype], where)
+        state, expected_state = optimizer.state[param], reference.state(index)
+        assert set(state) == set(expected_state), where
+        for name in MOMENTS:
+            if name in state:
+                assert type(state[name]) is type(param.data), where
+                assert getattr(state[name], "placements", None) == getattr(param, "placements", None), where
+                assert_close(whole(state[name]), expected_state[name], MOMENT[state[name].dtype], f"{where} {name}")
+        assert int(state["step"]) == int(expected_state["step"]), where
+    if optimizer.grad_norm is not None and reference.max_grad_norm is not None:
+        torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-6, atol=0.0)
+
+
+def set_spread_grads(params: list[Tensor], grads: list[Tensor], placements: list[Placement] | None = None) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        if isinstance(param, DTensor):
+            grad = distribute_tensor(grad, param.device_mesh, placements or param.placements, src_data_rank=None)
+        param.grad = grad
+
+
+def spread(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> torch.nn.Parameter:
+    return torch.nn.Parameter(distribute_tensor(tensor.detach().clone(), mesh, placements, src_data_rank=None))
+
+
+def run_both(
+    params: list[Tensor],
+    optimizer: FusedAdamW,
+    reference: Float64AdamW,
+    steps: int,
+    placements: list[Placement] | None = None,
+) -> None:
+    for _ in range(steps):
+        grads = [grad.to(params[0].device) for grad in make_grads(reference.params, torch.float32)]
+        set_spread_grads(params, grads, placements)
+        optimizer.step()
+        reference.step(grads)

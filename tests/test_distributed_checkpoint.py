@@ -50,12 +50,13 @@ def alone() -> Net:
 
 
 def train(model: torch.nn.Module, optimizer: FusedAdamW, start: int, stop: int) -> None:
+    device = next(model.parameters()).device.type
     for step in range(start, stop):
-        if step == DECAY and isinstance(optimizer.param_groups[0]["lr_schedule"], WSD):
+        if step == DECAY and isinstance(optimizer.param_groups[0].get("lr_schedule"), WSD):
             optimizer.begin_decay()
         optimizer.zero_grad()
         rows = my_rows if isinstance(model.first.weight, DTensor) else (lambda tensor: tensor)
-        loss_of(model, *map(rows, batch(step, DTYPE))).backward()
+        loss_of(model, *map(rows, batch(step, DTYPE, device))).backward()
         optimizer.step()
 
 
@@ -71,8 +72,8 @@ def snapshot(model: torch.nn.Module, optimizer: FusedAdamW) -> dict[str, Tensor]
     return found
 
 
-def uninterrupted(lr: float | Schedule = SCHEDULE, end: int = END) -> dict[str, Tensor]:
-    model = alone()
+def uninterrupted(lr: float | Schedule = SCHEDULE, end: int = END, device: str = "cpu") -> dict[str, Tensor]:
+    model = alone().to(device)
     optimizer = make_optimizer(model, lr)
     train(model, optimizer, 0, end)
     return snapshot(model, optimizer)
@@ -86,8 +87,8 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def save(folder: Path, lr: float | Schedule) -> None:
-    model = make_fsdp(DTYPE)
+def save(folder: Path, lr: float | Schedule, device: str = "cpu") -> None:
+    model = make_fsdp(DTYPE, device)
     optimizer = make_optimizer(model, lr)
     train(model, optimizer, 0, STOP)
     model_state, optimizer_state = get_state_dict(model, optimizer)
@@ -101,8 +102,8 @@ def load(model: torch.nn.Module, optimizer: FusedAdamW, folder: Path) -> None:
     set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
 
 
-def resume(folder: Path, lr: float | Schedule) -> None:
-    model = make_fsdp(DTYPE)
+def resume(folder: Path, lr: float | Schedule, device: str = "cpu") -> None:
+    model = make_fsdp(DTYPE, device)
     with torch.no_grad():
         for param in model.parameters():
             param.zero_()  # what is not loaded is seen
@@ -110,7 +111,7 @@ def resume(folder: Path, lr: float | Schedule) -> None:
     load(model, optimizer, folder)
     assert all(isinstance(optimizer.state[param]["exp_avg"], DTensor) for param in model.parameters())
     train(model, optimizer, STOP, END)
-    assert_same(snapshot(model, optimizer), uninterrupted(lr))
+    assert_same(snapshot(model, optimizer), uninterrupted(lr, device=device))
 
 
 @pytest.mark.parametrize("lr", [SCHEDULE, 0.01], ids=["schedule", "float"])

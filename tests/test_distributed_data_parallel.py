@@ -21,16 +21,18 @@ from nexus.optim import FusedAdamW
 pytestmark = pytest.mark.xdist_group("distributed")
 
 
-def train_beside_one_process(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int) -> None:
+def train_beside_one_process(
+    model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: str = "cpu"
+) -> None:
     torch.manual_seed(1)
-    alone = Net().double()
+    alone = Net().double().to(device)
     reference = Float64AdamW(list(alone.parameters()), **OPTIONS)
     for step in range(steps):
         optimizer.zero_grad()
-        loss_of(model, *map(my_rows, batch(step, torch.float64))).backward()
+        loss_of(model, *map(my_rows, batch(step, torch.float64, device))).backward()
         optimizer.step()
         alone.zero_grad()
-        loss_of(alone, *batch(step, torch.float64)).backward()
+        loss_of(alone, *batch(step, torch.float64, device)).backward()
         reference.step([param.grad for param in alone.parameters()])
         with torch.no_grad():
             for param, value in zip(alone.parameters(), reference.params, strict=True):
@@ -39,15 +41,15 @@ def train_beside_one_process(model: torch.nn.Module, optimizer: torch.optim.Opti
         torch.testing.assert_close(param.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
 
 
-def make_ddp(**options: Any) -> DistributedDataParallel:
+def make_ddp(device: str = "cpu", **options: Any) -> DistributedDataParallel:
     torch.manual_seed(1)
-    return DistributedDataParallel(Net().double(), **options)
+    return DistributedDataParallel(Net().double().to(device), **options)
 
 
-def ddp(bucket_view: bool) -> None:
-    model = make_ddp(gradient_as_bucket_view=bucket_view)
-    optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    train_beside_one_process(model, optimizer, 30)
+def ddp(bucket_view: bool, backend: str = "auto", device: str = "cpu") -> None:
+    model = make_ddp(device, gradient_as_bucket_view=bucket_view)
+    optimizer = FusedAdamW(model.parameters(), backend=backend, **OPTIONS)
+    train_beside_one_process(model, optimizer, 30, device)
     assert not optimizer._plan.norm_parts  # gradients are whole everywhere: no sum over processes
     assert same_on_all_ranks(optimizer.grad_norm, *(param.detach() for param in model.parameters()))
 

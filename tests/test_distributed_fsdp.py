@@ -1,8 +1,10 @@
-"""Over several processes: FSDP2, tensor-parallel and other DTensors beside float64 torch in one process."""
+"""Over several processes: FSDP2 and other DTensors beside float64 torch in one process."""
 
 from __future__ import annotations
 
 import math
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -11,31 +13,27 @@ from distributed_cases import (
     OPTIONS,
     SCHEDULE,
     Net,
+    assert_follows,
     batch,
+    lone_group,
     loss_of,
     make_fsdp,
     my_rows,
     register,
+    run_both,
     same_on_all_ranks,
+    set_spread_grads,
+    spread,
     whole,
 )
-from references import (
-    BACKENDS,
-    MOMENT,
-    MOMENTS,
-    PARAMS,
-    Float64AdamW,
-    assert_close,
-    make_grads,
-    make_params,
-)
+from references import BACKENDS, Float64AdamW, make_grads, make_params
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from worlds import Worlds
 
+from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.schedules import Cosine
 
@@ -44,62 +42,25 @@ pytestmark = pytest.mark.xdist_group("distributed")
 ALL_BACKENDS = (*BACKENDS, "triton")
 
 
-def assert_follows(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:
-    """Compare every parameter, moment and counter, gathered; each process compares all of them."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for index, (param, expected) in enumerate(zip(params, reference.params, strict=True)):
-        where = f"{what} parameter {index} {tuple(param.shape)}"
-        assert_close(whole(param), expected, PARAMS[param.dtype], where)
-        state, expected_state = optimizer.state[param], reference.state(index)
-        assert set(state) == set(expected_state), where
-        for name in MOMENTS:
-            if name in state:
-                assert type(state[name]) is type(param.data), where
-                assert getattr(state[name], "placements", None) == getattr(param, "placements", None), where
-                assert_close(whole(state[name]), expected_state[name], MOMENT[state[name].dtype], f"{where} {name}")
-        assert int(state["step"]) == int(expected_state["step"]), where
-    if optimizer.grad_norm is not None and reference.max_grad_norm is not None:
-        torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-6, atol=0.0)
-
-
-def set_spread_grads(params: list[Tensor], grads: list[Tensor], placements: list[Placement] | None = None) -> None:
-    for param, grad in zip(params, grads, strict=True):
-        if isinstance(param, DTensor):
-            grad = distribute_tensor(grad, param.device_mesh, placements or param.placements, src_data_rank=None)
-        param.grad = grad
-
-
-def spread(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> torch.nn.Parameter:
-    return torch.nn.Parameter(distribute_tensor(tensor.detach().clone(), mesh, placements, src_data_rank=None))
-
-
-def run_both(
-    params: list[Tensor],
-    optimizer: FusedAdamW,
-    reference: Float64AdamW,
-    steps: int,
-    placements: list[Placement] | None = None,
-) -> None:
-    for _ in range(steps):
-        grads = make_grads(reference.params, torch.float32)
-        set_spread_grads(params, grads, placements)
-        optimizer.step()
-        reference.step(grads)
-
-
 # FSDP2.
 
 
-def fsdp_follows_the_same_gradients(backend: str, steps: int, bf16: bool) -> None:
+HOW: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "bfloat16": {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)},
+    "offloaded": {"offload_policy": CPUOffloadPolicy(pin_memory=False)},
+}
+
+
+def fsdp_follows_the_same_gradients(backend: str, steps: int, how: str = "plain", device: str = "cpu") -> None:
     register(backend)
-    options = {"mp_policy": MixedPrecisionPolicy(param_dtype=torch.bfloat16)} if bf16 else {}
-    model = make_fsdp(**options)
+    model = make_fsdp(device=device, **HOW[how])
     params = list(model.parameters())
     reference = Float64AdamW([param.full_tensor() for param in params], amsgrad=True, **OPTIONS)
-    optimizer = FusedAdamW(params, backend=backend, amsgrad=True, **OPTIONS)
+    optimizer = FusedAdamW(params, backend=backend, amsgrad=True, norm_group=lone_group(), **OPTIONS)
     for step in range(steps):
         optimizer.zero_grad()
-        loss_of(model, *map(my_rows, batch(step))).backward()
+        loss_of(model, *map(my_rows, batch(step, device=device))).backward()
         grads = [param.grad.full_tensor() for param in params]
         optimizer.step()
         reference.step(grads)
@@ -111,11 +72,31 @@ def fsdp_follows_the_same_gradients(backend: str, steps: int, bf16: bool) -> Non
 
 @pytest.mark.parametrize("backend", ALL_BACKENDS)
 def test_fsdp_on_two_processes_follows_float64_torch_on_the_same_gradients(worlds: Worlds, backend: str) -> None:
-    worlds(2).run(fsdp_follows_the_same_gradients, backend, 4 if backend == "triton" else 30, False)
+    worlds(2).run(fsdp_follows_the_same_gradients, backend, 4 if backend == "triton" else 30)
 
 
-def test_fsdp_in_mixed_precision_follows_float64_torch(worlds: Worlds) -> None:
-    worlds(3).run(fsdp_follows_the_same_gradients, "auto", 30, True)
+@pytest.mark.parametrize("how", ["bfloat16", "offloaded"])
+def test_fsdp_with_a_policy_follows_float64_torch(worlds: Worlds, how: str) -> None:
+    worlds(3).run(fsdp_follows_the_same_gradients, "auto", 30, how)
+
+
+def moments_stay_beside_offloaded_parts() -> None:
+    """Also where the mesh is of another device, which "meta" stands for here."""
+    model = make_fsdp(**HOW["offloaded"])
+    optimizer = FusedAdamW(model.parameters(), **OPTIONS)
+    for step in range(3):
+        optimizer.zero_grad()
+        loss_of(model, *map(my_rows, batch(step))).backward()
+        with mock.patch.object(DeviceMesh, "device_type", "meta"):
+            optimizer.step()
+    for param in model.parameters():
+        moments = [optimizer.state[param][name] for name in ("exp_avg", "exp_avg_sq")]
+        assert {tensor.device.type for moment in moments for tensor in (moment, moment.to_local())} == {"cpu"}
+        assert all(moment.placements == param.placements for moment in moments)
+
+
+def test_moments_are_on_the_device_of_offloaded_parts(worlds: Worlds) -> None:
+    worlds(2).run(moments_stay_beside_offloaded_parts)
 
 
 def fsdp_trains_as_one_process(dtype: torch.dtype, tolerance: float) -> None:
@@ -168,10 +149,10 @@ PLACED: dict[str, list[list[Placement]]] = {
 }
 
 
-def spread_params(placed: str) -> tuple[list[Tensor], list[Tensor]]:
+def spread_params(placed: str, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
     """The parameters as they are here, and whole."""
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    start: list[Tensor] = [param.detach() for param in make_params(SHAPES)]
+    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    start: list[Tensor] = [param.detach().to(device) for param in make_params(SHAPES)]
     params = [
         spread(tensor, mesh, placements) if placements else torch.nn.Parameter(tensor.clone())
         for tensor, placements in zip(start, PLACED[placed], strict=True)
@@ -179,12 +160,12 @@ def spread_params(placed: str) -> tuple[list[Tensor], list[Tensor]]:
     return params, start
 
 
-def dtensors_follow(backend: str, placed: str) -> None:
+def dtensors_follow(backend: str, placed: str, steps: int = 12) -> None:
     register(backend)
     params, start = spread_params(placed)
     optimizer = FusedAdamW(params, backend=backend, **OPTIONS)
     reference = Float64AdamW(start, **OPTIONS)
-    run_both(params, optimizer, reference, 12)
+    run_both(params, optimizer, reference, steps)
     assert_follows(optimizer, reference, placed)
     assert optimizer.grad_norm is not None
     assert same_on_all_ranks(optimizer.grad_norm, *map(whole, params))
@@ -196,6 +177,15 @@ def dtensors_follow(backend: str, placed: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_uneven_and_empty_parts_follow_float64_torch(worlds: Worlds, backend: str, placed: str) -> None:
     worlds(3).run(dtensors_follow, backend, placed)
+
+
+def without_the_extension() -> None:
+    with mock.patch.object(triton, "extension", None):
+        dtensors_follow("triton", "columns and rows", 3)
+
+
+def test_triton_without_the_extension_follows_float64_torch(worlds: Worlds) -> None:
+    worlds(2).run(without_the_extension)
 
 
 def gradients_spread_otherwise(backend: str) -> None:
@@ -213,113 +203,17 @@ def test_gradients_that_are_partial_or_replicated_are_brought_to_their_places(wo
     worlds(2).run(gradients_spread_otherwise, backend)
 
 
-def over_two_dimensions(inner: bool) -> None:
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
-    placed: list[list[Placement]] = [
-        [Shard(0), Shard(1)],
-        [Replicate(), Shard(0)],
-        [Shard(0), Replicate()],
-        [Replicate(), Replicate()],
-    ]
-    shapes = [(5, 3), (7,), (3, 2), (2,)]
-    start: list[Tensor] = [param.detach() for param in make_params(shapes)]
-    params: list[Tensor] = [spread(tensor, mesh, how) for tensor, how in zip(start, placed, strict=True)]
-    if inner:  # on one dimension of the mesh alone
-        params[1] = spread(start[1], mesh["b"], [Shard(0)])
-    optimizer = FusedAdamW(params, **OPTIONS)
-    reference = Float64AdamW(start, **OPTIONS)
-    run_both(params, optimizer, reference, 8)
-    assert_follows(optimizer, reference)
-    assert len(optimizer._plan.norm_parts) == 4
-    assert same_on_all_ranks(optimizer.grad_norm)
-
-
-@pytest.mark.parametrize("inner", [False, True])
-def test_what_is_replicated_along_a_dimension_is_counted_once(worlds: Worlds, inner: bool) -> None:
-    worlds(4).run(over_two_dimensions, inner)
-
-
-def hybrid_and_tensor_parallel() -> None:
-    """FSDP2 over one dimension of the mesh, tensor-parallel layers over the other."""
-    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    torch.manual_seed(1)
-    alone = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
-    torch.manual_seed(1)
-    model = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 3)).double()
-    parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
-    fully_shard(model, mesh=mesh["data"])
-    optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    reference = Float64AdamW(list(alone.parameters()), **OPTIONS)
-    for step in range(10):
-        x, y = batch(step, torch.float64)
-        rows = slice(None, None) if mesh["data"].size() == 1 else slice(mesh["data"].get_local_rank(), None, 2)
-        optimizer.zero_grad()
-        loss_of(model, x[rows], y[rows]).backward()
-        optimizer.step()
-        for param, value in zip(alone.parameters(), reference.params, strict=True):
-            param.data.copy_(value.data)
-            param.grad = None
-        loss_of(alone, x, y).backward()
-        reference.step([param.grad for param in alone.parameters()])
-    assert_follows_float64(optimizer, reference)
-
-
-def assert_follows_float64(optimizer: FusedAdamW, reference: Float64AdamW) -> None:
-    for param, expected in zip(optimizer.param_groups[0]["params"], reference.params, strict=True):
-        torch.testing.assert_close(param.full_tensor(), expected.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-10, atol=0.0)
-
-
-def test_fsdp_with_tensor_parallel_layers_trains_as_one_process(worlds: Worlds) -> None:
-    worlds(4).run(hybrid_and_tensor_parallel)
-
-
-def tensor_parallel(backend: str) -> None:
-    register(backend)
-    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-
-    def make() -> torch.nn.Sequential:
-        torch.manual_seed(1)
-        return torch.nn.Sequential(
-            torch.nn.Linear(5, 6), torch.nn.Tanh(), torch.nn.Linear(6, 5), torch.nn.LayerNorm(5)
-        )
-
-    alone, model = make().double(), make().double()
-    parallelize_module(model, mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})  # the norm stays plain
-    optimizer = FusedAdamW(model.parameters(), backend=backend, **OPTIONS)
-    reference = Float64AdamW(list(alone.parameters()), **OPTIONS)
-    for step in range(10):
-        x, y = batch(step, torch.float64)
-        optimizer.zero_grad()
-        loss_of(model, x, y).backward()
-        optimizer.step()
-        alone.zero_grad()
-        loss_of(alone, x, y).backward()
-        reference.step([param.grad for param in alone.parameters()])
-        with torch.no_grad():
-            for param, value in zip(alone.parameters(), reference.params, strict=True):
-                param.copy_(value)
-    for param, expected in zip(model.parameters(), reference.params, strict=True):
-        torch.testing.assert_close(whole(param).detach(), expected.detach(), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-10, atol=0.0)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_tensor_parallel_layers_train_as_one_process(worlds: Worlds, backend: str) -> None:
-    worlds(2).run(tensor_parallel, backend)
-
-
 # All skip, or none.
 
 
-def one_process_sees_a_nan(backend: str, value: float) -> None:
+def one_process_sees_a_nan(backend: str, value: float, device: str = "cpu") -> None:
     register(backend)
-    params, start = spread_params("all sharded")
-    optimizer = FusedAdamW(params, backend=backend, skip_nonfinite=True, **OPTIONS)
+    params, start = spread_params("all sharded", device)
+    optimizer = FusedAdamW(params, backend=backend, skip_nonfinite=True, norm_group=lone_group(), **OPTIONS)
     reference = Float64AdamW(start, **OPTIONS)
     run_both(params, optimizer, reference, 3)
-    set_spread_grads(params, make_grads(start))
-    if dist.get_rank() == 1:
+    set_spread_grads(params, [grad.to(device) for grad in make_grads(start)])
+    if dist.get_rank() == dist.get_world_size() - 1:
         params[0].grad.to_local()[0, 0] = value
     optimizer.step()
     assert not math.isfinite(float(optimizer.grad_norm))

@@ -21,22 +21,23 @@ LIMIT = 60.0  # seconds that a function may take in a world; starting one takes 
 
 
 class World:
-    """`size` processes with a gloo group of them all.
+    """`size` processes with a gloo group of them all; on GPUs, one each, with NCCL for what is there.
 
     Args:
         size: how many.
         folder: for the file over which they find one another.
+        device: "cpu" or "cuda".
     """
 
-    def __init__(self, size: int, folder: Path) -> None:
-        self.size = size
+    def __init__(self, size: int, folder: Path, device: str = "cpu") -> None:
+        self.size, self.device = size, device
         context = multiprocessing.get_context("spawn")
         file = tempfile.mktemp(dir=folder, prefix="world_")
         self._pipes: list[Connection] = []
         self._processes = []
         for rank in range(size):
             mine, theirs = context.Pipe()
-            process = context.Process(target=_serve, args=(theirs, rank, size, file), daemon=True)
+            process = context.Process(target=_serve, args=(theirs, rank, size, file, device), daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(mine)
@@ -78,16 +79,16 @@ class World:
 
 
 class Worlds:
-    """Those of a test session, by their sizes."""
+    """Those of a test session, by their sizes and devices."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._worlds: dict[int, World] = {}
+        self._worlds: dict[tuple[int, str], World] = {}
 
-    def __call__(self, size: int) -> World:
-        world = self._worlds.get(size)
+    def __call__(self, size: int, device: str = "cpu") -> World:
+        world = self._worlds.get((size, device))
         if world is None or not world._processes or not world.is_alive:
-            world = self._worlds[size] = World(size, self._folder)
+            world = self._worlds[size, device] = World(size, self._folder, device)
         return world
 
     def close(self) -> None:
@@ -104,12 +105,17 @@ def worlds_in(folder: Path) -> Iterator[Worlds]:
         worlds.close()
 
 
-def _serve(pipe: Connection, rank: int, size: int, file: str) -> None:
+def _serve(pipe: Connection, rank: int, size: int, file: str, device: str) -> None:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-    os.environ.setdefault("TRITON_INTERPRET", "1")
+    groups = "gloo"
+    if device == "cpu":
+        os.environ.setdefault("TRITON_INTERPRET", "1")
+    else:
+        groups = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(rank)
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo", init_method=f"file://{file}", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT / 2)
+        groups, init_method=f"file://{file}", rank=rank, world_size=size, timeout=timedelta(seconds=LIMIT / 2)
     )
     while True:
         try:

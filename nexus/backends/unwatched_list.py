@@ -15,6 +15,8 @@ from nexus.backends import shards
 from nexus.backends.interface import Change
 from nexus.backends.watched import DTYPES
 
+_NO_ELEMENTS = 256  # not 0, which is no gradient; nothing is read there
+
 
 class _Watched(NamedTuple):
     param: Tensor
@@ -24,7 +26,9 @@ class _Watched(NamedTuple):
 
     def addresses(self) -> tuple[int, int]:
         grad = self.param.grad
-        return self.streams.data_ptr(), 0 if grad is None else self.grad_buffer or shards.local(grad).data_ptr()
+        if grad is None:
+            return self.streams.data_ptr(), 0
+        return self.streams.data_ptr(), self.grad_buffer or shards.local(grad).data_ptr() or _NO_ELEMENTS
 
 
 class UnwatchedList:

@@ -49,17 +49,11 @@ def spread_like(param: Tensor, part: Tensor) -> Tensor:
     """A tensor of the state whose part in this process is `part`, of the same shape as the parameter's."""
     if not is_spread(param):
         return part
-    from torch.distributed.tensor import DTensor
-
-    with torch.no_grad():
-        return DTensor.from_local(
-            part,
-            param.device_mesh,
-            param.placements,
-            run_check=False,
-            shape=param.shape,
-            stride=param.stride(),
-        )
+    # Not DTensor.from_local: that brings a part which FSDP2 has offloaded back to the mesh's device, and of a part
+    # within a block it makes what copy.deepcopy cannot copy.
+    spread: DTensor = torch.empty_like(param.detach(), dtype=part.dtype)  # type: ignore[assignment]
+    spread._local_tensor = part
+    return spread
 
 
 def same_spread(state: object, param: Tensor) -> bool:

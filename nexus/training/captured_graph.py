@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nexus.arguments import shown
+from nexus.backends.shards import local
 from nexus.optim import FusedAdamW
 from nexus.training.gradients import Gradients
 from nexus.training.graph_device import Graph
@@ -47,7 +48,7 @@ class CapturedGraph:
         self._advances = advances
         self._named = named_parameters(optimizer)
         self._params = [param for _, param in self._named]
-        self._addresses = [param.data_ptr() for _, param in self._named]
+        self._addresses = _addresses(self._params)
         self._options = list(_options(optimizer))
         self._tables = optimizer._runner if isinstance(optimizer, FusedAdamW) else None  # which the graph reads
 
@@ -64,9 +65,9 @@ class CapturedGraph:
                 f"the optimizer has {len(params)} parameters, and had {len(self._named)} when its step was captured: "
                 "call reset() on the captured step, and the next call captures anew"
             )
-        if [param.data_ptr() for param in params] != self._addresses or not all(map(is_, params, self._params)):
+        if _addresses(params) != self._addresses or not all(map(is_, params, self._params)):
             for (name, known), param, address in zip(self._named, params, self._addresses, strict=True):
-                if param is known and param.data_ptr() == address:
+                if param is known and local(param).data_ptr() == address:
                     continue
                 raise RuntimeError(
                     f"{name} is not where it was when the step was captured: write to it in place, or call "
@@ -96,6 +97,10 @@ class CapturedGraph:
         for scheduler, steps in self._advances.items():
             scheduler.after_replay(steps)
         return self._outputs
+
+
+def _addresses(params: list[Tensor]) -> list[int]:
+    return [local(param).data_ptr() for param in params]
 
 
 def _options(optimizer: Optimizer) -> Iterator[tuple[int, str, Any]]:

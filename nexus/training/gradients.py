@@ -14,6 +14,8 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
+from nexus.backends.shards import local
+
 
 class Role(Enum):
     """What a step does with the gradient that it finds."""
@@ -46,7 +48,7 @@ class Gradients:
             torch.zeros_like(param) if grad is None else grad.detach().clone()
             for param, grad in zip(self._params, self._before, strict=True)
         ]
-        versions = [probe._version for probe in probes]
+        versions = [_versions(probe) for probe in probes]
         computed: set[int] = set()
         hooks = []
         for index, (param, probe) in enumerate(zip(self._params, probes, strict=True)):
@@ -64,7 +66,7 @@ class Gradients:
             if now is probe:
                 self._roles[index] = Role.KEPT
                 self._places[index] = probe if before is None else before
-            elif probe._version != versions[index]:
+            elif _versions(probe) != versions[index]:
                 self._roles[index] = Role.CONSUMED
             if index not in computed and before is None and (now is None or now is probe):
                 self._missing.append(self._names[index])
@@ -132,6 +134,11 @@ _CONSUMED = (
     "and the step adds to it and then sets it to None: a graph that has dropped a gradient would not see the next. "
     "To accumulate gradients, clear them by zero_grad(set_to_none=False); if it is left from before, clear it first"
 )
+
+
+def _versions(tensor: Tensor) -> tuple[int, int]:
+    """What rises when it is written to: autograd adds to a DTensor, FSDP2 to the part that is here."""
+    return tensor._version, local(tensor)._version
 
 
 def _noting(computed: set[int], index: int) -> Callable[[Tensor], None]:

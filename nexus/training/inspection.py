@@ -64,17 +64,19 @@ class Inspector(TorchDispatchMode):  # type: ignore[no-untyped-call]  # by its _
     def restore(self) -> None:
         """Bring back everything that was overwritten; once."""
         for storage, value in self._before.values():
-            _bytes(storage).copy_(value)
+            _write(storage, value)
         for key, value in self._made_as.items():
             storage_left = self._born[key][0].revived()
             if storage_left is not None:
-                _bytes(storage_left).copy_(value)
+                _write(storage_left, value)
         self._before.clear()
         self._made_as.clear()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented  # a DTensor, say: what it does with the tensors inside comes here by itself
         kwargs = kwargs or {}
         written = _written(func, args, kwargs)
         for tensor in written:
@@ -220,6 +222,11 @@ def _key(tensor: Tensor) -> int:
 
 def _bytes(storage: torch.UntypedStorage) -> Tensor:
     return torch.empty(0, dtype=torch.uint8, device=storage.device).set_(storage)
+
+
+def _write(storage: torch.UntypedStorage, value: Tensor) -> None:
+    if storage.nbytes() == value.numel():  # FSDP2 frees the memory of gathered parameters, and keeps their tensors
+        _bytes(storage).copy_(value)
 
 
 class _WeakStorage:

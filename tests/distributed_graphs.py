@@ -1,0 +1,91 @@
+"""CUDA graphs without a GPU, for processes that train together: collectives are recorded and repeated, too."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+from unittest import mock
+
+import graphs_on_cpu
+import torch
+import torch.distributed as dist
+from cuda_on_cpu import Runner, shim
+from torch import Tensor
+from torch._C._distributed_c10d import FakeWork
+from torch.distributed.fsdp._fully_shard import _fsdp_param
+from torch.utils._pytree import tree_map
+
+from nexus.backends import cuda
+from nexus.training import graph_device
+
+
+class _Recorder(graphs_on_cpu._Recorder):
+    """Looks into DTensors, and lets a replay wait for its collectives, which no stream orders here."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "__tensor_flatten__") for kind in types):
+            return NotImplemented
+        if func.namespace in ("c10d", "_c10d_functional"):
+            func = _waiting(func)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def _waiting(func: Any) -> Callable[..., Any]:
+    def wait(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.ScriptObject):
+            return torch.ops._c10d_functional.wait_tensor(leaf) if func.namespace == "_c10d_functional" else leaf
+        dist.Work.unbox(leaf).wait()
+        return FakeWork().boxed()  # whoever waits again finds nothing to do: gloo copies results there
+
+    return lambda *args, **kwargs: tree_map(wait, func(*args, **kwargs))
+
+
+class Graphs(graphs_on_cpu.Graphs):
+    """See `nexus.training.graph_device.GraphDevice`."""
+
+    def capture(self, run: Callable[[], Any]) -> tuple[graphs_on_cpu.Graph, Any]:
+        with (
+            mock.patch.object(graphs_on_cpu, "_Recorder", _Recorder),
+            mock.patch.object(graphs_on_cpu, "_kernels_captured", _kernels_captured),
+            # What FSDP2 frees stays in the pool of the graph, where replays find it.
+            mock.patch.object(_fsdp_param, "free_storage"),
+        ):
+            return super().capture(run)
+
+
+@contextmanager
+def _kernels_captured(graph: graphs_on_cpu.Graph) -> Iterator[None]:
+    """Let the kernels before the sum over processes go into one graph of the shim, those after it into another."""
+    run, total_everywhere = Runner._run, cuda.total_everywhere
+    capture = ExitStack()
+
+    def begin(runner: Runner) -> None:
+        runner.stream = shim().stream()
+        kernels = capture.enter_context(shim().capture(runner.stream))
+        capture.callback(lambda: graph.work.append(kernels.replay))
+
+    def captured_run(self: Runner, *args: Any) -> None:
+        def total(*sums: Any) -> Tensor | None:
+            capture.close()
+            found_inf = total_everywhere(*sums)
+            begin(self)
+            return found_inf
+
+        begin(self)
+        try:
+            with mock.patch.object(cuda, "total_everywhere", total):
+                run(self, *args)
+        finally:
+            capture.close()
+            self.stream = 0
+
+    with mock.patch.object(Runner, "_run", captured_run):
+        yield
+
+
+@contextmanager
+def graphs() -> Iterator[None]:
+    """Lets steps on the CPU be captured."""
+    with mock.patch.object(graph_device, "graph_device", return_value=Graphs()):
+        yield

@@ -1,0 +1,86 @@
+"""On GPUs, one process for each, over NCCL: what other files show on the CPU over gloo. One GPU is enough."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from distributed_cases import OPTIONS, SCHEDULE, batch, lone_group, loss_of, make_fsdp, my_rows
+from test_distributed_capture import captured_steps_equal_plain_ones
+from test_distributed_checkpoint import SCHEDULE as WITHOUT_END
+from test_distributed_checkpoint import resume, save
+from test_distributed_data_parallel import ddp
+from test_distributed_fsdp import fsdp_follows_the_same_gradients, one_process_sees_a_nan
+from test_distributed_meshes import tensor_parallel
+from worlds import World, Worlds
+
+from nexus.optim import FusedAdamW
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.xdist_group("distributed"),
+]
+
+
+@pytest.fixture
+def world(worlds: Worlds) -> World:
+    return worlds(min(torch.cuda.device_count(), 4), "cuda")
+
+
+@pytest.fixture(params=["cuda", "triton"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def test_fsdp_follows_float64_torch(world: World, backend: str) -> None:
+    world.run(fsdp_follows_the_same_gradients, backend, 30, "plain", "cuda")
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "offloaded"])
+def test_fsdp_with_a_policy_follows_float64_torch(world: World, how: str) -> None:
+    world.run(fsdp_follows_the_same_gradients, "auto", 30, how, "cuda")
+
+
+def test_all_skip_what_one_process_cannot_use(world: World, backend: str) -> None:
+    world.run(one_process_sees_a_nan, backend, math.nan, "cuda")
+
+
+def test_tensor_parallel_layers_train_as_one_process(world: World, backend: str) -> None:
+    world.run(tensor_parallel, backend, "cuda")
+
+
+def test_ddp_trains_as_one_process(world: World, backend: str) -> None:
+    world.run(ddp, True, backend, "cuda")
+
+
+def test_a_checkpoint_goes_on(world: World, tmp_path: Path) -> None:
+    world.run(save, tmp_path, WITHOUT_END, "cuda")
+    world.run(resume, tmp_path, WITHOUT_END, "cuda")
+
+
+@pytest.mark.parametrize("how", ["fsdp", "tensor parallel"])
+def test_a_captured_training_step_equals_the_plain_one(world: World, backend: str, how: str) -> None:
+    world.run(captured_steps_equal_plain_ones, backend, "cuda", how)
+
+
+def steps_while_waiting_is_an_error(backend: str) -> None:
+    model = make_fsdp(device="cuda")
+    optimizer = FusedAdamW(
+        model.parameters(), backend=backend, skip_nonfinite=True, norm_group=lone_group(), **OPTIONS
+    )
+    for step in range(5):
+        optimizer.zero_grad()
+        loss_of(model, *map(my_rows, batch(step, device="cuda"))).backward()
+        torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
+        try:
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(SCHEDULE(4), rel=1e-15)
+
+
+def test_no_step_waits_for_the_device(world: World, backend: str) -> None:
+    world.run(steps_while_waiting_is_an_error, backend)

@@ -1,0 +1,139 @@
+"""Meshes of two dimensions, tensor-parallel layers and HSDP, beside float64 torch in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.distributed as dist
+from distributed_cases import (
+    OPTIONS,
+    Net,
+    assert_follows,
+    batch,
+    lone_group,
+    loss_of,
+    my_rows,
+    register,
+    run_both,
+    same_on_all_ranks,
+    spread,
+    whole,
+)
+from references import BACKENDS, Float64AdamW, make_params
+from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Placement, Replicate, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from worlds import Worlds
+
+from nexus.optim import FusedAdamW
+
+pytestmark = pytest.mark.xdist_group("distributed")
+
+
+def over_two_dimensions(inner: bool) -> None:
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
+    placed: list[list[Placement]] = [
+        [Shard(0), Shard(1)],
+        [Replicate(), Shard(0)],
+        [Shard(0), Replicate()],
+        [Replicate(), Replicate()],
+    ]
+    shapes = [(5, 3), (7,), (3, 2), (2,)]
+    start: list[Tensor] = [param.detach() for param in make_params(shapes)]
+    params: list[Tensor] = [spread(tensor, mesh, how) for tensor, how in zip(start, placed, strict=True)]
+    if inner:  # on one dimension of the mesh alone
+        params[1] = spread(start[1], mesh["b"], [Shard(0)])
+    optimizer = FusedAdamW(params, **OPTIONS)
+    reference = Float64AdamW(start, **OPTIONS)
+    run_both(params, optimizer, reference, 8)
+    assert_follows(optimizer, reference)
+    assert len(optimizer._plan.norm_parts) == 4
+    assert same_on_all_ranks(optimizer.grad_norm)
+
+
+@pytest.mark.parametrize("inner", [False, True])
+def test_what_is_replicated_along_a_dimension_is_counted_once(worlds: Worlds, inner: bool) -> None:
+    worlds(4).run(over_two_dimensions, inner)
+
+
+def follow_one_process(
+    model: torch.nn.Module, optimizer: FusedAdamW, alone: torch.nn.Module, rows: Callable[[Tensor], Tensor]
+) -> None:
+    """Ten steps, with the gradients of `alone` at the reference's parameters for the reference."""
+    reference = Float64AdamW(list(alone.parameters()), **OPTIONS)
+    device = reference.params[0].device.type
+    for step in range(10):
+        x, y = batch(step, torch.float64, device)
+        optimizer.zero_grad()
+        loss_of(model, rows(x), rows(y)).backward()
+        optimizer.step()
+        alone.zero_grad()
+        loss_of(alone, x, y).backward()
+        reference.step([param.grad for param in alone.parameters()])
+        with torch.no_grad():
+            for param, value in zip(alone.parameters(), reference.params, strict=True):
+                param.copy_(value)
+    for param, expected in zip(model.parameters(), reference.params, strict=True):
+        torch.testing.assert_close(whole(param).detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-10, atol=0.0)
+
+
+def make_layers(device: str = "cpu") -> torch.nn.Sequential:
+    torch.manual_seed(1)
+    return torch.nn.Sequential(
+        torch.nn.Linear(5, 12), torch.nn.Tanh(), torch.nn.Linear(12, 5), torch.nn.LayerNorm(5)
+    ).to(device, torch.float64)
+
+
+TENSOR_PARALLEL = {"0": ColwiseParallel(), "2": RowwiseParallel()}  # the norm stays plain
+
+
+def tensor_parallel(backend: str, device: str = "cpu") -> None:
+    register(backend)
+    model = make_layers(device)
+    parallelize_module(model, init_device_mesh(device, (dist.get_world_size(),)), TENSOR_PARALLEL)
+    optimizer = FusedAdamW(model.parameters(), backend=backend, norm_group=lone_group(), **OPTIONS)
+    follow_one_process(model, optimizer, make_layers(device), lambda tensor: tensor)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_tensor_parallel_layers_train_as_one_process(worlds: Worlds, backend: str) -> None:
+    worlds(2).run(tensor_parallel, backend)
+
+
+def hybrid_and_tensor_parallel() -> None:
+    """FSDP2 over one dimension of the mesh, tensor-parallel layers over the other."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    model = make_layers()
+    parallelize_module(model, mesh["tensor"], TENSOR_PARALLEL)
+    fully_shard(model, mesh=mesh["data"])
+    optimizer = FusedAdamW(model.parameters(), **OPTIONS)
+    follow_one_process(model, optimizer, make_layers(), lambda x: x[mesh["data"].get_local_rank() :: 2])
+
+
+def test_fsdp_with_tensor_parallel_layers_trains_as_one_process(worlds: Worlds) -> None:
+    worlds(4).run(hybrid_and_tensor_parallel)
+
+
+def hybrid_sharded(replicas: int) -> None:
+    """HSDP: FSDP2 within each replica, and copies of the parts in all of them."""
+    shape = (replicas, dist.get_world_size() // replicas)
+    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "parts"))
+    torch.manual_seed(1)
+    model, alone = Net().double(), Net().double()
+    alone.load_state_dict(model.state_dict())
+    for module in (model.first, model.second, model):
+        fully_shard(module, mesh=mesh)
+    optimizer = FusedAdamW(model.parameters(), **OPTIONS)
+    follow_one_process(model, optimizer, alone, my_rows)
+    summed = [part.groups for part in optimizer._plan.norm_parts]
+    assert summed == ([(mesh.get_group("parts"),)] if shape[1] > 1 else [])  # a copy counts once
+
+
+@pytest.mark.parametrize(("size", "replicas"), [(4, 2), (2, 2), (2, 1)])
+def test_hsdp_trains_as_one_process(worlds: Worlds, size: int, replicas: int) -> None:
+    worlds(size).run(hybrid_sharded, replicas)

@@ -118,6 +118,7 @@ class StepState:
     sum_of_squares: Tensor = field(init=False)
     grad_norm: Tensor = field(init=False)
 
+    @torch.inference_mode(False)  # it outlives a mode in which it may be made
     def __post_init__(self) -> None:
         self.completed = torch.zeros((), dtype=torch.int64, device=self.device)
         self.skipped = torch.zeros((), dtype=torch.int64, device=self.device)

@@ -35,7 +35,9 @@ def check_parameter(param: Tensor, where: str) -> None:
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
         raise TypeError(f"{where} is of {param.dtype}; FusedAdamW takes {names}{hint}")
     if param.device.type == "meta":
-        raise TypeError(f"{where} is on the meta device; materialize the model before the first step")
+        raise TypeError(
+            f"{where} is on the meta device; give it memory (model.to_empty) before the optimizer is made"
+        )
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
     if param.is_neg():
@@ -150,6 +152,7 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
+@torch.inference_mode(False)  # the state outlives a mode in which the first step may be made
 def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
     """Fill in what is missing of (parameter, its state, amsgrad): a count of 0, moments of 0.
 
@@ -162,7 +165,8 @@ def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
         if step is None:
             wanted.setdefault((param.device, torch.int64), []).append((param, state, "step"))
         elif not isinstance(step, Tensor) or step.dtype != torch.int64 or step.device != param.device or step.dim():
-            state["step"] = torch.as_tensor(step).detach().to(param.device, torch.int64).reshape(())
+            count = step.detach() if isinstance(step, Tensor) else int(step)  # never of torch's default types
+            state["step"] = torch.as_tensor(count, device=param.device).to(torch.int64).reshape(())
     for index, name in enumerate(MOMENTS):
         for param, state, amsgrad in states:
             if name not in state and (amsgrad or index < 2):

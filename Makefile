@@ -15,7 +15,7 @@ export NEXUS_REQUIRE_NATIVE := 1
 export NEXUS_CUDA_ARCHS ?= sm_90
 
 .DEFAULT_GOAL := help
-.PHONY: .venv help build test fuzz lint format bench gpu demo clean
+.PHONY: .venv help build test fuzz parity lint format bench gpu demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -36,6 +36,9 @@ test: build ## run all tests
 
 fuzz: build ## compare random optimizers with torch in float64, for ten minutes or ARGS="--seconds 60"
 	$(BIN)/python tests/fuzz.py $(ARGS)
+
+parity: $(STAMP) ## write docs/parity.md from the tests
+	$(BIN)/python tests/parity.py
 
 lint: $(STAMP) ## check style, types and compiler warnings
 	$(BIN)/ruff check .

@@ -160,6 +160,13 @@ def batches(overflow: bool) -> list[list[Tensor]]:
     return data
 
 
+@pytest.mark.parity(
+    "GradScaler",
+    "a run with a `GradScaler`, with overflows, with and without `unscale_` and clipping",
+    torch="`scaler.unscale_` and `clip_grad_norm_` come before the step",
+    nexus="the same scales; `max_grad_norm` clips the unscaled gradients, after `unscale_` or without it",
+    why="unscaling and clipping are part of the update",
+)
 @pytest.mark.parametrize("overflow", [False, True])
 @pytest.mark.parametrize(
     ("unscale", "clip"), [(False, "no"), (False, "inside"), (True, "no"), (True, "inside"), (True, "before")]

@@ -52,6 +52,7 @@ def test_there_is_something_to_test() -> None:
     assert len(commands(TEXTS["CONTRIBUTING.md"], "python -m pytest")) >= 4
 
 
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if blocks(text, "python")])
 def test_code(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The snippets of a page, one after the other, as a reader would paste them."""

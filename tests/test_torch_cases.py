@@ -336,6 +336,12 @@ def test_steps_that_are_no_tensors_are_loaded(backend: str) -> None:
         assert_goes_on_the_same(params, optimizer, other_params, other)
 
 
+@pytest.mark.parity(
+    "State dicts",
+    "names of parameters, on loading",
+    torch="come from the state dict, if it has some",
+    nexus="same",
+)
 @pytest.mark.parametrize("named_before", [False, True])
 @pytest.mark.parametrize("named_after", [False, True])
 def test_names_come_from_the_state_dict_if_it_has_them(backend: str, named_before: bool, named_after: bool) -> None:
@@ -348,7 +354,7 @@ def test_names_come_from_the_state_dict_if_it_has_them(backend: str, named_befor
     module(torch.ones(3)).sum().backward()
     before.step()
     after = FusedAdamW(given(module, named_after, "after."), backend=backend)
-    peer = torch.optim.AdamW(given(module, named_after, "after."))
+    peer = torch.optim.AdamW(given(module, named_after, "after."), fused=True)
     for optimizer in (after, peer):
         optimizer.load_state_dict(copy.deepcopy(before.state_dict()))
     after.step()

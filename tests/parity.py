@@ -1,0 +1,176 @@
+"""`python tests/parity.py` writes docs/parity.md from the tests that carry the marker `parity`.
+
+A row is the marker of one test, which runs both optimizers:
+
+    @pytest.mark.parity("theme", "behaviour", torch="what torch's does", nexus="same", also=("test_x.py::test_y",))
+
+`nexus` is "same", or what differs, and then `why` says the reason. `also` names tests that show more of nexus's side:
+other backends, types, sizes.
+"""
+
+from __future__ import annotations
+
+import ast
+import contextlib
+import functools
+import re
+import sys
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent
+PAGE = TESTS.parent / "docs" / "parity.md"
+TORCH = "2.13"  # the version whose behaviour the rows state
+
+THEMES = (
+    "Arguments and errors",
+    "Parameter groups",
+    "Parameters and gradients",
+    "The update",
+    "Steps and state",
+    "Rates and schedulers",
+    "Hooks, closures, printing",
+    "State dicts",
+    "Copies",
+    "GradScaler",
+    "torch.compile",
+    "Several processes",
+)
+
+INTRODUCTION = f"""\
+# Parity with `torch.optim.AdamW(fused=True)`
+
+What torch {TORCH}'s `torch.optim.AdamW(fused=True)` does on the CPU, and what `FusedAdamW` does. The first test of
+each row runs both optimizers, and fails if one of them does something else than the row says; further tests show more
+of `FusedAdamW`'s side. Values that are the "same" agree in float64 to a few units in the last place, since the two do
+their operations in another order. `python tests/parity.py` writes this page from the tests.
+
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    test: str
+    theme: str
+    behaviour: str
+    torch: str
+    nexus: str
+    why: str = ""
+    also: tuple[str, ...] = ()
+
+    def line(self) -> str:
+        ours = self.nexus if not self.why else f"{self.nexus}. {self.why[0].upper()}{self.why[1:]}"
+        tests = ", ".join(f"`{test}`" for test in (self.test, *self.also))
+        return (
+            "| " + " | ".join(cell.replace("|", r"\|") for cell in (self.behaviour, self.torch, ours, tests)) + " |"
+        )
+
+
+def rows(folder: Path = TESTS) -> list[Row]:
+    """Every row, in the order of files and lines. Reads the sources: nothing is imported.
+
+    Raises:
+        ValueError: a marker is not of the form above.
+    """
+    found = []
+    for file in sorted(folder.glob("test_*.py")):
+        source = file.read_text("utf-8")
+        for node in ast.walk(ast.parse(source)) if "pytest.mark.parity(" in source else ():
+            if isinstance(node, ast.FunctionDef):
+                marks = [mark for mark in node.decorator_list if "pytest.mark.parity" in ast.unparse(mark)]
+                found += [_row(f"{file.name}::{node.name}", mark) for mark in marks]
+    return found
+
+
+def _row(test: str, mark: ast.expr) -> Row:
+    try:
+        assert isinstance(mark, ast.Call)
+        given = [ast.literal_eval(value) for value in mark.args]
+        named = {str(keyword.arg): ast.literal_eval(keyword.value) for keyword in mark.keywords}
+        return Row(test, *given, **named)
+    except (AssertionError, TypeError, ValueError) as error:
+        raise ValueError(f"{test}: a parity marker has a theme, a behaviour, torch= and nexus=; {error}") from error
+
+
+def complaints(found: list[Row], folder: Path = TESTS) -> list[str]:
+    """What is wrong with the rows, in words."""
+    wrong = []
+    seen: set[str] = set()
+    for row in found:
+        if row.theme not in THEMES:
+            wrong.append(f"{row.test}: {row.theme!r} is no theme")
+        if row.behaviour in seen:
+            wrong.append(f"{row.test}: there is another row about {row.behaviour!r}")
+        seen.add(row.behaviour)
+        if not (row.behaviour and row.torch and row.nexus):
+            wrong.append(f"{row.test}: an empty cell")
+        if (row.nexus == "same") == bool(row.why):
+            wrong.append(f"{row.test}: a row that differs says why, and one that is the same does not")
+        for other in row.also:
+            file, _, name = other.partition("::")
+            path = folder / file
+            if not path.is_file() or not re.search(rf"^def {name}\(", path.read_text("utf-8"), re.MULTILINE):
+                wrong.append(f"{row.test}: there is no {other}")
+    wrong += [f"no row about {theme!r}" for theme in THEMES if theme not in {row.theme for row in found}]
+    return wrong
+
+
+def page(found: Iterable[Row]) -> str:
+    tables = []
+    for theme in THEMES:
+        lines = [row.line() for row in found if row.theme == theme]
+        head = f"## {theme}\n\n| | `torch.optim.AdamW(fused=True)` | `FusedAdamW` | shown by |\n|---|---|---|---|\n"
+        tables.append(head + "\n".join(lines) + "\n")
+    return INTRODUCTION + "\n".join(tables)
+
+
+@contextlib.contextmanager
+def both_are_made(test: str) -> Iterator[None]:
+    """Sees to it that a test makes the two optimizers that its row is about.
+
+    Raises:
+        AssertionError: one of them was not made. Its row would state what nobody has looked at.
+    """
+    import torch
+
+    from nexus.optim import FusedAdamW
+
+    made = set()
+
+    def noted(init: Callable[..., None], name: str) -> Callable[..., None]:
+        @functools.wraps(init)
+        def noting(self: Any, *args: Any, **options: Any) -> None:
+            if name == "FusedAdamW" or options.get("fused"):
+                made.add(name)
+            init(self, *args, **options)
+
+        return noting
+
+    names = {torch.optim.AdamW: "torch.optim.AdamW(fused=True)", FusedAdamW: "FusedAdamW"}
+    with pytest.MonkeyPatch.context() as patch:
+        for kind, name in names.items():
+            patch.setattr(kind, "__init__", noted(kind.__init__, name))
+        yield
+    missing = set(names.values()) - made
+    assert not missing, f"{test} has a row in docs/parity.md and never makes {' or '.join(sorted(missing))}"
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, Any, Any]:
+    """For conftest.py: no test that has a row passes without both optimizers."""
+    if item.get_closest_marker("parity") is None:
+        return (yield)
+    with both_are_made(item.name):
+        return (yield)
+
+
+if __name__ == "__main__":
+    found = rows()
+    if wrong := complaints(found):
+        sys.exit("\n".join(wrong))
+    PAGE.write_text(page(found), "utf-8")
+    print(f"{len(found)} rows in {PAGE}")

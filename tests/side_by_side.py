@@ -1,0 +1,81 @@
+"""`torch.optim.AdamW(fused=True)` and FusedAdamW, put through the same: for the tests behind docs/parity.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from parity import TORCH
+from references import MOMENT, PARAMS, assert_close, make_grads, set_grads
+from torch.optim import Optimizer
+
+from nexus.optim import FusedAdamW
+
+Make = Callable[..., Optimizer]
+Seen = TypeVar("Seen")
+
+of_this_torch = pytest.mark.skipif(
+    torch.__version__.split(".")[:2] != TORCH.split("."),
+    reason=f"docs/parity.md is about torch {TORCH}; what another one does differently is no fault of nexus",
+)
+
+
+def fused_torch(params: Any, *args: Any, **options: Any) -> torch.optim.AdamW:
+    return torch.optim.AdamW(params, *args, fused=True, **options)
+
+
+def both(observe: Callable[[Make], Seen]) -> tuple[Seen, Seen]:
+    """What `observe` returns for torch's optimizer and for nexus's, from the same random numbers."""
+    found = []
+    for make in (fused_torch, FusedAdamW):
+        torch.manual_seed(20_240_404)
+        found.append(observe(make))
+    return found[0], found[1]
+
+
+def param(*shape: int, dtype: torch.dtype = torch.float64, value: float = 1.0) -> torch.nn.Parameter:
+    return torch.nn.Parameter(torch.full(shape, value, dtype=dtype))
+
+
+def train(optimizer: Optimizer, steps: int = 3) -> None:
+    """Steps with gradients about 1 for all parameters."""
+    params = params_of(optimizer)
+    for _ in range(steps):
+        set_grads(params, make_grads(params))
+        optimizer.step()
+
+
+def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
+    return [each for group in optimizer.param_groups for each in group["params"]]
+
+
+def state_of(optimizer: Optimizer, index: int = 0) -> dict[str, Any]:
+    return optimizer.state[params_of(optimizer)[index]]
+
+
+def assert_same(first: Optimizer, second: Optimizer) -> None:
+    """Parameters, moments and counts of two runs, in the precision of the parameters."""
+    pairs = zip(params_of(first), params_of(second), strict=True)
+    for one, other in pairs:
+        assert one.dtype == other.dtype
+        assert_close(other, one, PARAMS[one.dtype], "parameter")
+        states = first.state.get(one, {}), second.state.get(other, {})
+        assert set(states[0]) == set(states[1])
+        for name, value in states[0].items():
+            if name == "step":
+                assert int(value) == int(states[1][name])
+            else:
+                assert_close(states[1][name], value, MOMENT[value.dtype], name)
+
+
+def errors(observe: Callable[[Make], object], kinds: Sequence[type[Exception]] = (Exception,)) -> tuple[str, str]:
+    """ "TypeError: its words" of both, which must fail."""
+
+    def told(make: Make) -> str:
+        with pytest.raises(tuple(kinds)) as caught:
+            observe(make)
+        return f"{caught.type.__name__}: {caught.value}"
+
+    return both(told)

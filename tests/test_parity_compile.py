@@ -1,0 +1,119 @@
+"""`torch.compile`: rows of docs/parity.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from references import make_params
+from side_by_side import Make, assert_same, both, of_this_torch
+from torch._dynamo.testing import CompileCounterWithBackend
+from torch._dynamo.utils import counters
+
+pytestmark = [
+    of_this_torch,
+    pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # of what Dynamo imports
+    pytest.mark.filterwarnings(
+        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
+    ),  # where Dynamo looks itself
+]
+
+
+@pytest.fixture(autouse=True)
+def _fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
+RATES = [0.1, 0.2, 0.3, 0.4, 0.5]
+
+
+def train(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
+    """A step at each rate."""
+    (group,) = optimizer.param_groups
+    for rate in RATES:
+        group["params"][0].grad = None
+        group["params"][0].square().sum().backward()
+        group["lr"] = rate
+        step()
+
+
+@pytest.mark.parity(
+    "torch.compile",
+    "a compiled function that steps, with a float rate that moves",
+    torch="the graph breaks at the update; what is around it is compiled anew for each rate, until torch gives up",
+    nexus="the step is one operator of one graph, compiled once",
+    why="The operator reads the rate when it runs",
+    also=(
+        "test_compile.py::test_a_training_step_is_compiled_once",
+        "test_compile.py::test_a_rate_that_moves_compiles_nothing_anew",
+        "test_compile.py::test_the_operator_passes_opcheck",
+    ),
+)
+def test_a_rate_that_moves() -> None:
+    def run(make: Make) -> tuple[torch.optim.Optimizer, int, int]:
+        optimizer = make(make_params([(3, 4)], torch.float64), lr=RATES[0])
+        compiler = CompileCounterWithBackend("aot_eager")
+        step = torch.compile(lambda: optimizer.step() and None, backend=compiler)
+        counters.clear()
+        seen: list[int] = []
+        train(optimizer, lambda: (step(), seen.append(compiler.frame_count)))
+        return optimizer, seen[-1] - seen[0], sum(counters["graph_break"].values())
+
+    (first, recompiled, breaks), (second, *ours) = both(run)
+    assert recompiled >= 3
+    assert breaks >= 1
+    assert ours == [0, 0]
+    assert_same(first, second)
+
+
+@pytest.mark.parity(
+    "torch.compile",
+    "`fullgraph=True`",
+    torch="an error: the graph breaks at the update and at `zero_grad()`",
+    nexus="both are in the graph",
+    why="An operator with its mutations declared needs no break",
+    also=("test_compile.py::test_a_whole_training_step_in_one_graph",),
+)
+def test_fullgraph() -> None:
+    def run(make: Make) -> str:
+        optimizer = make(make_params([(3, 4)], torch.float64), lr=RATES[0])
+
+        def step() -> None:
+            optimizer.step()
+            optimizer.zero_grad()
+
+        try:
+            train(optimizer, torch.compile(step, backend="aot_eager", fullgraph=True))
+        except torch._dynamo.exc.Unsupported:
+            return "an error"
+        assert all(param.grad is None for param in optimizer.param_groups[0]["params"])
+        return "in the graph"
+
+    assert both(run) == ("an error", "in the graph")
+
+
+@pytest.mark.parity(
+    "torch.compile",
+    "`optimizer.param_groups` read in a compiled function",
+    torch="is in the graph, which is compiled anew for what it reads",
+    nexus="what reads them runs outside of the graph, with the same result",
+    why="Dynamo takes groups to be of the very type `dict`; those of nexus refuse a second driver of a rate",
+    also=("test_compile.py::test_groups_are_read_outside_of_the_graph",),
+)
+def test_groups_are_read() -> None:
+    def run(make: Make) -> tuple[list[float], int]:
+        optimizer = make(make_params([(3, 4)], torch.float64), lr=RATES[0])
+        rates: list[float] = []
+        compiler = CompileCounterWithBackend("aot_eager")
+        read = torch.compile(lambda: torch.ones(()) * optimizer.param_groups[0]["lr"], backend=compiler)
+        train(optimizer, lambda: (rates.append(read().item()), optimizer.step()))
+        return rates, compiler.frame_count
+
+    (torchs, torch_graphs), (ours, nexus_graphs) = both(run)
+    assert torchs == pytest.approx(RATES)
+    assert ours == torchs
+    assert torch_graphs > 1
+    assert nexus_graphs == 0

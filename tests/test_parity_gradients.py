@@ -1,0 +1,384 @@
+"""Parameters and gradients: rows of docs/parity.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from references import LAYOUT_SHAPE, LAYOUTS, Float64AdamW, make_grads, make_params, set_grads
+from side_by_side import (
+    Make,
+    assert_same,
+    both,
+    errors,
+    fused_torch,
+    of_this_torch,
+    param,
+    params_of,
+    state_of,
+    train,
+)
+
+from nexus.optim import FusedAdamW
+
+pytestmark = of_this_torch
+
+
+def largest_error(make: Make, layout: str, grad_layout: str) -> float:
+    """Of float64 parameters, after three steps at a rate of 0.1."""
+    start = make_params([LAYOUT_SHAPE], torch.float64)
+    own = [torch.nn.Parameter(LAYOUTS[layout](start[0].detach()))]
+    optimizer, reference = make(own, lr=0.1), Float64AdamW(start, lr=0.1)
+    for _ in range(3):
+        grads = make_grads(start)
+        reference.step(grads)
+        set_grads(own, [LAYOUTS[grad_layout](grads[0])])
+        optimizer.step()
+    return (own[0] - reference.params[0]).abs().max().item()
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a gradient with other strides than its parameter's, as `torch.autograd.grad` may return it",
+    torch="wrong without a word: in three steps at a rate of 0.1, parameters are off by more than 0.1",
+    nexus="right, through a copy of the gradient",
+    why="a gradient that is set by hand may have any strides",
+    also=("test_tensor_list.py::test_every_layout_of_parameter_and_gradient",),
+)
+@pytest.mark.parametrize("layout", ["channels_last", "transposed", "every other"])
+def test_a_gradient_of_other_strides(layout: str) -> None:
+    for pair in (("contiguous", layout), (layout, "contiguous")):
+        first, second = both(lambda make, pair=pair: largest_error(make, *pair))
+        assert first > 0.1
+        assert second < 1e-14
+
+    def of_a_transposed_view(make: Make) -> torch.Tensor:
+        own, factors = param(2, 3), torch.tensor([[1.0, 5.0], [1.0, 5.0], [1.0, 5.0]], dtype=torch.float64)
+        optimizer = make([own])
+        (own.grad,) = torch.autograd.grad((own.t() * factors).sum(), own)
+        optimizer.step()
+        return state_of(optimizer)["exp_avg"] * 10
+
+    found = both(of_a_transposed_view)
+    torch.testing.assert_close(found[1], torch.tensor([[1.0, 1.0, 1.0], [5.0, 5.0, 5.0]], dtype=torch.float64))
+    torch.testing.assert_close(found[0], torch.tensor([[1.0, 5.0, 1.0], [5.0, 1.0, 5.0]], dtype=torch.float64))
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "an expanded gradient, as `torch.autograd.grad` returns that of a sum",
+    torch="wrong without a word: it reads memory past the one element there is",
+    nexus="right, through a copy of the gradient",
+    why="a gradient that is set by hand may have any strides",
+    also=("test_tensor_list.py::test_an_expanded_gradient",),
+)
+def test_an_expanded_gradient() -> None:
+    def first_moment(make: Make) -> torch.Tensor:
+        own = param(2, 2)
+        optimizer = make([own])
+        (as_returned,) = torch.autograd.grad(own.sum(), own)
+        own.grad = torch.tensor([1.0, 5.0, 5.0, 5.0], dtype=torch.float64)[:1].expand(2, 2)
+        assert own.grad.stride() == as_returned.stride() == (0, 0)
+        optimizer.step()
+        return state_of(optimizer)["exp_avg"]
+
+    first, second = both(first_moment)
+    torch.testing.assert_close(first, torch.tensor([[0.1, 0.5], [0.5, 0.5]], dtype=torch.float64))
+    torch.testing.assert_close(second, torch.full((2, 2), 0.1, dtype=torch.float64))
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a parameter that is a slice and not dense, with the gradient of `backward()` or one of its own strides",
+    torch="wrong without a word, and what lies between its elements is updated too",
+    nexus="right, through a copy; what lies between is not touched",
+    why="a view of a larger tensor is an ordinary parameter",
+    also=("test_tensor_list.py::test_slices_side_by_side_share_no_memory",),
+)
+@pytest.mark.parametrize("layout", ["sliced", "every other"])
+def test_a_parameter_that_is_not_dense(layout: str) -> None:
+    for grad_layout in (layout, "contiguous"):
+        first, second = both(lambda make, grad_layout=grad_layout: largest_error(make, layout, grad_layout))
+        assert first > 0.1
+        assert second < 1e-14
+
+    def between(make: Make) -> list[float]:
+        whole = torch.ones(2, 6, dtype=torch.float64)
+        mine, others = (whole[:, :3], whole[:, 3:]) if layout == "sliced" else (whole[:, ::2], whole[:, 1::2])
+        own = torch.nn.Parameter(mine)
+        own.sum().backward()
+        make([own], lr=0.5).step()
+        return others.flatten().tolist()
+
+    untouched = [1.0] * 6
+    assert between(fused_torch) != untouched
+    assert between(FusedAdamW) == untouched
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a gradient of another number of elements than its parameter's, as after `p.data = ...`",
+    torch="no error: for a parameter that has grown, memory past the gradient is read",
+    nexus="`RuntimeError` that names the parameter",
+    why="there is no right update",
+    also=("test_tensor_list.py::test_a_gradient_of_another_device_is_refused",),
+)
+def test_a_gradient_of_another_shape() -> None:
+    def step(make: Make) -> torch.Tensor:
+        own = param(3)
+        optimizer = make([own], lr=0.5)
+        own.grad = torch.tensor([1.0, 1.0, 1.0, 7.0, 7.0], dtype=torch.float64)[:3]
+        own.data = torch.ones(5, dtype=torch.float64)
+        optimizer.step()
+        return state_of(optimizer)["exp_avg"]
+
+    assert step(fused_torch).tolist() == pytest.approx([0.1, 0.1, 0.1, 0.7, 0.7])
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0 of shape \(5,\).*a gradient of shape \(3,\)"):
+        step(FusedAdamW)
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a gradient of another dtype than its parameter's (`p.grad_dtype`)",
+    torch="`RuntimeError`",
+    nexus="taken, for parameters and gradients of all four floating-point types",
+    why="gradients that are accumulated in float32 for parameters in bfloat16 need no cast",
+    also=("test_adamw.py::test_gradients_of_any_other_dtype_equal_torch",),
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("grad_dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype) -> None:
+    def step(make: Make) -> torch.Tensor:
+        own = param(3, dtype=dtype)
+        optimizer = make([own], lr=0.25, weight_decay=0.0, eps=0.0)
+        set_grads([own], [torch.ones(3, dtype=grad_dtype)])
+        optimizer.step()
+        return own
+
+    if dtype == grad_dtype:
+        assert step(fused_torch).tolist() == [0.75] * 3
+    else:
+        with pytest.raises(RuntimeError, match=r"expected scalar type|must be on the same device and the same dtype"):
+            step(fused_torch)
+    assert step(FusedAdamW).tolist() == [0.75] * 3
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a sparse gradient",
+    torch="`RuntimeError` that names `SparseAdam`",
+    nexus="same",
+    also=("test_tensor_list.py::test_sparse_gradients_are_refused",),
+)
+def test_a_sparse_gradient() -> None:
+    def step(make: Make) -> None:
+        own = param(3, 3)
+        optimizer = make([own])
+        own.grad = torch.eye(3, dtype=torch.float64).to_sparse()
+        optimizer.step()
+
+    first, second = errors(step)
+    assert first == "RuntimeError: Adam does not support sparse gradients, please consider SparseAdam instead"
+    assert second.startswith("RuntimeError: parameter 0 of group 0 has a gradient of layout torch.sparse_coo")
+    assert "SparseAdam" in second
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "complex parameters",
+    torch="refused with `fused=True`, in the first step; taken without, as pairs of real numbers",
+    nexus="`TypeError` by the constructor, which says to optimize `torch.view_as_real(p)`",
+    why="that view is what torch steps too, and the caller can make it",
+    also=("test_torch_cases.py::test_complex_parameters_are_refused_and_their_real_view_is_taken",),
+)
+def test_complex_parameters() -> None:
+    own = torch.nn.Parameter(torch.ones(3, dtype=torch.complex64))
+    own.grad = torch.ones_like(own)
+    torch.optim.AdamW([own], fused=False).step()
+    with pytest.raises(RuntimeError, match="requires all the params to be floating point Tensors"):
+        fused_torch([own]).step()
+    with pytest.raises(TypeError, match=r"torch.complex64; FusedAdamW takes .*optimize torch.view_as_real\(p\)"):
+        FusedAdamW([own])
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "parameters that no kernel can update: integers, the meta device, a lazy module's",
+    torch="taken by the constructor; an error comes in the first step, if they have a gradient",
+    nexus="`TypeError` by the constructor",
+    why="an error belongs where the mistake is",
+    also=("test_optimizer_inputs.py::test_parameters_that_cannot_be_optimized",),
+)
+@pytest.mark.parametrize("kind", ["integers", "meta", "lazy"])
+def test_parameters_that_no_kernel_can_update(kind: str) -> None:
+    own: Any = {
+        "integers": lambda: torch.nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False),
+        "meta": lambda: torch.nn.Parameter(torch.zeros(3, device="meta")),
+        "lazy": lambda: torch.nn.LazyLinear(3).weight,
+    }[kind]()
+    peer = fused_torch([own])
+    peer.step()
+    if kind == "meta":
+        own.grad = torch.zeros_like(own)
+        with pytest.raises(RuntimeError, match="requires all the params to be floating point Tensors of supported"):
+            peer.step()
+    with pytest.raises(TypeError, match="parameter 0 of group 0 is"):
+        FusedAdamW([own])
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "parameters that share memory, as two slices of one tensor or an expanded one",
+    torch="no error: what they share is updated twice",
+    nexus="`ValueError` by the constructor or the first step",
+    why="tied weights are one parameter, which both take; this is a mistake",
+    also=(
+        "test_tensor_list.py::test_shared_memory_is_refused",
+        "test_counters.py::test_tied_weights_are_updated_once",
+    ),
+)
+def test_parameters_that_share_memory() -> None:
+    def step(make: Make) -> torch.Tensor:
+        whole = torch.ones(4, dtype=torch.float64)
+        own = [torch.nn.Parameter(whole[:3]), torch.nn.Parameter(whole[1:])]
+        set_grads(own, [torch.ones_like(each) for each in own])
+        make(own, lr=0.1, weight_decay=0.0, eps=0.0).step()
+        return whole
+
+    torch.testing.assert_close(step(fused_torch), torch.tensor([0.9, 0.8, 0.8, 0.9], dtype=torch.float64))
+    with pytest.raises(ValueError, match="share memory"):
+        step(FusedAdamW)
+    expanded = torch.nn.Parameter(torch.zeros(1).expand(3))
+    fused_torch([expanded])
+    with pytest.raises(ValueError, match="expanded tensor, whose elements share memory"):
+        FusedAdamW([expanded])
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a parameter without a gradient, in some steps or in all; one that needs none",
+    torch="is left alone, has no state before its first gradient, and its count stands still",
+    nexus="same",
+    also=(
+        "test_tensor_changes.py::test_gradients_that_come_and_go",
+        "test_faults.py::test_a_parameter_frozen_and_unfrozen_in_mid_run",
+    ),
+)
+def test_missing_gradients() -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        own = make_params([(5,), (3,), (2,), (4,)], torch.float64)
+        own[3].requires_grad_(False)
+        optimizer = make(own, lr=0.1)
+        optimizer.step()  # without any
+        assert not optimizer.state
+        for step in range(6):
+            grads = make_grads(own)
+            set_grads(own, [grads[0], grads[1] if step % 2 else None, None, None])
+            optimizer.step()
+        return optimizer
+
+    first, second = both(run)
+    assert_same(first, second)
+    own = params_of(second)
+    assert [int(second.state[each]["step"]) for each in own[:2]] == [6, 3]
+    assert own[2] not in second.state
+    assert own[3] not in second.state
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "0-dim and empty parameters, wherever they stand in the list",
+    torch="taken; an empty one has state and a count",
+    nexus="same",
+    also=("test_tensor_list.py::test_empty_tensors_hide_no_others", "test_adamw.py::test_every_size_equals_torch"),
+)
+@pytest.mark.parametrize("shapes", [[(), (0,), (5,)], [(5,), (0, 3), (), (0,)], [(0,)]], ids=str)
+def test_0_dim_and_empty_parameters(shapes: list[tuple[int, ...]]) -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        optimizer = make(make_params(shapes, torch.float64), lr=0.1)
+        train(optimizer)
+        return optimizer
+
+    first, second = both(run)
+    assert_same(first, second)
+    assert [int(state_of(second, index)["step"]) for index in range(len(shapes))] == [3] * len(shapes)
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "NaN and infinite gradients",
+    torch="go into the parameters and moments",
+    nexus="same, unless `skip_nonfinite=True`",
+    why="the option lets such a step change nothing",
+    also=(
+        "test_adamw.py::test_nan_and_infinity_reach_the_parameters_as_in_torch",
+        "test_counters.py::test_a_step_that_is_not_finite_changes_nothing",
+    ),
+)
+def test_gradients_that_are_not_finite() -> None:
+    def run(make: Make, **options: bool) -> torch.optim.Optimizer:
+        own = param(4)
+        optimizer = make([own], lr=0.1, **options)
+        own.grad = torch.tensor([1.0, torch.nan, torch.inf, -torch.inf], dtype=torch.float64)
+        optimizer.step()
+        return optimizer
+
+    first, second = both(run)
+    assert_same(first, second)
+    assert params_of(second)[0].isnan().tolist() == [False, True, True, True]
+    skipped = run(FusedAdamW, skip_nonfinite=True)
+    assert params_of(skipped)[0].tolist() == [1.0] * 4
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "autograd notices that a parameter was updated",
+    torch="no: a second backward pass through a graph that saved it gives wrong gradients without a word",
+    nexus="yes: it is `RuntimeError: ... modified by an inplace operation`",
+    why="torch's other implementations notice, too",
+    also=("test_optimizer_behaviour.py::test_an_update_is_seen_by_autograd",),
+)
+def test_autograd_notices_an_update() -> None:
+    def backward_twice(make: Make) -> None:
+        own = param(3)
+        optimizer = make([own], lr=0.5)
+        loss = own.square().sum()
+        loss.backward(retain_graph=True)
+        version = own._version
+        optimizer.step()
+        assert (own._version == version) == (make is fused_torch)
+        own.grad = None
+        loss.backward()
+        assert own.grad is not None
+        assert (own.grad < 1.5).all()  # it was 2 of 1, and is that of what the parameter is now, about 0.5
+
+    backward_twice(fused_torch)
+    for make in (FusedAdamW, lambda *args, **options: torch.optim.AdamW(*args, fused=False, **options)):
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            backward_twice(make)
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a model that changes its dtype in mid-run (`model.double()`)",
+    torch="`RuntimeError`: the moments keep theirs",
+    nexus="its moments go along",
+    why="what they hold is as good in the new type",
+    also=("test_tensor_changes.py::test_a_model_that_changes_its_dtype_takes_its_moments_along",),
+)
+def test_a_model_that_changes_its_dtype() -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        module = torch.nn.Linear(3, 2)
+        optimizer = make(module.parameters())
+        train(optimizer)
+        module.double()
+        optimizer.zero_grad()
+        train(optimizer)
+        return optimizer
+
+    with pytest.raises(RuntimeError, match="expected scalar type Double but found Float"):
+        run(fused_torch)
+    state = state_of(run(FusedAdamW))
+    assert state["exp_avg"].dtype == torch.float64
+    assert int(state["step"]) == 6

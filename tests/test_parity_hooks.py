@@ -1,0 +1,153 @@
+"""Hooks, closures, printing: rows of docs/parity.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from references import make_params
+from side_by_side import Make, assert_same, both, of_this_torch, param, params_of, state_of, train
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+
+pytestmark = of_this_torch
+
+
+@pytest.mark.parity(
+    "Hooks, closures, printing",
+    "`step(closure)` under `no_grad`",
+    torch="the closure is called once, with gradients, before the update; its loss is returned, else `None`",
+    nexus="same",
+    also=("test_optimizer_behaviour.py::test_a_closure_is_evaluated_once_with_gradients",),
+)
+def test_closures() -> None:
+    def run(make: Make) -> tuple[torch.optim.Optimizer, list[Any]]:
+        own = make_params([(3,)], torch.float64)[0]
+        optimizer, seen = make([own], lr=0.1), []
+
+        def closure() -> torch.Tensor:
+            seen.append((torch.is_grad_enabled(), own.detach().tolist()))
+            optimizer.zero_grad()
+            loss = own.square().sum()
+            loss.backward()
+            return loss
+
+        start = own.detach().clone()
+        with torch.no_grad():
+            loss = optimizer.step(closure)
+        assert seen == [(True, start.tolist())]
+        assert torch.equal(loss, start.square().sum())
+        assert optimizer.step() is None
+        return optimizer, seen
+
+    (first, torchs), (second, ours) = both(run)
+    assert torchs == ours
+    assert_same(first, second)
+
+
+@pytest.mark.parity(
+    "Hooks, closures, printing",
+    "step hooks, of the optimizer and of all optimizers",
+    torch="run before and after the update: those of all optimizers, its own, the update, its own, those of all",
+    nexus="same",
+    also=(
+        "test_optimizer_behaviour.py::test_step_hooks_of_the_optimizer_and_of_all",
+        "test_optimizer_behaviour.py::test_a_pre_hook_may_change_the_arguments",
+    ),
+)
+def test_step_hooks() -> None:
+    def run(make: Make) -> list[tuple[str, bool]]:
+        own = param(2)
+        optimizer, calls = make([own], lr=0.1), []
+        own.grad = torch.ones_like(own)
+
+        def hook(name: str) -> Any:
+            return lambda each, args, kwargs: calls.append((name, own[0].item() < 1)) if each is optimizer else None
+
+        optimizer.register_step_post_hook(hook("own after"))
+        optimizer.register_step_pre_hook(hook("own before"))
+        handles = [
+            register_optimizer_step_post_hook(hook("all after")),
+            register_optimizer_step_pre_hook(hook("all before")),
+        ]
+        try:
+            optimizer.step()
+        finally:
+            for handle in handles:
+                handle.remove()
+        return calls
+
+    first, second = both(run)
+    assert first == second
+    assert second == [("all before", False), ("own before", False), ("own after", True), ("all after", True)]
+
+
+@pytest.mark.parity(
+    "Hooks, closures, printing",
+    "`zero_grad()` and `zero_grad(set_to_none=False)`",
+    torch="gradients are gone; gradients are zeros, in place",
+    nexus="same",
+    also=("test_tensor_changes.py::test_zero_grad_both_ways",),
+)
+def test_zero_grad() -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        optimizer = make(make_params([(3,)], torch.float64), lr=0.1)
+        own = params_of(optimizer)[0]
+        train(optimizer)
+        grad = own.grad
+        optimizer.zero_grad(set_to_none=False)
+        assert own.grad is grad
+        assert not grad.any()
+        optimizer.step()  # which counts, and decays
+        optimizer.zero_grad()
+        assert own.grad is None
+        optimizer.step()  # which does not
+        return optimizer
+
+    first, second = both(run)
+    assert_same(first, second)
+    assert int(state_of(second)["step"]) == 4
+
+
+@pytest.mark.parity(
+    "Hooks, closures, printing",
+    "the range of a step in the profiler",
+    torch="`Optimizer.step#AdamW.step`",
+    nexus="`Optimizer.step#FusedAdamW.step`",
+    why="it is the class's name",
+    also=("test_optimizer_behaviour.py::test_the_profiler_sees_a_range",),
+)
+def test_the_range_in_the_profiler() -> None:
+    def ranges(make: Make) -> list[tuple[str, int]]:
+        optimizer = make([param(2)])
+        with torch.profiler.profile() as profile:
+            train(optimizer, steps=2)
+        return [(each.key, each.count) for each in profile.key_averages() if each.key.startswith("Optimizer.step")]
+
+    first, second = both(ranges)
+    assert first == [("Optimizer.step#AdamW.step", 2)]
+    assert second == [("Optimizer.step#FusedAdamW.step", 2)]
+
+
+@pytest.mark.parity(
+    "Hooks, closures, printing",
+    "`repr`",
+    torch="the class's name, and a line for each option of each group, in order of the alphabet",
+    nexus="same, with its own options",
+    why="those of torch's implementations are not there",
+    also=("test_torch_cases.py::test_it_can_be_printed",),
+)
+def test_repr() -> None:
+    first, second = both(lambda make: repr(make([param(1)], lr=0.25)).splitlines())
+    assert (first[0], second[0]) == ("AdamW (", "FusedAdamW (")
+    assert first[1] == second[1] == "Parameter Group 0"
+    assert first[-1] == second[-1] == ")"
+    assert [line for line in first[2:-1] if line in second] == [
+        "    amsgrad: False",
+        "    betas: (0.9, 0.999)",
+        "    eps: 1e-08",
+        "    lr: 0.25",
+        "    maximize: False",
+        "    weight_decay: 0.01",
+    ]
+    assert second[2:-1] == sorted(second[2:-1])

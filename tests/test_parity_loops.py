@@ -1,0 +1,270 @@
+"""Rates, schedulers, scalers, processes: rows of docs/parity.md."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from references import make_grads, make_params, set_grads
+from side_by_side import (
+    Make,
+    assert_same,
+    both,
+    fused_torch,
+    of_this_torch,
+    param,
+    params_of,
+    state_of,
+    train,
+)
+from torch.optim import lr_scheduler
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Cosine
+
+pytestmark = of_this_torch
+
+
+@pytest.mark.parity(
+    "Rates and schedulers",
+    "`group['lr']`: a float, an integer, a tensor",
+    torch="stays the object that was given, and may become another kind between steps",
+    nexus="same",
+    also=("test_rates_torch.py::test_float_tensor_and_schedule_in_turn",),
+)
+def test_kinds_of_rates() -> None:
+    rates = [0.1, 1, torch.tensor(0.2), torch.tensor([0.3], dtype=torch.float64), 0.0, 0.05]
+
+    def run(make: Make) -> torch.optim.Optimizer:
+        assert all(make([param(1)], lr=rate).param_groups[0]["lr"] is rate for rate in rates)
+        optimizer = make(make_params([(5,)], torch.float64))
+        for rate in rates:
+            optimizer.param_groups[0]["lr"] = rate
+            train(optimizer, steps=2)
+            assert optimizer.param_groups[0]["lr"] is rate
+        return optimizer
+
+    assert_same(*both(run))
+
+
+@pytest.mark.parity(
+    "Rates and schedulers",
+    "a tensor rate, and a tensor `weight_decay`, that are written between steps",
+    torch="are read at each step",
+    nexus="same",
+    also=("test_rates_torch.py::test_a_tensor_rate_is_read_at_every_step",),
+)
+def test_tensor_rates_are_read_at_each_step() -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        lr, decay = (torch.tensor(value, dtype=torch.float64) for value in (0.01, 0.1))
+        optimizer = make(make_params([(5,)], torch.float64), lr=lr, weight_decay=decay)
+        for step in range(5):
+            lr.fill_(0.01 * (step + 1))
+            decay.mul_(1.5)
+            train(optimizer, steps=1)
+        return optimizer
+
+    assert_same(*both(run))
+
+
+SCHEDULERS: dict[str, Any] = {
+    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 2, 0.5),
+    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t)),
+    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=25),
+    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4),
+    "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=1, factor=0.5),
+}
+
+
+@pytest.mark.parity(
+    "Rates and schedulers",
+    "torch's schedulers, over a float rate and over a tensor",
+    torch="write `group['lr']`; a tensor is written in place",
+    nexus="same",
+    also=("test_rates_torch.py::test_torchs_schedulers_drive_it_as_they_drive_torch",),
+)
+@pytest.mark.parametrize("as_tensor", [False, True])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_torchs_schedulers(name: str, as_tensor: bool) -> None:
+    def run(make: Make) -> tuple[torch.optim.Optimizer, list[float]]:
+        rate: Any = torch.tensor(0.05, dtype=torch.float64) if as_tensor else 0.05
+        optimizer = make(make_params([(5,)], torch.float64), lr=rate)
+        scheduler, rates = SCHEDULERS[name](optimizer), []
+        for _ in range(8):
+            train(optimizer, steps=1)
+            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+        assert (optimizer.param_groups[0]["lr"] is rate) == as_tensor
+        return optimizer, rates
+
+    (first, torchs), (second, ours) = both(run)
+    assert torchs == ours
+    assert len(set(ours)) > 2
+    assert_same(first, second)
+
+
+@pytest.mark.parity(
+    "Rates and schedulers",
+    "a nexus `Schedule` as `lr` or `weight_decay`",
+    torch="`TypeError`; as a function in `LambdaLR` it gives the same run",
+    nexus="is evaluated where the update runs, at the optimizer's own count; torch's schedulers are refused over it",
+    why="two drivers of one rate would overwrite each other",
+    also=(
+        "test_counters.py::test_the_first_and_last_update_of_every_phase_equal_torchs_loop",
+        "test_rates_torch.py::test_a_scheduler_over_a_schedule_is_refused",
+    ),
+)
+def test_a_schedule_as_a_rate() -> None:
+    schedule = WSD(3, 4, 5, 0.1, 0.01)
+    for name in ("lr", "weight_decay"):
+        with pytest.raises(TypeError, match="not supported between instances of 'float' and 'WSD'"):
+            fused_torch([param(1)], **{name: schedule})
+    peer = fused_torch(make_params([(5,)], torch.float64), lr=1.0)
+    optimizer = FusedAdamW([params_of(peer)[0].detach().clone().requires_grad_()], lr=schedule)
+    scheduler = lr_scheduler.LambdaLR(peer, schedule)
+    for step in range(14):
+        grads = make_grads(params_of(peer))
+        for each in (peer, optimizer):
+            set_grads(params_of(each), grads)
+            each.step()
+        assert float(optimizer.param_groups[0]["lr"]) == schedule(step) == peer.param_groups[0]["lr"]
+        scheduler.step()
+    assert_same(peer, optimizer)
+    with pytest.raises(RuntimeError, match="takes no scheduler"):
+        lr_scheduler.LambdaLR(FusedAdamW([param(1)], lr=Cosine(0.1, 10)), lambda t: 1.0)
+
+
+# GradScaler.
+
+
+@pytest.mark.parity(
+    "GradScaler",
+    "`optimizer.grad_scale` and `found_inf`, as `scaler.step` sets them",
+    torch="gradients are divided by the scale within the update; with `found_inf` nothing changes, and no count",
+    nexus="same",
+    also=("test_clipping.py::test_found_inf_and_grad_scale_of_any_shape",),
+)
+def test_scales_and_overflows() -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        optimizer = make(make_params([(5,), ()], torch.float64), lr=0.1)
+        assert optimizer._step_supports_amp_scaling
+        optimizer.grad_scale = torch.tensor(4.0)
+        for step in range(6):
+            optimizer.found_inf = torch.tensor(float(step in (0, 3)))
+            before = [each.detach().clone() for each in params_of(optimizer)]
+            set_grads(params_of(optimizer), [4 * grad for grad in make_grads(params_of(optimizer))])
+            optimizer.step()
+            same = all(torch.equal(one, other) for one, other in zip(before, params_of(optimizer), strict=True))
+            assert same == (step in (0, 3))
+        return optimizer
+
+    first, second = both(run)
+    assert_same(first, second)
+    assert int(state_of(second)["step"]) == 4
+
+
+@pytest.mark.parity(
+    "GradScaler",
+    "`found_inf` of shape (1,)",
+    torch="`RuntimeError`: its count has no dimensions",
+    nexus="taken",
+    why="one element is one, of however many dimensions",
+    also=("test_clipping.py::test_found_inf_and_grad_scale_of_any_shape",),
+)
+def test_a_found_inf_of_one_dimension() -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        optimizer = make([param(3)], lr=0.1)
+        optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
+        train(optimizer, steps=1)
+        optimizer.found_inf.fill_(1.0)
+        train(optimizer, steps=1)
+        return optimizer
+
+    with pytest.raises(RuntimeError, match=r"output with shape \[\] doesn't match the broadcast shape \[1\]"):
+        run(fused_torch)
+    assert int(state_of(run(FusedAdamW))["step"]) == 1
+
+
+@pytest.mark.parity(
+    "GradScaler",
+    "`p.grad` after a step with a scale",
+    torch="is divided by the scale",
+    nexus="is left as it was",
+    why="a step reads the gradients, and spares the memory traffic of writing them",
+)
+def test_gradients_after_a_scaled_step() -> None:
+    def after(make: Make) -> float:
+        own = param(3)
+        optimizer = make([own])
+        optimizer.grad_scale, optimizer.found_inf = torch.tensor(4.0), torch.tensor(0.0)
+        own.grad = torch.full_like(own, 8.0)
+        optimizer.step()
+        assert state_of(optimizer)["exp_avg"].tolist() == pytest.approx([0.2] * 3)
+        return own.grad[0].item()
+
+    assert both(after) == (2.0, 8.0)
+
+
+# Several processes.
+
+
+@pytest.mark.xdist_group("distributed")
+@pytest.mark.parity(
+    "Several processes",
+    "DTensors, as of `fully_shard`",
+    torch="are updated through their local parts; moments are DTensors, counts plain tensors",
+    nexus="same",
+    also=(
+        "test_distributed_fsdp.py::test_fsdp_trains_as_one_process_in_float64",
+        "test_distributed_fsdp.py::test_uneven_and_empty_parts_follow_float64_torch",
+    ),
+)
+def test_dtensors() -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor
+
+    def run(make: Make) -> list[torch.Tensor]:
+        module = torch.nn.Linear(3, 2).double()
+        fully_shard(module, mesh=init_device_mesh("cpu", (1,)))
+        optimizer = make(module.parameters(), lr=0.1)
+        for _ in range(3):
+            optimizer.zero_grad()
+            module(torch.randn(4, 3).double()).square().sum().backward()
+            optimizer.step()
+        state = state_of(optimizer)
+        assert [isinstance(state[name], DTensor) for name in ("exp_avg", "exp_avg_sq", "step")] == [True, True, False]
+        assert int(state["step"]) == 3
+        return [module.weight.to_local(), state["exp_avg"].to_local(), state["exp_avg_sq"].to_local()]
+
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        first, second = both(run)
+    finally:
+        dist.destroy_process_group()
+    torch.testing.assert_close(second, first, rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parity(
+    "Several processes",
+    "`torch.distributed.checkpoint` makes a step at rate 0 with gradients of zeros, to ask for state",
+    torch="counts one update",
+    nexus="counts none",
+    why="asking is to change nothing: a run that is resumed before its first step would be one ahead",
+    also=("test_distributed_checkpoint.py::test_asking_for_the_state_before_the_first_step_changes_nothing",),
+)
+def test_asking_for_the_state_before_the_first_step() -> None:
+    from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+    def counted(make: Make) -> tuple[set[int], bool]:
+        module = torch.nn.Linear(2, 2)
+        before = module.weight.detach().clone()
+        optimizer = make(module.parameters())
+        saved = get_optimizer_state_dict(module, optimizer)
+        return {int(state["step"]) for state in saved["state"].values()}, torch.equal(module.weight, before)
+
+    first, second = both(counted)
+    assert first == ({1}, True)
+    assert second == ({0}, True)

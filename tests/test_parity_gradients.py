@@ -204,27 +204,49 @@ def test_complex_parameters() -> None:
 
 @pytest.mark.parity(
     "Parameters and gradients",
-    "parameters that no kernel can update: integers, the meta device, a lazy module's",
-    torch="taken by the constructor; an error comes in the first step, if they have a gradient",
+    "parameters that no kernel can update: integers, a lazy module's",
+    torch="taken by the constructor, and left alone without a gradient",
     nexus="`TypeError` by the constructor",
     why="an error belongs where the mistake is",
     also=("test_optimizer_inputs.py::test_parameters_that_cannot_be_optimized",),
 )
-@pytest.mark.parametrize("kind", ["integers", "meta", "lazy"])
+@pytest.mark.parametrize("kind", ["integers", "lazy"])
 def test_parameters_that_no_kernel_can_update(kind: str) -> None:
     own: Any = {
         "integers": lambda: torch.nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False),
-        "meta": lambda: torch.nn.Parameter(torch.zeros(3, device="meta")),
         "lazy": lambda: torch.nn.LazyLinear(3).weight,
     }[kind]()
-    peer = fused_torch([own])
-    peer.step()
-    if kind == "meta":
-        own.grad = torch.zeros_like(own)
-        with pytest.raises(RuntimeError, match="requires all the params to be floating point Tensors of supported"):
-            peer.step()
+    fused_torch([own]).step()
     with pytest.raises(TypeError, match="parameter 0 of group 0 is"):
         FusedAdamW([own])
+
+
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "a model on the meta device that gets its memory after the optimizer was made (`model.to_empty()`)",
+    torch="is not trained, without a word: it has other parameters then",
+    nexus="`RuntimeError` by `step()`, which says what to do",
+    why="nobody means to train nothing. Where `to_empty()` keeps the parameters "
+    "(`set_swap_module_params_on_conversion`), both train them",
+    also=(
+        "test_drop_in_models.py::test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory",
+        "test_drop_in_models.py::test_what_stays_on_meta_is_left_alone_as_by_torch",
+    ),
+)
+def test_memory_after_the_optimizer() -> None:
+    def run(make: Make) -> tuple[torch.optim.Optimizer, torch.nn.Module, torch.Tensor]:
+        with torch.device("meta"):
+            module = torch.nn.Linear(3, 2)
+        optimizer = make(module.parameters(), lr=0.1)
+        module.to_empty(device="cpu").reset_parameters()
+        module(torch.ones(3)).sum().backward()
+        return optimizer, module, module.weight.detach().clone()
+
+    (theirs, module, before), (ours, _, _) = both(run)
+    theirs.step()
+    assert torch.equal(module.weight, before)
+    with pytest.raises(RuntimeError, match="on the meta device and cannot be updated"):
+        ours.step()
 
 
 @pytest.mark.parity(

@@ -245,6 +245,8 @@ def _check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
         return
     where = f"state[{key!r}] of the loaded state dict"
     remedy = "Delete this entry to let the parameter begin anew"
+    if param.is_meta:
+        raise ValueError(f"{where} is of a parameter on the meta device: give the model memory before the load")
     has_max = amsgrad or (isinstance(state, dict) and "max_exp_avg_sq" in state)
     names = (*_REQUIRED, "max_exp_avg_sq") if has_max else _REQUIRED
     if not isinstance(state, dict) or any(name not in state for name in names):

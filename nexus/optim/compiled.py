@@ -49,7 +49,8 @@ class Operands:
         self.plan = optimizer._plan
         self.grad_norm, self.skipped_steps = optimizer.grad_norm, optimizer.skipped_steps
         params = [param for group in optimizer.param_groups for param in group["params"]]
-        self.in_graph = not any(map(is_spread, params))
+        # An operand on the meta device would make the whole operator a fake one.
+        self.in_graph = not any(is_spread(param) or param.is_meta for param in params)
         parts: dict[int, list[Tensor]] = {}
         for (what, *_), tensor in step_memory(optimizer).items():
             if what != "param" and self.in_graph:

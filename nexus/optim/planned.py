@@ -76,7 +76,8 @@ class PlannedOptimizer(Optimizer):
         for _, param, name in named:
             tensor_list.check_parameter(param, name)
             tensor_list.check_gradient(param, name)
-        tensor_list.check_sharing([(name, param) for _, param, name in named])
+        tensor_list.check_memory([(name, param) for _, param, name in named])
+        tensor_list.check_sharing([(name, param) for _, param, name in named if not param.is_meta])
         self._init_states()
         devices: dict[torch.device, DevicePlan] = {}
         for device in self._devices():
@@ -89,7 +90,7 @@ class PlannedOptimizer(Optimizer):
         parameters: list[tuple[Tensor, TensorEntry | None]] = []
         for index, param, name in named:
             entry = None
-            if param in self.state:
+            if param in self.state and not param.is_meta:
                 amsgrad = self.param_groups[index]["amsgrad"]
                 entry = tensor_list.make_entry(param, self.state[param], index, amsgrad=amsgrad, where=name)
                 devices[param.device].entries.append(entry)
@@ -120,7 +121,7 @@ class PlannedOptimizer(Optimizer):
             (param, self.state[param], group["amsgrad"])
             for group in self.param_groups
             for param in group["params"]
-            if param.grad is not None or self.state.get(param)
+            if (param.grad is not None or self.state.get(param)) and not param.is_meta
         ]
         tensor_list.complete_states(starting)
 
@@ -148,7 +149,7 @@ class PlannedOptimizer(Optimizer):
         check_group(group)
         if isinstance(group["betas"], list) or isinstance(group["betas"][0], Tensor):
             group["betas"] = plain_betas(group["betas"])
-        device = group["params"][0].device if group["params"] else self._devices()[0]
+        device = next((param.device for param in group["params"] if not param.is_meta), self._devices()[0])
         for name in SCHEDULABLE:
             assigned = isinstance(group[name], Schedule)
             schedule = group.settle(name, device)
@@ -170,7 +171,8 @@ class PlannedOptimizer(Optimizer):
 
     def _devices(self) -> list[torch.device]:
         params = [param for group in self.param_groups for param in group["params"]]
-        return list(dict.fromkeys(param.device for param in params)) or [torch.device("cpu")]
+        # What is on the meta device is to come to another: until then it is nowhere.
+        return list(dict.fromkeys(param.device for param in params if not param.is_meta)) or [torch.device("cpu")]
 
     def _state_on(self, device: torch.device) -> StepState:
         if device not in self._states:

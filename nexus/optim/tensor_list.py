@@ -34,16 +34,23 @@ def check_parameter(param: Tensor, where: str) -> None:
         hint = "; optimize torch.view_as_real(p)" if param.is_complex() else ""
         names = ", ".join(str(dtype).removeprefix("torch.") for dtype in PARAM_DTYPES)
         raise TypeError(f"{where} is of {param.dtype}; FusedAdamW takes {names}{hint}")
-    if param.device.type == "meta":
-        raise TypeError(
-            f"{where} is on the meta device; give it memory (model.to_empty) before the optimizer is made"
-        )
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
     if param.is_neg():
         raise TypeError(f"{where} is a negated view, whose memory has the other sign; pass p.resolve_neg()")
     if _is_freed(param):
         raise RuntimeError(f"{where} has no memory: its storage was freed")
+
+
+def check_memory(params: list[tuple[str, Tensor]]) -> None:
+    """Refuse to step what has no memory: a gradient on the meta device, or nothing but parameters there."""
+    on_meta = [(name, param.grad is not None) for name, param in params if param.is_meta]
+    for name, has_gradient in on_meta:
+        if has_gradient or len(on_meta) == len(params):
+            raise RuntimeError(
+                f"{name} is on the meta device and cannot be updated. model.to_empty() makes other parameters: make "
+                "the optimizer after it, or call torch.__future__.set_swap_module_params_on_conversion(True) before"
+            )
 
 
 def check_gradient(param: Tensor, where: str) -> None:

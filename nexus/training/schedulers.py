@@ -47,7 +47,7 @@ class _DeviceRates:
     _shared: ClassVar[WeakKeyDictionary[FusedAdamW, tuple[Tensor, tuple[Tensor, ...]]]] = WeakKeyDictionary()
 
     def __init__(self, optimizer: FusedAdamW, schedule: Schedule, last_epoch: int) -> None:
-        device = next((p.device for group in optimizer.param_groups for p in group["params"]), torch.device("cpu"))
+        device = optimizer._devices()[0]
         self.optimizer = optimizer
         self.table = ScheduleTable(schedule, device)
         self.counter = torch.full((), last_epoch, dtype=torch.int64, device=device)

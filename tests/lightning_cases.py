@@ -70,6 +70,14 @@ class Regression(pl.LightningModule):
         return 3 * (self.net(x) - x.sin().sum(1, keepdim=True)).square().mean()
 
 
+class Overflowing(Regression):
+    """The gradients of its sixth step are not finite."""
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.inf if self.trainer.fit_loop.total_batch_idx == 5 else loss
+
+
 class Batches:
     """Batches in memory. Lightning takes any iterable, and of a DataLoader says that it has few workers."""
 
@@ -88,8 +96,8 @@ def trainer_in(folder: Path, **options: Any) -> pl.Trainer:
     quiet = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
     if not any(isinstance(callback, pl.callbacks.ModelCheckpoint) for callback in options.get("callbacks", [])):
         quiet["enable_checkpointing"] = False
-    options = {"max_steps": STEPS, **quiet, **options}
-    return pl.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, log_every_n_steps=1, **options)
+    options = {"max_steps": STEPS, "log_every_n_steps": 1, **quiet, **options}
+    return pl.Trainer(accelerator="cpu", devices=1, default_root_dir=folder, **options)
 
 
 def fit(
@@ -140,7 +148,7 @@ class JsonLogger(pl.loggers.Logger):
 
 
 class Rates(pl.Callback):
-    """Logs the rates as docs/trainers/lightning.md does."""
+    """Logs the rates that the steps have used, with Lightning's `log`."""
 
     def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
         for index, group in enumerate(trainer.optimizers[0].param_groups):

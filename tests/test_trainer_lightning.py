@@ -17,6 +17,7 @@ from lightning_cases import (
     Batches,
     Configure,
     JsonLogger,
+    Overflowing,
     Rates,
     Regression,
     assert_same_float64_run,
@@ -91,12 +92,6 @@ def test_every_precision(tmp_path: Path, precision: str) -> None:
     assert {param.dtype for param in module.parameters()} == {dtype}
     assert_same_run(optimizer_of(module), shadow.reference)
     assert shadow.reference.completed == STEPS
-
-
-class Overflowing(Regression):
-    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
-        loss = super().training_step(batch, batch_idx)
-        return loss * torch.inf if self.trainer.fit_loop.total_batch_idx == 5 else loss
 
 
 def test_a_grad_scaler_unscales_clips_and_skips_in_the_step(tmp_path: Path) -> None:
@@ -238,9 +233,11 @@ def test_the_documented_module_logs_its_rates(tmp_path: Path) -> None:
     found: dict[str, Any] = {"__name__": "documented"}
     exec(compile(code, "lightning.md", "exec"), found)
     logger = JsonLogger()
-    trainer_in(tmp_path, max_steps=300, logger=logger).fit(found["Regression"](), Batches(features=8))
+    monitors = [each for each in found["trainer"].callbacks if isinstance(each, pl.callbacks.LearningRateMonitor)]
+    trainer = trainer_in(tmp_path, max_steps=300, logger=logger, callbacks=monitors)
+    trainer.fit(found["Regression"](), Batches(features=8))
     schedule = WSD(20, 180, 100, 1e-2)
-    assert logger.column("lr") == [schedule(t) for t in range(300)]
+    assert logger.column("lr-FusedAdamW") == [schedule(t) for t in range(300)]
 
 
 def test_the_example_prints_the_rates_of_its_schedule(

@@ -85,7 +85,7 @@ def test_the_monitor_logs_what_torchs_scheduler_has_written(tmp_path: Path) -> N
 @pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
 @pytest.mark.parametrize("configure", [inside, own_scheduler, torchs_scheduler_over_a_tensor])
 def test_the_monitor_reads_rates_that_are_tensors(tmp_path: Path, configure: Configure) -> None:
-    """It gives loggers the tensor, as docs/trainers/lightning.md says: CSVLogger reads it, and JSON refuses it."""
+    """Lightning's own: it gives loggers the tensor. CSVLogger reads it, and JSON refuses it."""
     logger = pl.loggers.CSVLogger(tmp_path)
     fit(tmp_path, configure, logger=logger, callbacks=[pl.callbacks.LearningRateMonitor("step")])
     with pytest.raises(TypeError, match="Tensor is not JSON serializable"):

@@ -1,0 +1,309 @@
+"""nexus.training.lightning.LearningRateMonitor: the rates of Lightning's runs as floats, each that of its update."""
+
+from __future__ import annotations
+
+import csv
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning_cases import (
+    SCHEDULE,
+    STEPS,
+    Batches,
+    Configure,
+    JsonLogger,
+    Overflowing,
+    Regression,
+    fit,
+    inside,
+    own_scheduler,
+    pl,
+    scheduled,
+    torchs,
+    torchs_scheduler,
+    torchs_scheduler_over_a_tensor,
+)
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from nexus.backends import native
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Cosine, CosineRestarts
+from nexus.training import lightning as nexus_lightning
+from nexus.training.lightning import LearningRateMonitor
+from nexus.training.schedulers import FollowingScheduler
+
+# Lightning asks torch's pytree for a class that torch 2.13 calls deprecated.
+pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+
+RATES = [SCHEDULE(t) for t in range(STEPS)]
+BATCHES = [(epoch, batch) for epoch in range(5) for batch in range(5)]
+
+
+def followed(module: Regression) -> dict[str, Any]:
+    optimizer = inside(module)
+    return scheduled(optimizer, FollowingScheduler(optimizer))
+
+
+def torchs_over_a_tensor(module: Regression) -> dict[str, Any]:
+    rate = torch.tensor(1.0, dtype=torch.float64)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.1, foreach=False)
+    return scheduled(optimizer, LambdaLR(optimizer, SCHEDULE))
+
+
+EVERY_WAY = [
+    inside,
+    followed,
+    own_scheduler,
+    torchs_scheduler,
+    torchs_scheduler_over_a_tensor,
+    torchs,
+    torchs_over_a_tensor,
+]
+
+
+def name_of(configure: Configure) -> str:
+    return "lr-AdamW" if configure in (torchs, torchs_over_a_tensor) else "lr-FusedAdamW"
+
+
+def floats(lrs: dict[str, list[Any]]) -> dict[str, list[float]]:
+    assert all(type(rate) is float for rates in lrs.values() for rate in rates)
+    return lrs
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+@pytest.mark.parametrize("configure", EVERY_WAY)
+def test_every_rate_is_the_float_that_its_update_uses(tmp_path: Path, configure: Configure, accumulated: int) -> None:
+    loggers, monitor = [JsonLogger(), pl.loggers.CSVLogger(tmp_path)], LearningRateMonitor("step")
+    module = fit(tmp_path, configure, logger=loggers, callbacks=[monitor], accumulate_grad_batches=accumulated)
+    name = name_of(configure)
+    assert loggers[0].column(name) == RATES
+    loggers[1].save()
+    with open(Path(loggers[1].log_dir) / "metrics.csv", encoding="utf-8") as file:
+        logged = {int(row["step"]): float(row[name]) for row in csv.DictReader(file)}
+    assert logged == dict(enumerate(RATES))
+    updates = [epoch * -(-5 // accumulated) + batch // accumulated for epoch, batch in BATCHES]
+    assert floats(monitor.lrs) == {name: [SCHEDULE(t) for t in updates if t < STEPS]}  # one for each batch
+    assert json.loads(json.dumps(monitor.lrs)) == monitor.lrs
+    assert module.trainer.callback_metrics[name] == torch.tensor(RATES[-1])
+
+
+@pytest.mark.parametrize("configure", EVERY_WAY)
+@pytest.mark.parametrize("interval", ["epoch", None])
+def test_rates_at_the_start_of_epochs(tmp_path: Path, configure: Configure, interval: str | None) -> None:
+    logger, monitor = JsonLogger(), LearningRateMonitor(interval)
+    fit(tmp_path, configure, logger=logger, callbacks=[monitor], accumulate_grad_batches=2)
+    name, updates = name_of(configure), [3 * epoch + batch // 2 for epoch, batch in BATCHES]
+    if interval == "epoch":
+        starts = range(0, STEPS, 3)
+        expected = [SCHEDULE(t) for t in starts]
+        assert {step: row[name] for step, row in logger.rows.items()} == {t: SCHEDULE(t) for t in starts}
+    else:  # without a scheduler, which says which of the two it is: both
+        again = {epoch * 5 for epoch in range(5)} if configure is inside else set()
+        expected = [SCHEDULE(t) for i, t in enumerate(updates) for _ in range(1 + (i in again)) if t < STEPS]
+        assert logger.column(name) == RATES
+    assert floats(monitor.lrs) == {name: expected}
+
+
+def test_it_is_lightnings_monitor_and_logs_what_that_logs_of_torchs_adamw(tmp_path: Path) -> None:
+    def grouped(module: Regression) -> list[Any]:
+        first, last = module.net[0], module.net[2]
+        groups = [
+            {"params": first.parameters(), "lr": 0.5, "name": "first"},
+            {"params": [last.weight], "betas": (0.8, 0.9), "weight_decay": 0.3},
+        ]
+        optimizer = torch.optim.AdamW(groups, lr=1.0)
+        return [optimizer], [{"scheduler": LambdaLR(optimizer, SCHEDULE), "interval": "step", "name": "mine"}]
+
+    kept = []
+    for kind in (LearningRateMonitor, pl.callbacks.LearningRateMonitor):
+        logger, monitor = JsonLogger(), kind("step", log_momentum=True, log_weight_decay=True)
+        module = fit(tmp_path, grouped, logger=logger, callbacks=[monitor])
+        assert isinstance(monitor, pl.callbacks.LearningRateMonitor)
+        metrics = {name: value.item() for name, value in module.trainer.callback_metrics.items()}
+        values = (floats(monitor.lrs), monitor.last_momentum_values, monitor.last_weight_decay_values)
+        kept.append((logger.rows, metrics, *values))
+    assert kept[0] == kept[1]
+    assert kept[0][0][STEPS - 1] == {
+        "mine/first": 0.5 * RATES[-1],
+        "mine/first-momentum": 0.9,
+        "mine/first-weight_decay": 0.01,
+        "mine/pg2": RATES[-1],
+        "mine/pg2-momentum": 0.8,
+        "mine/pg2-weight_decay": 0.3,
+    }
+
+
+def test_options_of_torchs_adamw_that_are_float32_tensors(tmp_path: Path) -> None:
+    def tensors(module: Regression) -> torch.optim.AdamW:
+        betas = (torch.tensor(0.7), torch.tensor(0.9))
+        return torch.optim.AdamW(module.parameters(), lr=torch.tensor(0.3), betas=betas, foreach=False)
+
+    logger = JsonLogger()
+    monitor = LearningRateMonitor(log_momentum=True, log_weight_decay=True)
+    fit(tmp_path, tensors, logger=logger, callbacks=[monitor])
+    assert logger.column("lr-AdamW") == [torch.tensor(0.3).item()] * STEPS
+    assert logger.column("lr-AdamW-momentum") == [torch.tensor(0.7).item()] * STEPS
+    assert logger.column("lr-AdamW-weight_decay") == [0.01] * STEPS
+
+
+# Groups, and what changes in mid-run.
+
+RESTARTS = CosineRestarts(0.1, cycle_length=4)
+DECAYS = Cosine(0.2, 12, 0.01)
+
+
+def two_groups(module: Regression) -> FusedAdamW:
+    first, last = module.net[0], module.net[2]
+    groups = [
+        {"params": first.parameters(), "lr_scale": 0.3, "name": "first"},
+        {"params": last.parameters(), "lr": RESTARTS, "weight_decay": 0.05},
+    ]
+    return FusedAdamW(groups, lr=SCHEDULE, weight_decay=DECAYS)
+
+
+def test_every_group_has_its_own_rate_and_weight_decay(tmp_path: Path) -> None:
+    logger, monitor = JsonLogger(), LearningRateMonitor("step", log_momentum=True, log_weight_decay=True)
+    fit(tmp_path, two_groups, logger=logger, callbacks=[monitor])
+    expected = {
+        "lr-FusedAdamW/first": [0.3 * rate for rate in RATES],
+        "lr-FusedAdamW/pg2": [RESTARTS(t) for t in range(STEPS)],
+    }
+    assert floats(monitor.lrs) == expected
+    expected |= {
+        "lr-FusedAdamW/first-weight_decay": [DECAYS(t) for t in range(STEPS)],
+        "lr-FusedAdamW/pg2-weight_decay": [0.05] * STEPS,
+        "lr-FusedAdamW/first-momentum": [0.9] * STEPS,
+        "lr-FusedAdamW/pg2-momentum": [0.9] * STEPS,
+    }
+    assert {name: logger.column(name) for name in logger.rows[0]} == expected
+    assert monitor.last_weight_decay_values["lr-FusedAdamW/first-weight_decay"] == DECAYS(STEPS - 1)
+
+
+LATER = WSD(0, 30, 5, 0.2)
+LAST = Cosine(0.3, 20)
+
+
+class Changing(Regression):
+    """Between its steps, schedules and groups change."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        wrapper = self.optimizers()
+        if self.global_step == 3:
+            wrapper.param_groups[0]["lr"] = LATER
+        if self.global_step == 6:
+            wrapper.begin_decay()
+        if self.global_step == 9:
+            self.other = torch.nn.Parameter(torch.zeros(2))
+            self.trainer.optimizers[0].add_param_group({"params": [self.other], "lr": LAST, "lr_scale": 0.7})
+        if self.global_step == 12:
+            wrapper.param_groups[0]["lr_schedule"] = None
+            wrapper.param_groups[0]["lr"] = 0.125
+
+
+def test_what_has_changed_between_steps_is_what_the_next_step_uses(tmp_path: Path) -> None:
+    monitor, history = LearningRateMonitor("step"), []
+
+    def configure(module: Regression) -> FusedAdamW:
+        optimizer = inside(module)
+        history.append(optimizer.history(STEPS))
+        return optimizer
+
+    fit(tmp_path, configure, Changing, logger=JsonLogger(), callbacks=[monitor])
+    decayed = LATER.begin_decay(6)
+    first = [*RATES[:3], *(LATER(t) for t in range(3, 6)), *(decayed(t) for t in range(6, 12)), 0.125, 0.125]
+    assert floats(monitor.lrs) == {
+        "lr-FusedAdamW/pg1": pytest.approx(first, rel=1e-15),
+        "lr-FusedAdamW/pg2": [0.7 * LAST(t) for t in range(9, STEPS)],
+    }
+    assert history[0].read().lr[:, 0].tolist() == monitor.lrs["lr-FusedAdamW/pg1"]
+
+
+def test_after_a_skipped_step_the_rate_is_that_of_the_step_which_comes_again(tmp_path: Path) -> None:
+    monitor, scaler = LearningRateMonitor("step"), torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    plugins = [pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)]
+    fit(tmp_path, inside, Overflowing, plugins=plugins, logger=JsonLogger(), callbacks=[monitor])
+    assert floats(monitor.lrs) == {"lr-FusedAdamW": [SCHEDULE(t - (t > 5)) for t in range(STEPS)]}
+
+
+@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before:UserWarning")  # in mid-epoch
+@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty:UserWarning")
+@pytest.mark.parametrize("configure", EVERY_WAY)
+def test_a_resumed_run_goes_on_with_the_rate_of_its_update(tmp_path: Path, configure: Configure) -> None:
+    monitors = [LearningRateMonitor("step") for _ in range(2)]
+    for monitor, resume in zip(monitors, [{}, {"ckpt_path": tmp_path / "step=7.ckpt"}], strict=True):
+        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
+        fit(tmp_path, configure, resume=resume, logger=JsonLogger(), callbacks=[monitor, checkpoint])
+    assert [floats(monitor.lrs)[name_of(configure)] for monitor in monitors] == [RATES, RATES[7:]]
+
+
+def test_the_device_is_asked_once_for_each_schedule_and_only_when_something_is_logged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+    evaluate = native.evaluate
+    monkeypatch.setattr(native, "evaluate", lambda rows, steps: asked.append(int(steps)) or evaluate(rows, steps))
+    monitor = LearningRateMonitor("step")
+
+    def configure(module: Regression) -> FusedAdamW:
+        return FusedAdamW([{"params": [param]} for param in module.parameters()], lr=SCHEDULE, weight_decay=DECAYS)
+
+    fit(tmp_path, configure, logger=JsonLogger(), callbacks=[monitor], log_every_n_steps=5)
+    assert floats(monitor.lrs) == {f"lr-FusedAdamW/pg{i}": [SCHEDULE(4), SCHEDULE(9)] for i in (1, 2, 3, 4)}
+    assert asked == [4, 9]
+
+
+# Which Lightning it is for.
+
+
+@pytest.fixture
+def without_lightning(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "lightning.pytorch.callbacks", None)
+
+
+@pytest.mark.usefixtures("without_lightning")
+def test_pytorch_lightning_will_do(tmp_path: Path) -> None:
+    older = pytest.importorskip("pytorch_lightning")
+    monitor = runpy.run_path(nexus_lightning.__file__)["LearningRateMonitor"]("step")
+    assert isinstance(monitor, older.callbacks.LearningRateMonitor)
+    assert not isinstance(monitor, pl.callbacks.LearningRateMonitor)
+
+    class Module(older.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Linear(3, 1)
+
+        def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+            return self.net(batch).square().mean()
+
+        configure_optimizers = inside
+
+    logger = older.loggers.CSVLogger(tmp_path)
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    trainer = older.Trainer(
+        accelerator="cpu", max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=[monitor], **quiet
+    )
+    trainer.fit(Module(), Batches(STEPS))
+    assert floats(monitor.lrs) == {"lr-FusedAdamW": RATES}
+
+
+@pytest.mark.usefixtures("without_lightning")
+def test_without_either_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_lightning.callbacks", None)
+    with pytest.raises(ImportError, match=r"needs Lightning .* pip install lightning"):
+        runpy.run_path(nexus_lightning.__file__)
+
+
+def test_a_lightning_that_reads_groups_elsewhere_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(pl.callbacks.LearningRateMonitor, "_get_optimizer_stats")
+    with pytest.raises(ImportError, match=r"LearningRateMonitor\._get_optimizer_stats, which this version"):
+        runpy.run_path(nexus_lightning.__file__)
+
+
+def test_nexus_training_leaves_lightning_alone() -> None:
+    assert "lightning" not in (Path(nexus_lightning.__file__).parent / "__init__.py").read_text("utf-8")

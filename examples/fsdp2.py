@@ -1,5 +1,7 @@
 """Trains the demo's GPT under FSDP2, stops, and goes on with another number of processes, as if nothing had happened.
 
+Each save has a folder of its own, so a run that is killed while it saves goes on from the save before.
+
 torchrun --nproc-per-node 3 examples/fsdp2.py --stop 30
 torchrun --nproc-per-node 2 examples/fsdp2.py
 """
@@ -7,6 +9,7 @@ torchrun --nproc-per-node 2 examples/fsdp2.py
 import argparse
 import gc
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -37,12 +40,12 @@ def train(stop: int, checkpoint: Path) -> None:
     schedule = WSD(warmup_steps=10, stable_steps=30, decay_steps=20, peak_lr=5e-3)
     optimizer = FusedAdamW(model.parameters(), lr=schedule, weight_decay=0.1, max_grad_norm=1.0)  # as in one process
 
-    step = 0
-    if (checkpoint / ".metadata").is_file():
+    start = step = 0
+    if (newest := newest_of(checkpoint)) is not None:
         saved = state(model, optimizer, step)
-        dcp.load(saved, checkpoint_id=checkpoint)  # each process reads its own part, however it was saved
+        dcp.load(saved, checkpoint_id=newest)  # each process reads its own part, however it was saved
         set_state_dict(model, optimizer, model_state_dict=saved["model"], optim_state_dict=saved["optimizer"])
-        step = saved["step"]
+        start = step = saved["step"]
 
     text = corpus.load(torch.device(device))
     while step < stop:
@@ -58,8 +61,8 @@ def train(stop: int, checkpoint: Path) -> None:
             if rank == 0:
                 norm, rate = optimizer.grad_norm.item(), optimizer.param_groups[0]["lr"].item()
                 print(f"{processes} processes, step {step}: loss {mean.item():.3f}, norm {norm:.3f}, rate {rate:.5f}")
-    if step < STEPS:
-        dcp.save(state(model, optimizer, step), checkpoint_id=checkpoint)
+    if start < step < STEPS:
+        save(state(model, optimizer, step), checkpoint, rank)
 
 
 def state(model: GPT, optimizer: FusedAdamW, step: int) -> dict[str, object]:
@@ -67,10 +70,23 @@ def state(model: GPT, optimizer: FusedAdamW, step: int) -> dict[str, object]:
     return {"model": of_model, "optimizer": of_optimizer, "step": step}
 
 
+def newest_of(checkpoint: Path) -> Path | None:
+    """The last whole save. What a killed run has left has no .metadata: torch writes it when all else is written."""
+    return max((file.parent for file in checkpoint.glob("step-*/.metadata")), default=None)
+
+
+def save(saved: dict[str, object], checkpoint: Path, rank: int) -> None:
+    folder = checkpoint / f"step-{saved['step']:08}"
+    dcp.save(saved, checkpoint_id=folder)  # returns when all processes have written, and .metadata is there
+    if rank == 0:
+        for other in set(checkpoint.glob("step-*")) - {folder}:
+            shutil.rmtree(other)
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser()
     parser.add_argument("--stop", type=int, default=STEPS, help="save and stop after this many steps")
-    parser.add_argument("--checkpoint", type=Path, default="build/fsdp2", help="gone on from, if it is there")
+    parser.add_argument("--checkpoint", type=Path, default="build/fsdp2", help="a folder; gone on from what is there")
     arguments = parser.parse_args()
     train(arguments.stop, arguments.checkpoint)
     gc.collect()  # a sharded model that is left to the interpreter's end can make gloo abort, its work done

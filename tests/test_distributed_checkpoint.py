@@ -222,4 +222,4 @@ def what_the_docs_show(folder: Path) -> None:
 
 def test_the_docs_snippets_run(worlds: Worlds, tmp_path: Path) -> None:
     worlds(2).run(what_the_docs_show, tmp_path)
-    assert (tmp_path / "checkpoint" / ".metadata").is_file()
+    assert (tmp_path / "checkpoint" / "step-00000001" / ".metadata").is_file()

@@ -1,19 +1,27 @@
-"""The FSDP2 example: stopped, and gone on with by another number of processes."""
+"""The FSDP2 example: stopped, killed while it saves, and gone on with by another number of processes."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import multiprocessing
 import os
 import re
+import resource
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from worlds import Worlds
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -73,4 +81,105 @@ def test_torchrun_launches_the_example(tmp_path: Path) -> None:
     # Gloo's threads of torch 2.13 sometimes abort a process that has done its work, also with torch's AdamW alone.
     assert run.returncode == 0 or "terminate called without an active exception" in run.stderr, run.stderr
     assert "2 processes, step 10: loss" in run.stdout
-    assert (tmp_path / "saved" / ".metadata").is_file()
+    assert (tmp_path / "saved" / "step-00000010" / ".metadata").is_file()
+
+
+HALF = 150_000  # bytes, of about 300,000 that each of two processes writes into one file
+
+
+def killed_while_saving(rank: int, folder: Path, limit: int | None) -> None:
+    """One process of the example, from step 10 to 20; ended by the kernel in the write of byte `limit` of a file."""
+    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'world'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+    if limit is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    run_example("--stop", "20", "--checkpoint", str(folder / "saved"))
+
+
+def killed_while_removing(rank: int, folder: Path) -> None:
+    """The same, and rank 0 ends when it has removed one file of the save before."""
+
+    def remove_one_file(of: Path) -> None:
+        (of / "__0_0.distcp").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with mock.patch.object(shutil, "rmtree", remove_one_file):
+        killed_while_saving(rank, folder, None)
+
+
+def exit_codes(function: Any, *arguments: tuple[Any, ...]) -> list[int | None]:
+    """Of processes of their own, one for each tuple."""
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=function, args=(rank, *rest)) for rank, rest in enumerate(arguments)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(60)
+        process.kill()  # if it hangs
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+@pytest.fixture(scope="module")
+def first_save(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("first")
+    worlds(2).run(run_example, "--stop", "10", "--checkpoint", str(folder))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_run(worlds: Worlds, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """What is saved by a run to step 30 that nothing interrupts."""
+    folder = tmp_path_factory.mktemp("whole")
+    worlds(2).run(run_example, "--stop", "30", "--checkpoint", str(folder))
+    return contents(folder / "step-00000030")
+
+
+def contents(save: Path) -> dict[str, Any]:
+    dcp_to_torch_save(save, save / "together.pt")
+    found = torch.load(save / "together.pt", weights_only=False)
+    assert isinstance(found, dict)
+    return found
+
+
+def assert_goes_on(worlds: Worlds, checkpoint: Path, steps: list[int], expected: dict[str, Any]) -> None:
+    """Trained to step 30, it prints these steps and ends with the bits of the whole run, and no other save."""
+    printed, _ = worlds(2).run(run_example, "--stop", "30", "--checkpoint", str(checkpoint))
+    assert [int(step) for step in re.findall(r"step (\d+):", printed)] == steps
+    assert [path.name for path in checkpoint.iterdir()] == ["step-00000030"]
+    found = contents(checkpoint / "step-00000030")
+    assert found["step"] == expected["step"] == 30
+    assert len(found["model"]) > 20
+    assert found["optimizer"]["param_groups"] == expected["optimizer"]["param_groups"]
+    for what in (lambda saved: saved["model"], lambda saved: saved["optimizer"]["state"]):
+        torch.testing.assert_close(what(found), what(expected), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("limits", [(None, HALF), (HALF, HALF)], ids=["one", "both"])
+def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_save_before(
+    worlds: Worlds, tmp_path: Path, first_save: Path, whole_run: dict[str, Any], limits: tuple[int | None, int | None]
+) -> None:
+    checkpoint = tmp_path / "saved"
+    shutil.copytree(first_save, checkpoint)
+    codes = exit_codes(killed_while_saving, *((tmp_path, limit) for limit in limits))
+    for rank, limit in enumerate(limits):
+        if limit is not None:
+            assert codes[rank] == -signal.SIGXFSZ
+            assert (checkpoint / "step-00000020" / f"__{rank}_0.distcp").stat().st_size == limit
+    assert not (checkpoint / "step-00000020" / ".metadata").exists()
+    assert_goes_on(worlds, checkpoint, [20, 30], whole_run)
+
+
+def test_a_run_that_is_killed_while_it_removes_the_save_before_goes_on_from_the_new_one(
+    worlds: Worlds, tmp_path: Path, first_save: Path, whole_run: dict[str, Any]
+) -> None:
+    checkpoint = tmp_path / "saved"
+    shutil.copytree(first_save, checkpoint)
+    assert exit_codes(killed_while_removing, (tmp_path,), (tmp_path,))[0] == -signal.SIGKILL
+    assert (checkpoint / "step-00000010" / ".metadata").is_file()
+    assert not (checkpoint / "step-00000010" / "__0_0.distcp").exists()
+    assert_goes_on(worlds, checkpoint, [30], whole_run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -187,19 +188,21 @@ def test_a_hook_of_a_state_dict_that_fails_changes_nothing(backend: str) -> None
     assert other.param_groups[0]["lr"] == 1e-2
 
 
-# A process that is killed while it saves. What nexus has to do with it: a state dict that loads is a whole one, and a
-# run that goes on from it is the run that was not killed.
+# A process that is killed while it saves, as docs/optimizer.md shows it. What nexus has to do with it: a state dict
+# that loads is a whole one, and a run that goes on from it is the run that was not killed.
 
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizer.md"
 TRAIN = """
-import os, sys, torch
+import os, resource, signal, sys, torch
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
-path, stop = sys.argv[1], int(sys.argv[2])
+{save}
+path, stop, limit = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 torch.manual_seed(0)
 torch.set_num_threads(1)
 model = torch.nn.Linear(300, 300)
-optimizer = FusedAdamW(model.parameters(), lr=WSD(5, 100, 100, 1e-3), max_grad_norm=1.0)
+optimizer = FusedAdamW(model.parameters(), lr=WSD(5, 10, 10, 1e-3), max_grad_norm=1.0)
 step = 0
 if os.path.exists(path):
     saved = torch.load(path, weights_only=True)
@@ -212,36 +215,33 @@ while step < stop:
     model(data).square().mean().backward()
     optimizer.step()
     step += 1
-    state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-    torch.save(state, path + ".new")
-    os.replace(path + ".new", path)
-    print(step, flush=True)
+    if step == stop and limit:  # the kernel ends the process in the write of this byte of a file
+        signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+    save({{"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}}, path)
 """
-STEPS = 60
+STEPS = 20
+FILE = 1_087_000  # bytes: three times 300 x 301 numbers of float32, and less than 4 KB of names
 
 
-def run_until(path: Path, kill_after: int | None) -> None:
-    """Train on from the file that is there; killed a moment after so many saves."""
-    with subprocess.Popen(
-        [sys.executable, "-W", "ignore", "-c", TRAIN, str(path), str(STEPS)], stdout=subprocess.PIPE, text=True
-    ) as process:
-        assert process.stdout is not None
-        if kill_after is not None:
-            for _ in range(kill_after):
-                assert process.stdout.readline()
-            process.send_signal(signal.SIGKILL)
-        process.stdout.read()
-        assert process.wait(timeout=120) == (0 if kill_after is None else -signal.SIGKILL)
+def train_until(stop: int, path: Path, limit: int = 0) -> int:
+    """The exit status of a run that saves after each step, and is killed at byte `limit` of the last save."""
+    (save,) = re.findall(r"^def save\(.*?(?=^\n\n)", PAGE.read_text("utf-8"), re.MULTILINE | re.DOTALL)
+    command = [sys.executable, "-B", "-c", TRAIN.format(save=save), str(path), str(stop), str(limit)]
+    return subprocess.run(command, timeout=120).returncode
 
 
-@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+@pytest.mark.skipif(os.name != "posix", reason="needs a limit of the size of files")
 def test_a_run_that_is_killed_while_saving_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"
-    run_until(whole, None)
-    for saves in (3, 20):
-        run_until(killed, saves)
-        assert torch.load(killed, weights_only=True)["step"] >= saves
-    run_until(killed, None)
+    assert train_until(STEPS, whole) == 0
+    assert abs(whole.stat().st_size - FILE) < 4096
+    for stop, limit in ((6, FILE // 2), (14, FILE - 4096)):
+        assert train_until(stop, killed, limit) == -signal.SIGXFSZ
+        assert Path(f"{killed}.new").stat().st_size == limit
+        assert torch.load(killed, weights_only=True)["step"] == stop - 1
+    assert train_until(STEPS, killed) == 0
     first, second = (torch.load(path, weights_only=True) for path in (whole, killed))
     assert first["step"] == second["step"] == STEPS
     assert first["optimizer"]["param_groups"] == second["optimizer"]["param_groups"]

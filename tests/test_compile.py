@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import copy
 import gc
-import os
 import pickle
-import subprocess
-import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from nexus.optim import FusedAdamW
+from nexus.optim.compiled import Operands
 from nexus.schedules import WSD, Cosine
 from nexus.training import step_in_backward
 from nexus.training.schedulers import WSDScheduler
@@ -53,6 +52,18 @@ def train_step_of(model: nn.Module, optimizer: FusedAdamW) -> Callable[[Tensor],
     return train_step
 
 
+class Graphs(CompileCounterWithBackend):
+    """The graphs that a compiler has made. Some that torch 2.9 begins it gives up, and then traces anew."""
+
+    def __call__(self, *args: Any) -> Any:
+        try:
+            return super().__call__(*args)
+        except torch._dynamo.exc.RestartAnalysis:
+            self.graphs.pop()
+            self.frame_count -= 1
+            raise
+
+
 class Twins:
     """The same model and optimizer twice: one trains as it is, the other compiled."""
 
@@ -60,10 +71,10 @@ class Twins:
         self.models = model_of(), model_of()
         self.optimizers = tuple(FusedAdamW(model.parameters(), **options) for model in self.models)
         self.eager, self.compiled = map(train_step_of, self.models, self.optimizers)
-        self.graphs = CompileCounterWithBackend("aot_eager")
+        self.graphs = Graphs("aot_eager")
 
     def compile(self, compiler: str = "aot_eager", **options: Any) -> None:
-        self.graphs = CompileCounterWithBackend(compiler)
+        self.graphs = Graphs(compiler)
         self.compiled = torch.compile(self.compiled, backend=self.graphs, **options)
 
     def train(self, steps: int) -> None:
@@ -101,46 +112,58 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def operands_of(optimizer: FusedAdamW) -> tuple[str, Operands]:
+    optimizer._operands.renew(optimizer)
+    name = optimizer._operands.name
+    return name, optimizer._operands._kept[name]
+
+
+def copied(tensors: list[Tensor]) -> list[Tensor]:
+    return [tensor.detach().clone() for tensor in tensors]
+
+
+@pytest.mark.parametrize("options", [*OPTIONS.values(), {"lr": torch.tensor(0.1)}], ids=[*OPTIONS, "a tensor"])
 def test_the_operator_passes_opcheck(backend: str, options: dict[str, Any]) -> None:
     params = make_params([(3, 5), (7,), (2,)])
     optimizer = FusedAdamW(params, backend=backend, **options)
     grads = make_grads(params)
     for _ in range(2):
-        set_grads(params, [*grads[:2], None])
+        set_grads(params, [grads[0], None, grads[2]])
         optimizer.step()
-    operands = optimizer._operands
-    operands.renew(optimizer)
+    name, own = operands_of(optimizer)
     before = snapshot(optimizer)
     for scale, inf in ((None, None), (torch.tensor(2.0), torch.tensor(0.0)), (None, torch.tensor(1.0))):
-        written = [tensor.detach().clone() for tensor in operands.written]
-        checked = torch.library.opcheck(
-            torch.ops.nexus.adamw_step.default, (operands.name, written, [*grads[:2], None], scale, inf)
-        )
+        given = copied([own.params[0], own.params[2]]), copied(own.state), [grads[0], grads[2]], copied(own.rates)
+        checked = torch.library.opcheck(torch.ops.nexus.adamw_step.default, (name, [0, 2], *given, scale, inf))
         assert set(checked.values()) == {"SUCCESS"}
         assert len(checked) == 4
-    assert not same_bits(before, snapshot(optimizer))
+    assert same_bits(before, snapshot(optimizer))  # it works on what it is given
 
 
-def test_the_operator_updates_the_copies_that_a_compiler_gives_it(backend: str) -> None:
-    params = make_params([(3, 5), (7,)])
-    optimizer = FusedAdamW(params, lr=SCHEDULE, max_grad_norm=1.0, backend=backend)
+def test_the_operator_updates_what_it_is_given_and_nothing_else(backend: str) -> None:
+    params = make_params([(3, 5), (7,), (4,)])
+    lr = torch.tensor(0.5)
+    optimizer = FusedAdamW(params, lr=lr, weight_decay=SCHEDULE, max_grad_norm=1.0, backend=backend)
     set_grads(params, make_grads(params))
     optimizer.step()
     other = copy.deepcopy(optimizer)
-    grads, own = make_grads(params), [param.grad for param in params]
-    operands = optimizer._operands
-    operands.renew(optimizer)
-    copies = [tensor.detach().clone() for tensor in operands.written]
-    torch.ops.nexus.adamw_step(operands.name, copies, grads, None, None)
-    assert all(param.grad is grad for param, grad in zip(params, own, strict=True))
+    other.param_groups[0]["lr"].fill_(0.25)
+    grads, own_grads = make_grads(params), [param.grad for param in params]
+    name, own = operands_of(optimizer)
+    given, state = copied([params[0], params[2]]), copied(own.state)
+    before = [*snapshot(optimizer), *copied(own.state)]
+    torch.ops.nexus.adamw_step(name, [0, 2], given, state, [grads[0], grads[2]], [torch.tensor(0.25)], None, None)
+    assert same_bits(before, [*snapshot(optimizer), *copied(own.state)])
+    assert lr == 0.5
+    assert all(param.grad is grad for param, grad in zip(params, own_grads, strict=True))
 
-    others = [param for group in other.param_groups for param in group["params"]]
-    set_grads(others, grads)
+    others = other.param_groups[0]["params"]
+    set_grads(others, [grads[0], None, grads[2]])
     other.step()
-    assert same_bits(snapshot(optimizer), snapshot(other))
-    other._operands.renew(other)
-    assert same_bits(copies, [tensor.detach() for tensor in other._operands.written])
+    expected = operands_of(other)[1]
+    assert same_bits(given, copied([others[0], others[2]]))
+    assert same_bits(state, copied(expected.state))
+    assert not same_bits(state, copied(own.state))
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
@@ -150,28 +173,6 @@ def test_a_training_step_is_compiled_once(backend: str, options: dict[str, Any])
     twins.train(15)
     twins.check()
     assert twins.graphs_with_a_step() == 1
-
-
-def in_one_graph(compiler: str, backend: str) -> None:
-    """Run in a process of its own: in torch 2.13, what `trace_autograd_ops` leaves behind spoils later graphs."""
-    torch._dynamo.config.trace_autograd_ops = True
-    torch._dynamo.config.error_on_recompile = True
-    twins = Twins(lr=SCHEDULE, max_grad_norm=0.1, backend=backend)
-    twins.compile(compiler, fullgraph=True)
-    twins.train(1)
-    compiled = twins.graphs.frame_count
-    twins.train(14)
-    twins.check()
-    assert twins.graphs_with_a_step() == 1
-    assert twins.graphs.frame_count == compiled
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
-def test_a_whole_training_step_in_one_graph(compiler: str, tmp_path: Path) -> None:
-    code = f"import test_compile; test_compile.in_one_graph({compiler!r}, 'native')"
-    environment = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path)}
-    subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent, env=environment, check=True)
 
 
 @pytest.mark.parametrize("kind", ["a float", "a tensor", "a nexus scheduler"])
@@ -381,7 +382,9 @@ def test_a_step_in_the_backward_pass() -> None:
 
 def test_a_scaler_and_an_overflow(backend: str) -> None:
     twins = Twins(lr=SCHEDULE, backend=backend)
-    scalers = [torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=2) for _ in twins.optimizers]
+    scalers = [
+        torch.amp.GradScaler(torch.empty(()).device.type, init_scale=4.0, growth_interval=2) for _ in twins.optimizers
+    ]
 
     def scaled(model: nn.Module, optimizer: FusedAdamW, scaler: torch.amp.GradScaler) -> Callable[[Tensor], Tensor]:
         def step(x: Tensor) -> Tensor:
@@ -437,7 +440,8 @@ def test_groups_are_read_outside_of_the_graph() -> None:
     def reading(step: Any, optimizer: FusedAdamW, log: list[float]) -> Callable[[Tensor], Tensor]:
         def read(x: Tensor) -> Tensor:
             loss: Tensor = step(x)
-            log.append(optimizer.param_groups[0]["lr"].item())
+            rate = optimizer.param_groups[0]["lr"].item()
+            log.append(rate)
             return loss
 
         return read
@@ -468,12 +472,14 @@ def test_a_graph_does_not_keep_its_optimizer() -> None:
     optimizer = FusedAdamW(params)
     set_grads(params, make_grads(params))
     optimizer.step()
-    operands = optimizer._operands
-    operands.renew(optimizer)
-    del optimizer
+    name, own = operands_of(optimizer)
+    arguments = [params[0].detach()], copied(own.state), [params[0].grad], [], None, None
+    seen = weakref.ref(optimizer), weakref.ref(own)
+    del optimizer, own
     gc.collect()
+    assert [ref() for ref in seen] == [None, None]
     with pytest.raises(RuntimeError, match="an optimizer that is gone"):
-        torch.ops.nexus.adamw_step(operands.name, operands.written, [params[0].grad], None, None)
+        torch.ops.nexus.adamw_step(name, [0], *arguments)
 
 
 def test_the_operator_is_left_out_of_cuda_graphs_that_a_compiler_makes() -> None:

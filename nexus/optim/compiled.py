@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
@@ -14,55 +17,165 @@ from torch import Tensor
 
 from nexus.backends.shards import is_spread
 from nexus.optim import tensor_list
+from nexus.optim.param_group import SCHEDULABLE
 from nexus.optim.step_memory import step_memory
 
 if TYPE_CHECKING:
-    from nexus.backends.interface import Plan
+    from nexus.backends.interface import StepState
     from nexus.optim.fused_adamw import FusedAdamW
 
 _optimizers: WeakValueDictionary[str, FusedAdamW] = WeakValueDictionary()
 _numbers = itertools.count()
 
 
+@dataclass
 class Operands:
-    """The tensors of an optimizer that graphs of `torch.compile` hand to `nexus::adamw_step`.
+    """The tensors of an optimizer that `nexus::adamw_step` works on."""
 
-    They are found when a step is traced. A step that finds others there puts them here, and the compiler's guards,
-    which look at these lists, see that the graph is out of date.
+    params: list[Tensor]
+    state: list[Tensor]  # what a step writes besides, each piece of memory once
+    rates: list[Tensor]  # what it reads: rates that are the user's tensors
+
+    def places(self) -> list[Any]:
+        """What tells these tensors from others; `_place` of each is in it."""
+        tensors = [*self.params, *self.state, *self.rates]
+        return [*map(id, self.params), *map(id, self.rates), *map(_place, tensors)]
+
+
+class _Shelf:
+    """Where a graph finds operands, by their names.
+
+    Not in the optimizer: of tensors that it finds there, Dynamo does not guard whether they are those of the model.
+    """
+
+
+_shelf = _Shelf()
+
+
+class OperandsOf:
+    """The present operands of an optimizer. There are none until a step is traced.
+
+    A name stands for the very tensors: guards look at names, and see by them that a graph is out of date.
     """
 
     def __init__(self, optimizer: FusedAdamW) -> None:
-        self.name = f"optimizer {next(_numbers)}"  # a string: for Dynamo, an int may become a variable
-        self.params: list[Tensor] = []  # whose gradients a step reads
-        self.written: list[Tensor] = []  # all that a step writes, each piece of memory once
-        self._places: list[Any] = []
-        self.grad_norm: Tensor | None = None
-        self.skipped_steps: Tensor
-        self.in_graph = True  # whether the operator takes these tensors
-        self.plan: Plan | None = None  # of the optimizer, when they were found
-        _optimizers[self.name] = optimizer
+        self.key = f"optimizer_{next(_numbers)}"
+        self.name = self.params_name = ""
+        self.traced = False  # whether there may be a graph that steps this optimizer
+        self.in_graph = True  # whether the operator takes its tensors
+        self.results: StepState  # where steps leave the norm, and how many were skipped
+        self._kept: dict[str, Operands] = {}  # the present; while the operator runs, also those of its graph
+        self._running = ""
+        _optimizers[self.key] = optimizer
+        weakref.finalize(optimizer, _clear_shelf, self.key).atexit = False
+        _mark_for_dynamo()
 
     def renew(self, optimizer: FusedAdamW) -> None:
         """Find the tensors as they are now."""
         for device in optimizer._devices():
             optimizer._state_on(device)
-        self.plan = optimizer._plan
-        self.grad_norm, self.skipped_steps = optimizer.grad_norm, optimizer.skipped_steps
-        params = [param for group in optimizer.param_groups for param in group["params"]]
+        self.results = optimizer._state_on(optimizer._devices()[0])
+        found, before = _operands(optimizer), self._kept.get(self.name)
         # An operand on the meta device would make the whole operator a fake one.
-        self.in_graph = not any(is_spread(param) or param.is_meta for param in params)
-        parts: dict[int, list[Tensor]] = {}
-        for (what, *_), tensor in step_memory(optimizer).items():
-            if what != "param" and self.in_graph:
-                parts.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
-        state = [_whole(part[0]) if len(part) > 1 or part[0]._is_view() else part[0] for part in parts.values()]
-        places = [*map(id, params), *map(_place, state)]
-        if places != self._places:
-            self._places, self.params, self.written = places, params, [*params, *state]
+        self.in_graph = not any(is_spread(param) or param.is_meta for param in found.params)
+        if before is not None and before.places() == found.places():
+            return
+        version = next(_numbers)
+        if before is None or list(map(id, before.params)) != list(map(id, found.params)):
+            self.params_name = f"{self.key}_params_{version}"
+        else:
+            found.params = before.params
+        self._kept = {name: kept for name, kept in self._kept.items() if name == self._running}
+        self.name = f"{self.key}_{version}"
+        self._kept[self.name] = found
+        _clear_shelf(self.key)
+        setattr(_shelf, f"{self.key}_groups", optimizer.param_groups)
+        setattr(_shelf, self.name, found)
+        setattr(_shelf, self.params_name, found.params)
+
+    def step(self, name: str, given: Operands, indices: list[int], grads: list[Tensor], update: Any) -> None:
+        """Let `update` work on what a graph gives for the operands called `name`.
+
+        What the graph gives are copies where the compiler wants to keep the old values, or has yet to write new ones
+        back. Copies are what is read and written then; what they are copies of is left as it was.
+        """
+        if name not in self._kept:
+            raise RuntimeError("this graph was made for tensors that the optimizer does not have any more")
+        self._running = name
+        self._kept = {each: kept for each, kept in self._kept.items() if each in (name, self.name)}
+        own, now = self._kept[name], self._kept[self.name].places()
+        params = [own.params[index] for index in indices]
+        written = _copies(given.params, params) + _copies(given.state, own.state)
+        read = _copies(given.rates, own.rates)
+        kept = [(real, real.clone()) for _, real in written + read]
+        own_grads = [(param, param.grad) for param in own.params]
+        try:
+            for copy, real in written + read:
+                if _place(real) in now:  # else it is not the optimizer's any more
+                    real.copy_(copy)
+            for param, grad in own_grads:
+                if grad is not None:
+                    param.grad = None
+            for param, grad in zip(params, grads, strict=True):
+                param.grad = grad
+            update()
+            for copy, real in written:
+                copy.copy_(real)
+        finally:
+            for real, value in kept:
+                real.copy_(value)
+            for param, grad in own_grads:
+                if param.grad is not grad:
+                    param.grad = grad
+            self._running = ""
+
+
+def _clear_shelf(key: str) -> None:
+    for name in [name for name in vars(_shelf) if name.startswith(f"{key}_")]:
+        delattr(_shelf, name)
+
+
+def _operands(optimizer: FusedAdamW) -> Operands:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    rates = [
+        group[name]
+        for group in optimizer.param_groups
+        for name in SCHEDULABLE
+        if isinstance(group[name], Tensor) and group[name] is not group.outputs.get(name)
+    ]
+    parts: dict[int, list[Tensor]] = {}
+    for (what, *_), tensor in step_memory(optimizer).items():
+        if what != "param":
+            parts.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    state = [_whole(same) for same in parts.values()]
+    return Operands(params, state, list({id(rate): rate for rate in rates}.values()))
+
+
+def _whole(parts: list[Tensor]) -> Tensor:
+    """One tensor for those that are pieces of one memory: the operands of a graph may not overlap."""
+    base = parts[0]._base if parts[0]._is_view() else parts[0]
+    if base is not None and (len(parts) == 1 or all(part._base is base for part in parts)):
+        return base
+    storage = parts[0].untyped_storage()
+    whole = torch.empty(0, dtype=parts[0].dtype, device=parts[0].device)
+    return whole.set_(storage, 0, (storage.nbytes() // whole.element_size(),), (1,))
+
+
+def _place(tensor: Tensor) -> tuple[Any, ...]:
+    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+
+
+def _copies(given: list[Tensor], own: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """(copy, what it is a copy of), of those that are copies."""
+    pairs = zip(given, own, strict=True)
+    return [(copy, real.detach()) for copy, real in pairs if copy is not real and _place(copy) != _place(real)]
+
+
+# What Dynamo traces.
 
 
 def step(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
-    """`FusedAdamW.step` as Dynamo traces it. It reads nothing that moves with the rate."""
+    """`FusedAdamW.step`. It reads nothing that moves with the rate."""
     if _is_hooked(optimizer):
         return _step_outside(optimizer, closure)
     loss = None
@@ -70,40 +183,36 @@ def step(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
         with torch.enable_grad():
             loss = closure()
     operands = optimizer._operands
-    _find_operands(operands.name)
+    _find_operands(operands.key)
     if not operands.in_graph:
         _step_outside(optimizer, None)
         return loss
-    grads = [param.grad for param in operands.params]
-    _add_moments(operands.name, [grad is not None for grad in grads])
+    every = getattr(_shelf, operands.params_name)
+    indices = [index for index, param in enumerate(every) if param.grad is not None]
+    _add_moments(operands.key, indices)
+    found = getattr(_shelf, operands.name)
+    params = [every[index] for index in indices]
+    grads = [param.grad for param in params]
     scale, inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     with torch.no_grad():
-        adamw_step(operands.name, operands.written, grads, scale, inf)
+        adamw_step(operands.name, indices, params, found.state, grads, found.rates, scale, inf)
     return loss
 
 
-def zero_grad(optimizer: FusedAdamW, set_to_none: bool) -> None:
-    """`FusedAdamW.zero_grad` as Dynamo traces it."""
-    operands = optimizer._operands
-    _find_operands(operands.name)
-    with torch.no_grad():
-        for param in operands.params:
-            if set_to_none:
-                param.grad = None
-            elif param.grad is not None:
-                param.grad.zero_()
-
-
 def grad_norm(optimizer: FusedAdamW) -> Tensor | None:
-    """`FusedAdamW.grad_norm` as Dynamo traces it."""
-    _find_operands(optimizer._operands.name)
-    return optimizer._operands.grad_norm
+    """`FusedAdamW.grad_norm`."""
+    operands = optimizer._operands
+    _find_operands(operands.key)
+    groups = getattr(_shelf, f"{operands.key}_groups")
+    measured = optimizer._skip_nonfinite or any(group["max_grad_norm"] is not None for group in groups)
+    return operands.results.grad_norm if measured else None
 
 
 def skipped_steps(optimizer: FusedAdamW) -> Tensor:
-    """`FusedAdamW.skipped_steps` as Dynamo traces it."""
-    _find_operands(optimizer._operands.name)
-    return optimizer._operands.skipped_steps
+    """`FusedAdamW.skipped_steps`."""
+    operands = optimizer._operands
+    _find_operands(operands.key)
+    return operands.results.skipped
 
 
 def _is_hooked(optimizer: FusedAdamW) -> bool:
@@ -112,99 +221,82 @@ def _is_hooked(optimizer: FusedAdamW) -> bool:
     return of_one + of_all > 0  # numbers: it is these that guards look at, not whether a dict is empty
 
 
-@torch.compiler.disable(reason="hooks and DTensors are left to the step outside of the graph")  # type: ignore[no-untyped-call, untyped-decorator]
+# What it does not trace.
+
+
 def _step_outside(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
     return optimizer.step(closure)
 
 
-# The two that follow are called when something is traced, and never by the graph.
+def _find_operands(key: str) -> None:
+    """Called when something is traced, and never by the graph."""
+    optimizer = _optimizers[key]
+    optimizer._operands.traced = True
+    try:
+        optimizer._operands.renew(optimizer)
+    except (TypeError, ValueError, RuntimeError):
+        optimizer._operands.in_graph = False  # and the step itself raises what is wrong
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _find_operands(name: str) -> None:
-    _optimizers[name]._operands.renew(_optimizers[name])
-
-
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _add_moments(name: str, have_grads: list[bool]) -> None:
-    """Make the moments of the parameters that will have gradients: they are operands."""
-    optimizer = _optimizers[name]
-    have = iter(have_grads)
-    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # the operator raises what is wrong, when it runs
-        optimizer._settle_groups()
-        tensor_list.complete_states(
-            [
-                (param, optimizer.state[param], group["amsgrad"])
-                for group in optimizer.param_groups
-                for param in group["params"]
-                if next(have)
-            ]
-        )
+def _add_moments(key: str, indices: list[int]) -> None:
+    """Make the moments of the parameters that have gradients when a step is traced: they are operands."""
+    optimizer = _optimizers[key]
+    every = [(param, group) for group in optimizer.param_groups for param in group["params"]]
+    starting = [(param, optimizer.state[param], group["amsgrad"]) for param, group in map(every.__getitem__, indices)]
+    with contextlib.suppress(TypeError, ValueError, RuntimeError):  # the operator raises what is wrong
+        tensor_list.complete_states(starting)
     optimizer._operands.renew(optimizer)
 
 
-def _whole(part: Tensor) -> Tensor:
-    """The memory that a tensor is a part of: a graph's operands may not overlap."""
-    storage = part.untyped_storage()
-    whole = torch.empty(0, dtype=part.dtype, device=part.device)
-    return whole.set_(storage, 0, (storage.nbytes() // part.element_size(),), (1,))
+@functools.cache
+def _mark_for_dynamo() -> None:
+    """Tell Dynamo what it is not to trace.
+
+    Once there is an optimizer, and not at import: this loads Dynamo, for about a second, as torch's `Optimizer` does
+    in any case when the first is made. A process that only imports this, such as a spawned worker, goes without.
+    """
+    global _step_outside
+    reason = "hooks and DTensors are left to the step outside of the graph"
+    _step_outside = torch.compiler.disable(_step_outside, reason=reason)  # type: ignore[no-untyped-call]
+    for function in (_find_operands, _add_moments):
+        torch.compiler.assume_constant_result(function)  # type: ignore[no-untyped-call]
 
 
-def _place(tensor: Tensor) -> tuple[Any, ...]:
-    return tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+# What the graph calls.
 
 
-@torch.library.custom_op("nexus::adamw_step", mutates_args=("written",), tags=(torch.Tag.cudagraph_unsafe,))
+@torch.library.custom_op("nexus::adamw_step", mutates_args=("params", "state"), tags=(torch.Tag.cudagraph_unsafe,))
 def adamw_step(
     name: str,
-    written: list[Tensor],
-    grads: list[Tensor | None],
+    indices: list[int],
+    params: list[Tensor],
+    state: list[Tensor],
+    grads: list[Tensor],
+    rates: list[Tensor],
     grad_scale: Tensor | None,
     found_inf: Tensor | None,
 ) -> None:
-    """Update every parameter of an optimizer once, in place, as `FusedAdamW.step`.
+    """Update parameters of an optimizer once, in place, as `FusedAdamW.step`.
 
     Hyperparameters are the optimizer's own, as they are when this runs: a rate that moves changes no operand.
 
     Args:
-        name: the optimizer's.
-        written: see `Operands`. A compiler may give copies, which are then what is updated, and so are the originals.
-        grads: of each of `Operands.params`, or None.
+        name: of the operands that the graph was made for; see `OperandsOf`.
+        indices: of the parameters that have a gradient, among all of the optimizer.
+        params: these parameters.
+        grads: their gradients.
+        state: moments, counters, rates of schedules and whatever else a step writes; see `Operands`.
+        rates: rates that are tensors.
         grad_scale: what the gradients are multiples of, one element.
         found_inf: not 0 in a step that is to be skipped, one element.
     """
-    optimizer = _optimizers.get(name)
+    optimizer = _optimizers.get(name[: name.rindex("_")])
     if optimizer is None:
         raise RuntimeError("this graph steps an optimizer that is gone")
-    operands = optimizer._operands
-    copies = [
-        (copy, real.detach()) for copy, real in zip(written, operands.written, strict=True) if not _is(copy, real)
-    ]
-    for copy, real in copies:
-        real.copy_(copy)
-    own_grads = [(param, param.grad) for param in operands.params]
-    try:
-        for (param, own), grad in zip(own_grads, grads, strict=True):
-            if not _is(grad, own):
-                param.grad = grad
-        optimizer._update(grad_scale, found_inf)
-    finally:
-        for param, own in own_grads:
-            if param.grad is not own:
-                param.grad = own
-    for copy, real in copies:
-        copy.copy_(real)
-    if optimizer._plan is not operands.plan:
-        operands.renew(optimizer)
+    update = functools.partial(optimizer._update, grad_scale, found_inf)
+    optimizer._operands.step(name, Operands(params, state, rates), indices, grads, update)
 
 
 @adamw_step.register_fake
 def _(*_: Any) -> None:
     """It only writes."""
-
-
-def _is(a: Tensor | None, b: Tensor | None) -> bool:
-    """Whether two tensors are one place in memory, laid out the same."""
-    if a is b or a is None or b is None:
-        return a is b
-    return _place(a) == _place(b)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 import torch.optim.optimizer as torch_optimizer
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.compiler import is_dynamo_compiling
 from torch.optim.optimizer import Optimizer
 
@@ -80,6 +81,7 @@ class FusedAdamW(PlannedOptimizer):
     True
     """
 
+    @_disable_dynamo  # as torch's add_param_group: Dynamo cannot trace what an optimizer is made of
     def __init__(
         self,
         params: Params,
@@ -125,7 +127,7 @@ class FusedAdamW(PlannedOptimizer):
         self._plan: Plan | None = None
         self._planned_amsgrad: list[bool] = []
         self._runner: Runner | None = None
-        self._operands = compiled.Operands(self)
+        self._operands = compiled.OperandsOf(self)
         super().__init__(params, defaults)
         self._backend = backends.select(backend, self._devices())
 
@@ -175,16 +177,11 @@ class FusedAdamW(PlannedOptimizer):
                 self._init_states()
                 return
             runner = self._prepare(change)
+            if self._operands.traced:
+                self._operands.renew(self)
         runner.step(grad_scale, found_inf)
 
     _step_with_hooks = Optimizer.profile_hook_step(_step)
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """As any `torch.optim.Optimizer`'s; `torch.compile` takes it into its graphs, too."""
-        if is_dynamo_compiling():
-            compiled.zero_grad(self, set_to_none)
-        else:
-            super().zero_grad(set_to_none)
 
     def sync_hyperparameters(self) -> None:
         """Let graphs that have captured a step see what has changed in `param_groups` since.
@@ -272,7 +269,7 @@ class FusedAdamW(PlannedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = self._runner = None
-        self._operands = compiled.Operands(self)
+        self._operands = compiled.OperandsOf(self)
         self._backend = backends.select(self._requested_backend, self._devices())
 
     # What it has beyond.

@@ -53,3 +53,11 @@ def restored_threads() -> Iterator[None]:
     threads = torch.get_num_threads()
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(params=[False, True], ids=["set_data", "swap_tensors"])
+def swaps(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """Both ways of `Module.to` to give a module's parameters other memory."""
+    torch.__future__.set_swap_module_params_on_conversion(request.param)
+    yield request.param
+    torch.__future__.set_swap_module_params_on_conversion(False)

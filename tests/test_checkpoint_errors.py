@@ -8,6 +8,7 @@ import math
 import re
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -66,11 +67,36 @@ BAD: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
     "no groups": (drop("param_groups"), "not an optimizer's state dict.*'param_groups'"),
     "no state": (drop("state"), "not an optimizer's state dict.*'state'"),
     "a newer format": (change("nexus_format", value=2), "'nexus_format' .* is 2 .*reads up to 1: a newer"),
+    "a newer format of another layout": (
+        lambda saved: saved.update(nexus_format=99, state=saved.pop("param_groups")),
+        "'nexus_format' .* is 99 .*update nexus",
+    ),
     "a format of text": (change("nexus_format", value="1.5"), "'nexus_format' .* is '1.5'"),
     "groups of another type": (change("param_groups", value=3), "not an optimizer's state dict"),
     "too few groups": (drop("param_groups", 1), "has 1 parameter groups, this optimizer 2"),
     "too many parameters": (change(*GROUP1, "params", value=[1, 2]), "has 2 parameters, that of this optimizer 1"),
     "an index that is none": (change(*GROUP1, "params", value=[[1]]), f"{WHERE} must have indices .*as 'params'"),
+    "indices that went through JSON": (
+        lambda saved: saved.update(state={str(key): value for key, value in saved["state"].items()}),
+        r"state\['0'\] .* is of no parameter: param_groups has .*\. JSON makes strings of indices",
+    ),
+    "state of another index": (
+        lambda saved: saved["state"].update({7: saved["state"].pop(0)}),
+        r"state\[7\] .* is of no parameter: .*in the groups, that it was saved with",
+    ),
+    "an object for a rate": (
+        change(*GROUP1, "lr", value=SCHEDULE),
+        f"{WHERE}: lr must be a number; give the Schedule to the constructor",
+    ),
+    "a freed moment": (
+        lambda saved: saved["state"][1]["exp_avg"].untyped_storage().resize_(0),
+        r"state\[0\] of the loaded state dict: exp_avg has no memory",  # they share a block
+    ),
+    "no rate": (drop(*GROUP1, "lr"), f"{WHERE} is not AdamW's"),
+    "edits that are a tensor": (
+        change(*SCHEDULE1, "edits", value=torch.zeros(3)),
+        f"{WHERE}: lr_schedule\\['edits'\\] must be a dict",
+    ),
     "an index twice": (change(*GROUP1, "params", value=[0]), "has the same parameter index twice"),
     "too many names": (change(*GROUP1, "param_names", value=["a", "b"]), f"{WHERE} must have .*as many param_names"),
     "names of text": (change(*GROUP1, "param_names", value=3), f"{WHERE} must have .*param_names.*got 3"),
@@ -304,6 +330,8 @@ OTHERS = [
     torch.optim.Adam,
     torch.optim.NAdam,
     torch.optim.RAdam,
+    partial(torch.optim.NAdam, decoupled_weight_decay=True),
+    partial(torch.optim.RAdam, decoupled_weight_decay=True),
     torch.optim.Adagrad,
     torch.optim.Adafactor,
     torch.optim.RMSprop,
@@ -333,6 +361,47 @@ def test_what_else_a_state_dict_holds_is_kept(backend: str) -> None:
     assert fresh.state[fresh.param_groups[0]["params"][0]]["ema"].sum() == 5
     for option in ("foreach", "fused", "capturable", "differentiable"):
         assert option not in fresh.param_groups[0]
+
+
+def test_a_load_takes_over_values_and_no_tensors(backend: str) -> None:
+    saved = make(backend=backend).state_dict()
+    saved["state"][0]["ema"] = torch.ones(5)
+    for name in ("exp_avg", "exp_avg_sq"):
+        saved["state"][0][name].requires_grad_()
+    fresh = make(steps=0, backend=backend)
+    fresh.load_state_dict(saved)
+    state = fresh.state[fresh.param_groups[0]["params"][0]]
+    assert torch.equal(state["exp_avg"], saved["state"][0]["exp_avg"].detach())
+    assert not state["exp_avg"].requires_grad
+    saved["state"][0]["ema"].zero_()
+    assert state["ema"].sum() == 5
+
+
+def test_state_of_the_shape_that_a_parameter_had_before_gives_way(backend: str) -> None:
+    optimizer = make(backend=backend)
+    param = optimizer.param_groups[1]["params"][0]
+    other = make(backend=backend)
+    param.data = torch.ones(2, 2)
+    saved = other.state_dict()
+    state = saved["state"][1]
+    saved["state"][1] = {name: value if value.dim() == 0 else value[:2, :2] for name, value in state.items()}
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[param]["exp_avg"], saved["state"][1]["exp_avg"])
+    param.grad = torch.ones(2, 2)
+    optimizer.step()
+
+
+def test_a_load_after_a_step_in_inference_mode(backend: str) -> None:
+    optimizer = make(backend=backend, lr=SCHEDULE)
+    saved = copy.deepcopy(optimizer.state_dict())
+    with torch.inference_mode():
+        for group in optimizer.param_groups:
+            group["lr"] = WSD(3, None, 5, 0.1)
+        optimizer.step()
+    optimizer.begin_decay()
+    with pytest.warns(UserWarning, match="stable_steps"):
+        optimizer.load_state_dict(saved)
+    assert same_bits(list(saved["state"][0].values())[1:], list(optimizer.state_dict()["state"][0].values())[1:])
 
 
 # Hooks.

@@ -11,7 +11,6 @@ import torch
 import torch.multiprocessing as mp
 from references import (
     Float64AdamW,
-    assert_same_parameter,
     assert_same_run,
     copies,
     make_grads,
@@ -137,91 +136,6 @@ def test_a_count_that_is_a_float_is_not_rounded_to_the_default_type(backend: str
 
 
 # Parameters that are made, moved or replaced late.
-
-
-@pytest.fixture(params=[False, True], ids=["set_data", "swap_tensors"])
-def swaps(request: pytest.FixtureRequest) -> Iterator[bool]:
-    """Both ways of `Module.to` to give a module's parameters other memory."""
-    torch.__future__.set_swap_module_params_on_conversion(request.param)
-    yield request.param
-    torch.__future__.set_swap_module_params_on_conversion(False)
-
-
-def test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory(backend: str, swaps: bool) -> None:
-    with torch.device("meta"):
-        module = torch.nn.Linear(3, 2)
-    options: dict[str, Any] = {"lr": SCHEDULE, "max_grad_norm": 1.0}
-    early = FusedAdamW(module.parameters(), backend=backend, **options)
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
-        early.step()
-    before = list(module.parameters())
-    module.to_empty(device=torch.empty(()).device)
-    assert [new is old for new, old in zip(module.parameters(), before, strict=True)] == [swaps] * 2
-    module.reset_parameters()
-    if not swaps:  # to_empty() has made other parameters. torch then trains nothing, without a word
-        module(torch.ones(4, 3)).sum().backward()
-        with pytest.raises(RuntimeError, match=r"make the optimizer after it"):
-            early.step()
-        early = FusedAdamW(module.parameters(), backend=backend, **options)
-    reference = Float64AdamW(list(module.parameters()), **options)
-    step_both(early, reference, 12)
-    assert_same_run(early, reference)
-    assert float(early.param_groups[0]["lr"]) == SCHEDULE(11)
-
-
-def test_what_stays_on_meta_is_left_alone_as_by_torch(backend: str) -> None:
-    own = make_params([(3,), (4, 2)])
-    elsewhere = torch.nn.Parameter(torch.zeros(5, device="meta"))  # another stage's of a pipeline
-    optimizer = FusedAdamW([elsewhere, *own], lr=SCHEDULE, max_grad_norm=1.0, backend=backend)
-    reference = Float64AdamW(own, lr=SCHEDULE, max_grad_norm=1.0)
-    compiled = torch.compile(lambda: optimizer.step(), backend="aot_eager")
-    for step in [optimizer.step] * 3 + [compiled] * 2:
-        grads = make_grads(own)
-        set_grads(own, grads)
-        reference.step(grads)
-        step()
-    for index, param in enumerate(own):
-        assert_same_parameter(optimizer, param, reference, index)
-    assert elsewhere not in optimizer.state
-    elsewhere.grad = torch.zeros_like(elsewhere)
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
-        optimizer.step()
-    assert same_bits(before[1:], snapshot(optimizer)[1:])
-
-
-def test_a_load_before_there_is_memory_is_refused(backend: str) -> None:
-    saved, reference = pair(torch.nn.Linear(3, 2), backend)
-    step_both(saved, reference)
-    with torch.device("meta"):
-        module = torch.nn.Linear(3, 2)
-    optimizer = FusedAdamW(module.parameters(), backend=backend)
-    with pytest.raises(ValueError, match=r"state\[0\] .* meta device: give the model memory"):
-        optimizer.load_state_dict(saved.state_dict())
-    assert not optimizer.state
-
-
-def test_parameters_that_went_to_meta_and_came_back(backend: str) -> None:
-    torch.__future__.set_swap_module_params_on_conversion(True)
-    try:
-        module = torch.nn.Linear(3, 2)
-        optimizer, reference = pair(module, backend)
-        step_both(optimizer, reference)
-        values = [param.detach().clone() for param in module.parameters()]
-        optimizer.zero_grad()
-        module.to("meta")
-        module(torch.ones(4, 3, device="meta")).sum().backward()
-        with pytest.raises(RuntimeError, match="meta"):
-            optimizer.step()
-        module.to_empty(device=values[0].device)
-        optimizer.zero_grad()
-        with torch.no_grad():
-            for param, value in zip(module.parameters(), values, strict=True):
-                param.copy_(value)
-        step_both(optimizer, reference)
-        assert_same_run(optimizer, reference)
-    finally:
-        torch.__future__.set_swap_module_params_on_conversion(False)
 
 
 def test_replaced_parameters_are_left_alone_as_by_torch(backend: str) -> None:

@@ -229,8 +229,8 @@ def test_parameters_that_no_kernel_can_update(kind: str) -> None:
     why="nobody means to train nothing. Where `to_empty()` keeps the parameters "
     "(`set_swap_module_params_on_conversion`), both train them",
     also=(
-        "test_drop_in_models.py::test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory",
-        "test_drop_in_models.py::test_what_stays_on_meta_is_left_alone_as_by_torch",
+        "test_drop_in_memory.py::test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory",
+        "test_drop_in_memory.py::test_what_stays_on_meta_is_left_alone_as_by_torch",
     ),
 )
 def test_memory_after_the_optimizer() -> None:

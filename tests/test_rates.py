@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, set_grads
+from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, set_grads, step_both
 from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
@@ -96,6 +96,21 @@ def test_a_float_written_over_a_schedule_is_refused(backend: str) -> None:
     optimizer.param_groups[0]["lr"] = output
     step(optimizer)
     assert shown(optimizer) == [Cosine(1.0, 10)(1)]
+
+
+def test_a_scheduled_rate_changed_in_place_is_refused(backend: str) -> None:
+    params = make_params([(3,)])
+    schedule = Cosine(0.1, 20, 0.01)
+    optimizer = FusedAdamW(params, lr=schedule, weight_decay=schedule, backend=backend)
+    reference = Float64AdamW(params, lr=schedule, weight_decay=schedule)
+    for name in ("lr", "weight_decay"):
+        with pytest.raises(RuntimeError, match=rf"'{name}'.* was set to .*Cosine.*'{name}_schedule'.* = None"):
+            optimizer.param_groups[0][name] *= 0.1
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
+    optimizer.param_groups[0]["lr_schedule"] = None
+    optimizer.param_groups[0]["lr"] *= 0.1
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 * schedule(2), rel=1e-15)
 
 
 @pytest.mark.parametrize("with_a_float", [True, False])

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._guards import TracingContext
+from torch._subclasses import FakeTensor
 
 from nexus.arguments import check_number, shown
 from nexus.backends.interface import GroupSettings, Rate
@@ -58,7 +60,7 @@ class ParamGroup(dict[str, Any]):
     def get(self, key: str, default: Any = None) -> Any:
         # Dynamo asks this when it finds `param_groups` in the code that it traces, and then crashes: it takes groups
         # to be of the very type dict. So that code runs outside of the graph.
-        if key == "params" and torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling():
+        if key == "params" and TracingContext.try_get() is not None and not torch.compiler.is_dynamo_compiling():
             raise torch._dynamo.exc.Unsupported("param_groups of a FusedAdamW are read outside of the graph")
         return super().get(key, default)
 
@@ -68,6 +70,9 @@ class ParamGroup(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._refuse_scheduler(key)
+        schedule = self.get(f"{key}_schedule")
+        if schedule is not None and value is self.outputs.get(key) and value is self[key]:
+            raise _driven(key, value, schedule)  # group["lr"] *= 0.1 was in place, and puts the same tensor there
         super().__setitem__(key, value)
 
     def schedules(self) -> list[tuple[str, Schedule]]:
@@ -88,15 +93,12 @@ class ParamGroup(dict[str, Any]):
             self.outputs.pop(name, None)  # a tensor that is left there is a plain tensor now
             return None
         if output is not None and value is not output and not isinstance(value, Schedule):
-            raise RuntimeError(
-                f"group[{name!r}] was set to {shown(value)} while {schedule!r} drives it. To hold a fixed value, "
-                f"set group['{name}_schedule'] = None as well; to change the schedule, assign another Schedule."
-            )
+            raise _driven(name, value, schedule)
         if output is not None and output.device == device and value is output:
             return None
         if output is None or output.device != device:
             self.outputs[name] = torch.zeros((), dtype=torch.float64, device=device)
-        self[name] = self.outputs[name]
+        super().__setitem__(name, self.outputs[name])
         return schedule
 
     def _refuse_scheduler(self, key: str) -> None:
@@ -110,6 +112,13 @@ class ParamGroup(dict[str, Any]):
                 f"a {self.driver} drives this optimizer's rate on the device, and would overwrite what another "
                 "scheduler writes. Attach one of the two alone."
             )
+
+
+def _driven(name: str, value: object, schedule: Schedule) -> RuntimeError:
+    return RuntimeError(
+        f"group[{name!r}] was set to {shown(value)} while {schedule!r} drives it. To hold a fixed value, set "
+        f"group['{name}_schedule'] = None as well; to change the schedule, assign another Schedule."
+    )
 
 
 def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | None) -> ParamGroup:
@@ -196,7 +205,7 @@ def _check_rate(name: str, value: object) -> None:
                 f"{name} as a tensor must have one element of float32 or float64, got the shape "
                 f"{tuple(value.shape)} of {value.dtype}"
             )
-        if value.device.type == "cpu":  # elsewhere, reading it would be a visit to the device
+        if value.device.type == "cpu" and not isinstance(value, FakeTensor):  # elsewhere, it would be a visit there
             check_number(name, float(value.detach()))
     elif not isinstance(value, Schedule):
         if isinstance(value, bool) or not isinstance(value, numbers.Real):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from nexus import backends
@@ -49,11 +50,15 @@ class PlannedOptimizer(Optimizer):
         optimizer: PlannedOptimizer = vars(self).get("_optimizer", self)
         return optimizer
 
+    @torch.inference_mode(False)  # what is made here outlives a mode in which a step may be
     def _prepare(self, change: int = Change.TENSORS) -> Runner:
         """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
         if self._unwrapped() is not self:
             return self._unwrapped()._prepare(change)
-        backend = backends.select(self._requested_backend, self._devices())
+        params = (param for group in self.param_groups for param in group["params"])
+        # Of a FakeTensor, which has no memory, only what PyTorch does to it can be seen: for estimates of memory.
+        fake = any(isinstance(param, FakeTensor) for param in params)
+        backend = backends.select(reference.NAME if fake else self._requested_backend, self._devices())
         if self._runner is None or backend is not self._backend:
             self._backend, self._plan = backend, None
             self._runner = backend.runner(self.__dict__, SETTING_NAMES)
@@ -69,7 +74,6 @@ class PlannedOptimizer(Optimizer):
         self._runner.bind(self._plan)
         return self._runner
 
-    @torch.inference_mode(False)  # it outlives a mode in which a step may be made
     def _make_plan(self) -> Plan:
         self._settle_groups()
         named = list(self._named_parameters())
@@ -145,6 +149,7 @@ class PlannedOptimizer(Optimizer):
     def _used_schedules(self, but: ParamGroup | None = None) -> set[Schedule]:
         return {schedule for group in self.param_groups if group is not but for _, schedule in group.schedules()}
 
+    @torch.inference_mode(False)  # as above
     def _settle_group(self, group: ParamGroup) -> None:
         check_group(group)
         if isinstance(group["betas"], list) or isinstance(group["betas"][0], Tensor):

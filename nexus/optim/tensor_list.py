@@ -38,7 +38,7 @@ def check_parameter(param: Tensor, where: str) -> None:
         raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
     if param.is_neg():
         raise TypeError(f"{where} is a negated view, whose memory has the other sign; pass p.resolve_neg()")
-    if _is_freed(param):
+    if is_freed(param):
         raise RuntimeError(f"{where} has no memory: its storage was freed")
 
 
@@ -75,11 +75,12 @@ def check_gradient(param: Tensor, where: str) -> None:
         grad = local(grad)
     if grad.is_neg():
         raise TypeError(f"{where} has a gradient that is a negated view; set p.grad = p.grad.resolve_neg()")
-    if _is_freed(grad):
+    if is_freed(grad):
         raise RuntimeError(f"{where} has a gradient without memory: its storage was freed")
 
 
-def _is_freed(tensor: Tensor) -> bool:
+def is_freed(tensor: Tensor) -> bool:
+    """Whether the elements of a tensor have no memory."""
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 

@@ -225,7 +225,7 @@ def _bytes(storage: torch.UntypedStorage) -> Tensor:
 
 
 def _write(storage: torch.UntypedStorage, value: Tensor) -> None:
-    if storage.nbytes() == value.numel():  # FSDP2 frees the memory of gathered parameters, and keeps their tensors
+    if storage.nbytes():  # FSDP2 frees the memory of gathered parameters, and keeps their tensors
         _bytes(storage).copy_(value)
 
 

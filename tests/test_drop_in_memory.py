@@ -1,0 +1,124 @@
+"""Parameters without memory: on the meta device, before the model has any; and FakeTensors."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from references import (
+    Float64AdamW,
+    assert_same_parameter,
+    assert_same_run,
+    make_grads,
+    make_params,
+    run_beside_torch,
+    same_bits,
+    set_grads,
+    snapshot,
+    step_both,
+)
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD
+
+SCHEDULE = WSD(2, 20, 5, 1e-2)
+
+
+def test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory(backend: str, swaps: bool) -> None:
+    with torch.device("meta"):
+        module = torch.nn.Linear(3, 2)
+    options: dict[str, Any] = {"lr": SCHEDULE, "max_grad_norm": 1.0}
+    early = FusedAdamW(module.parameters(), backend=backend, **options)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
+        early.step()
+    before = list(module.parameters())
+    module.to_empty(device=torch.empty(()).device)
+    assert [new is old for new, old in zip(module.parameters(), before, strict=True)] == [swaps] * 2
+    module.reset_parameters()
+    if not swaps:  # to_empty() has made other parameters. torch then trains nothing, without a word
+        module(torch.ones(4, 3)).sum().backward()
+        with pytest.raises(RuntimeError, match=r"make the optimizer after it"):
+            early.step()
+        early = FusedAdamW(module.parameters(), backend=backend, **options)
+    reference = Float64AdamW(list(module.parameters()), **options)
+    step_both(early, reference, 12)
+    assert_same_run(early, reference)
+    assert float(early.param_groups[0]["lr"]) == SCHEDULE(11)
+
+
+def test_what_stays_on_meta_is_left_alone_as_by_torch(backend: str) -> None:
+    own = make_params([(3,), (4, 2)])
+    elsewhere = torch.nn.Parameter(torch.zeros(5, device="meta"))  # another stage's of a pipeline
+    optimizer = FusedAdamW([elsewhere, *own], lr=SCHEDULE, max_grad_norm=1.0, backend=backend)
+    reference = Float64AdamW(own, lr=SCHEDULE, max_grad_norm=1.0)
+    compiled = torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    for step in [optimizer.step] * 3 + [compiled] * 2:
+        grads = make_grads(own)
+        set_grads(own, grads)
+        reference.step(grads)
+        step()
+    for index, param in enumerate(own):
+        assert_same_parameter(optimizer, param, reference, index)
+    assert elsewhere not in optimizer.state
+    elsewhere.grad = torch.zeros_like(elsewhere)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
+        optimizer.step()
+    assert same_bits(before[1:], snapshot(optimizer)[1:])
+
+
+def test_a_load_before_there_is_memory_is_refused(backend: str) -> None:
+    saved, _ = run_beside_torch(list(torch.nn.Linear(3, 2).parameters()), backend)
+    with torch.device("meta"):
+        module = torch.nn.Linear(3, 2)
+    optimizer = FusedAdamW(module.parameters(), backend=backend)
+    with pytest.raises(ValueError, match=r"state\[0\] .* meta device: give the model memory"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+
+
+def test_parameters_that_went_to_meta_and_came_back(backend: str) -> None:
+    torch.__future__.set_swap_module_params_on_conversion(True)
+    try:
+        module = torch.nn.Linear(3, 2)
+        optimizer, reference = run_beside_torch(list(module.parameters()), backend)
+        values = [param.detach().clone() for param in module.parameters()]
+        optimizer.zero_grad()
+        module.to("meta")
+        module(torch.ones(4, 3, device="meta")).sum().backward()
+        with pytest.raises(RuntimeError, match="meta"):
+            optimizer.step()
+        module.to_empty(device=values[0].device)
+        optimizer.zero_grad()
+        with torch.no_grad():
+            for param, value in zip(module.parameters(), values, strict=True):
+                param.copy_(value)
+        step_both(optimizer, reference)
+        assert_same_run(optimizer, reference)
+    finally:
+        torch.__future__.set_swap_module_params_on_conversion(False)
+
+
+def test_memory_is_estimated_with_fake_tensors(backend: str) -> None:
+    options: dict[str, Any] = {"backend": backend, "lr": SCHEDULE, "max_grad_norm": 1.0}
+    sizes = []
+    for make in (partial(FusedAdamW, **options), torch.optim.AdamW):
+        with FakeTensorMode():
+            module = torch.nn.Linear(64, 32)
+            optimizer = make(module.parameters())
+            tracker = MemTracker()
+            tracker.track_external(module, optimizer)
+            with tracker:
+                module(torch.ones(2, 64)).sum().backward()
+                optimizer.step()
+        snapshots = tracker.get_tracker_snapshot("current")
+        sizes.append({key: size for device in snapshots.values() for key, size in device.items()})
+    ours, theirs = sizes
+    rest = {key: theirs[key] - ours[key] for key in ours if ours[key] != theirs[key]}
+    assert {getattr(key, "value", key) for key in rest} <= {"Optstate", "Total"}
+    assert ours["Total"] >= 4 * 4 * (64 + 1) * 32  # parameters, gradients, moments
+    assert all(abs(size) < 1024 for size in rest.values())  # counters, the schedule, what aligns the moments

@@ -119,10 +119,15 @@ def complaints(found: list[Row], folder: Path = TESTS) -> list[str]:
     return wrong
 
 
-def page(found: Iterable[Row]) -> str:
+def of_theme(found: Sequence[Row], theme: str) -> list[Row]:
+    """The rows of a theme, those that differ first."""
+    return sorted((row for row in found if row.theme == theme), key=lambda row: row.nexus == "same")
+
+
+def page(found: Sequence[Row]) -> str:
     tables = []
     for theme in THEMES:
-        lines = [row.line() for row in found if row.theme == theme]
+        lines = [row.line() for row in of_theme(found, theme)]
         head = f"## {theme}\n\n| | `torch.optim.AdamW(fused=True)` | `FusedAdamW` | shown by |\n|---|---|---|---|\n"
         tables.append(head + "\n".join(lines) + "\n")
     return INTRODUCTION + "\n".join(tables)

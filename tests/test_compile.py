@@ -433,6 +433,21 @@ def test_the_same_code_with_several_optimizers_and_their_copies() -> None:
             assert same_bits(snapshot(optimizer), snapshot(other))
 
 
+def test_other_optimizers_that_come_and_go_leave_a_graph_valid() -> None:
+    twins = Twins(lr=SCHEDULE, max_grad_norm=0.1)
+    twins.compile()
+    for _ in range(4):
+        twins.train(1)
+        params = make_params([(3,)])
+        other = FusedAdamW(params)
+        set_grads(params, make_grads(params))
+        with torch._dynamo.config.patch(error_on_recompile=False):
+            torch.compile(lambda optimizer: optimizer.step(), backend="aot_eager")(other)
+        del other
+    twins.check()
+    assert twins.graphs_with_a_step() == 1
+
+
 def test_groups_are_read_outside_of_the_graph() -> None:
     twins = Twins(lr=SCHEDULE)
     rates: list[list[float]] = [[], []]

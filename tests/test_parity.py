@@ -33,7 +33,7 @@ def test_every_row_is_a_line_of_its_theme() -> None:
     for section in sections:
         theme = section.splitlines()[0]
         lines = [line for line in section.splitlines() if line.startswith("| ") and "shown by" not in line]
-        rows = [row for row in found if row.theme == theme]
+        rows = parity.of_theme(found, theme)
         assert len(lines) == len(rows)
         for line, row in zip(lines, rows, strict=True):
             assert len(re.split(r"(?<!\\)\|", line)) == 6  # four cells

@@ -67,7 +67,7 @@ def test_float32_runs_stay_close_to_float64() -> None:
 
 @pytest.mark.parity(
     "The update",
-    "a decay of 1e-8 a step (`lr=1e-6`) on float32 parameters",
+    "a decay of 1e-8 a step (`lr=1e-6`) on float32 parameters that their gradients move",
     torch="lost: `1 - 1e-8` is 1 in float32",
     nexus="there, on the average of many parameters",
     why="it is subtracted together with the update",

@@ -98,14 +98,13 @@ def test_a_float_written_over_a_schedule_is_refused(backend: str) -> None:
     assert shown(optimizer) == [Cosine(1.0, 10)(1)]
 
 
-def test_a_scheduled_rate_changed_in_place_is_refused(backend: str) -> None:
+def test_a_scheduled_rate_changed_in_place_lasts_until_the_next_step(backend: str) -> None:
     params = make_params([(3,)])
     schedule = Cosine(0.1, 20, 0.01)
     optimizer = FusedAdamW(params, lr=schedule, weight_decay=schedule, backend=backend)
     reference = Float64AdamW(params, lr=schedule, weight_decay=schedule)
     for name in ("lr", "weight_decay"):
-        with pytest.raises(RuntimeError, match=rf"'{name}'.* was set to .*Cosine.*'{name}_schedule'.* = None"):
-            optimizer.param_groups[0][name] *= 0.1
+        optimizer.param_groups[0][name] *= 0.1
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
     optimizer.param_groups[0]["lr_schedule"] = None

@@ -103,28 +103,28 @@ class OperandsOf:
             raise RuntimeError("this graph was made for tensors that the optimizer does not have any more")
         self._running = name
         self._kept = {each: kept for each, kept in self._kept.items() if each in (name, self.name)}
-        own, now = self._kept[name], self._kept[self.name].places()
+        own = self._kept[name]
         params = [own.params[index] for index in indices]
         written = _copies(given.params, params) + _copies(given.state, own.state)
         read = _copies(given.rates, own.rates)
         kept = [(real, real.clone()) for _, real in written + read]
-        own_grads = [(param, param.grad) for param in own.params]
+        now = set(self._kept[self.name].places() if kept else [])
+        own_grads = [param.grad for param in own.params]
+        given_grads = dict(zip(indices, grads, strict=True))
         try:
             for copy, real in written + read:
                 if _place(real) in now:  # else it is not the optimizer's any more
                     real.copy_(copy)
-            for param, grad in own_grads:
-                if grad is not None:
-                    param.grad = None
-            for param, grad in zip(params, grads, strict=True):
-                param.grad = grad
+            for index, param in enumerate(own.params):
+                if given_grads.get(index) is not own_grads[index]:
+                    param.grad = given_grads.get(index)
             update()
             for copy, real in written:
                 copy.copy_(real)
         finally:
             for real, value in kept:
                 real.copy_(value)
-            for param, grad in own_grads:
+            for param, grad in zip(own.params, own_grads, strict=True):
                 if param.grad is not grad:
                     param.grad = grad
             self._running = ""

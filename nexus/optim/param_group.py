@@ -70,9 +70,6 @@ class ParamGroup(dict[str, Any]):
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._refuse_scheduler(key)
-        schedule = self.get(f"{key}_schedule")
-        if schedule is not None and value is self.outputs.get(key) and value is self[key]:
-            raise _driven(key, value, schedule)  # group["lr"] *= 0.1 was in place, and puts the same tensor there
         super().__setitem__(key, value)
 
     def schedules(self) -> list[tuple[str, Schedule]]:
@@ -93,12 +90,15 @@ class ParamGroup(dict[str, Any]):
             self.outputs.pop(name, None)  # a tensor that is left there is a plain tensor now
             return None
         if output is not None and value is not output and not isinstance(value, Schedule):
-            raise _driven(name, value, schedule)
+            raise RuntimeError(
+                f"group[{name!r}] was set to {shown(value)} while {schedule!r} drives it. To hold a fixed value, "
+                f"set group['{name}_schedule'] = None as well; to change the schedule, assign another Schedule."
+            )
         if output is not None and output.device == device and value is output:
             return None
         if output is None or output.device != device:
             self.outputs[name] = torch.zeros((), dtype=torch.float64, device=device)
-        super().__setitem__(name, self.outputs[name])
+        self[name] = self.outputs[name]
         return schedule
 
     def _refuse_scheduler(self, key: str) -> None:
@@ -112,13 +112,6 @@ class ParamGroup(dict[str, Any]):
                 f"a {self.driver} drives this optimizer's rate on the device, and would overwrite what another "
                 "scheduler writes. Attach one of the two alone."
             )
-
-
-def _driven(name: str, value: object, schedule: Schedule) -> RuntimeError:
-    return RuntimeError(
-        f"group[{name!r}] was set to {shown(value)} while {schedule!r} drives it. To hold a fixed value, set "
-        f"group['{name}_schedule'] = None as well; to change the schedule, assign another Schedule."
-    )
 
 
 def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | None) -> ParamGroup:

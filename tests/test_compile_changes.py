@@ -17,7 +17,7 @@ from references import make_params, same_bits, snapshot
 from torch import Tensor, nn
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD
+from nexus.schedules import WSD, Cosine
 
 SCHEDULE = WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2, min_lr=1e-4)
 
@@ -99,33 +99,115 @@ def test_a_model_that_changes(change: Callable[[nn.Module, FusedAdamW], None], i
     assert same_bits(run(lambda step: step), run(compiled))
 
 
-# Several steps in one graph, of which the first finds that something has changed.
-
-
-def clear_the_state(optimizer: FusedAdamW) -> None:
-    optimizer.state.clear()
+# The optimizer changes.
 
 
 def add_a_group(optimizer: FusedAdamW) -> None:
-    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))]})
+    optimizer.add_param_group({"params": [nn.Parameter(torch.ones(3))], "lr": 0.1})
     optimizer.param_groups[1]["params"][0].grad = torch.ones(3)
-
-
-def replace_a_moment(optimizer: FusedAdamW) -> None:
-    state = optimizer.state[optimizer.param_groups[0]["params"][0]]
-    state["exp_avg"] = torch.full_like(state["exp_avg"], 0.5)
 
 
 def take_a_parameter_away(optimizer: FusedAdamW) -> None:
     del optimizer.param_groups[0]["params"][0]
 
 
+def replace_a_parameter(optimizer: FusedAdamW) -> None:
+    optimizer.param_groups[0]["params"][1] = nn.Parameter(torch.full((5,), 2.0))
+
+
+def freeze_a_parameter(optimizer: FusedAdamW) -> None:
+    optimizer.param_groups[0]["params"][1].requires_grad_(False)
+
+
+def move_a_parameter(optimizer: FusedAdamW) -> None:
+    param = optimizer.param_groups[0]["params"][1]
+    param.data = param.data.clone()
+
+
+def replace_a_moment(optimizer: FusedAdamW) -> None:
+    state = optimizer.state[optimizer.param_groups[0]["params"][1]]
+    state["exp_avg"] = torch.full_like(state["exp_avg"], 0.5)
+
+
+def forget_a_parameter(optimizer: FusedAdamW) -> None:
+    del optimizer.state[optimizer.param_groups[0]["params"][1]]
+
+
+def load_an_older_state(optimizer: FusedAdamW) -> None:
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["step"], state["exp_avg"] = state["step"] - 1, state["exp_avg"] * 0.5
+    optimizer.load_state_dict(saved)
+
+
 def switch_amsgrad_on(optimizer: FusedAdamW) -> None:
     optimizer.param_groups[0]["amsgrad"] = True
 
 
+def switch_clipping_on(optimizer: FusedAdamW) -> None:
+    optimizer.param_groups[0]["max_grad_norm"] = 0.1
+
+
+def assign_another_schedule(optimizer: FusedAdamW) -> None:
+    optimizer.param_groups[0]["lr"] = Cosine(0.05, 20)
+
+
 def keep_a_history(optimizer: FusedAdamW) -> None:
     optimizer.history(9)
+
+
+def leave_it(optimizer: FusedAdamW) -> None:
+    """Nothing: then gradients alone come and go."""
+
+
+def clear_the_state(optimizer: FusedAdamW) -> None:
+    optimizer.state.clear()
+
+
+CHANGES = [
+    add_a_group,
+    clear_the_state,
+    take_a_parameter_away,
+    replace_a_parameter,
+    freeze_a_parameter,
+    move_a_parameter,
+    replace_a_moment,
+    forget_a_parameter,
+    load_an_older_state,
+    switch_amsgrad_on,
+    switch_clipping_on,
+    assign_another_schedule,
+    keep_a_history,
+    leave_it,
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+def test_what_changes_between_steps_is_seen(change: Callable[[FusedAdamW], None]) -> None:
+    first = FusedAdamW(make_params([(3, 4), (5,), (6,)]), lr=SCHEDULE)
+    second = copy.deepcopy(first)
+    step = compiled(lambda: first.step(), fullgraph=True)
+    for t in range(7):
+        if t == 3:
+            change(first)
+            change(second)
+        both = [[param for group in each.param_groups for param in group["params"]] for each in (first, second)]
+        for index, pair in enumerate(zip(*both, strict=True)):
+            grad = None if (t + index) % 4 == 1 or not pair[0].requires_grad else torch.randn(pair[0].shape)
+            for param in pair:
+                param.grad = grad
+        before = snapshot(first)
+        step()
+        second.step()
+        assert not same_bits(before, snapshot(first))
+        assert same_bits(snapshot(first), snapshot(second)), t
+    if first._history is not None:
+        rows = [optimizer.history(9).read() for optimizer in (first, second)]
+        assert len(rows[0].step) == 4
+        assert all(torch.equal(a, b) for a, b in zip(rows[0][:2], rows[1][:2], strict=True))
+
+
+# Several steps in one graph, of which the first finds that something has changed.
 
 
 @pytest.mark.parametrize(

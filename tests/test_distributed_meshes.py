@@ -115,6 +115,7 @@ def hybrid_and_tensor_parallel() -> None:
     follow_one_process(model, optimizer, make_layers(), lambda x: x[mesh["data"].get_local_rank() :: 2])
 
 
+@pytest.mark.slow
 def test_fsdp_with_tensor_parallel_layers_trains_as_one_process(worlds: Worlds) -> None:
     worlds(4).run(hybrid_and_tensor_parallel)
 

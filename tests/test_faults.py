@@ -232,6 +232,7 @@ def train_until(stop: int, path: Path, limit: int = 0) -> int:
     return subprocess.run(command, timeout=120).returncode
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs a limit of the size of files")
 def test_a_run_that_is_killed_while_saving_goes_on_as_if_it_had_not_been(tmp_path: Path) -> None:
     whole, killed = tmp_path / "whole.pt", tmp_path / "killed.pt"

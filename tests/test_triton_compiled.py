@@ -43,6 +43,7 @@ def kernels(found: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]
     return [(what, kernel) for what, own in found["compiled"].items() for kernel in own if kernel["kernel"] == name]
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("triton_compiled")
 def test_nothing_is_compiled_twice_whatever_a_user_changes(found: dict[str, Any]) -> None:
     assert Counter(found["launches"]) == dict.fromkeys(["evaluate", "norm", "norm_total", "prologue", "update"], 1), (
@@ -51,6 +52,7 @@ def test_nothing_is_compiled_twice_whatever_a_user_changes(found: dict[str, Any]
     assert "specialized" not in str(found["launches_in_full"])
 
 
+@pytest.mark.slow
 @pytest.mark.xdist_group("triton_compiled")
 def test_aligned_accesses_are_of_128_bits(found: dict[str, Any]) -> None:
     updates = kernels(found, "update")

@@ -133,7 +133,7 @@ def test_the_operator_passes_opcheck(backend: str, options: dict[str, Any]) -> N
     name, own = operands_of(optimizer)
     before = snapshot(optimizer)
     for scale, inf in ((None, None), (torch.tensor(2.0), torch.tensor(0.0)), (None, torch.tensor(1.0))):
-        given = copied([own.params[0], own.params[2]]), copied(own.state), [grads[0], grads[2]], copied(own.rates)
+        given = copied([params[0], params[2]]), copied(own.state), [grads[0], grads[2]], copied(own.rates)
         checked = torch.library.opcheck(torch.ops.nexus.adamw_step.default, (name, [0, 2], *given, scale, inf))
         assert set(checked.values()) == {"SUCCESS"}
         assert len(checked) == 4
@@ -330,6 +330,35 @@ def test_the_same_code_with_several_optimizers_and_their_copies() -> None:
             step(optimizer)
             other.step()
             assert same_bits(snapshot(optimizer), snapshot(other))
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of what Inductor imports
+@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+def test_what_is_read_between_two_steps(compiler: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    seen = []
+    for wrap in (lambda step: step, lambda step: torch.compile(step, backend=compiler)):
+        torch.manual_seed(0)
+        params = make_params([(), (3,), (2, 2)])
+        optimizer = FusedAdamW(params, lr=SCHEDULE, skip_nonfinite=True)
+
+        def step(optimizer: FusedAdamW = optimizer, params: list[Any] = params) -> list[Tensor]:
+            before = [param * 3 for param in params]
+            optimizer.step()
+            between = [optimizer.grad_norm * 2, optimizer.skipped_steps * 2, *[param * 3 for param in params]]
+            for param in params:
+                param.grad.mul_(2)
+            optimizer.step()
+            return [*before, *between, optimizer.grad_norm * 2, optimizer.skipped_steps * 2]
+
+        train = wrap(step)
+        for _ in range(3):
+            set_grads(params, make_grads(params))
+            seen.append([tensor.detach() for tensor in train()])
+        params[1].grad.fill_(torch.inf)
+        seen.append([tensor.detach() for tensor in train()])
+    for eager, compiled in zip(seen[:4], seen[4:], strict=True):
+        assert same_bits(eager, compiled)
 
 
 def test_other_optimizers_that_come_and_go_leave_a_graph_valid() -> None:

@@ -21,7 +21,6 @@ from nexus.optim.param_group import SCHEDULABLE
 from nexus.optim.step_memory import step_memory
 
 if TYPE_CHECKING:
-    from nexus.backends.interface import StepState
     from nexus.optim.fused_adamw import FusedAdamW
 
 _optimizers: WeakValueDictionary[str, FusedAdamW] = WeakValueDictionary()
@@ -30,20 +29,19 @@ _numbers = itertools.count()
 
 @dataclass
 class Operands:
-    """The tensors of an optimizer that `nexus::adamw_step` works on."""
+    """The tensors of an optimizer that `nexus::adamw_step` works on, besides parameters and gradients."""
 
-    params: list[Tensor]
-    state: list[Tensor]  # what a step writes besides, each piece of memory once
+    params: list[int]  # the ids of the parameters that they are for
+    state: list[Tensor]  # what a step writes, each piece of memory once
     rates: list[Tensor]  # what it reads: rates that are the user's tensors
 
     def places(self) -> list[Any]:
         """What tells these tensors from others; `_place` of each is in it."""
-        tensors = [*self.params, *self.state, *self.rates]
-        return [*map(id, self.params), *map(id, self.rates), *map(_place, tensors)]
+        return [*self.params, *map(id, self.rates), *map(_place, [*self.state, *self.rates])]
 
 
 class _Shelf:
-    """Where a graph finds operands, by their names.
+    """Where a graph finds an optimizer's groups, as they are at each call, and operands, by their names.
 
     Not in the optimizer: of tensors that it finds there, Dynamo does not guard whether they are those of the model.
     """
@@ -60,10 +58,11 @@ class OperandsOf:
 
     def __init__(self, optimizer: FusedAdamW) -> None:
         self.key = f"optimizer_{next(_numbers)}"
-        self.name = self.params_name = ""
+        self.name = ""
         self.traced = False  # whether there may be a graph that steps this optimizer
         self.in_graph = True  # whether the operator takes its tensors
-        self.results: StepState  # where steps leave the norm, and how many were skipped
+        self.grad_norm: Tensor  # operands, (1,)
+        self.skipped_steps: Tensor
         self._kept: dict[str, Operands] = {}  # the present; while the operator runs, also those of its graph
         self._running = ""
         _optimizers[self.key] = optimizer
@@ -74,57 +73,64 @@ class OperandsOf:
         """Find the tensors as they are now."""
         for device in optimizer._devices():
             optimizer._state_on(device)
-        self.results = optimizer._state_on(optimizer._devices()[0])
         found, before = _operands(optimizer), self._kept.get(self.name)
-        # An operand on the meta device would make the whole operator a fake one.
-        self.in_graph = not any(is_spread(param) or param.is_meta for param in found.params)
-        if before is not None and before.places() == found.places():
-            return
-        version = next(_numbers)
-        if before is None or list(map(id, before.params)) != list(map(id, found.params)):
-            self.params_name = f"{self.key}_params_{version}"
-        else:
-            found.params = before.params
-        self._kept = {name: kept for name, kept in self._kept.items() if name == self._running}
-        self.name = f"{self.key}_{version}"
-        self._kept[self.name] = found
+        self.in_graph = all(map(_is_operand, _params(optimizer)))
+        if before is None or before.places() != found.places():
+            self._kept = {name: kept for name, kept in self._kept.items() if name == self._running}
+            self.name = f"{self.key}_{next(_numbers)}"
+            self._kept[self.name] = found
+        operand_at = {operand.data_ptr(): operand for operand in self._kept[self.name].state}
+        results = optimizer._state_on(optimizer._devices()[0])
+        self.grad_norm = operand_at[results.grad_norm.data_ptr()]
+        self.skipped_steps = operand_at[results.skipped.data_ptr()]
         _clear_shelf(self.key)
         setattr(_shelf, f"{self.key}_groups", optimizer.param_groups)
-        setattr(_shelf, self.name, found)
-        setattr(_shelf, self.params_name, found.params)
+        setattr(_shelf, self.name, self._kept[self.name])
 
-    def step(self, name: str, given: Operands, indices: list[int], grads: list[Tensor], update: Any) -> None:
-        """Let `update` work on what a graph gives for the operands called `name`.
+    def step(
+        self,
+        name: str,
+        params: list[Tensor],
+        grads: dict[int, Tensor],
+        state: list[Tensor],
+        rates: list[Tensor],
+        update: Callable[[], None],
+    ) -> None:
+        """Let `update` work on what a graph gives for the operands called `name`; `grads` by index of the parameter.
 
         What the graph gives are copies where the compiler wants to keep the old values, or has yet to write new ones
         back. Copies are what is read and written then; what they are copies of is left as it was.
         """
-        if name not in self._kept:
-            raise RuntimeError("this graph was made for tensors that the optimizer does not have any more")
+        optimizer = _optimizers[self.key]
+        own, every = self._kept.get(name), _params(optimizer)
+        groups = getattr(_shelf, f"{self.key}_groups")
+        if own is None or own.params != list(map(id, every)) or groups is not optimizer.param_groups:
+            self.renew(optimizer)  # which guards see
+            raise RuntimeError("the optimizer has other parameters than when this was compiled: call it once more")
         self._running = name
         self._kept = {each: kept for each, kept in self._kept.items() if each in (name, self.name)}
-        own = self._kept[name]
-        params = [own.params[index] for index in indices]
-        written = _copies(given.params, params) + _copies(given.state, own.state)
-        read = _copies(given.rates, own.rates)
+        of_params = _copies(params, [every[index] for index in grads])
+        written = of_params + _copies(state, own.state)
+        read = _copies(rates, own.rates)
         kept = [(real, real.clone()) for _, real in written + read]
         now = set(self._kept[self.name].places() if kept else [])
-        own_grads = [param.grad for param in own.params]
-        given_grads = dict(zip(indices, grads, strict=True))
+        own_grads = [param.grad for param in every]
         try:
-            for copy, real in written + read:
+            for copy, real in of_params:
+                real.copy_(copy)
+            for copy, real in written[len(of_params) :] + read:
                 if _place(real) in now:  # else it is not the optimizer's any more
                     real.copy_(copy)
-            for index, param in enumerate(own.params):
-                if given_grads.get(index) is not own_grads[index]:
-                    param.grad = given_grads.get(index)
+            for index, param in enumerate(every):
+                if grads.get(index) is not own_grads[index]:
+                    param.grad = grads.get(index)
             update()
             for copy, real in written:
                 copy.copy_(real)
         finally:
             for real, value in kept:
                 real.copy_(value)
-            for param, grad in zip(own.params, own_grads, strict=True):
+            for param, grad in zip(every, own_grads, strict=True):
                 if param.grad is not grad:
                     param.grad = grad
             self._running = ""
@@ -135,8 +141,20 @@ def _clear_shelf(key: str) -> None:
         delattr(_shelf, name)
 
 
+def _params(optimizer: FusedAdamW) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
+def _is_operand(param: Tensor) -> bool:
+    """Whether the operator takes this parameter.
+
+    One on the meta device would make the whole operator a fake one. And of a number on the CPU, Inductor (torch 2.13)
+    reads an old value after the operator that writes the new one.
+    """
+    return not (is_spread(param) or param.is_meta or (param.dim() == 0 and param.device.type == "cpu"))
+
+
 def _operands(optimizer: FusedAdamW) -> Operands:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
     rates = [
         group[name]
         for group in optimizer.param_groups
@@ -148,14 +166,14 @@ def _operands(optimizer: FusedAdamW) -> Operands:
         if what != "param":
             parts.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
     state = [_whole(same) for same in parts.values()]
-    return Operands(params, state, list({id(rate): rate for rate in rates}.values()))
+    return Operands(list(map(id, _params(optimizer))), state, list({id(rate): rate for rate in rates}.values()))
 
 
 def _whole(parts: list[Tensor]) -> Tensor:
     """One tensor for those that are pieces of one memory: the operands of a graph may not overlap."""
     base = parts[0]._base if parts[0]._is_view() else parts[0]
-    if base is not None and (len(parts) == 1 or all(part._base is base for part in parts)):
-        return base
+    if base is not None and base.dim() > 0 and (len(parts) == 1 or all(part._base is base for part in parts)):
+        return base  # none without dimensions: see _is_operand
     storage = parts[0].untyped_storage()
     whole = torch.empty(0, dtype=parts[0].dtype, device=parts[0].device)
     return whole.set_(storage, 0, (storage.nbytes() // whole.element_size(),), (1,))
@@ -187,11 +205,13 @@ def step(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
     if not operands.in_graph:
         _step_outside(optimizer, None)
         return loss
-    every = getattr(_shelf, operands.params_name)
+    every = [param for group in getattr(_shelf, f"{operands.key}_groups") for param in group["params"]]
     indices = [index for index, param in enumerate(every) if param.grad is not None]
     _add_moments(operands.key, indices)
     found = getattr(_shelf, operands.name)
     params = [every[index] for index in indices]
+    # A guard on each: of a tensor that it has met in the model before, Dynamo does not look into the groups.
+    _ = [id(param) for param in params]
     grads = [param.grad for param in params]
     scale, inf = getattr(optimizer, "grad_scale", None), getattr(optimizer, "found_inf", None)
     with torch.no_grad():
@@ -205,14 +225,14 @@ def grad_norm(optimizer: FusedAdamW) -> Tensor | None:
     _find_operands(operands.key)
     groups = getattr(_shelf, f"{operands.key}_groups")
     measured = optimizer._skip_nonfinite or any(group["max_grad_norm"] is not None for group in groups)
-    return operands.results.grad_norm if measured else None
+    return operands.grad_norm.view(()) if measured else None
 
 
 def skipped_steps(optimizer: FusedAdamW) -> Tensor:
     """`FusedAdamW.skipped_steps`."""
     operands = optimizer._operands
     _find_operands(operands.key)
-    return operands.results.skipped
+    return operands.skipped_steps.view(())
 
 
 def _is_hooked(optimizer: FusedAdamW) -> bool:
@@ -294,7 +314,7 @@ def adamw_step(
     if optimizer is None:
         raise RuntimeError("this graph steps an optimizer that is gone")
     update = functools.partial(optimizer._update, grad_scale, found_inf)
-    optimizer._operands.step(name, Operands(params, state, rates), indices, grads, update)
+    optimizer._operands.step(name, params, dict(zip(indices, grads, strict=True)), state, rates, update)
 
 
 @adamw_step.register_fake

@@ -50,7 +50,9 @@ def checked_groups(groups: list[ParamGroup], state_dict: dict[str, Any]) -> list
         raise ValueError(
             f"the loaded state dict has the same parameter index twice in 'param_groups'. {ANOTHER_MODEL}"
         )
-    for key in state_dict["state"]:
+    for key, state in state_dict["state"].items():
+        if key not in keys and not isinstance(state, dict):
+            raise ValueError(f"state[{key!r}] of the loaded state dict must be a dict, got {shown(state)}; delete it")
         if key not in keys and (isinstance(key, int) or (isinstance(key, str) and key.isdecimal())):
             hint = (
                 "JSON makes strings of indices: make them int, as state_dict() has them"

@@ -81,7 +81,7 @@ class FusedAdamW(PlannedOptimizer):
     True
     """
 
-    @_disable_dynamo  # as torch's add_param_group: Dynamo cannot trace what an optimizer is made of
+    @_disable_dynamo  # as some of torch's methods; of these, only a step and its results are there to be traced
     def __init__(
         self,
         params: Params,
@@ -183,6 +183,7 @@ class FusedAdamW(PlannedOptimizer):
 
     _step_with_hooks = Optimizer.profile_hook_step(_step)
 
+    @_disable_dynamo
     def sync_hyperparameters(self) -> None:
         """Let graphs that have captured a step see what has changed in `param_groups` since.
 
@@ -215,6 +216,7 @@ class FusedAdamW(PlannedOptimizer):
         grads = [param.grad for group in self.param_groups for param in group["params"]]
         return any(grad is not None and grad.dtype == torch.float16 for grad in grads)
 
+    @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, with any options of its own; also while training.
 
@@ -247,10 +249,12 @@ class FusedAdamW(PlannedOptimizer):
             del self.param_groups[count:]
             raise
 
+    @_disable_dynamo
     def state_dict(self) -> dict[str, Any]:
         """As `torch.optim.AdamW`'s, which can load it; with each schedule and its counter. Reads the device."""
         return checkpoint.state_dict(self)
 
+    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this optimizer or `torch.optim.AdamW` has saved, in place.
 
@@ -262,10 +266,12 @@ class FusedAdamW(PlannedOptimizer):
         """
         checkpoint.load_state_dict(self, state_dict)
 
+    @_disable_dynamo
     def __getstate__(self) -> dict[str, Any]:
         kept = ("_requested_backend", "_skip_nonfinite", "_norm_group", "_states", "_tables")
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
 
+    @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = self._runner = None
@@ -301,6 +307,7 @@ class FusedAdamW(PlannedOptimizer):
             return compiled.skipped_steps(self)
         return self._state_on(self._devices()[0]).skipped
 
+    @_disable_dynamo
     def history(self, capacity: int = 10_000) -> History:
         """Let each step from now on leave a row on the device, with what it did. It waits for nothing.
 
@@ -330,6 +337,7 @@ class FusedAdamW(PlannedOptimizer):
         """
         return history_of(self, capacity)
 
+    @_disable_dynamo
     def begin_decay(self) -> None:
         """Let the decay of every WSD schedule of this optimizer begin with the next step.
 
@@ -342,6 +350,7 @@ class FusedAdamW(PlannedOptimizer):
         for table, state in self._wsd_tables():
             table.begin_decay(state.completed)
 
+    @_disable_dynamo
     def extend_stable(self, n: int) -> None:
         """Make the stable phase of every WSD schedule of this optimizer `n` updates longer.
 

@@ -254,7 +254,6 @@ class FusedAdamW(PlannedOptimizer):
         """As `torch.optim.AdamW`'s, which can load it; with each schedule and its counter. Reads the device."""
         return checkpoint.state_dict(self)
 
-    @_disable_dynamo
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this optimizer or `torch.optim.AdamW` has saved, in place.
 

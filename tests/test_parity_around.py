@@ -70,7 +70,7 @@ def test_fake_tensors() -> None:
     "Hooks, closures, printing",
     "what a `TorchDispatchMode` sees of a step",
     torch="`aten::_fused_adamw_` and what counts the steps",
-    nexus="nothing: no operator of torch runs, except in a compiled graph",
+    nexus="nothing: no operator of torch runs",
     why="the kernels are called directly, which is where the time of small updates goes",
     also=("test_optimizer_behaviour.py::test_a_step_allocates_nothing",),
 )

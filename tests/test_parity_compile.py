@@ -44,12 +44,11 @@ def train(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
     "torch.compile",
     "a compiled function that steps, with a float rate that moves",
     torch="the graph breaks at the update; what is around it is compiled anew for each rate, until torch gives up",
-    nexus="the step is one operator of one graph, compiled once",
-    why="The operator reads the rate when it runs",
+    nexus="the graph breaks at the step, and nothing is compiled anew",
+    why="Dynamo does not look into the step: an operator that it traces costs more host time than the step itself",
     also=(
         "test_compile.py::test_a_training_step_is_compiled_once",
-        "test_compile.py::test_a_rate_that_moves_compiles_nothing_anew",
-        "test_compile.py::test_the_operator_passes_opcheck",
+        "test_compile.py::test_hyperparameters_that_move_compile_nothing_anew",
     ),
 )
 def test_a_rate_that_moves() -> None:
@@ -62,10 +61,10 @@ def test_a_rate_that_moves() -> None:
         train(optimizer, lambda: (step(), seen.append(compiler.frame_count)))
         return optimizer, seen[-1] - seen[0], sum(counters["graph_break"].values())
 
-    (first, recompiled, breaks), (second, *ours) = both(run)
+    (first, recompiled, breaks), (second, ours, our_breaks) = both(run)
     assert recompiled >= 3
-    assert breaks >= 1
-    assert ours == [0, 0]
+    assert ours == 0
+    assert min(breaks, our_breaks) >= 1
     assert_same(first, second)
 
 
@@ -73,9 +72,8 @@ def test_a_rate_that_moves() -> None:
     "torch.compile",
     "`fullgraph=True`",
     torch="an error: the graph breaks at the update",
-    nexus="the update is in the graph, unless a scheduler has wrapped `step()`",
-    why="an operator with its mutations declared needs no break",
-    also=("test_compile_changes.py::test_three_steps_in_one_graph",),
+    nexus="same",
+    also=("test_compile.py::test_fullgraph_is_refused_with_the_reason",),
 )
 def test_fullgraph() -> None:
     def run(make: Make) -> str:
@@ -87,7 +85,7 @@ def test_fullgraph() -> None:
             return "an error"
         return "in the graph"
 
-    assert both(run) == ("an error", "in the graph")
+    assert both(run) == ("an error", "an error")
 
 
 @pytest.mark.parity(
@@ -96,7 +94,7 @@ def test_fullgraph() -> None:
     torch="is in the graph, which is compiled anew for what it reads",
     nexus="what reads them runs outside of the graph, with the same result",
     why="Dynamo takes groups to be of the very type `dict`; those of nexus refuse a second driver of a rate",
-    also=("test_compile.py::test_groups_are_read_outside_of_the_graph",),
+    also=("test_compile.py::test_what_is_read_in_a_compiled_function",),
 )
 def test_groups_are_read() -> None:
     def run(make: Make) -> tuple[list[float], int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,7 +16,7 @@ from torch.optim.optimizer import Optimizer
 from nexus import backends
 from nexus.arguments import shown
 from nexus.backends.interface import Backend, Change, Plan, Runner, StepState
-from nexus.optim import checkpoint, compiled, tensor_list
+from nexus.optim import checkpoint, tensor_list
 from nexus.optim.history import History, history_of
 from nexus.optim.param_group import ParamGroup, check_group, check_torch_options
 from nexus.optim.planned import PlannedOptimizer
@@ -81,7 +82,7 @@ class FusedAdamW(PlannedOptimizer):
     True
     """
 
-    @_disable_dynamo  # as some of torch's methods; of these, only a step and its results are there to be traced
+    @_disable_dynamo
     def __init__(
         self,
         params: Params,
@@ -127,7 +128,7 @@ class FusedAdamW(PlannedOptimizer):
         self._plan: Plan | None = None
         self._planned_amsgrad: list[bool] = []
         self._runner: Runner | None = None
-        self._operands = compiled.OperandsOf(self)
+        _mark_for_dynamo()
         super().__init__(params, defaults)
         self._backend = backends.select(backend, self._devices())
 
@@ -146,7 +147,7 @@ class FusedAdamW(PlannedOptimizer):
             RuntimeError: a sparse gradient, or a float written over a scheduled rate. Nothing is changed.
         """
         if is_dynamo_compiling():
-            return compiled.step(self, closure)
+            return _step_outside(self, closure)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
@@ -177,8 +178,6 @@ class FusedAdamW(PlannedOptimizer):
                 self._init_states()
                 return
             runner = self._prepare(change)
-            if self._operands.traced:
-                self._operands.renew(self)
         runner.step(grad_scale, found_inf)
 
     _step_with_hooks = Optimizer.profile_hook_step(_step)
@@ -274,7 +273,6 @@ class FusedAdamW(PlannedOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._plan = self._runner = None
-        self._operands = compiled.OperandsOf(self)
         self._backend = backends.select(self._requested_backend, self._devices())
 
     # What it has beyond.
@@ -290,20 +288,18 @@ class FusedAdamW(PlannedOptimizer):
         return self._backend
 
     @property
+    @_disable_dynamo
     def grad_norm(self) -> Tensor | None:
         """The global 2-norm of the last step's gradients, before clipping: 0-dim float64, on the device.
 
         None without `max_grad_norm` and `skip_nonfinite`, since nobody asked for it to be computed.
         """
-        if is_dynamo_compiling():
-            return compiled.grad_norm(self)
         return self._state_on(self._devices()[0]).grad_norm if self._measures_norm else None
 
     @property
+    @_disable_dynamo
     def skipped_steps(self) -> Tensor:
         """How many steps changed nothing since a gradient was not finite: 0-dim int64, on the device."""
-        if is_dynamo_compiling():
-            return compiled.skipped_steps(self)
         return self._state_on(self._devices()[0]).skipped
 
     @_disable_dynamo
@@ -376,3 +372,19 @@ class FusedAdamW(PlannedOptimizer):
         if not chosen:
             raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or as weight_decay")
         return chosen
+
+
+def _step_outside(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
+    return optimizer.step(closure)
+
+
+@functools.cache
+def _mark_for_dynamo() -> None:
+    """Keep Dynamo out of the step, whose kernels it cannot see; a compiled function is in two parts around it.
+
+    Once there is an optimizer, and not at import: this loads Dynamo, for about a second, as torch's `Optimizer` does
+    in any case when the first is made. A process that only imports this, such as a spawned worker, goes without.
+    """
+    global _step_outside
+    reason = "a compiler cannot see what the kernels of FusedAdamW.step write; leave fullgraph=True out"
+    _step_outside = torch.compiler.disable(_step_outside, reason=reason)  # type: ignore[no-untyped-call]

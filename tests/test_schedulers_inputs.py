@@ -177,16 +177,6 @@ def test_a_bad_state_changes_nothing(kind: Callable[..., Optimizer]) -> None:
     assert used_rates(optimizer, scheduler, 12) == WSD(3, 5, 6, 1e-2, 1e-4).values(4, 16)
 
 
-def test_a_state_with_more_cycle_lengths_does_not_fit_the_device_table() -> None:
-    optimizer = make(FusedAdamW)
-    scheduler = CosineRestartScheduler(optimizer, 1.0, cycle_length=10)
-    state = CosineRestartScheduler(make(FusedAdamW), 1.0, cycle_length=10, cycle_mult=2.0).state_dict()
-    with pytest.raises(ValueError, match="segments"):
-        scheduler.load_state_dict(state)
-    assert used_rates(optimizer, scheduler, 20) == scheduler.schedule.values(0, 20)
-    assert scheduler.schedule.cycle_mult == 1.0
-
-
 @both
 def test_last_epoch_needs_a_loaded_optimizer(kind: Callable[..., Optimizer]) -> None:
     with pytest.raises(KeyError, match="initial_lr"):

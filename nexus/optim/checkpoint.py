@@ -18,6 +18,7 @@ from nexus.backends.shards import local
 from nexus.optim import fitting, tensor_list
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup
 from nexus.optim.shards import respread
+from nexus.schedule_edits import saved_form
 from nexus.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _saved_group(optimizer: FusedAdamW, group: ParamGroup, indices: dict[int, in
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
                 "step": int(optimizer._state_on(device).completed),
-                "edits": dict.fromkeys(fitting.edit_names(schedule)) | optimizer._table(schedule, device).edits(),
+                "edits": saved_form(schedule, optimizer._table(schedule, device).edits()),
             }
     return saved
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus.arguments import MAX_STEP, check_count, check_number, shown
+from nexus import schedule_edits
+from nexus.arguments import MAX_STEP, check_count, shown
 from nexus.backends.shards import local
 from nexus.optim import tensor_list
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
-from nexus.schedules import WSD, Schedule
-from nexus.segments import NEVER
+from nexus.schedules import Schedule
 
 FORMAT = 1
 """What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number."""
@@ -205,16 +205,10 @@ def checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[
                 stacklevel=4,
             )
             continue
-        mine = now.to_dict()
         if found is not None:
             edits[name] = found
-        for field in mine if found is not None else ("type",):
-            if mine[field] != before[field]:
-                warnings.warn(
-                    f"{name}_schedule.{field} was {before[field]!r} in the checkpoint and is {mine[field]!r} now; "
-                    "the run goes on with the latter",
-                    stacklevel=4,
-                )
+        for difference in schedule_edits.differences(f"{name}_schedule", now.to_dict(), before):
+            warnings.warn(difference, stacklevel=4)
     return edits
 
 
@@ -230,26 +224,4 @@ def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str,
     if now is None or now.to_dict()["type"] != kind:
         return None  # a partial load has left fields of this optimizer's schedule in it
     Schedule.from_dict({key: value for key, value in before.items() if key not in ("step", "edits")})
-    return _checked_table_edits(now, {} if before.get("edits") is None else before["edits"], f"{name}['edits']")
-
-
-def edit_names(schedule: Schedule) -> tuple[str, ...]:
-    """What can be edited of a schedule. All are saved: torch.distributed.checkpoint loads no entry that is new."""
-    return ("extended", *_DECAY_EDITS) if isinstance(schedule, WSD) else ()
-
-
-_DECAY_EDITS = ("decay_start", "decay_from")
-
-
-def _checked_table_edits(schedule: Schedule, edits: Any, name: str) -> dict[str, Any]:
-    allowed = edit_names(schedule)
-    if isinstance(edits, dict):
-        edits = {key: value for key, value in edits.items() if value is not None}
-    if not isinstance(edits, dict) or not set(edits) <= set(allowed) or len(set(_DECAY_EDITS) & set(edits)) == 1:
-        raise ValueError(f"{name} must be a dict of {sorted(allowed) or 'nothing'}, got {shown(edits)}")
-    for edit in ("extended", "decay_start"):
-        if edit in edits:
-            check_count(f"{edit} in {name}", edits[edit], high=NEVER)
-    if "decay_from" in edits:
-        check_number(f"decay_from in {name}", edits["decay_from"])
-    return dict(edits)
+    return schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']")

@@ -17,10 +17,9 @@ synchronising. `get_last_lr()` is computed on the host in either case, by the or
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Generic, TypeVar
-from weakref import WeakKeyDictionary
+import warnings
+from typing import Any, Generic, TypeVar
 
-import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -28,66 +27,13 @@ from torch.optim.lr_scheduler import LRScheduler
 from nexus.arguments import check_count, check_number, shown
 from nexus.optim import FusedAdamW
 from nexus.optim.param_group import OWN_SCHEDULE
-from nexus.schedule_table import ScheduleTable
+from nexus.schedule_edits import edited, resumed, saved_form
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
+from nexus.training.device_rates import DeviceRates
 
 __all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "FollowingScheduler", "WSDScheduler"]
 
 S = TypeVar("S", bound=Schedule)
-
-
-class _DeviceRates:
-    """The rates of a FusedAdamW's groups, computed on the device from a counter of their own.
-
-    Every group's `"lr"` becomes a 0-dim view of one float64 tensor, so that an advance is three operations
-    however many groups there are. All schedulers of an optimizer write the same views: as with torch's, the one
-    that has stepped last is in force.
-    """
-
-    _shared: ClassVar[WeakKeyDictionary[FusedAdamW, tuple[Tensor, tuple[Tensor, ...]]]] = WeakKeyDictionary()
-
-    def __init__(self, optimizer: FusedAdamW, schedule: Schedule, last_epoch: int) -> None:
-        device = optimizer._devices()[0]
-        self.optimizer = optimizer
-        self.table = ScheduleTable(schedule, device)
-        self.counter = torch.full((), last_epoch, dtype=torch.int64, device=device)
-        self.counted = last_epoch  # the counter, as the host has moved it
-        self._make_views(*self._shared.get(optimizer, (None, ())))
-
-    def _make_views(self, rates: Tensor | None, views: tuple[Tensor, ...]) -> None:
-        groups = len(self.optimizer.param_groups)
-        if rates is None or len(views) != groups:
-            rates = torch.zeros(groups, dtype=torch.float64, device=self.counter.device)
-            views = tuple(rates.unbind())
-            self._shared[self.optimizer] = rates, views
-        self.rates, self.views = rates, views
-        self.scales = torch.ones_like(rates)
-        self._seen_scales = [1.0] * groups
-
-    def move_to(self, step: int) -> None:
-        """Set the counter: by an addition where it is the next step, which a captured graph can repeat."""
-        if step == self.counted + 1:
-            self.counter.add_(1)
-        else:
-            self.counter.fill_(step)
-        self.counted = step
-
-    def take_scales(self, scales: list[float]) -> None:
-        """Let the next `show`, also one in a captured graph, multiply by these."""
-        if scales != self._seen_scales:
-            self.scales.copy_(torch.tensor(scales, dtype=torch.float64))
-            self._seen_scales = scales
-
-    def show(self, scales: list[float]) -> None:
-        """Write every group's rate at the counter."""
-        groups = self.optimizer.param_groups
-        if len(groups) != len(self.views):  # one was added
-            self._make_views(*self._shared.get(self.optimizer, (None, ())))
-        self.take_scales(scales)
-        torch.mul(self.scales, self.optimizer.evaluator.evaluate(self.table.rows, self.counter), out=self.rates)
-        for group, view in zip(groups, self.views, strict=True):
-            if group["lr"] is not view:  # another number was put there
-                group["lr"] = view
 
 
 class ScheduleScheduler(LRScheduler, Generic[S]):
@@ -98,9 +44,10 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
         if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
             raise ValueError(f"last_epoch must be an int from -1, got {shown(last_epoch)}")
-        self.schedule = schedule
+        self.schedule = self._given = schedule
+        self._edits: dict[str, Any] = {}  # what has made the one of the other
         self._checked_scales: list[float] = []
-        self._device_rates: _DeviceRates | None = None
+        self._device_rates: DeviceRates | None = None
         if not isinstance(optimizer, FusedAdamW):
             super().__init__(optimizer, last_epoch)
             return
@@ -108,7 +55,7 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         drivers = [group.driver for group in optimizer.param_groups]
         for group in optimizer.param_groups:
             group.driver = None  # a group lets one of these schedulers follow another
-        self._device_rates = _DeviceRates(optimizer, schedule, last_epoch)
+        self._device_rates = DeviceRates(optimizer, schedule, last_epoch)
         try:
             super().__init__(optimizer, last_epoch)
             drivers = [type(self).__name__] * len(drivers)
@@ -158,9 +105,10 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
             self._checked_scales = [check_number("lr_scale", scale) for scale in given]
         return self._checked_scales
 
-    def _reschedule(self, schedule: S) -> None:
-        """Go on with another schedule from here; the rate of this moment is shown anew."""
-        self.schedule = schedule
+    def _edit(self, edits: dict[str, Any]) -> None:
+        """Go on with these edits of the schedule; the rate of this moment is shown anew."""
+        self._edits = edits
+        self.schedule = edited(self._given, edits)
         self._show()
 
     def get_phase(self, step: int | None = None) -> str:
@@ -168,9 +116,10 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         return self.schedule.phase(self.last_epoch if step is None else step)
 
     def state_dict(self) -> dict[str, Any]:
-        """Plain types: the schedule as it stands, and where it stands."""
+        """Plain types: the schedule as it was given, what has been edited of it, and where it stands."""
         return {
-            "schedule": self.schedule.to_dict(),
+            "schedule": self._given.to_dict(),
+            "edits": saved_form(self._given, self._edits),
             "last_epoch": self.last_epoch,
             "base_lrs": [float(rate) for rate in self.base_lrs],
             "_step_count": self._step_count,
@@ -178,29 +127,36 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Go on from where `state_dict` was saved, with its schedule.
+        """Go on from where `state_dict` was saved, with this scheduler's schedule and the saved edits of it.
+
+        A warning names each field in which the saved schedule is another one.
 
         Raises:
-            TypeError, ValueError: the state does not hold one of this class's schedules, or, over a FusedAdamW,
-                one of another number of cycle lengths than this one's. Nothing is changed.
+            TypeError, ValueError: the state holds no schedule of this class's type, or edits that do not fit this
+                one's. Nothing is changed.
         """
         if not isinstance(state_dict, dict) or "schedule" not in state_dict or "last_epoch" not in state_dict:
             raise ValueError(f"not a {type(self).__name__}'s state dict: it needs 'schedule' and 'last_epoch'")
-        schedule = Schedule.from_dict(state_dict["schedule"])
-        if type(schedule) is not type(self.schedule):
+        saved = Schedule.from_dict(state_dict["schedule"])
+        if type(saved) is not type(self.schedule):
             raise ValueError(
-                f"the state dict holds a {type(schedule).__name__} schedule, {type(self).__name__} takes "
+                f"the state dict holds a {type(saved).__name__} schedule, {type(self).__name__} takes "
                 f"{type(self.schedule).__name__}"
             )
         last_epoch = check_count("last_epoch", state_dict["last_epoch"])
         step_count = check_count("_step_count", state_dict.get("_step_count", last_epoch + 1))
+        base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
+        self._scales()  # raises where one is bad
+        edits, notes = resumed(self._given, saved, state_dict, last_epoch)
+        for note in notes:
+            warnings.warn(note, stacklevel=2)
         if self._device_rates is not None:
-            self._device_rates.table.replace(schedule)
+            self._device_rates.table.replace(edited(self._given, edits))
             self._device_rates.move_to(last_epoch)
         self.last_epoch = last_epoch
-        self.base_lrs = list(state_dict.get("base_lrs", self.base_lrs))
+        self.base_lrs = base_lrs
         self._step_count = step_count
-        self._reschedule(schedule)
+        self._edit(edits)
 
 
 def _own_schedules(optimizer: FusedAdamW) -> list[Schedule]:
@@ -247,10 +203,13 @@ class WSDScheduler(ScheduleScheduler[WSD]):
         Raises:
             ValueError: the rate of this moment is 0.
         """
-        schedule = self.schedule.begin_decay(self.last_epoch)
+        edits, now = self._edits, self.last_epoch
+        self.schedule.begin_decay(now)  # raises where the rate is 0
+        if self.get_phase() in ("warmup", "stable"):
+            edits = {**edits, "decay_start": now, "decay_from": self.schedule(now)}
         if self._device_rates is not None:
             self._device_rates.table.begin_decay(self._device_rates.counter)
-        self._reschedule(schedule)
+        self._edit(edits)
 
     def extend_stable(self, n: int) -> None:
         """Make the stable phase `n` updates longer; once the decay has begun, this does nothing.
@@ -258,12 +217,16 @@ class WSDScheduler(ScheduleScheduler[WSD]):
         Raises:
             TypeError, ValueError: `n` is no count, or the stable phase is open-ended.
         """
-        schedule = self.schedule.extend_stable(n)
-        if self.schedule.phase(self.last_epoch) in ("decay", "done"):
+        n = check_count("n", n)
+        self.schedule.extend_stable(n)  # raises where it is open-ended
+        if n == 0 or self.get_phase() in ("decay", "done"):
             return
+        edits = {**self._edits, "extended": self._edits.get("extended", 0) + n}
+        if "decay_start" in edits:  # it waits again, after a step back to an earlier epoch
+            edits["decay_start"] += n
         if self._device_rates is not None:
             self._device_rates.table.extend_stable(n, self._device_rates.counter)
-        self._reschedule(schedule)
+        self._edit(edits)
 
 
 class CosineRestartScheduler(ScheduleScheduler[CosineRestarts]):

@@ -1,0 +1,126 @@
+"""What a run has changed of its schedule, in plain types, and what a resumed run takes over of that.
+
+One rule for optimizers and schedulers: the schedule given to the constructor stands, a warning names each field in
+which the saved one differs, and the saved edits are made to it. `extended` is the number of updates by which
+`extend_stable` has made the stable phase longer; `decay_start` and `decay_from` are the step and the rate from which
+`begin_decay` lets the decay go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from nexus.arguments import check_count, check_number, shown
+from nexus.schedules import WSD, Schedule
+from nexus.segments import NEVER
+
+S = TypeVar("S", bound=Schedule)
+
+_DECAY_EDITS = ("decay_start", "decay_from")
+
+
+def edit_names(schedule: Schedule) -> tuple[str, ...]:
+    """What can be edited of a schedule. All are saved: torch.distributed.checkpoint loads no entry that is new."""
+    return ("extended", *_DECAY_EDITS) if isinstance(schedule, WSD) else ()
+
+
+def saved_form(schedule: Schedule, edits: dict[str, Any]) -> dict[str, Any]:
+    """The edits of a schedule as state dicts have them; None is none."""
+    return dict.fromkeys(edit_names(schedule)) | edits
+
+
+def checked_edits(schedule: Schedule, saved: Any, name: str) -> dict[str, Any]:
+    """The edits that `saved_form` wrote.
+
+    Raises:
+        TypeError, ValueError: naming the edit, what was given and what is allowed.
+    """
+    allowed = edit_names(schedule)
+    edits = {} if saved is None else saved
+    if isinstance(edits, dict):
+        edits = {key: value for key, value in edits.items() if value is not None}
+    if not isinstance(edits, dict) or not set(edits) <= set(allowed) or len(set(_DECAY_EDITS) & set(edits)) == 1:
+        raise ValueError(f"{name} must be a dict of {sorted(allowed) or 'nothing'}, got {shown(edits)}")
+    for edit, value in edits.items():
+        if edit == "decay_from":
+            edits[edit] = check_number(f"{edit} in {name}", value)
+        else:
+            edits[edit] = check_count(f"{edit} in {name}", value, high=NEVER)
+    return edits
+
+
+def differences(name: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
+    """What a warning says of each field in which `before`, a saved schedule, is another one than `now`."""
+    return [
+        f"{name}.{field} was {before[field]!r} in the checkpoint and is {now[field]!r} now; the run goes on with the "
+        "latter"
+        for field in (now if now["type"] == before["type"] else ("type",))
+        if now[field] != before[field]
+    ]
+
+
+def edited(schedule: S, edits: dict[str, Any]) -> S:
+    """The schedule with these edits.
+
+    Raises:
+        ValueError: there is none, as where its minimum is above the rate that the decay began from.
+    """
+    if not isinstance(schedule, WSD):
+        return schedule
+    if "decay_start" in edits:
+        start = edits["decay_start"]
+        warmup = min(schedule.warmup_steps, start)
+        return replace(schedule, warmup_steps=warmup, stable_steps=start - warmup, peak_lr=edits["decay_from"])
+    if "extended" in edits and schedule.stable_steps is not None:
+        return replace(schedule, stable_steps=schedule.stable_steps + edits["extended"])
+    return schedule
+
+
+def resumed(
+    schedule: Schedule, saved: Schedule, state: dict[str, Any], step: int
+) -> tuple[dict[str, Any], list[str]]:
+    """What a scheduler that was given `schedule` takes over of `state`, saved at `step` with the schedule `saved`.
+
+    Returns:
+        The edits of `schedule` to go on with, and what is to be warned of.
+
+    Raises:
+        ValueError: the saved edits are none, or do not fit.
+    """
+    is_old = "edits" not in state
+    try:
+        edits = _inferred_edits(schedule, saved, step) if is_old else checked_edits(schedule, state["edits"], "edits")
+        going_on = edited(schedule, edits)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"the loaded state dict has edits, by begin_decay() or extend_stable(), that {schedule!r} cannot have: "
+            f"{error}. Make the scheduler with the saved schedule, {saved!r}; or set the state dict's 'edits' to "
+            "{}, to go on without them"
+        ) from None
+    notes = []
+    if is_old and edits:
+        notes.append(
+            "the loaded state dict is an earlier nexus's, which does not say what begin_decay() or extend_stable() "
+            f"did; by its schedule that was {edits}, with which the run goes on"
+        )
+    now = going_on if is_old else schedule  # an old one has the edits in the fields of its schedule
+    return edits, notes + differences("schedule", now.to_dict(), saved.to_dict())
+
+
+def _inferred_edits(schedule: Schedule, standing: Schedule, step: int) -> dict[str, Any]:
+    """The edits that may have made `standing` of a schedule: what earlier releases saved, at `step`, was that alone.
+
+    A decay that has begun is one, unless it is where the schedule has it; so is a stable phase that is longer, where
+    all else is equal.
+    """
+    if not isinstance(schedule, WSD) or not isinstance(standing, WSD) or standing.stable_steps is None:
+        return {}
+    start = standing.warmup_steps + standing.stable_steps
+    own = None if schedule.stable_steps is None else schedule.warmup_steps + schedule.stable_steps
+    if standing.phase(step) in ("decay", "done"):
+        return {} if start == own else {"decay_start": start, "decay_from": standing.peak_lr}
+    if own is not None and own < start and replace(schedule, stable_steps=standing.stable_steps) == standing:
+        return {"extended": start - own}
+    return {}

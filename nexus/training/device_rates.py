@@ -1,0 +1,67 @@
+"""The rates of the schedulers that drive a `FusedAdamW`, computed where its parameters are."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+from nexus.schedule_table import ScheduleTable
+from nexus.schedules import Schedule
+
+
+class DeviceRates:
+    """The rates of a FusedAdamW's groups, computed on the device from a counter of their own.
+
+    Every group's `"lr"` becomes a 0-dim view of one float64 tensor, so that an advance is three operations
+    however many groups there are. All schedulers of an optimizer write the same views: as with torch's, the one
+    that has stepped last is in force.
+    """
+
+    _shared: ClassVar[WeakKeyDictionary[FusedAdamW, tuple[Tensor, tuple[Tensor, ...]]]] = WeakKeyDictionary()
+
+    def __init__(self, optimizer: FusedAdamW, schedule: Schedule, last_epoch: int) -> None:
+        device = optimizer._devices()[0]
+        self.optimizer = optimizer
+        self.table = ScheduleTable(schedule, device)
+        self.counter = torch.full((), last_epoch, dtype=torch.int64, device=device)
+        self.counted = last_epoch  # the counter, as the host has moved it
+        self._make_views(*self._shared.get(optimizer, (None, ())))
+
+    def _make_views(self, rates: Tensor | None, views: tuple[Tensor, ...]) -> None:
+        groups = len(self.optimizer.param_groups)
+        if rates is None or len(views) != groups:
+            rates = torch.zeros(groups, dtype=torch.float64, device=self.counter.device)
+            views = tuple(rates.unbind())
+            self._shared[self.optimizer] = rates, views
+        self.rates, self.views = rates, views
+        self.scales = torch.ones_like(rates)
+        self._seen_scales = [1.0] * groups
+
+    def move_to(self, step: int) -> None:
+        """Set the counter: by an addition where it is the next step, which a captured graph can repeat."""
+        if step == self.counted + 1:
+            self.counter.add_(1)
+        else:
+            self.counter.fill_(step)
+        self.counted = step
+
+    def take_scales(self, scales: list[float]) -> None:
+        """Let the next `show`, also one in a captured graph, multiply by these."""
+        if scales != self._seen_scales:
+            self.scales.copy_(torch.tensor(scales, dtype=torch.float64))
+            self._seen_scales = scales
+
+    def show(self, scales: list[float]) -> None:
+        """Write every group's rate at the counter."""
+        groups = self.optimizer.param_groups
+        if len(groups) != len(self.views):  # one was added
+            self._make_views(*self._shared.get(self.optimizer, (None, ())))
+        self.take_scales(scales)
+        torch.mul(self.scales, self.optimizer.evaluator.evaluate(self.table.rows, self.counter), out=self.rates)
+        for group, view in zip(groups, self.views, strict=True):
+            if group["lr"] is not view:  # another number was put there
+                group["lr"] = view

@@ -1,0 +1,326 @@
+"""Schedulers that go on from a state dict: the constructor's schedule, the saved place, the saved edits."""
+
+import itertools
+import math
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from test_schedulers import WSD_ARGS, make, rates, through_a_file, train
+from torch.optim import Optimizer
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
+from nexus.training.schedulers import (
+    CosineAnnealingScheduler,
+    CosineRestartScheduler,
+    ScheduleScheduler,
+    WSDScheduler,
+)
+
+KINDS = ("SGD", "FusedAdamW", "reference")
+each_kind = pytest.mark.parametrize("kind", KINDS)
+each_pair = pytest.mark.parametrize(("saving", "loading"), list(itertools.product(KINDS[:2], KINDS)))
+GIVEN = WSD(**WSD_ARGS)
+WITHOUT = {"extended": None, "decay_start": None, "decay_from": None}
+
+
+def begin_decay(who: Any) -> None:
+    who.begin_decay()
+
+
+def extend(who: Any) -> None:
+    who.extend_stable(3)
+    who.extend_stable(1)
+
+
+def attach(optimizer: Optimizer, schedule: Schedule) -> Any:
+    if isinstance(schedule, WSD):
+        return WSDScheduler(optimizer, **vars(schedule))
+    if isinstance(schedule, CosineRestarts):
+        return CosineRestartScheduler(optimizer, **vars(schedule))
+    assert isinstance(schedule, Cosine)
+    arguments = {"max_steps" if name == "total_steps" else name: value for name, value in vars(schedule).items()}
+    return CosineAnnealingScheduler(optimizer, **arguments)
+
+
+def after(kind: str, steps: int, *edits: Callable[[Any], None], then: int = 0) -> dict[str, Any]:
+    """The state of a scheduler of GIVEN that was edited after so many steps."""
+    model, optimizer = make(kind)
+    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
+    train(model, optimizer, scheduler, steps)
+    for edit in edits:
+        edit(scheduler)
+    train(model, optimizer, scheduler, then)
+    state = through_a_file(scheduler.state_dict())
+    assert state["schedule"] == GIVEN.to_dict()
+    return {**state, "standing": scheduler.schedule}
+
+
+def old(state: dict[str, Any]) -> dict[str, Any]:
+    """As earlier releases saved it: the schedule as it stands, and no edits."""
+    saved = {**state, "schedule": state["standing"].to_dict()}
+    return {name: value for name, value in saved.items() if name not in ("edits", "standing")}
+
+
+def load(kind: str, schedule: Schedule, state: dict[str, Any]) -> tuple[Any, list[float], list[str]]:
+    """A scheduler of `schedule` that goes on from a state, the rates of its next updates, and what it warned of."""
+    model, optimizer = make(kind)
+    scheduler: ScheduleScheduler[Any] = attach(optimizer, schedule)
+    rows = scheduler._device_rates and scheduler._device_rates.table.rows
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        scheduler.load_state_dict(state)
+    assert all(warning.filename == __file__ for warning in caught)
+    assert (scheduler._device_rates and scheduler._device_rates.table.rows) is rows  # a graph may read it
+    assert scheduler.last_epoch == state["last_epoch"]
+    assert rates(optimizer) == scheduler.get_last_lr()
+    return scheduler, train(model, optimizer, scheduler, 20), [str(warning.message) for warning in caught]
+
+
+def same(kind: str, used: list[float], expected: list[float]) -> bool:
+    """Bit for bit; the reference's square root and cosine are torch's."""
+    ulps = 2 if kind == "reference" else 0
+    return all(abs(a - b) <= ulps * math.ulp(b) for a, b in zip(used, expected, strict=True))
+
+
+def differ(**fields: tuple[Any, Any]) -> list[str]:
+    return [
+        f"schedule.{name} was {before!r} in the checkpoint and is {now!r} now; the run goes on with the latter"
+        for name, (before, now) in fields.items()
+    ]
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "fields"),
+    [
+        (GIVEN, replace(GIVEN, stable_steps=None, peak_lr=0.5), {"stable_steps": (5, None), "peak_lr": (1e-2, 0.5)}),
+        (replace(GIVEN, decay_type="sqrt"), GIVEN, {"decay_type": ("sqrt", "linear")}),
+        (CosineRestarts(1.0), CosineRestarts(1.0, 0.1), {"min_lr": (0.0, 0.1)}),
+        (CosineRestarts(1.0, cycle_length=4), CosineRestarts(1.0, 0.0, 4, 2.0), {"cycle_mult": (1.0, 2.0)}),
+        (Cosine(1.0, 9), Cosine(1.0, 30, warmup_steps=9), {"total_steps": (9, 30), "warmup_steps": (0, 9)}),
+        (GIVEN, GIVEN, {}),
+    ],
+    ids=str,
+)
+@each_kind
+def test_the_constructor_wins_and_each_difference_is_said(
+    kind: str, before: Schedule, now: Schedule, fields: dict[str, Any]
+) -> None:
+    model, optimizer = make(kind)
+    first = attach(optimizer, before)
+    train(model, optimizer, first, 7)
+    state = first.state_dict()
+    without = {name: value for name, value in state.items() if name != "edits"}
+    for saved in (state, without):
+        second, used, said = load(kind, now, saved)
+        assert sorted(said) == sorted(differ(**fields))
+        assert second.schedule == now
+        assert same(kind, used, now.values(7, 27))
+        assert second.state_dict()["schedule"] == now.to_dict()
+
+
+OTHERS = [
+    GIVEN,
+    replace(GIVEN, decay_steps=9, min_lr=1e-3, decay_type="sqrt"),
+    replace(GIVEN, stable_steps=None),
+    replace(GIVEN, warmup_steps=12, peak_lr=2e-2),
+    replace(GIVEN, warmup_steps=0, stable_steps=40),
+]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@each_pair
+@pytest.mark.parametrize("at", [2, 6, 9], ids=lambda at: f"at{at}")
+def test_a_decay_that_was_begun_goes_on(saving: str, loading: str, at: int, other: WSD) -> None:
+    start = min(at, 8)  # at 9 it had begun by itself, which is no edit
+    state = after(saving, at, begin_decay, then=2)
+    edits = {"decay_start": at, "decay_from": GIVEN(at)} if at < 8 else {}
+    assert state["edits"] == {**WITHOUT, **edits}
+    scheduler, used, said = load(loading, other, state)
+    assert len(said) == sum(value != getattr(other, name) for name, value in vars(GIVEN).items())
+    assert scheduler.state_dict()["edits"] == state["edits"]
+    if edits:
+        falls = WSD(0, start, other.decay_steps, GIVEN(at), other.min_lr, other.decay_type)
+        assert scheduler.get_phase(at) == "decay"
+    else:
+        falls = other
+    assert same(loading, used, falls.values(at + 2, at + 22))
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@each_pair
+def test_an_extension_is_made_to_the_constructors_schedule(saving: str, loading: str, other: WSD) -> None:
+    state = after(saving, 4, extend)
+    assert state["edits"] == {**WITHOUT, "extended": 4}
+    scheduler, used, _ = load(loading, other, state)
+    expected = other if other.stable_steps is None else other.extend_stable(4)
+    assert scheduler.schedule == expected
+    assert same(loading, used, expected.values(4, 24))
+    assert scheduler.state_dict()["edits"] == state["edits"]
+
+
+@pytest.mark.parametrize("other", OTHERS, ids=str)
+@pytest.mark.parametrize("edits", [(extend,), (begin_decay,), (extend, begin_decay), ()], ids=len)
+def test_an_optimizer_with_that_schedule_resumes_alike(edits: tuple[Callable[[Any], None], ...], other: WSD) -> None:
+    def run(optimizer: FusedAdamW, steps: int) -> list[float]:
+        used = []
+        for _ in range(steps):
+            for param in optimizer.param_groups[0]["params"]:
+                param.grad = param.detach().clone()
+            optimizer.step()
+            used += rates(optimizer)
+        return used
+
+    first, second = (FusedAdamW(make("SGD")[0].parameters(), lr=schedule) for schedule in (GIVEN, other))
+    run(first, 6)
+    for edit in edits:
+        edit(first)
+    run(first, 1)
+    saved = through_a_file(first.state_dict())
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        second.load_state_dict(saved)
+    state = after("FusedAdamW", 6, *edits, then=1)
+    assert state["edits"] == saved["param_groups"][0]["lr_schedule"]["edits"]
+    _, used, said = load("FusedAdamW", other, state)
+    assert used == run(second, 20)
+    assert said == [str(warning.message).replace("lr_schedule.", "schedule.") for warning in caught]
+
+
+@pytest.mark.parametrize("edit", [extend, begin_decay])
+@each_kind
+def test_edits_before_the_load_are_not_those_of_the_loaded_run(kind: str, edit: Callable[[Any], None]) -> None:
+    model, optimizer = make(kind)
+    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
+    train(model, optimizer, scheduler, 5)
+    state = scheduler.state_dict()
+    edit(scheduler)
+    scheduler.load_state_dict(state)
+    assert scheduler.state_dict() == state
+    edit(scheduler)
+    twice = scheduler.schedule
+    scheduler.load_state_dict(scheduler.state_dict())
+    assert scheduler.schedule == twice
+    assert train(model, optimizer, scheduler, 15) == twice.values(5, 20)
+
+
+@each_kind
+def test_edits_after_a_step_back(kind: str) -> None:
+    model, optimizer = make(kind)
+    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
+    train(model, optimizer, scheduler, 6)
+    scheduler.begin_decay()
+    with pytest.warns(UserWarning, match="epoch parameter"):
+        scheduler.step(4)
+    scheduler.extend_stable(3)  # the decay waits again, and is put off
+    assert scheduler.schedule == replace(GIVEN, stable_steps=6)
+    resumed, used, said = load(kind, GIVEN, scheduler.state_dict())
+    assert (resumed.schedule, said) == (scheduler.schedule, [])
+    assert used == train(model, optimizer, scheduler, 20) == scheduler.schedule.values(4, 24)
+
+
+# State dicts of earlier releases.
+
+
+@pytest.mark.parametrize("at", [1, 3, 5, 8, 10, 14], ids=lambda at: f"at{at}")
+@pytest.mark.parametrize("edits", [(), (extend,), (begin_decay,), (extend, begin_decay)], ids=len)
+@each_kind
+def test_an_old_state_goes_on_as_the_run_would_have(kind: str, edits: tuple[Any, ...], at: int) -> None:
+    state = after(kind, at, *edits, then=2)
+    scheduler, used, said = load(kind, GIVEN, old(state))
+    assert scheduler.schedule == state["standing"]
+    assert used == state["standing"].values(at + 2, at + 22)
+    assert len(said) == (state["standing"] != GIVEN)
+    assert all(str(scheduler._edits) in text for text in said)
+    again, used_again, said = load(kind, GIVEN, scheduler.state_dict() | {"last_epoch": at + 2})
+    assert (again.schedule, used_again, said) == (scheduler.schedule, used, [])
+
+
+@each_kind
+def test_the_constructor_wins_over_an_old_state_too(kind: str) -> None:
+    other = WSD(3, None, 9, 5e-2, 1e-3, "sqrt")
+    state = old(after(kind, 6, begin_decay, then=2))
+    _, used, said = load(kind, other, state)
+    assert used == WSD(3, 3, 9, 1e-2, 1e-3, "sqrt").values(8, 28)  # the decay that has begun is not lost
+    assert said[1:] == differ(decay_steps=(6, 9), min_lr=(1e-4, 1e-3), decay_type=("linear", "sqrt"))
+    assert "{'decay_start': 6, 'decay_from': 0.01}" in said[0]
+
+    other = replace(GIVEN, peak_lr=5e-2)
+    _, used, said = load(kind, other, old(after(kind, 9)))  # in a decay that nobody began: no edit
+    assert used == other.values(9, 29)
+    assert said == differ(peak_lr=(1e-2, 5e-2))
+    for other in (replace(GIVEN, stable_steps=None), WSD(4, 5, 6, 1e-2, 1e-4), WSD(3, 30, 6, 1e-2, 1e-4)):
+        scheduler, used, said = load(kind, other, old(after(kind, 4, extend)))  # in the stable phase
+        assert used == other.values(4, 24)
+        assert "schedule.stable_steps was 9" in " ".join(said)
+        assert scheduler.state_dict()["edits"] == WITHOUT
+
+
+# What is refused.
+
+
+@pytest.mark.parametrize(
+    ("edits", "words"),
+    [
+        ("x", "edits must be a dict of .*, got 'x'"),
+        ([1], "edits must be a dict"),
+        ({"foo": 1}, "edits must be a dict of .*'decay_start'.*got {'foo': 1}"),
+        ({"decay_start": 3}, "edits must be a dict"),
+        ({"extended": -1}, "extended in edits must be an int from 0 .*got -1"),
+        ({"extended": 1.5}, "extended in edits must be an int"),
+        ({"extended": 2**53}, "stable_steps must be an int from 0"),
+        ({"decay_start": -1, "decay_from": 1e-2}, "decay_start in edits must be an int from 0"),
+        ({"decay_start": True, "decay_from": 1e-2}, "decay_start in edits must be an int from 0"),
+        ({"decay_start": 2**62, "decay_from": 1e-2}, "stable_steps must be an int from 0"),
+        ({"decay_start": 6, "decay_from": "1"}, "decay_from in edits must be a finite number"),
+        ({"decay_start": 6, "decay_from": 1e-5}, r"min_lr must be a number from 0 to peak_lr=1e-05"),
+        ({"decay_start": 6, "decay_from": 0.0}, r"peak_lr must be a finite number > 0"),
+    ],
+    ids=str,
+)
+@each_kind
+def test_bad_edits_change_nothing(kind: str, edits: Any, words: str) -> None:
+    model, optimizer = make(kind)
+    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
+    train(model, optimizer, scheduler, 4)
+    scheduler.extend_stable(2)
+    before = scheduler.state_dict()
+    with pytest.raises(ValueError, match=rf"extend_stable\(\).*{words}.*; or set .* to {{}}, to go"):
+        scheduler.load_state_dict({**before, "last_epoch": 9, "edits": edits})
+    assert scheduler.state_dict() == before
+    assert train(model, optimizer, scheduler, 20) == GIVEN.extend_stable(2).values(4, 24)
+
+
+@each_kind
+def test_a_cosine_has_no_edits(kind: str) -> None:
+    _, optimizer = make(kind)
+    scheduler = CosineRestartScheduler(optimizer, 1.0)
+    state = scheduler.state_dict()
+    assert state["edits"] == {}
+    for none in ({}, None, WITHOUT):
+        scheduler.load_state_dict({**state, "edits": none})
+    with pytest.raises(ValueError, match=r"edits must be a dict of nothing, got {'extended': 1}"):
+        scheduler.load_state_dict({**state, "edits": {"extended": 1}})
+
+
+@each_kind
+def test_a_load_that_is_stopped_changes_nothing(kind: str) -> None:
+    model, optimizer = make(kind)
+    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
+    train(model, optimizer, scheduler, 4)
+    before = scheduler.state_dict()
+    other = {**before, "schedule": replace(GIVEN, peak_lr=1.0).to_dict(), "last_epoch": 9}
+    with pytest.raises(UserWarning, match=r"peak_lr was 1\.0"):  # warnings are errors in these tests
+        scheduler.load_state_dict(other)
+    for wrong in ({"base_lrs": None}, {"_step_count": -1}):
+        with pytest.raises((TypeError, ValueError)):
+            scheduler.load_state_dict({**before, "last_epoch": 9, **wrong})
+    optimizer.param_groups[0]["lr_scale"] = -1.0
+    with pytest.raises(ValueError, match="lr_scale"):
+        scheduler.load_state_dict({**before, "last_epoch": 9})
+    optimizer.param_groups[0]["lr_scale"] = 1.0
+    assert scheduler.state_dict() == before
+    assert train(model, optimizer, scheduler, 20) == GIVEN.values(4, 24)

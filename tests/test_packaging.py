@@ -8,6 +8,7 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import venv
 import zipfile
 from pathlib import Path
 
@@ -48,12 +49,12 @@ def tree(build_tools, tmp_path):
     return copy_sources(tmp_path)
 
 
-def run(folder, *arguments, **variables):
-    """Run this Python in ``folder``, where nothing but ``variables`` steers the build."""
+def run(folder, *arguments, python=sys.executable, **variables):
+    """Run Python in ``folder``, where nothing but ``variables`` steers the build."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("NEXUS_")}
     environment["NEXUS_CUDA_ARCHS"] = "sm_90"  # as the Makefile has it, so that its objects are taken over
     return subprocess.run(
-        [sys.executable, *arguments],
+        [python, *arguments],
         cwd=folder,
         env=environment | variables,
         capture_output=True,
@@ -63,7 +64,7 @@ def run(folder, *arguments, **variables):
 
 
 def build(folder, kind):
-    """Build the sdist or the wheel in ``folder`` as pip does, and return its path."""
+    """Build the sdist, the wheel or the editable one in ``folder`` as pip does, and return its path."""
     code = f"from setuptools import build_meta; print(build_meta.build_{kind}('dist'))"
     result = run(folder, "-c", code, NEXUS_REQUIRE_NATIVE="1")
     assert result.returncode == 0, result.stdout + result.stderr
@@ -85,6 +86,24 @@ def wheel(sdist, tmp_path_factory):
     if (ROOT / "build" / "native").exists():
         shutil.copytree(ROOT / "build" / "native", tree / "build" / "native")
     return build(tree, "wheel")
+
+
+@pytest.fixture(scope="module")
+def editable(build_tools, tmp_path_factory):
+    """A clone named nexus, and the Python of an environment into which it is installed as by ``pip install -e``."""
+    clone, environment = (tmp_path_factory.mktemp(name) / "nexus" for name in ("parent", "environment"))
+    clone.mkdir()
+    venv.create(environment, symlinks=True)
+    python = environment / "bin" / "python"
+    where = run(clone, "-c", "import sysconfig; print(sysconfig.get_path('purelib'), end='')", python=python)
+    packages = Path(where.stdout)
+    with zipfile.ZipFile(build(copy_sources(clone), "editable")) as archive:
+        archive.extractall(packages)
+    # Its dependencies are those of the tests. Named in a .pth file, their folders' own such files are not obeyed, so
+    # that no other install of nexus is seen.
+    theirs = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    (packages / "dependencies.pth").write_text("\n".join(theirs))
+    return clone, python
 
 
 def test_sdist_holds_the_sources_and_nothing_built(sdist):
@@ -125,6 +144,28 @@ def test_extension_of_the_wheel_loads_without_torch(wheel, tmp_path):
         archive.extractall(tmp_path)
     result = run(tmp_path, "-c", "import nexus._native as n, sys; print(n.__file__, 'torch' in sys.modules)")
     assert result.stdout.split() == [str(tmp_path / "nexus" / EXTENSION), "False"], result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("place", ["the clone's parent", "elsewhere"])
+def test_an_editable_install_is_found_from_anywhere(editable, tmp_path_factory, place):
+    """Where the clone's parent is searched first, too: the clone itself has the package's name, and is not it."""
+    pytest.importorskip("mypy")
+    clone, python = editable
+    folder = clone.parent if place == "the clone's parent" else tmp_path_factory.mktemp("elsewhere")
+
+    def in_folder(*arguments):
+        result = run(folder, *arguments, python=python, PYTHONPATH="", MYPYPATH="")
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+    assert in_folder("-c", "import nexus; print(nexus.__file__)") == f"{clone / 'nexus' / '__init__.py'}\n"
+    assert re.search(rf"^nexus +{re.escape(nexus.__version__)}$", in_folder("-m", "nexus", "info"), re.MULTILINE)
+    types = in_folder(
+        *("-m", "mypy", "--cache-dir", clone.with_name("mypy cache")),
+        *("-c", "import nexus.optim; reveal_type(nexus.optim.FusedAdamW)"),
+    )
+    assert re.search(r'Revealed type is "def \(.*\) -> nexus\.optim\.fused_adamw\.FusedAdamW"', types), types
 
 
 def test_build_knows_no_torch():

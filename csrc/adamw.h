@@ -22,9 +22,8 @@ struct Coefficients {
   T eps;
 };
 
-// `step` counts this update: 1 for a parameter's first.
-NEXUS_FN Coefficients<double> coefficients(const Row& row, int64_t step) {
-  const double t = static_cast<double>(step);
+// `t` counts this update: 1 for a parameter's first.
+NEXUS_FN Coefficients<double> coefficients(const Row& row, double t) {
   const double bias1 = 1.0 - pow(row.beta1, t);
   const double bias2 = 1.0 - pow(row.beta2, t);
   return {row.grad_multiplier, row.lr * row.weight_decay, 1.0 - row.beta1, row.beta2, 1.0 - row.beta2,

@@ -96,7 +96,7 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
   });
   m.def("chunk_count", &nexus::chunk_count);
   py::class_<WatchedList>(m, "WatchedList", py::module_local(), py::custom_type_setup(nexus::collect_garbage))
-      .def(py::init<py::dict, py::tuple, py::object, py::object, py::tuple>())
+      .def(py::init<py::tuple, py::tuple, int64_t, py::object, py::object, py::tuple>())
       .def("begin", &WatchedList::begin)
       .def("begin_groups", &WatchedList::begin_groups)
       .def("add_group", &WatchedList::add_group)
@@ -110,12 +110,13 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("written", &WatchedList::written, "The parameters that the next step writes to in place.")
       .def("overlap", &WatchedList::overlap)
       .def("refresh", &WatchedList::refresh)
+      .def("release_state", &WatchedList::release_state)
       .def("release_gradients", &WatchedList::release_gradients)
       .def("write_pointers", &WatchedList::write_pointers)
       .def("rates", &WatchedList::rates);
   py::class_<CpuTensorList, WatchedList>(m, "CpuTensorList", py::module_local(),
                                          py::custom_type_setup(nexus::collect_garbage))
-      .def(py::init<py::dict, py::tuple, py::object, py::object, py::tuple>())
+      .def(py::init<py::tuple, py::tuple, int64_t, py::object, py::object, py::tuple>())
       .def("divide", &CpuTensorList::divide)
       .def("set_state", &CpuTensorList::set_state)
       .def("sum_of_squares", &CpuTensorList::sum_of_squares)

@@ -68,6 +68,9 @@ class CudaTensorList : public WatchedList {
     devices_.at(index)->update_captured(stream_at(stream));
   }
 
+  // Whether a graph may have captured a step.
+  bool has_captured() const { return !captured_.empty(); }
+
   void traffic(size_t index, Address stream) {
     if (!devices_.at(index)->traffic(stream_at(stream))) {
       throw std::invalid_argument(
@@ -106,12 +109,13 @@ void define_cuda(py::module_& m) {
   m.def("cuda_evaluate", &evaluate, release());
   py::class_<CudaTensorList, WatchedList>(m, "CudaTensorList", py::module_local(),
                                           py::custom_type_setup(collect_garbage))
-      .def(py::init<py::dict, py::tuple, py::object, py::object, py::tuple>())
+      .def(py::init<py::tuple, py::tuple, int64_t, py::object, py::object, py::tuple>())
       .def("divide", &CudaTensorList::divide)
       .def("set_state", &CudaTensorList::set_state)
       .def("sum_of_squares", &CudaTensorList::sum_of_squares, release())
       .def("step", &CudaTensorList::step, release())
       .def("update_captured", &CudaTensorList::update_captured, release())
+      .def("has_captured", &CudaTensorList::has_captured)
       .def("traffic", &CudaTensorList::traffic, release(),
            "The loads and stores of step() alone; no value changes.");
 }

@@ -13,7 +13,7 @@ std::pair<int64_t, int64_t> HostList::overlap() const {
   for (size_t i = 0; i < tensors.size(); ++i) {
     const auto begin = reinterpret_cast<uintptr_t>(tensors[i].param);
     const auto bytes = static_cast<uintptr_t>(tensors[i].numel) * item_size(tensors[i].param_dtype);
-    if (bytes > 0) {
+    if (bytes > 0 && tensors[i].grad != nullptr) {
       ranges.push_back({begin, begin + bytes, static_cast<int64_t>(i)});
     }
   }

@@ -13,7 +13,7 @@ struct HostList {
   std::vector<TensorRecord> tensors;  // device by device
   std::vector<Group> groups;          // every group once for each device, device by device
 
-  // Two tensors whose parameters share memory, or {-1, -1}. Threads would race on them.
+  // Two tensors with a gradient whose parameters share memory, or {-1, -1}. Threads would race on them.
   std::pair<int64_t, int64_t> overlap() const;
 };
 

@@ -22,7 +22,7 @@ struct TensorRecord {
   void* exp_avg;
   void* exp_avg_sq;
   void* max_exp_avg_sq;  // null without amsgrad
-  int64_t* step;         // the parameter's own count of updates
+  double* step;          // the parameter's own count of updates, a whole number up to 2^53
   int64_t numel;
   int32_t group;
   DType param_dtype;

@@ -1,4 +1,4 @@
-#include "tensor_watch.h"
+#include "tensor_reader.h"
 
 namespace nexus {
 namespace {
@@ -40,8 +40,6 @@ DType dtype_of(uint8_t code, uint8_t bits, uint16_t lanes) {
   }
   return code == kBFloat && bits == 16 && lanes == 1 ? DType::kBFloat16 : DType::kOther;
 }
-
-Object interned(const char* name) { return Object::own(PyUnicode_InternFromString(name)); }
 
 }  // namespace
 

@@ -7,17 +7,6 @@
 namespace nexus {
 namespace {
 
-Object interned(const char* name) { return Object::own(PyUnicode_InternFromString(name)); }
-
-// Borrowed; null where there is none. The keys are interned strings, whose hash is at hand.
-PyObject* item(PyObject* dict, PyObject* key) {
-  PyObject* value = PyDict_GetItemWithError(dict, key);
-  if (value == nullptr) {
-    PyErr_Clear();
-  }
-  return value;
-}
-
 // A number that changes whenever the dict does, or 0 where CPython has none (from 3.12 on it is deprecated).
 uint64_t dict_version(PyObject* dict) {
 #if PY_VERSION_HEX < 0x030C0000
@@ -35,34 +24,32 @@ const char kEmptyGradient = 0;
 
 }  // namespace
 
-TensorWatch::TensorWatch(HostList& list, PyObject* attributes, PyObject* setting_names,
-                         PyObject* grad_descriptor, TensorReader reader)
+TensorWatch::TensorWatch(HostList& list, PyObject* setting_names, PyObject* state_names,
+                         int64_t storage_references, PyObject* grad_descriptor, const TensorReader& reader)
     : list_(list),
-      attributes_(attributes),
       setting_names_(setting_names),
       grad_descriptor_(grad_descriptor),
-      reader_(std::move(reader)),
+      reader_(reader),
       param_groups_name_(interned("param_groups")),
-      state_name_(interned("state")),
+      grad_name_(interned("grad")),
       params_name_(interned("params")),
       detach_name_(interned("detach")),
+      is_neg_name_(interned("is_neg")),
+      version_name_(interned("_version")),
       local_tensor_name_(interned("_local_tensor")),
       spec_name_(interned("_spec")),
-      placements_name_(interned("placements")) {}
+      placements_name_(interned("placements")),
+      state_(state_names, storage_references, reader) {}
 
-PyObject* TensorWatch::attribute(const Object& name) const { return item(attributes_.get(), name.get()); }
-
-void TensorWatch::reset() {
+void TensorWatch::reset(PyObject* attributes) {
   groups_.clear();
-  states_.clear();
   parameters_.clear();
   layouts_.clear();
   fixed_tensors_.clear();
   gradient_came_or_went_ = true;
-  PyObject* param_groups = attribute(param_groups_name_);
-  PyObject* state = attribute(state_name_);
+  PyObject* param_groups = item(attributes, param_groups_name_.get());
+  PyObject* state = PyDict_GetItemString(attributes, "state");
   seen_groups_ = Object(param_groups);
-  seen_state_ = Object(state);
   if (param_groups == nullptr || !PyList_Check(param_groups) || state == nullptr || !PyDict_Check(state)) {
     throw std::invalid_argument("the optimizer's param_groups must be a list and its state a dict");
   }
@@ -75,17 +62,7 @@ void TensorWatch::reset() {
     groups_.push_back({Object(group), Object(params), PyList_GET_SIZE(params), {}, 0});
   }
   reset_settings();
-  PyObject *key, *entries, *name, *value;
-  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &entries);) {
-    StateSnapshot snapshot{Object(key), Object(entries), {}, 0};
-    if (PyDict_Check(entries)) {
-      snapshot.version = dict_version(entries);
-      for (Py_ssize_t k = 0; PyDict_Next(entries, &k, &name, &value);) {
-        snapshot.values.emplace_back(value);
-      }
-    }
-    states_.push_back(std::move(snapshot));
-  }
+  state_.reset(attributes);
 }
 
 void TensorWatch::reset_settings() {
@@ -100,7 +77,8 @@ void TensorWatch::reset_settings() {
 }
 
 void TensorWatch::add_parameter(PyObject* param) {
-  parameters_.push_back({Object(param), Object(), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}, {}});
+  parameters_.push_back(
+      {Object(param), Object(), has_own_gradient(param), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}, {}});
 }
 
 void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
@@ -117,6 +95,7 @@ void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* strea
   }
   parameters_.push_back({Object(param),
                          alias,
+                         has_own_gradient(param),
                          record,
                          staged_param,
                          staged_grad,
@@ -141,20 +120,29 @@ TensorWatch::FixedTensor TensorWatch::fixed(PyObject* tensor) {
   if (!reader_.describe(tensor, now)) {
     throw std::invalid_argument("a tensor of the optimizer could not be read");
   }
-  return {Object(tensor), now.data};
+  return {Object(tensor), now.data, Object()};
 }
 
 void TensorWatch::add_tensor(PyObject* tensor) { fixed_tensors_.push_back(fixed(tensor)); }
 
-void TensorWatch::add_setting_tensor(PyObject* tensor) { setting_tensors_.push_back(fixed(tensor)); }
+void TensorWatch::add_setting_tensor(PyObject* tensor, bool written_by_steps) {
+  setting_tensors_.push_back(fixed(tensor));
+  if (written_by_steps) {
+    setting_tensors_.back().version = version(tensor);
+  }
+}
+
+Object TensorWatch::version(PyObject* tensor) const {
+  Object version = Object::own(PyObject_GetAttr(tensor, version_name_.get()));
+  PyErr_Clear();
+  return version;
+}
 
 int TensorWatch::traverse(visitproc visit, void* arg) const {
   const auto each = [visit, arg](const Object& object) {
     return object.get() == nullptr ? 0 : visit(object.get(), arg);
   };
-  int stop = each(attributes_);
-  stop = stop != 0 ? stop : each(seen_groups_);
-  stop = stop != 0 ? stop : each(seen_state_);
+  int stop = each(seen_groups_);
   for (size_t i = 0; i < groups_.size() && stop == 0; ++i) {
     stop = each(groups_[i].group);
     stop = stop != 0 ? stop : each(groups_[i].params);
@@ -162,13 +150,7 @@ int TensorWatch::traverse(visitproc visit, void* arg) const {
       stop = each(groups_[i].settings[k]);
     }
   }
-  for (size_t i = 0; i < states_.size() && stop == 0; ++i) {
-    stop = each(states_[i].key);
-    stop = stop != 0 ? stop : each(states_[i].entries);
-    for (size_t k = 0; k < states_[i].values.size() && stop == 0; ++k) {
-      stop = each(states_[i].values[k]);
-    }
-  }
+  stop = stop != 0 ? stop : state_.traverse(visit, arg);
   for (size_t i = 0; i < parameters_.size() && stop == 0; ++i) {
     stop = each(parameters_[i].tensor);
   }
@@ -183,18 +165,16 @@ int TensorWatch::traverse(visitproc visit, void* arg) const {
 void TensorWatch::clear() {
   // Taken out first: what dies may call back. From here on, refresh() asks for a new plan.
   const Object seen_groups = std::exchange(seen_groups_, {});
-  const Object seen_state = std::exchange(seen_state_, {});
   const auto groups = std::exchange(groups_, {});
-  const auto states = std::exchange(states_, {});
   const auto parameters = std::exchange(parameters_, {});
   const auto fixed_tensors = std::exchange(fixed_tensors_, {});
   const auto setting_tensors = std::exchange(setting_tensors_, {});
   const Object written = std::exchange(written_, {});
-  const Object attributes = std::exchange(attributes_, {});
+  state_.clear();
 }
 
-bool TensorWatch::same_groups() {
-  PyObject* groups = attribute(param_groups_name_);
+bool TensorWatch::same_groups(PyObject* attributes) {
+  PyObject* groups = item(attributes, param_groups_name_.get());
   if (groups != seen_groups_.get() || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
     return false;
   }
@@ -234,7 +214,7 @@ Change TensorWatch::same_settings() {
       }
       const Rate& lr = list_.groups[i].lr;
       const bool plain = k == 0 && value != nullptr && lr.table == nullptr && lr.tensor == nullptr;
-      if (plain && PyFloat_CheckExact(value)) {  // what torch's schedulers write at every step
+      if (plain && PyFloat_Check(value)) {  // what torch's schedulers write at every step; NumPy's, too
         const double number = PyFloat_AS_DOUBLE(value);
         if (std::isfinite(number) && number >= 0.0) {
           for (size_t j = i; j < list_.groups.size(); j += groups_.size()) {  // on every device
@@ -253,52 +233,36 @@ Change TensorWatch::same_settings() {
   return change;
 }
 
-bool TensorWatch::same_state() {
-  PyObject* state = attribute(state_name_);
-  if (state != seen_state_.get() || PyDict_GET_SIZE(state) != static_cast<Py_ssize_t>(states_.size())) {
-    return false;
-  }
-  PyObject *key, *entries, *name, *value;
-  size_t i = 0;
-  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &entries); ++i) {
-    StateSnapshot& seen = states_[i];
-    if (key != seen.key.get() || entries != seen.entries.get() || !PyDict_Check(entries)) {
-      return false;
-    }
-    if (unchanged(entries, seen.version)) {
-      continue;
-    }
-    if (PyDict_GET_SIZE(entries) != static_cast<Py_ssize_t>(seen.values.size())) {
-      return false;
-    }
-    size_t j = 0;
-    for (Py_ssize_t k = 0; PyDict_Next(entries, &k, &name, &value); ++j) {
-      if (value != seen.values[j].get()) {
-        return false;
-      }
-    }
-    seen.version = dict_version(entries);
-  }
-  return true;
-}
-
 bool TensorWatch::in_place(const std::vector<FixedTensor>& tensors) {
   Description now;
   for (const FixedTensor& tensor : tensors) {
     if (!reader_.describe(tensor.tensor.get(), now) || now.data != tensor.data) {
       return false;
     }
+    if (tensor.version.get() != nullptr &&
+        PyObject_RichCompareBool(version(tensor.tensor.get()).get(), tensor.version.get(), Py_EQ) != 1) {
+      PyErr_Clear();
+      return false;
+    }
   }
   return true;
 }
 
-Object TensorWatch::gradient(PyObject* param) {
-  // Straight to the getter: a look-up by name would add a quarter to the cost of a step over small tensors.
-  if (Py_IS_TYPE(grad_descriptor_.get(), &PyGetSetDescr_Type)) {
-    const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.get())->d_getset;
-    return Object::own(getset->get(param, getset->closure));
+bool TensorWatch::has_own_gradient(PyObject* param) const {
+  const Object found =
+      Object::own(PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(param)), grad_name_.get()));
+  PyErr_Clear();
+  return found.get() != grad_descriptor_.get() || !Py_IS_TYPE(found.get(), &PyGetSetDescr_Type);
+}
+
+Object TensorWatch::gradient(const Parameter& parameter) const {
+  PyObject* param = parameter.tensor.get();
+  if (parameter.own_gradient) {
+    return Object::own(PyObject_GetAttr(param, grad_name_.get()));
   }
-  return Object::own(PyObject_GetAttrString(param, "grad"));
+  // Straight to the getter: a look-up by name would add a quarter to the cost of a step over small tensors.
+  const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.get())->d_getset;
+  return Object::own(getset->get(param, getset->closure));
 }
 
 // The part of a DTensor that is in this process; null where it is spread over the processes otherwise.
@@ -331,12 +295,20 @@ bool TensorWatch::same_layout(const Parameter& parameter, const Description& now
     }
     numel *= shape[d];
   }
-  return now.data != nullptr || numel == 0;  // null: its storage was freed
+  // Null: its storage was freed. What is copied may have none, as the zeros that autograd makes of nothing.
+  return now.data != nullptr || numel == 0 || strides == nullptr;
+}
+
+// DLPack does not tell a negated view, whose memory has the other sign.
+bool TensorWatch::is_negated(PyObject* tensor) const {
+  const Object answer = Object::own(PyObject_CallMethodNoArgs(tensor, is_neg_name_.get()));
+  PyErr_Clear();
+  return answer.get() == Py_True;
 }
 
 bool TensorWatch::refresh_parameter(Parameter& parameter) {
   PyObject* param = parameter.tensor.get();
-  Object grad = gradient(param);
+  Object grad = gradient(parameter);
   if (grad.get() == nullptr) {
     PyErr_Clear();
     return false;
@@ -354,7 +326,6 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
     return true;
   }
   const int64_t* strides = layouts_.data() + parameter.layout + parameter.ndim;
-  const int64_t* grad_strides = parameter.staged_grad ? nullptr : strides + parameter.ndim;
   const bool spread = parameter.placements.get() != nullptr;
   const Object local = spread ? local_part(param, parameter.placements.get()) : Object(param);
   Description now;
@@ -374,13 +345,17 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
   if (spread && !parameter.staged_grad) {
     grad = local_part(grad.get(), parameter.placements.get());
   }
-  if (spread && parameter.staged_grad) {  // its part in this process may be of any shape
-    if (reader_.dtype(grad.get()) != parameter.grad_dtype) {
+  if (parameter.staged_grad) {  // a DTensor's part may be of any shape here, and a wrapper may have no memory
+    const bool plain = !spread && reader_.describe(grad.get(), now);
+    if (reader_.dtype(grad.get()) != parameter.grad_dtype ||
+        (plain && !same_layout(parameter, now, nullptr))) {
       return false;
     }
   } else if (grad.get() == nullptr || !reader_.describe(grad.get(), now) ||
-             now.dtype != parameter.grad_dtype || !same_layout(parameter, now, grad_strides)) {
+             now.dtype != parameter.grad_dtype || !same_layout(parameter, now, strides + parameter.ndim)) {
     return false;
+  } else if (record.numel == 1 && is_negated(grad.get())) {
+    return false;  // of more elements, such a view (the imaginary part of a conjugate) has another layout
   }
   const void* data = parameter.staged_grad ? parameter.grad_buffer : now.data;
   record.grad = data != nullptr ? data : &kEmptyGradient;
@@ -410,8 +385,9 @@ void TensorWatch::list_written() {
   gradient_came_or_went_ = false;
 }
 
-Change TensorWatch::refresh() {
-  if (seen_groups_.get() == nullptr || !same_groups() || !same_state() || !in_place(fixed_tensors_)) {
+Change TensorWatch::refresh(PyObject* attributes) {
+  if (seen_groups_.get() == nullptr || !same_groups(attributes) || !state_.same(attributes) ||
+      !in_place(fixed_tensors_)) {
     return Change::kTensors;
   }
   param_moved_ = false;
@@ -420,10 +396,10 @@ Change TensorWatch::refresh() {
       return Change::kTensors;
     }
   }
-  if (param_moved_ && list_.overlap().first >= 0) {
-    return Change::kTensors;
-  }
   if (param_moved_ || gradient_came_or_went_) {
+    if (list_.overlap().first >= 0) {
+      return Change::kTensors;
+    }
     list_written();
   }
   return same_settings();

@@ -1,12 +1,6 @@
 // Notices, once a step, whatever a user changed since the pointers were read: a gradient that moved, appeared
 // or went away, a parameter whose storage was swapped, a replaced moment, an added group, another
 // hyperparameter.
-//
-// Reads Python objects through the C API of CPython and tensors through DLPack's C exchange functions, which
-// torch publishes on its tensor type: a stable interface, so that this needs no header of torch, at 20 ns for
-// a Tensor and 50 for a Parameter. Where torch is too old to have them, the same is read through Python
-// attributes. (A handle of torch's C shim reads a Parameter in 15 ns, but counts as a reference to it, which
-// torch.utils.swap_tensors does not allow.)
 #pragma once
 
 #include <Python.h>
@@ -15,81 +9,24 @@
 #include <vector>
 
 #include "host_list.h"
+#include "state_watch.h"
+#include "tensor_reader.h"
 
 namespace nexus {
 
 // Ordered: a higher value asks for more.
 enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
 
-// A strong reference.
-class Object {
- public:
-  Object() = default;
-  explicit Object(PyObject* borrowed) : pointer_(borrowed) { Py_XINCREF(pointer_); }
-  Object(const Object& other) : Object(other.pointer_) {}
-  Object(Object&& other) noexcept : pointer_(other.pointer_) { other.pointer_ = nullptr; }
-  Object& operator=(Object other) noexcept {
-    PyObject* mine = pointer_;
-    pointer_ = other.pointer_;
-    other.pointer_ = mine;
-    return *this;
-  }
-  ~Object() { Py_XDECREF(pointer_); }
-  PyObject* get() const { return pointer_; }
-
-  // Takes over a new reference, such as most functions of the C API return.
-  static Object own(PyObject* created) {
-    Object object;
-    object.pointer_ = created;
-    return object;
-  }
-
- private:
-  PyObject* pointer_ = nullptr;
-};
-
-// What a tensor is at this moment. `shape` and `strides` point into the tensor, or into the reader's scratch.
-struct Description {
-  void* data;
-  DType dtype;
-  int64_t device;  // equal numbers are one device
-  int ndim;
-  const int64_t* shape;
-  const int64_t* strides;
-};
-
-class TensorReader {
- public:
-  // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__, or None. `dtypes`: torch's four types, in the
-  // order of DType.
-  TensorReader(PyObject* exchange_api, PyObject* dtypes);
-
-  // False where the tensor is none that a kernel could take; no Python error is left behind.
-  bool describe(PyObject* tensor, Description& out);
-
-  // Its type alone; also of a tensor that has no memory of its own.
-  DType dtype(PyObject* tensor) const;
-
- private:
-  bool describe_by_attributes(PyObject* tensor, Description& out);
-  bool read_tuple(Object tuple, std::vector<int64_t>& out);
-  DType index_of(PyObject* dtype) const;
-
-  int (*exchange_)(void* tensor, void* dltensor) = nullptr;
-  Object dtypes_;
-  Object data_ptr_, dtype_, is_cpu_, get_device_, shape_, stride_;
-  std::vector<int64_t> shape_scratch_, stride_scratch_;
-};
-
 class TensorWatch {
  public:
-  // `attributes`: the optimizer's __dict__. `setting_names`: the keys of a group whose values are watched;
-  // the first is "lr". `grad_descriptor`: torch's getter of Tensor.grad.
-  TensorWatch(HostList& list, PyObject* attributes, PyObject* setting_names, PyObject* grad_descriptor,
-              TensorReader reader);
+  // `setting_names`: the keys of a group whose values are watched; the first is "lr". `grad_descriptor`:
+  // torch's getter of Tensor.grad. For `state_names` and `storage_references` see StateWatch.
+  TensorWatch(HostList& list, PyObject* setting_names, PyObject* state_names, int64_t storage_references,
+              PyObject* grad_descriptor, const TensorReader& reader);
 
   // Forgets everything, and takes groups and state as they are now for what is expected from here on.
-  void reset();
+  // `attributes`: the optimizer's __dict__, which is not held: it owns this watch.
+  void reset(PyObject* attributes);
 
   // Takes the groups' hyperparameters as they are now for what is expected from here on.
   void reset_settings();
@@ -108,11 +45,16 @@ class TensorWatch {
   void add_tensor(PyObject* tensor);
 
   // The same, of a group's hyperparameters.
-  void add_setting_tensor(PyObject* tensor);
+  // Where steps write to it, nobody else may: a kernel's writes do not count in the tensor's version, others
+  // do.
+  void add_setting_tensor(PyObject* tensor, bool written_by_steps);
 
   // Brings the list's pointers up to date and says what else there is to do. A float written to a group's
   // "lr" is taken over here; any other setting is the caller's.
-  Change refresh();
+  Change refresh(PyObject* attributes);
+
+  // Lets go of the state until the next refresh(), so that what is taken out of it is freed at once.
+  void release_state() { state_.release(); }
 
   // Lets go of the gradients that refresh() has found: they are held until the step that reads them is over,
   // whatever another thread does to them meanwhile.
@@ -121,7 +63,7 @@ class TensorWatch {
   // Aliases of the parameters that the next step writes to where they are: a tuple; borrowed.
   PyObject* written() const { return written_.get(); }
 
-  // For the garbage collector: the optimizer's __dict__ owns this watch, which refers to that dict.
+  // For the garbage collector: what is watched may refer to the optimizer, which owns this watch.
   int traverse(visitproc visit, void* arg) const;
   void clear();
 
@@ -130,7 +72,8 @@ class TensorWatch {
     Object tensor;
     Object
         alias;  // tensor.detach(): shares its version counter, and costs less to read, being a plain Tensor
-    int64_t record;  // -1: none
+    bool own_gradient;  // whether its class has a `grad` of its own
+    int64_t record;     // -1: none
     bool staged_param;
     bool staged_grad;
     DType dtype;
@@ -149,40 +92,36 @@ class TensorWatch {
     std::vector<Object> settings;
     uint64_t version;  // of `group` when its settings were last compared
   };
-  struct StateSnapshot {
-    Object key;
-    Object entries;
-    std::vector<Object> values;
-    uint64_t version;  // of `entries` when its values were last compared
-  };
   struct FixedTensor {
     Object tensor;
     void* data;
+    Object version;  // a Python int; null where it may be any
   };
 
-  bool same_groups();
+  bool same_groups(PyObject* attributes);
   Change same_settings();
-  bool same_state();
   bool in_place(const std::vector<FixedTensor>& tensors);
   bool refresh_parameter(Parameter& parameter);
   bool same_layout(const Parameter& parameter, const Description& now, const int64_t* strides) const;
+  bool is_negated(PyObject* tensor) const;
+  Object version(PyObject* tensor) const;
+  bool has_own_gradient(PyObject* param) const;
   void list_written();
   FixedTensor fixed(PyObject* tensor);
-  Object gradient(PyObject* param);
+  Object gradient(const Parameter& parameter) const;
   Object local_part(PyObject* tensor, PyObject* placements) const;
-  PyObject* attribute(const Object& name) const;  // borrowed
 
   HostList& list_;
-  Object attributes_;
   Object setting_names_;
   Object grad_descriptor_;
   TensorReader reader_;
-  Object param_groups_name_, state_name_, params_name_, detach_name_;
+  Object param_groups_name_, state_name_, reads_name_, grad_name_, params_name_, detach_name_, storage_name_,
+      is_neg_name_, version_name_;
   Object local_tensor_name_, spec_name_, placements_name_;
 
-  Object seen_groups_, seen_state_;
+  Object seen_groups_;
   std::vector<GroupSnapshot> groups_;
-  std::vector<StateSnapshot> states_;
+  StateWatch state_;
   std::vector<Parameter> parameters_;
   std::vector<int64_t> layouts_;
   std::vector<FixedTensor> fixed_tensors_;

@@ -53,15 +53,16 @@ inline StepState state_of(const StateFields& fields) {
 // What the lists of all devices have in common: tensors and hyperparameters, watched.
 class WatchedList {
  public:
-  WatchedList(const py::dict& attributes, const py::tuple& setting_names, const py::object& grad_descriptor,
-              const py::object& exchange_api, const py::tuple& dtypes)
-      : watch_(list_, attributes.ptr(), setting_names.ptr(), grad_descriptor.ptr(),
+  WatchedList(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
+              const py::object& grad_descriptor, const py::object& exchange_api, const py::tuple& dtypes)
+      : watch_(list_, setting_names.ptr(), state_names.ptr(), storage_references, grad_descriptor.ptr(),
                TensorReader(exchange_api.ptr(), dtypes.ptr())) {}
 
-  void begin() {
+  // `attributes`: the optimizer's __dict__.
+  void begin(const py::dict& attributes) {
     list_.tensors.clear();
     list_.groups.clear();
-    watch_.reset();
+    watch_.reset(attributes.ptr());
   }
 
   // Begins the groups anew, their tensors staying as they are.
@@ -78,7 +79,7 @@ class WatchedList {
   int64_t add_tensor(Address param, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq, Address step,
                      int64_t numel, int32_t group, int32_t param_dtype, int32_t grad_dtype) {
     list_.tensors.push_back({at<void>(param), nullptr, at<void>(exp_avg), at<void>(exp_avg_sq),
-                             at<void>(max_exp_avg_sq), at<int64_t>(step), numel, group,
+                             at<void>(max_exp_avg_sq), at<double>(step), numel, group,
                              static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype), 0});
     return static_cast<int64_t>(list_.tensors.size()) - 1;
   }
@@ -93,17 +94,21 @@ class WatchedList {
 
   void watch_tensor(const py::handle& tensor) { watch_.add_tensor(tensor.ptr()); }
 
-  void watch_setting_tensor(const py::handle& tensor) { watch_.add_setting_tensor(tensor.ptr()); }
+  void watch_setting_tensor(const py::handle& tensor, bool written_by_steps) {
+    watch_.add_setting_tensor(tensor.ptr(), written_by_steps);
+  }
 
   py::object written() const { return py::reinterpret_borrow<py::object>(watch_.written()); }
 
   TensorWatch& watch() { return watch_; }
 
-  int refresh() { return static_cast<int>(watch_.refresh()); }
+  int refresh(const py::dict& attributes) { return static_cast<int>(watch_.refresh(attributes.ptr())); }
+
+  void release_state() { watch_.release_state(); }
 
   void release_gradients() { watch_.release_gradients(); }
 
-  // Two tensors that share memory, by their indices, or (-1, -1).
+  // Two tensors with a gradient that share memory, by their indices, or (-1, -1).
   std::pair<int64_t, int64_t> overlap() const { return list_.overlap(); }
 
   // Where tensors and their gradients are, as refresh() has found them: pairs of addresses, in order.

@@ -8,6 +8,7 @@ import numbers
 import operator
 import reprlib
 from collections.abc import Callable
+from typing import cast
 
 MAX_STEP = 2**53
 """Largest step or count: the last integer up to which float64 holds every integer exactly."""
@@ -39,13 +40,26 @@ def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP,
     raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
 
 
+def as_real(value: object) -> float | None:
+    """A real number, of whatever library it is, as one of Python's; None if it is none. Truth values are none."""
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, numbers.Real):
+        return cast(float, value)  # or what float() takes
+    item = getattr(value, "item", None)
+    if item is not None and hasattr(value, "__array_interface__") and getattr(value, "shape", None) == ():
+        return as_real(item())  # NumPy's without dimensions
+    return None
+
+
 def check_number(name: str, value: object, *, low: float = 0.0, positive: bool = False) -> float:
     """`value` as a finite float, at least `low`, and above zero if `positive`."""
     allowed = f"a finite number {'> 0' if positive else f'>= {low:g}'}"
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+    real = as_real(value)
+    if real is None:
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
     try:
-        number = float(value) + 0.0  # turns -0.0 into 0.0
+        number = float(real) + 0.0  # turns -0.0 into 0.0
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or number < low or (positive and number == 0.0):

@@ -53,8 +53,8 @@ class Backend:
     def detail(self) -> str:
         return "for tests"
 
-    def runner(self, attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Runner:
-        return Runner(make_list(extension().CudaTensorList, attributes, setting_names))
+    def runner(self, setting_names: tuple[str, ...]) -> Runner:
+        return Runner(make_list(extension().CudaTensorList, setting_names))
 
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         steps = steps.contiguous()

@@ -95,11 +95,12 @@ class Case:
         for _ in range(dice.choice((0, 1, 3, 6)) or 1):
             values = self.laid_out(self.randn(dice.choice(SHAPES)).to(dice.choice(DTYPES)))
             params.append(torch.nn.Parameter(values))
+        lr = dice.choice((rate, torch.tensor(rate, dtype=torch.float64), self.schedule(rate)))
         return {
             "params": params,
-            "lr": dice.choice((rate, torch.tensor(rate, dtype=torch.float64), self.schedule(rate))),
+            "lr": lr,
             "weight_decay": dice.choice((decay, decay, self.schedule(decay or 0.1))),
-            "lr_scale": dice.choice((1.0, 0.3)),
+            "lr_scale": dice.choice((1.0, 0.3)) if isinstance(lr, Schedule) else 1.0,
             "betas": dice.choice(((0.9, 0.999), (0.5, 0.8), (0.0, 0.99), (0.95, 0.9999))),
             "eps": dice.choice((1e-8, 1e-3)),
             "amsgrad": dice.random() < 0.3,

@@ -188,7 +188,7 @@ def assert_same_parameter(
             assert state[name].dtype == moment_dtype(param.dtype), where
             assert_close(state[name], expected_state[name], MOMENT[state[name].dtype], f"{where} {name}")
     if "step" in state:
-        assert state["step"].dtype == torch.int64
+        assert state["step"].dtype == torch.float64
         assert int(state["step"]) == int(expected_state["step"]), where
 
 

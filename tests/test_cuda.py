@@ -396,15 +396,14 @@ def test_several_devices_share_one_norm(gpu: Shim) -> None:
     grads = make_grads(params)
     set_grads(params, grads)
     runner = optimizer._prepare()
-    plan = optimizer._plan
-    assert plan is not None
+    plan = optimizer._make_plan()
     (whole,) = plan.devices.values()
     split = {}
     for index, entries in enumerate((whole.entries[:2], whole.entries[2:])):
         state = StepState(torch.device("cpu"), False)
         state.device = torch.device("cpu", index)
         split[state.device] = DevicePlan(state, whole.groups, entries, True)
-    runner.bind(Plan(plan.parameters, split))
+    runner.bind(Plan(plan.parameters, split), vars(optimizer))
     gpu.reset()
     gpu.set_devices(count=2)
     for _ in range(3):

@@ -40,7 +40,8 @@ DTYPE = torch.float64  # so that another order of summation does not grow
 def make_optimizer(model: torch.nn.Module, lr: float | Schedule = SCHEDULE) -> FusedAdamW:
     matrices = [param for param in model.parameters() if param.dim() > 1]
     vectors = [param for param in model.parameters() if param.dim() < 2]
-    groups = [{"params": matrices, "weight_decay": Constant(0.1)}, {"params": vectors, "lr_scale": 0.5}]
+    scale = 0.5 if isinstance(lr, Schedule) else 1.0
+    groups = [{"params": matrices, "weight_decay": Constant(0.1)}, {"params": vectors, "lr_scale": scale}]
     return FusedAdamW(groups, lr=lr, amsgrad=True, max_grad_norm=0.7, skip_nonfinite=True)
 
 

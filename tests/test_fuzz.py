@@ -37,7 +37,7 @@ def wrong_step(self: FusedAdamW, *arguments: Any) -> Any:
     """Does nothing to the last parameter."""
     last = self.param_groups[-1]["params"][-1]
     grad, last.grad = last.grad, None
-    result = FusedAdamW._step(self, *arguments)
+    result = FusedAdamW._FusedAdamW__step(self, *arguments)
     last.grad = grad
     return result
 
@@ -49,7 +49,7 @@ def wrong_decay(self: FusedAdamW, *arguments: Any) -> Any:
             for param in group["params"]:
                 if param.grad is not None:
                     param.mul_(1 - 1e-4)
-    return FusedAdamW._step(self, *arguments)
+    return FusedAdamW._FusedAdamW__step(self, *arguments)
 
 
 @pytest.mark.parametrize("wrong", [wrong_step, wrong_decay])

@@ -28,7 +28,7 @@ from torch import Tensor
 from nexus.backends import triton
 from nexus.backends.interface import DevicePlan, Plan, StepState
 from nexus.optim import FusedAdamW, HistoryRows
-from nexus.schedules import WSD, Cosine, CosineRestarts
+from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
 if triton.INTERPRETS and triton.unavailable() is None:
     import triton_interpreter  # noqa: F401  # mends it
@@ -106,7 +106,12 @@ def test_rows_equal_the_oracle_and_torchs_clipping(backend: str) -> None:
     rates = [*schedules, narrow, wide, 1e-3, schedules[0]]
     limits = [0.5, 1e9, None, 3.0, float("inf"), 1.5, 0.5]
     groups: list[dict[str, Any]] = [
-        {"params": make_params([(3,), (40 + index,)]), "lr": lr, "max_grad_norm": limit, "lr_scale": 0.5**index}
+        {
+            "params": make_params([(3,), (40 + index,)]),
+            "lr": lr,
+            "max_grad_norm": limit,
+            "lr_scale": 0.5**index if isinstance(lr, Schedule) else 1.0,
+        }
         for index, (lr, limit) in enumerate(zip(rates, limits, strict=True))
     ]
     groups[6]["params"] = []  # has nothing to update, and has rates all the same
@@ -451,8 +456,7 @@ def test_of_several_devices_the_first_records(gpu: Shim) -> None:
     history = optimizer.history()
     set_grads(params, make_grads(params))
     runner = optimizer._prepare()
-    plan = optimizer._plan
-    assert plan is not None
+    plan = optimizer._make_plan()
     (whole,) = plan.devices.values()
     split = {}
     for index, entry in enumerate(whole.entries):
@@ -461,7 +465,7 @@ def test_of_several_devices_the_first_records(gpu: Shim) -> None:
         split[state.device] = DevicePlan(state, whole.groups, [entry], True)
     history.attach(next(iter(split.values())))
     gpu.set_devices(count=2)
-    runner.bind(Plan(plan.parameters, split))
+    runner.bind(Plan(plan.parameters, split), vars(optimizer))
     for _ in range(3):
         runner.step(None, None)
     rows = history.read()

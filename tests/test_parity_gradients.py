@@ -204,18 +204,14 @@ def test_complex_parameters() -> None:
 
 @pytest.mark.parity(
     "Parameters and gradients",
-    "parameters that no kernel can update: integers, a lazy module's",
+    "a parameter that no kernel can update and that is to be trained: a lazy module's",
     torch="taken by the constructor, and left alone without a gradient",
     nexus="`TypeError` by the constructor",
     why="an error belongs where the mistake is",
     also=("test_optimizer_inputs.py::test_parameters_that_cannot_be_optimized",),
 )
-@pytest.mark.parametrize("kind", ["integers", "lazy"])
-def test_parameters_that_no_kernel_can_update(kind: str) -> None:
-    own: Any = {
-        "integers": lambda: torch.nn.Parameter(torch.zeros(3, dtype=torch.int64), requires_grad=False),
-        "lazy": lambda: torch.nn.LazyLinear(3).weight,
-    }[kind]()
+def test_parameters_that_no_kernel_can_update() -> None:
+    own: Any = torch.nn.LazyLinear(3).weight
     fused_torch([own]).step()
     with pytest.raises(TypeError, match="parameter 0 of group 0 is"):
         FusedAdamW([own])

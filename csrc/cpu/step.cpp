@@ -108,7 +108,7 @@ bool Step::prepare() {
   }
   ++*state.completed;
   int32_t group = -1;
-  int64_t step = -1;  // of the coefficients at hand: tensors of one group mostly share theirs
+  double step = -1.0;  // of the coefficients at hand: tensors of one group mostly share theirs
   Row row = {};
   int32_t evaluated = 0;
   Coefficients<double> as_double = {};
@@ -122,7 +122,7 @@ bool Step::prepare() {
     if (tensor.grad == nullptr) {
       continue;
     }
-    const int64_t count = ++*tensor.step;
+    const double count = *tensor.step += 1.0;
     if (tensor.group != group || count != step) {
       group = tensor.group;
       step = count;

@@ -193,7 +193,7 @@ __device__ void update_block(const Table& table, const StepState& state, const U
     return;
   }
   if (chunk.begin == 0 && threadIdx.x == 0) {
-    ++*global(record.step);
+    *global(record.step) += 1.0;
   }
   update(Work{record, pointers, table.coefficients[chunk.tensor], chunk});
 }

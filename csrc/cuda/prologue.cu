@@ -31,14 +31,14 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
   }
   __syncthreads();
   int32_t group = -1;
-  int64_t step = -1;  // of the coefficients at hand: tensors of one group mostly share theirs
+  double step = -1.0;  // of the coefficients at hand: tensors of one group mostly share theirs
   Coefficients<double> as_double = {};
   for (int64_t i = threadIdx.x; i < table.tensor_count; i += kThreads) {
     if (table.pointers[i].grad == nullptr) {
       continue;
     }
     const TensorRecord& tensor = table.tensors[i];
-    const int64_t count = *tensor.step + 1;
+    const double count = *tensor.step + 1.0;
     if (tensor.group != group || count != step) {
       group = tensor.group;
       step = count;

@@ -63,9 +63,9 @@ def detail() -> str:
     return f"{', '.join(names)}; compiled for {extension.cuda_architectures}"
 
 
-def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> CudaRunner:
-    """One whose watch sees the optimizer through its `__dict__`."""
-    return CudaRunner(make_list(extension.CudaTensorList, attributes, setting_names))
+def runner(setting_names: tuple[str, ...]) -> CudaRunner:
+    """One for an optimizer."""
+    return CudaRunner(make_list(extension.CudaTensorList, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
@@ -102,6 +102,9 @@ class CudaRunner(WatchedRunner):
         """
         for position, plan in enumerate(self._devices):
             self._list.traffic(position, self.current_stream(plan.state.device)[1])
+
+    def has_captured(self) -> bool:
+        return bool(self._list.has_captured())
 
     def update_captured(self) -> None:
         for position, plan in enumerate(self._devices):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -57,6 +57,19 @@ class GroupSettings:
         return self.max_grad_norm != math.inf
 
 
+STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+"""The keys of a parameter's state whose tensors a step uses."""
+
+
+class StateStreams(NamedTuple):
+    """What a step keeps for one parameter from one update to the next."""
+
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    max_exp_avg_sq: Tensor | None
+    step: Tensor  # 0-dim float64: this parameter's own count of updates, which it holds exactly up to 2**53
+
+
 @dataclass(eq=False)
 class TensorEntry:
     """Every stream of one parameter, all of one shape and one layout, dense in memory.
@@ -70,10 +83,7 @@ class TensorEntry:
     group: int
     param_buffer: Tensor | None
     grad_buffer: Tensor | None
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
-    step: Tensor  # 0-dim int64: this parameter's own count of updates
+    state: StateStreams | None  # None once a backend has their addresses: the state is its owner's to free
 
     @property
     def param(self) -> Tensor:
@@ -195,17 +205,27 @@ class Runner(Protocol):
 
     name: str
 
-    def changed(self) -> int:
-        """A `Change`: what the optimizer has to renew before `step`; pointers that merely moved are followed."""
+    def changed(self, attributes: dict[str, Any]) -> int:
+        """A `Change`: what the optimizer has to renew before `step`; pointers that merely moved are followed.
+
+        Args:
+            attributes: the optimizer's `__dict__`. A runner does not keep it: the optimizer owns the runner.
+        """
 
     def forget(self) -> None:
         """Let `changed` ask for a new plan."""
 
-    def bind(self, plan: Plan) -> None:
-        """Take over a new plan."""
+    def release_state(self) -> None:
+        """Hold no reference to the optimizer's state until `changed` is asked again."""
+
+    def bind(self, plan: Plan, attributes: dict[str, Any]) -> None:
+        """Take over a new plan of the optimizer whose `__dict__` is `attributes`."""
 
     def update_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups, which have changed; its tensors have not."""
+
+    def has_captured(self) -> bool:
+        """Whether a graph may have captured a step: what that writes to is never replaced."""
 
     def update_captured(self) -> None:
         """Give the hyperparameters to the steps that graphs have captured, too."""
@@ -226,8 +246,8 @@ class Backend(Protocol):
     def detail(self) -> str:
         """What it runs on, in words, where it can run."""
 
-    def runner(self, attributes: dict[str, Any], setting_names: tuple[str, ...]) -> Runner:
-        """One for an optimizer whose `__dict__` and whose groups' hyperparameters are to be watched."""
+    def runner(self, setting_names: tuple[str, ...]) -> Runner:
+        """One for an optimizer; `setting_names` are the keys of its groups' hyperparameters."""
 
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         """A schedule's values at int64 `steps`, on their device, in float64."""

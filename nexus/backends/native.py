@@ -24,9 +24,9 @@ def detail() -> str:
     return f"CPU ({sets}), {torch.get_num_threads()} threads of {extension.thread_runtime()}"
 
 
-def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> NativeRunner:
-    """One whose watch sees the optimizer through its `__dict__`."""
-    return NativeRunner(make_list(extension.CpuTensorList, attributes, setting_names))
+def runner(setting_names: tuple[str, ...]) -> NativeRunner:
+    """One for an optimizer."""
+    return NativeRunner(make_list(extension.CpuTensorList, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:

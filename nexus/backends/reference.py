@@ -32,7 +32,7 @@ def detail() -> str:
     return "any device of PyTorch, one tensor at a time; slow, for comparison"
 
 
-def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> ReferenceRunner:
+def runner(setting_names: tuple[str, ...]) -> ReferenceRunner:
     """It caches nothing, so it has nothing to watch."""
     return ReferenceRunner()
 
@@ -61,17 +61,25 @@ class ReferenceRunner:
     def __init__(self) -> None:
         self._plan = Plan([], {})
 
-    def changed(self) -> int:
+    def changed(self, attributes: dict[str, Any]) -> int:
         return Change.TENSORS
 
     def forget(self) -> None:
         """It remembers nothing."""
 
-    def bind(self, plan: Plan) -> None:
+    def release_state(self) -> None:
+        for plan in self._plan.devices.values():
+            for entry in plan.entries:
+                entry.state = None
+
+    def bind(self, plan: Plan, attributes: dict[str, Any]) -> None:
         self._plan = plan
 
     def update_settings(self) -> None:
         """The plan is read anew in each step."""
+
+    def has_captured(self) -> bool:
+        return False
 
     def update_captured(self) -> None:
         """No graph reads them."""
@@ -120,7 +128,7 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
         lr, weight_decay = (_rate(rate, state.completed) for rate in (group.lr, group.weight_decay))
         for rate, value in ((group.lr, lr), (group.weight_decay, weight_decay)):
             if rate.last is not None:
-                _assign(rate.last, value, skip)
+                _assign(rate.last.data, value, skip)  # as the kernels, which count no version
         clip = torch.ones_like(scale)
         if group.clips:  # the coefficient of torch.nn.utils.clip_grad_norm_
             clip = torch.clamp(group.max_grad_norm / (state.grad_norm + 1e-6), max=1.0)
@@ -167,9 +175,11 @@ def _update(
     multiplier: Tensor,
     skip: Tensor | None,
 ) -> None:
-    dtype = entry.exp_avg.dtype  # of the arithmetic
+    state = entry.state
+    assert state is not None
+    dtype = state.exp_avg.dtype  # of the arithmetic
     beta1, beta2 = group.betas
-    t = (entry.step + 1).to(torch.float64)
+    t = state.step + 1
     bias1 = 1.0 - beta1**t
     bias2 = 1.0 - beta2**t
     # Scalars are computed in float64 and rounded once.
@@ -177,17 +187,17 @@ def _update(
         scalar.to(dtype) for scalar in (lr / bias1, 1.0 / bias2.sqrt(), lr * weight_decay, multiplier)
     )
     g = grad.to(dtype) * g_scale
-    m = entry.exp_avg + (1.0 - beta1) * (g - entry.exp_avg)
-    v = beta2 * entry.exp_avg_sq + (1.0 - beta2) * g * g
+    m = state.exp_avg + (1.0 - beta1) * (g - state.exp_avg)
+    v = beta2 * state.exp_avg_sq + (1.0 - beta2) * g * g
     largest_v = v
-    if entry.max_exp_avg_sq is not None:
-        largest_v = torch.maximum(entry.max_exp_avg_sq, v)
-        _assign(entry.max_exp_avg_sq, largest_v, skip)
+    if state.max_exp_avg_sq is not None:
+        largest_v = torch.maximum(state.max_exp_avg_sq, v)
+        _assign(state.max_exp_avg_sq, largest_v, skip)
     denominator = largest_v.sqrt() * inv_sqrt_bias2 + group.eps
     param = entry.param.to(dtype)
     # Not (1 - decay) * param: rounded to float32, that factor is off the same way in every step.
     decayed = torch.where(param.isfinite(), decay * param, 0.0)  # an infinite parameter stays what it is
     _assign(entry.param, (param - (decayed + step_size * m / denominator)).to(entry.param.dtype), skip)
-    _assign(entry.exp_avg, m, skip)
-    _assign(entry.exp_avg_sq, v, skip)
-    entry.step.add_(1 if skip is None else ~skip)
+    _assign(state.exp_avg, m, skip)
+    _assign(state.exp_avg_sq, v, skip)
+    state.step.add_(1 if skip is None else ~skip)

@@ -62,11 +62,11 @@ def detail() -> str:
     return f"Triton {version('triton')}, {where}"
 
 
-def runner(attributes: dict[str, Any], setting_names: tuple[str, ...]) -> TritonRunner:
-    """One whose watch sees the optimizer through its `__dict__`; without the extension, it sees nothing."""
+def runner(setting_names: tuple[str, ...]) -> TritonRunner:
+    """One for an optimizer; without the extension, it makes a new plan at each step."""
     if extension is None:
         return TritonRunner(UnwatchedList())
-    return TritonRunner(make_list(extension.WatchedList, attributes, setting_names))
+    return TritonRunner(make_list(extension.WatchedList, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
@@ -241,6 +241,9 @@ class TritonRunner(WatchedRunner):
     def _take_settings(self, plan: Plan) -> None:
         for device_list in self._lists.values():
             device_list.take_settings()
+
+    def has_captured(self) -> bool:
+        return bool(self._in_graphs)
 
     def update_captured(self) -> None:
         for device_list, rates in self._lists_and_rates():

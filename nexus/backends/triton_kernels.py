@@ -208,8 +208,8 @@ def prologue(
         multiplier = 1.0 / (tl.zeros_like(lr) + scale.to(tl.float64))
         multiplier *= _clip(_float64(others + 3, mask), total_norm)
         multiplier = tl.where(tl.load(others + 4, mask=mask, other=0) != 0, -multiplier, multiplier)
-        step = tl.load(record + 5, mask=mask, other=0).to(tl.pointer_type(tl.int64))
-        count = (tl.load(step, mask=mask, other=0) + 1).to(tl.float64)
+        step = tl.load(record + 5, mask=mask, other=0).to(tl.pointer_type(tl.float64))
+        count = tl.load(step, mask=mask, other=0.0) + 1
         row = coefficients + i * _COEFFICIENTS
         tl.store(row, multiplier, mask=mask)
         tl.store(row + 1, lr * weight_decay, mask=mask)
@@ -342,7 +342,7 @@ def update(chunks, records, coefficients, skip, completed, skipped, history_coun
         record = records + tensor * _RECORD_WORDS
         if tl.load(record + 1) != 0:
             if begin == 0:
-                step = tl.load(record + 5).to(tl.pointer_type(tl.int64))
+                step = tl.load(record + 5).to(tl.pointer_type(tl.float64))
                 tl.store(step, tl.load(step) + 1)
             kind = tl.load(record + 7)
             row = coefficients + tensor * _COEFFICIENTS

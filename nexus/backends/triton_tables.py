@@ -46,9 +46,10 @@ def group_words(group: GroupSettings) -> Tensor:
 
 def record_words(entry: TensorEntry, kind: int) -> list[int]:
     """A row of `RECORD`, but for where the parameter and its gradient are."""
-    max_exp_avg_sq = address(entry.max_exp_avg_sq)
-    streams = entry.exp_avg.data_ptr(), entry.exp_avg_sq.data_ptr(), max_exp_avg_sq, entry.step.data_ptr()
-    return [0, 0, *streams, entry.group, kind]
+    state = entry.state
+    assert state is not None
+    moments = (state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq)
+    return [0, 0, *map(address, moments), address(state.step), entry.group, kind]
 
 
 def dtypes_of(entry: TensorEntry) -> tuple[torch.dtype, torch.dtype]:
@@ -60,7 +61,8 @@ def dtypes_of(entry: TensorEntry) -> tuple[torch.dtype, torch.dtype]:
 def kind_of(entry: TensorEntry, block_elements: int) -> tuple[int, int, bool, int]:
     """What an update is compiled for: dtypes by their index, amsgrad, and elements at once."""
     param, grad = dtypes_of(entry)
-    return DTYPE_INDEX[param], DTYPE_INDEX[grad], entry.max_exp_avg_sq is not None, block_elements
+    assert entry.state is not None
+    return DTYPE_INDEX[param], DTYPE_INDEX[grad], entry.state.max_exp_avg_sq is not None, block_elements
 
 
 def chunk_words(sizes: tuple[int, ...]) -> Tensor:

@@ -35,9 +35,9 @@ class UnwatchedList:
     """Tensors and float rates, in the order in which they were added."""
 
     def __init__(self) -> None:
-        self.begin()
+        self.begin({})
 
-    def begin(self) -> None:
+    def begin(self, attributes: dict[str, Any]) -> None:
         self._rates: list[float] = []
         self._ranges: list[tuple[int, int, int]] = []  # of the parameters' memory, each with its index
         self._watched: dict[int, _Watched] = {}
@@ -82,7 +82,7 @@ class UnwatchedList:
     def watch_tensor(self, tensor: Tensor) -> None:
         pass
 
-    def watch_setting_tensor(self, tensor: Tensor) -> None:
+    def watch_setting_tensor(self, tensor: Tensor, written_by_steps: bool) -> None:
         pass
 
     def written(self) -> tuple[Tensor, ...]:
@@ -90,14 +90,19 @@ class UnwatchedList:
         return tuple(w.param for w in self._watched.values() if w.param.grad is not None and not w.staged_param)
 
     def overlap(self) -> tuple[int, int]:
-        """Two tensors that share memory, by their indices, or (-1, -1)."""
-        ranges = sorted(found for found in self._ranges if found[0] < found[1])
+        """Two tensors with a gradient that share memory, by their indices, or (-1, -1)."""
+        ranges = sorted(
+            found for found in self._ranges if found[0] < found[1] and self._watched[found[2]].param.grad is not None
+        )
         for (_, end, first), (begin, _, second) in itertools.pairwise(ranges):
             if begin < end:
                 return first, second
         return -1, -1
 
-    def refresh(self) -> int:
+    def release_state(self) -> None:
+        pass
+
+    def refresh(self, attributes: dict[str, Any]) -> int:
         """A `Change`: none where the list has just been made, and after that whatever there may be."""
         is_new, self._is_new = self._is_new, False
         return Change.NONE if is_new else Change.TENSORS

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor
 
 from nexus.backends import shards
-from nexus.backends.interface import Change, DevicePlan, Plan, Rate, Ring, TensorEntry
+from nexus.backends.interface import STATE_NAMES, Change, DevicePlan, Plan, Rate, Ring, TensorEntry
 
 try:
     from nexus import _native as extension
@@ -53,11 +54,14 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     return reason
 
 
-def make_list(kind: Callable[..., List], attributes: dict[str, Any], setting_names: tuple[str, ...]) -> List:
-    """One of the extension's lists, for an optimizer whose `__dict__` is `attributes`."""
+def make_list(kind: Callable[..., List], setting_names: tuple[str, ...]) -> List:
+    """One of the extension's lists."""
+    tensor = torch.empty(1, device="cpu")
+    storage = tensor.untyped_storage()  # the same Python object whenever it is asked for
+    storage_references = sys.getrefcount(storage) - 2  # besides the name and the argument
     grad_descriptor = torch._C.TensorBase.__dict__["grad"]
     exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    return kind(attributes, setting_names, grad_descriptor, exchange_api, DTYPES)
+    return kind(setting_names, STATE_NAMES, storage_references, grad_descriptor, exchange_api, DTYPES)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -111,15 +115,18 @@ class WatchedRunner:
         self._staged: list[TensorEntry] = []
         self._host_rates: list[tuple[Tensor, Tensor]] = []
 
-    def changed(self) -> int:
-        return Change.TENSORS if self._plan is None else self._list.refresh()
+    def changed(self, attributes: dict[str, Any]) -> int:
+        return Change.TENSORS if self._plan is None else self._list.refresh(attributes)
 
     def forget(self) -> None:
         self._plan = None
 
-    def bind(self, plan: Plan) -> None:
+    def release_state(self) -> None:
+        self._list.release_state()
+
+    def bind(self, plan: Plan, attributes: dict[str, Any]) -> None:
         self._plan = None  # until the end: a list that is half made is never run
-        self._list.begin()
+        self._list.begin(attributes)
         self._add_groups(plan)
         entries = [entry for device_plan in plan.devices.values() for entry in device_plan.entries]
         indices = {id(entry): self._add_tensor(entry) for entry in entries}
@@ -137,18 +144,23 @@ class WatchedRunner:
                     shards.placements(param),
                 )
         for device_plan in plan.devices.values():
-            for tensor in _one_of_each_storage(device_plan):
+            for tensor in (device_plan.state.skipped, device_plan.state.grad_norm):  # which users are given
                 self._list.watch_tensor(tensor)
+        self._take_tensors(plan)
+        for entry in entries:
+            entry.state = None
+        self._staged = [entry for entry in entries if entry.staged]
+        change = self._list.refresh(attributes)  # reads where the gradients are
         first, second = self._list.overlap()
         if first >= 0:
+            both = (entries[first], entries[second])
+            where = [index for index, (_, entry) in enumerate(plan.parameters) if entry in both]
             raise ValueError(
-                f"parameters {first} and {second} (in the order of the groups, of those with a gradient) share "
-                "memory, and would be updated at once by two threads; give the optimizer one tensor for both"
+                f"parameters {where[0]} and {where[1]} (in the order of the groups) share memory, and would be "
+                "updated at once by two threads; give the optimizer one tensor for both"
             )
-        self._staged = [entry for entry in entries if entry.staged]
-        if self._list.refresh() == Change.TENSORS:  # reads where the gradients are
+        if change == Change.TENSORS:
             raise RuntimeError("a parameter or a gradient cannot be read where it is; please report this")
-        self._take_tensors(plan)
         self._plan = plan
 
     def update_settings(self) -> None:
@@ -158,6 +170,9 @@ class WatchedRunner:
         self._add_groups(plan)
         self._take_settings(plan)
         self._plan = plan
+
+    def has_captured(self) -> bool:
+        return False
 
     def update_captured(self) -> None:
         """Where nothing is captured, there is nothing to do."""
@@ -193,7 +208,7 @@ class WatchedRunner:
                 for rate in (group.lr, group.weight_decay):
                     for tensor in (rate.tensor, rate.last):
                         if tensor is not None:
-                            self._list.watch_setting_tensor(tensor)
+                            self._list.watch_setting_tensor(tensor, tensor is rate.last)
                     if rate.tensor is not None and rate.host is not None:
                         self._host_rates.append((rate.tensor, rate.host))
                 self._list.add_group(
@@ -206,13 +221,14 @@ class WatchedRunner:
                 )
 
     def _add_tensor(self, entry: TensorEntry) -> int:
-        param, grad = entry.param, entry.grad
+        param, grad, state = entry.param, entry.grad, entry.state
+        assert state is not None
         index: int = self._list.add_tensor(
             param.data_ptr(),
-            entry.exp_avg.data_ptr(),
-            entry.exp_avg_sq.data_ptr(),
-            address(entry.max_exp_avg_sq),
-            entry.step.data_ptr(),
+            state.exp_avg.data_ptr(),
+            state.exp_avg_sq.data_ptr(),
+            address(state.max_exp_avg_sq),
+            state.step.data_ptr(),
             param.numel(),
             entry.group,
             DTYPE_INDEX[param.dtype],
@@ -229,13 +245,3 @@ def _fill_from_host(tensor: Tensor, host: Tensor) -> None:
             f"{tensor.device}, or give a Schedule"
         )
     tensor.fill_(float(host.detach()))
-
-
-def _one_of_each_storage(plan: DevicePlan) -> list[Tensor]:
-    """Tensors of the state, one for each block of memory: none of those blocks may move unnoticed."""
-    tensors: dict[int, Tensor] = {}
-    for entry in plan.entries:
-        for tensor in (entry.exp_avg, entry.exp_avg_sq, entry.max_exp_avg_sq, entry.step):
-            if tensor is not None:
-                tensors.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-    return [plan.state.skipped, plan.state.grad_norm, *tensors.values()]

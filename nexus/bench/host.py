@@ -64,7 +64,7 @@ def _parts(name: str, repeats: int) -> Iterator[HostRow]:
     tensors, threads = runner._list, torch.get_num_threads()
     parts: dict[str, Callable[[], object]] = {
         "step()": optimizer.step,
-        "of it, watching its tensors": runner.changed,
+        "of it, watching its tensors": partial(runner.changed, vars(optimizer)),
         f"of it, the update on {threads} threads": partial(tensors.step, threads, 0, 0),
         "the update on 1 thread": partial(tensors.step, 1, 0, 0),
         f"the same traffic alone on {threads} threads": runner.traffic,

@@ -1,7 +1,9 @@
-"""The optimizer's state dict: interchangeable with `torch.optim.AdamW`'s, and loaded in place.
+"""The optimizer's state dict: interchangeable with `torch.optim.AdamW`'s.
 
-Everything is checked before anything is written. A group's schedule is saved under `lr_schedule` in plain types,
-with `step`, its counter, and `edits`, what `begin_decay` and `extend_stable` have changed.
+Everything is checked before anything is written. A load gives the parameters new moments, so that state dicts which
+were taken before keep theirs; where a graph has captured a step, or other processes share them, it writes in place.
+A group's schedule is saved under `lr_schedule` in plain types, with `step`, its counter, and `edits`, what
+`begin_decay` and `extend_stable` have changed.
 """
 
 from __future__ import annotations
@@ -12,12 +14,16 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import shown
+from nexus.backends.interface import STATE_NAMES
 from nexus.backends.shards import local
 from nexus.optim import fitting, tensor_list
+from nexus.optim.foreign import as_torch_saves
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup
 from nexus.optim.shards import respread
+from nexus.optim.tensor_list import MOMENTS
 from nexus.schedule_edits import saved_form
 from nexus.schedules import Schedule
 
@@ -30,8 +36,9 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
     optimizer._settle_groups()
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    indices = {id(param): index for index, param in enumerate(params)}
+    indices: dict[int, int] = {}
+    for index, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
+        indices.setdefault(id(param), index)  # the first place of one that is in several
     for key, value in optimizer.state.items():
         if isinstance(key, Tensor) and id(key) not in indices and value:
             raise RuntimeError(
@@ -40,7 +47,7 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
             )
     saved: dict[str, Any] = {
         "state": {
-            indices[id(key)] if isinstance(key, Tensor) else key: _saved_state(value)
+            indices[id(key)] if isinstance(key, Tensor) else key: value
             for key, value in optimizer.state.items()
             if not isinstance(key, Tensor) or id(key) in indices
         },
@@ -51,16 +58,6 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
         replaced = post_hook(optimizer, saved)
         saved = saved if replaced is None else replaced
     return saved
-
-
-def _saved_state(state: Any) -> Any:
-    if not isinstance(state, dict) or "step" not in state:
-        return state
-    # torch's AdamW adds a float to it: float64 is what its every path takes, and holds any count.
-    step = state["step"]
-    if not isinstance(step, Tensor):  # whatever the defaults are
-        step = torch.tensor(step, dtype=torch.float64, device="cpu")
-    return {**state, "step": step.to(torch.float64)}
 
 
 def _saved_group(optimizer: FusedAdamW, group: ParamGroup, indices: dict[int, int]) -> dict[str, Any]:
@@ -89,6 +86,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         replaced = pre_hook(optimizer, state_dict)
         state_dict = state_dict if replaced is None else replaced
 
+    state_dict = as_torch_saves(state_dict)
     optimizer._settle_groups()
     pairs = list(zip(optimizer.param_groups, fitting.checked_groups(optimizer.param_groups, state_dict), strict=True))
     params = dict(
@@ -109,22 +107,18 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
 
+    in_place = optimizer._runner is not None and optimizer._runner.has_captured()
+    own = optimizer.state
+    for left in [each for each in own if not isinstance(each, Tensor) or own.get(each) is None]:
+        del own[left]
+    names = {id(param): name for _, param, name in optimizer._named_parameters()}
     for key, param in params.items():
-        own = optimizer.state.get(param, {})
-        if states.get(key) and any(name in own and own[name].shape != param.shape for name in tensor_list.MOMENTS):
-            optimizer.state[param] = {}  # of the shape that the parameter had before
-    tensor_list.complete_states(
-        [
-            (param, optimizer.state[param], "max_exp_avg_sq" in states[key])
-            for key, param in params.items()
-            if states.get(key)
-        ],
-    )
-    for key, param in params.items():
-        _load_state(optimizer, param, states.get(key))
+        state = _loaded_state(param, own.pop(param, None), states.get(key), names[id(param)], in_place=in_place)
+        if state is not None:
+            own[param] = state
     for key, value in states.items():
         if key not in params:
-            optimizer.state[key] = value
+            own[key] = value
     edits_of: dict[Schedule, dict[str, Any]] = {}  # groups with the same schedule share its table
     for (group, saved), extra, found in zip(pairs, extras, edits, strict=True):
         _load_group(group, saved, extra)
@@ -142,37 +136,57 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _load_state(optimizer: FusedAdamW, param: Tensor, saved: dict[str, Any] | None) -> None:
+def _loaded_state(
+    param: Tensor, present: Any, saved: dict[str, Any] | None, where: str, *, in_place: bool
+) -> dict[str, Any] | None:
+    """The state of a parameter after a load: what was saved, in new tensors or in those that must stay."""
+    kept = {}
+    if tensor_list.is_complete(present):
+        streams = {name: present[name] for name in STATE_NAMES if name in present}
+        if in_place or any(isinstance(each, Tensor) and tensor_list.is_shared(each) for each in streams.values()):
+            kept = streams
     if not saved:
-        for value in optimizer.state.get(param, {}).values():
-            if isinstance(value, Tensor):
-                local(value).zero_()  # as if it had never had a gradient
-        return
-    state = optimizer.state[param]
-    state["step"].fill_(int(saved["step"]))
-    for name in tensor_list.MOMENTS:
+        for value in kept.values():
+            local(value).zero_()  # as if it had never had a gradient
+        return kept or None
+    if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
+        kept = {}  # of the shape that the parameter had before
+    del present  # what is not kept is freed before its successor is made
+    tensor_list.complete_state(kept, param, where, amsgrad="max_exp_avg_sq" in saved)
+    kept["step"].fill_(float(saved["step"]))
+    for name in MOMENTS:
         if name in saved:
-            local(state[name]).copy_(respread(saved[name].detach(), param))
+            local(kept[name]).copy_(respread(saved[name].detach(), param))
         else:
-            state.pop(name, None)  # of an amsgrad that is over
-    for name, value in saved.items():
-        if name not in ("step", *tensor_list.MOMENTS):
-            state[name] = copy.deepcopy(value)
+            kept.pop(name, None)  # of an amsgrad that is over
+    return kept | {name: _copied(value, param.device) for name, value in saved.items() if name not in STATE_NAMES}
+
+
+def _copied(value: Any, device: torch.device) -> Any:
+    """A copy of what somebody has put into the state of a parameter, whose tensors come to it, as torch's do."""
+    return tree_map_only(Tensor, lambda tensor: tensor.to(device), copy.deepcopy(value))
 
 
 def _extra_entries(group: ParamGroup, saved: dict[str, Any]) -> dict[str, Any]:
     """Copies of what a scheduler or the user has put into a saved group."""
-    # The rate that a scheduler began with is not taken over where the schedule, or a scheduler that is here, stands.
-    but = ("initial_lr",) if group["lr_schedule"] is not None or group.driver is not None else ()
-    left = {
-        name: value for name, value in saved.items() if name not in ("params", *SETTING_NAMES, *_TORCH_OPTIONS, *but)
-    }
-    return copy.deepcopy(left)
+    own = ("params", *SETTING_NAMES, *_TORCH_OPTIONS, *_kept_by_drivers(group))
+    return copy.deepcopy({name: value for name, value in saved.items() if name not in own})
+
+
+def _kept_by_drivers(group: ParamGroup) -> tuple[str, ...]:
+    """The rate that a scheduler began with stands where a schedule, or a scheduler that is here, does."""
+    return ("initial_lr",) if group["lr_schedule"] is not None or group.driver is not None else ()
 
 
 def _load_group(group: ParamGroup, saved: dict[str, Any], extra: dict[str, Any]) -> None:
+    stay = ("params", "param_names", *SETTING_NAMES, *_TORCH_OPTIONS, *_kept_by_drivers(group))
+    for name in [name for name in group if name not in stay and name not in extra]:
+        del group[name]  # of a range test, say, whose rates are not to come back
     for name, value in fitting.settings(saved).items():
         if name in SCHEDULABLE:
+            if group[name] is group.outputs.get(name):
+                group.show(name, float(value))
+                continue
             if isinstance(group[name], Tensor):
                 group[name].detach().fill_(float(value))
                 continue
@@ -187,7 +201,7 @@ _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled
 
 def _completed(pairs: list[tuple[ParamGroup, dict[str, Any]]], states: list[Any]) -> int:
     """The saved count of updates: the largest there is, since torch's AdamW counts on in the parameters alone."""
-    counts = [int(state["step"]) for state in states if state]
+    counts = [int(float(state["step"])) for state in states if state]
     for _, saved in pairs:
         counts += [int(saved[key]["step"]) for key in fitting.SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
     return max(counts, default=0)

@@ -51,19 +51,24 @@ def checked_groups(groups: list[ParamGroup], state_dict: dict[str, Any]) -> list
             f"the loaded state dict has the same parameter index twice in 'param_groups'. {ANOTHER_MODEL}"
         )
     for key, state in state_dict["state"].items():
-        if key not in keys and not isinstance(state, dict):
-            raise ValueError(f"state[{key!r}] of the loaded state dict must be a dict, got {shown(state)}; delete it")
-        if key not in keys and (isinstance(key, int) or (isinstance(key, str) and key.isdecimal())):
+        if key in keys or (isinstance(key, str) and not key.isdecimal() and not _is_a_parameters(state)):
+            continue  # under a string, there may be anything of a wrapper's
+        hint = f"{ANOTHER_MODEL}; or take out of 'state' what is of no parameter any more"
+        if isinstance(key, str):
             hint = (
                 "JSON makes strings of indices: make them int, as state_dict() has them"
-                if isinstance(key, str)
-                else ANOTHER_MODEL
+                if key.isdecimal()
+                else "Have names in both places, or indices"
             )
-            raise ValueError(
-                f"state[{key!r}] of the loaded state dict is of no parameter: param_groups has {shown(keys)}. {hint}"
-            )
+        raise ValueError(
+            f"state[{key!r}] of the loaded state dict is of no parameter: param_groups has {shown(keys)}. {hint}"
+        )
     _check_order(groups, saved_groups)
     return saved_groups
+
+
+def _is_a_parameters(state: object) -> bool:
+    return isinstance(state, dict) and any(name in state for name in tensor_list.MOMENTS)
 
 
 def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
@@ -88,7 +93,7 @@ def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
     if not _is_adamw(saved):
         raise ValueError(
             f"{where} is not AdamW's: it has {sorted(map(str, saved))}. Load it into the class of optimizer that "
-            "saved it; its moments mean nothing to AdamW"
+            "saved it; its moments mean nothing to AdamW (those of an Adam do if it had no weight decay)"
         )
     try:
         if any(isinstance(value, Tensor) and value.is_meta for value in saved.values()):
@@ -103,8 +108,10 @@ def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
 
 def _is_adamw(saved: dict[str, Any]) -> bool:
     """Whether a saved group may be AdamW's, by its keys. Adam, NAdam and RAdam have most of them, too."""
-    if not {"lr", "betas", "eps", "weight_decay"} <= set(saved) or saved.get("decoupled_weight_decay") is False:
+    if not {"lr", "betas", "eps", "weight_decay"} <= set(saved):
         return False
+    if saved.get("decoupled_weight_decay") is False and saved["weight_decay"] != 0:
+        return False  # Adam's, whose moments are of gradients with the weight decay in them
     is_radam = "decoupled_weight_decay" in saved and "amsgrad" not in saved and "fused" not in saved
     return "momentum_decay" not in saved and not is_radam
 
@@ -149,14 +156,18 @@ def check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
     if state is None or (isinstance(state, dict) and not state):
         return
     where = f"state[{key!r}] of the loaded state dict"
-    remedy = "Delete this entry to let the parameter begin anew"
+    remedy = "Without the entry, the parameter begins anew, with a count and moments of 0"
     if param.is_meta:
         raise ValueError(f"{where} is of a parameter on the meta device: give the model memory before the load")
     has_max = amsgrad or (isinstance(state, dict) and "max_exp_avg_sq" in state)
     names = (*_REQUIRED, "max_exp_avg_sq") if has_max else _REQUIRED
     if not isinstance(state, dict) or any(name not in state for name in names):
         given = str(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
-        raise ValueError(f"{where} must have {', '.join(names)}, got {given}; was it another optimizer's? {remedy}")
+        missing = ", ".join(name for name in names if not isinstance(state, dict) or name not in state)
+        raise ValueError(
+            f"{where} must have {', '.join(names)}, got {given}; was it another optimizer's? Put in what is missing "
+            f"({missing}) if there are these numbers. {remedy}"
+        )
     for name in names[1:]:
         moment = state[name]
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
@@ -171,12 +182,14 @@ def check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
             )
         if tensor_list.is_freed(local(moment)):
             raise ValueError(f"{where}: {name} has no memory: its storage was freed. {remedy}")
+        if name != "exp_avg" and bool((local(moment) < 0).any()):
+            raise ValueError(f"{where}: {name} is negative somewhere, which no average of squares is. {remedy}")
     step = state["step"]
     if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):
         given = f"the shape {tuple(step.shape)} on {step.device}"
         raise ValueError(f"{where}: step must have one element, and not be on meta, got {given}. {remedy}")
     try:
-        in_range = 0 <= float(step) <= MAX_STEP and float(step) == int(step)
+        in_range = 0 <= float(step) <= MAX_STEP  # may be an average of several
     except (TypeError, ValueError, RuntimeError, OverflowError):
         in_range = False
     if not in_range:

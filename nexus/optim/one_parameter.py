@@ -57,12 +57,14 @@ class OneParameter(PlannedOptimizer):
         """Update the parameter, which has a gradient."""
         self._follow()
         runner = self._runner
-        change = Change.TENSORS if runner is None else runner.changed()
+        change = Change.TENSORS if runner is None else runner.changed(self.__dict__)
         if runner is None or change:
             runner = self._prepare(change)
         device = self._param.device
         self._state_on(device).completed.copy_(self._owner._state_on(device).completed)
         runner.step(None, None)
+        runner.release_state()
+        self.state.clear()  # the owner's to free
 
     step.hooked = True  # type: ignore[attr-defined]
 
@@ -72,9 +74,11 @@ class OneParameter(PlannedOptimizer):
         for name in SETTING_NAMES:
             if mine[name] is not theirs[name]:
                 mine[name] = theirs[name]
-        state = self._owner.state[self._param]
-        if self.state.get(self._param) is not state:
-            self.state = {self._param: state}
+        states = self._owner.state
+        state = states.get(self._param)
+        if state is None:
+            state = states[self._param] = {}
+        self.state[self._param] = state
 
     def _settle_groups(self) -> None:
         self._owner._settle_groups()

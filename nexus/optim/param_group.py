@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 from torch._guards import TracingContext
 from torch._subclasses import FakeTensor
 
-from nexus.arguments import check_number, shown
+from nexus.arguments import as_real, check_number, shown
 from nexus.backends.interface import GroupSettings, Rate
 from nexus.schedules import Schedule
 
@@ -30,6 +29,9 @@ SETTING_NAMES = (
     "weight_decay_schedule",
 )
 """The keys of a group whose values a step uses."""
+
+OF_ALL = ("skip_nonfinite", "backend", "norm_group")
+"""Options of the optimizer that no group can have for itself."""
 
 OWN_SCHEDULE = (
     "evaluates its own schedule, {!r}: it advances with step() and takes no scheduler. Leave the scheduler out, or "
@@ -52,6 +54,7 @@ class ParamGroup(dict[str, Any]):
     def __init__(self, group: dict[str, Any]) -> None:
         super().__init__(group)
         self.outputs = {}
+        self._versions: dict[str, int] = {}  # of the outputs: kernels do not count, and whoever else writes does
         self.driver = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # not item by item, which would ask _refuse_scheduler
@@ -76,6 +79,52 @@ class ParamGroup(dict[str, Any]):
         """The settings that a schedule drives, and their schedules."""
         return [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
 
+    def tidy(self) -> None:
+        """Keep numbers of Python's alone: in an array or a tensor, a change would go unnoticed."""
+        for name in ("lr", "weight_decay", "eps", "lr_scale", "max_grad_norm"):
+            value = self[name]
+            if value is not None and not isinstance(value, (float, Schedule)):
+                plain = value if isinstance(value, Tensor) and name in SCHEDULABLE else plain_number(value)
+                if plain is not value:
+                    self[name] = plain
+        betas = self["betas"]
+        if type(betas) is not tuple or any(type(beta) is not float for beta in betas):
+            self["betas"] = plain_betas(betas)
+
+    def show(self, name: str, value: Tensor | float) -> None:
+        """Let the reader of a scheduled setting see a value, until the next step writes its own."""
+        shown = self.outputs[name].data  # so that it does not count as the user's
+        shown.copy_(value) if isinstance(value, Tensor) else shown.fill_(value)
+
+    def check_outputs(self) -> None:
+        """Refuse what was written in place over a scheduled setting.
+
+        Raises:
+            RuntimeError: the next step would write over it. With the remedy.
+        """
+        for name, schedule in self.schedules():
+            output = self.outputs.get(name)
+            if output is not None and output is self[name] and output._version != self._versions[name]:
+                raise RuntimeError(
+                    f"group[{name!r}] was written in place (as by ReduceLROnPlateau, or `*=`) while {schedule!r} "
+                    "drives it, and the next step writes over it. To let something else drive it, give FusedAdamW a "
+                    f"float; to go on without the schedule, set group['{name}_schedule'] = None"
+                )
+
+    def check_scale(self) -> None:
+        """Refuse an `lr_scale` that would be ignored: no schedule drives the rate, here or in a nexus scheduler.
+
+        Raises:
+            ValueError: with the remedy.
+        """
+        if self["lr_scale"] != 1.0 and self["lr_schedule"] is None:
+            raise ValueError(
+                f"a group has lr_scale={self['lr_scale']!r}, which multiplies schedules, and the rate is "
+                f"{shown(self['lr'])}. Give FusedAdamW a Schedule as lr, or use a scheduler of "
+                "nexus.training.schedulers, in the place of what multiplies the rate by lr_scale (a loop, or timm's "
+                "schedulers); or write the product as the group's lr, and delete its lr_scale"
+            )
+
     def settle(self, name: str, device: torch.device) -> Schedule | None:
         """Sort out who drives setting `name`. Returns its schedule if that has just been assigned.
 
@@ -98,6 +147,7 @@ class ParamGroup(dict[str, Any]):
             return None
         if output is None or output.device != device:
             self.outputs[name] = torch.zeros((), dtype=torch.float64, device=device)
+        self._versions[name] = self.outputs[name]._version
         self[name] = self.outputs[name]
         return schedule
 
@@ -106,6 +156,8 @@ class ParamGroup(dict[str, Any]):
         if key != "initial_lr":
             return
         if isinstance(self.get("lr_schedule"), Schedule):
+            # One that has written to the rate before it comes here has changed nothing, either.
+            self._versions = {name: output._version for name, output in self.outputs.items()}
             raise RuntimeError(f"this optimizer {OWN_SCHEDULE.format(self['lr_schedule'])}")
         if self.driver is not None:
             raise RuntimeError(
@@ -117,6 +169,7 @@ class ParamGroup(dict[str, Any]):
 def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | None) -> ParamGroup:
     group = ParamGroup(items)
     group.outputs, group.driver = outputs, driver
+    group._versions = {name: output._version for name, output in outputs.items()}
     return group
 
 
@@ -131,10 +184,13 @@ def check_group(group: dict[str, Any]) -> None:
         schedule = group[f"{name}_schedule"]
         if schedule is not None and not isinstance(schedule, Schedule):
             raise TypeError(f"{name}_schedule must be a Schedule or None, got {shown(schedule)}")
-    betas = group["betas"]
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:
-        raise TypeError(f"betas must be a pair of numbers in [0, 1), got {shown(betas)}")
-    for index, beta in enumerate(_numbers(betas)):
+    for name in OF_ALL:
+        if name in group:
+            raise TypeError(
+                f"{name} is no option of a group, got {shown(group[name])}: a step is made, or skipped, as a whole. "
+                "Give it to FusedAdamW itself"
+            )
+    for index, beta in enumerate(plain_betas(group["betas"])):
         if check_number(f"betas[{index}]", beta) >= 1.0:
             raise ValueError(f"betas[{index}] must be a number in [0, 1), got {shown(beta)}")
     _refuse_differentiable(group.get("differentiable"))
@@ -151,13 +207,18 @@ def check_group(group: dict[str, Any]) -> None:
             raise type(error)(f"{error}; None does not clip, math.inf measures the norm alone") from None
 
 
-def check_torch_options(*, capturable: object, differentiable: object, **implementations: object) -> None:
+def check_torch_options(
+    *, betas: object, capturable: object, differentiable: object, **implementations: object
+) -> None:
     """Check what `torch.optim.AdamW` is told of how to run. Of these, only `differentiable` would change anything.
 
     Raises:
         TypeError: an option that is no bool.
+        ValueError: one of the betas is a tensor. In a group, schedulers of momenta make such pairs.
         RuntimeError: two implementations at once; `differentiable=True`. As in torch.
     """
+    if isinstance(betas, (tuple, list)) and len({isinstance(beta, Tensor) for beta in betas}) > 1:
+        raise ValueError(f"betas must be either both floats or both Tensors, got {shown(betas)}")
     for name, value in implementations.items():
         if value is not None and not isinstance(value, bool):
             raise TypeError(f"{name} must be a bool or None, got {shown(value)}")
@@ -178,17 +239,28 @@ def _refuse_differentiable(value: object) -> None:
         )
 
 
-def _numbers(betas: tuple[Any, ...] | list[Any]) -> list[Any]:
-    """Betas as numbers: torch takes a pair of one-element tensors, too."""
-    if all(isinstance(beta, Tensor) and beta.numel() == 1 for beta in betas):
-        return [float(beta) for beta in betas]
-    return list(betas)
+def plain_betas(betas: Any) -> tuple[Any, Any]:
+    """Any sequence of two numbers as a tuple of Python's, in which no change would go unnoticed.
+
+    Tensors of one element are read: torch takes them, and its schedulers of momenta leave them beside a float.
+    """
+    try:
+        first, second = [] if isinstance(betas, (str, bytes, dict, set, frozenset)) else list(betas)
+    except (TypeError, ValueError):
+        raise TypeError(f"betas must be a pair of numbers in [0, 1), got {shown(betas)}") from None
+    return _plain_beta(first), _plain_beta(second)
 
 
-def plain_betas(betas: tuple[Any, ...] | list[Any]) -> tuple[Any, Any]:
-    """What a group keeps: a tuple of numbers, in which no change would go unnoticed."""
-    first, second = _numbers(betas)
-    return first, second
+def _plain_beta(beta: Any) -> Any:
+    return float(beta) if isinstance(beta, Tensor) and beta.numel() == 1 else plain_number(beta)
+
+
+def plain_number(value: Any) -> Any:
+    """A number that is none of Python's, such as an array without dimensions, as one; anything else as it is."""
+    if isinstance(value, (int, float)):
+        return value
+    real = as_real(value)
+    return value if real is None else float(real)
 
 
 def _check_rate(name: str, value: object) -> None:
@@ -201,7 +273,7 @@ def _check_rate(name: str, value: object) -> None:
         if value.device.type == "cpu" and not isinstance(value, FakeTensor):  # elsewhere, it would be a visit there
             check_number(name, float(value.detach()))
     elif not isinstance(value, Schedule):
-        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        if as_real(value) is None:
             raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}")
         check_number(name, value)
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
@@ -12,11 +13,12 @@ from torch._subclasses import FakeTensor
 from torch.optim.optimizer import Optimizer
 
 from nexus import backends
-from nexus.backends import reference
+from nexus.arguments import shown
+from nexus.backends import estimate, reference
 from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
 from nexus.optim import tensor_list
 from nexus.optim.history import History
-from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group, plain_betas, settings_of
+from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group, settings_of
 from nexus.optim.shards import is_zero_everywhere, norm_parts
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
@@ -55,13 +57,13 @@ class PlannedOptimizer(Optimizer):
         """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
         if self._unwrapped() is not self:
             return self._unwrapped()._prepare(change)
-        params = (param for group in self.param_groups for param in group["params"])
-        # Of a FakeTensor, which has no memory, only what PyTorch does to it can be seen: for estimates of memory.
-        fake = any(isinstance(param, FakeTensor) for param in params)
-        backend = backends.select(reference.NAME if fake else self._requested_backend, self._devices())
+        if any(isinstance(param, FakeTensor) for group in self.param_groups for param in group["params"]):
+            backend = cast(Backend, estimate)
+        else:
+            backend = backends.select(self._requested_backend, self._devices())
         if self._runner is None or backend is not self._backend:
             self._backend, self._plan = backend, None
-            self._runner = backend.runner(self.__dict__, SETTING_NAMES)
+            self._runner = backend.runner(SETTING_NAMES)
         if self._plan is not None and change == Change.SETTINGS:
             self._settle_groups()
             if [group["amsgrad"] for group in self.param_groups] == self._planned_amsgrad:
@@ -71,18 +73,19 @@ class PlannedOptimizer(Optimizer):
                 return self._runner
         self._plan = self._make_plan()
         self._planned_amsgrad = [group["amsgrad"] for group in self.param_groups]
-        self._runner.bind(self._plan)
+        self._runner.bind(self._plan, self.__dict__)
         return self._runner
 
     def _make_plan(self) -> Plan:
         self._settle_groups()
-        named = list(self._named_parameters())
+        named = [each for each in self._named_parameters() if tensor_list.is_trained(each[1])]
         for _, param, name in named:
             tensor_list.check_parameter(param, name)
             tensor_list.check_gradient(param, name)
         tensor_list.check_memory([(name, param) for _, param, name in named])
-        tensor_list.check_sharing([(name, param) for _, param, name in named if not param.is_meta])
+        tensor_list.check_sharing([(name, param) for _, param, name in named if param.grad is not None])
         self._init_states()
+        states = self.state
         devices: dict[torch.device, DevicePlan] = {}
         for device in self._devices():
             devices[device] = DevicePlan(self._state_on(device), [], [], False)
@@ -91,15 +94,16 @@ class PlannedOptimizer(Optimizer):
             self._history.attach(next(iter(devices.values())))
         self._states = {device: self._states[device] for device in devices}  # what was left behind goes stale
         self._tables = {key: table for key, table in self._tables.items() if key[1] in devices}
-        parameters: list[tuple[Tensor, TensorEntry | None]] = []
+        entries: dict[Tensor, TensorEntry] = {}
         for index, param, name in named:
-            entry = None
-            if param in self.state and not param.is_meta:
+            if not tensor_list.is_idle(param) and tensor_list.is_complete(states.get(param)):
                 amsgrad = self.param_groups[index]["amsgrad"]
-                entry = tensor_list.make_entry(param, self.state[param], index, amsgrad=amsgrad, where=name)
+                entry = tensor_list.make_entry(param, states[param], index, amsgrad=amsgrad, where=name)
                 devices[param.device].entries.append(entry)
-            parameters.append((param, entry))
-        return Plan(parameters, devices, norm_parts(parameters, self._norm_group))
+                entries[param] = entry
+        every = [param for group in self.param_groups for param in group["params"]]
+        trained = [(param, entries.get(param)) for _, param, _ in named]
+        return Plan([(param, entries.get(param)) for param in every], devices, norm_parts(trained, self._norm_group))
 
     def _only_makes_state(self) -> bool:
         """Whether this step is `torch.distributed.checkpoint`'s, which is to make the state and change nothing.
@@ -121,15 +125,23 @@ class PlannedOptimizer(Optimizer):
 
     def _init_states(self) -> None:
         """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""
-        starting = [
-            (param, self.state[param], group["amsgrad"])
-            for group in self.param_groups
-            for param in group["params"]
-            if (param.grad is not None or self.state.get(param)) and not param.is_meta
-        ]
-        tensor_list.complete_states(starting)
+        states = self.state
+        for index, param, name in self._named_parameters():
+            state = states.get(param)
+            if param.is_meta or not (param.grad is not None or tensor_list.is_complete(state)):
+                continue
+            if state is None:
+                state = states[param] = {}
+            elif not isinstance(state, dict):
+                raise TypeError(f"{name}: its state must be a dict, got {shown(state)}; del optimizer.state[p]")
+            if tensor_list.is_trained(param):
+                amsgrad = self.param_groups[index]["amsgrad"]
+                tensor_list.complete_state(state, param, name, amsgrad=amsgrad)
 
     def _fill_settings(self, plan: DevicePlan, device: torch.device) -> None:
+        if all(group.driver is None for group in self.param_groups):
+            for group in self.param_groups:
+                group.check_scale()
         plan.groups = [
             settings_of(group, {name: self._table(s, device).rows for name, s in group.schedules()}, device)
             for group in self.param_groups
@@ -138,46 +150,55 @@ class PlannedOptimizer(Optimizer):
 
     def _settle_groups(self) -> None:
         """Check every group, and install the schedules that were assigned to one."""
+        if not isinstance(self.param_groups, list):
+            self.param_groups = list(self.param_groups)
         for index, group in enumerate(self.param_groups):
             if not isinstance(group, ParamGroup):  # put there without add_param_group
-                self.param_groups[index] = ParamGroup({**self.defaults, **group})
-            self._settle_group(self.param_groups[index])
-        used = self._used_schedules()
-        for key in [key for key in self._tables if key[0] not in used]:
+                group = self.param_groups[index] = ParamGroup({**self.defaults, **group})
+            if not isinstance(group["params"], list):
+                group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        users = Counter(schedule for group in self.param_groups for _, schedule in group.schedules())
+        device = self._devices()[0]
+        for group in self.param_groups:
+            self._settle_group(group, users, device)
+        for key in [key for key in self._tables if not users[key[0]]]:
             del self._tables[key]  # in place: also a wrapper may call this, see _unwrapped
 
-    def _used_schedules(self, but: ParamGroup | None = None) -> set[Schedule]:
-        return {schedule for group in self.param_groups if group is not but for _, schedule in group.schedules()}
-
     @torch.inference_mode(False)  # as above
-    def _settle_group(self, group: ParamGroup) -> None:
+    def _settle_group(self, group: ParamGroup, users: Counter[Schedule], device: torch.device) -> None:
+        """Settle one group. `users` counts how many settings each schedule drives; `device` is for an empty group."""
+        group.setdefault("lr_scale", 1.0)
         check_group(group)
-        if isinstance(group["betas"], list) or isinstance(group["betas"][0], Tensor):
-            group["betas"] = plain_betas(group["betas"])
-        device = next((param.device for param in group["params"] if not param.is_meta), self._devices()[0])
+        group.tidy()
+        group.check_outputs()
+        on = (param.device for param in group["params"] if tensor_list.is_trained(param) and not param.is_meta)
+        device = next(on, device)
         for name in SCHEDULABLE:
-            assigned = isinstance(group[name], Schedule)
+            assigned, before = isinstance(group[name], Schedule), group[f"{name}_schedule"]
             schedule = group.settle(name, device)
-            if schedule is not None:
-                if assigned and schedule not in self._used_schedules(but=group):
-                    for (other, _), table in self._tables.items():
-                        if other == schedule:
-                            table.restore({})  # an equal one, whose decay may have begun, was assigned before
-                self._show_rate(group, name, schedule)
+            if schedule is None:
+                continue
+            users[before] -= before is not None
+            if assigned and not users[schedule]:
+                for table in self._tables_of(schedule):
+                    table.restore({})  # an equal one, whose decay may have begun, was assigned before
+            users[schedule] += 1
+            self._show_rate(group, name, schedule)
 
     def _show_rate(self, group: ParamGroup, name: str, schedule: Schedule) -> None:
         """Let a group show the rate of the next update, where no update has shown one yet."""
         output = group.outputs[name]
         rows = self._table(schedule, output.device).rows
         now = reference.evaluate(rows, self._state_on(output.device).completed)
-        output.copy_(now * group["lr_scale"] if name == "lr" else now)
+        group.show(name, now * group["lr_scale"] if name == "lr" else now)
 
     # Device memory: made once for each device, and followed when the parameters move.
 
     def _devices(self) -> list[torch.device]:
-        params = [param for group in self.param_groups for param in group["params"]]
         # What is on the meta device is to come to another: until then it is nowhere.
-        return list(dict.fromkeys(param.device for param in params if not param.is_meta)) or [torch.device("cpu")]
+        params = [param for group in self.param_groups for param in group["params"] if not param.is_meta]
+        params = [param for param in params if tensor_list.is_trained(param)] or params
+        return list(dict.fromkeys(param.device for param in params)) or [torch.device("cpu")]
 
     def _state_on(self, device: torch.device) -> StepState:
         if device not in self._states:
@@ -192,19 +213,21 @@ class PlannedOptimizer(Optimizer):
     def _table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
         if (schedule, device) not in self._tables:
             table = ScheduleTable(schedule, device)
-            for (other, _), source in self._tables.items():
-                if other == schedule:
-                    table.rows.copy_(source.rows)
-                    break
+            for source in self._tables_of(schedule)[:1]:
+                table.rows.copy_(source.rows)
             self._tables[schedule, device] = table
         return self._tables[schedule, device]
+
+    def _tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
+        """Of one schedule, those on each device."""
+        return [self._tables[schedule, device] for device in self._states if (schedule, device) in self._tables]
 
     def _named_parameters(self) -> Iterator[tuple[int, Tensor, str]]:
         """(index of the group, parameter, its name in an error)."""
         for index, group in enumerate(self.param_groups):
-            names = group.get("param_names")
-            for i, param in enumerate(group["params"]):
-                yield index, param, f"parameter {names[i] if names else i} of group {index}"
+            names = group.get("param_names", ())
+            for i, param in enumerate(group["params"]):  # of which some may have been added by hand
+                yield index, param, f"parameter {names[i] if i < len(names) else i} of group {index}"
 
     @property
     def _measures_norm(self) -> bool:

@@ -31,7 +31,7 @@ def step_memory(optimizer: FusedAdamW) -> dict[tuple[Hashable, ...], Tensor]:
             found[device, name] = getattr(state, name)
     for index, group in enumerate(optimizer.param_groups):
         for name, output in group.outputs.items():
-            found["rate", index, name] = output
+            found["rate", index, name] = output.data  # whose versions do not count as the user's
     if optimizer._history is not None:
         found["history",] = optimizer._history.block
     return found

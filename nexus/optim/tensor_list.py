@@ -9,14 +9,19 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from nexus.backends.interface import TensorEntry
+from nexus.backends.interface import STATE_NAMES, StateStreams, TensorEntry
 from nexus.backends.shards import is_spread, local
 from nexus.optim import shards
 
 PARAM_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
-_ALIGNMENT = 32  # elements: at least 128 bytes, the widest access of any kernel
-MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
+MOMENTS = STATE_NAMES[1:]
+
+
+def is_trained(param: Tensor) -> bool:
+    """Whether a step may update a parameter. Any other may be of whatever kind, as quantized weights are."""
+    return param.requires_grad or param.grad is not None
 
 
 def check_parameter(param: Tensor, where: str) -> None:
@@ -38,8 +43,6 @@ def check_parameter(param: Tensor, where: str) -> None:
         raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
     if param.is_neg():
         raise TypeError(f"{where} is a negated view, whose memory has the other sign; pass p.resolve_neg()")
-    if is_freed(param):
-        raise RuntimeError(f"{where} has no memory: its storage was freed")
 
 
 def check_memory(params: list[tuple[str, Tensor]]) -> None:
@@ -58,6 +61,8 @@ def check_gradient(param: Tensor, where: str) -> None:
     grad = param.grad
     if grad is None:
         return
+    if is_freed(local(param)):
+        raise RuntimeError(f"{where} has no memory, and a gradient: its storage was freed")
     if grad.layout != torch.strided:
         raise RuntimeError(
             f"{where} has a gradient of layout {grad.layout}: FusedAdamW does not support sparse gradients; "
@@ -73,10 +78,13 @@ def check_gradient(param: Tensor, where: str) -> None:
     if is_spread(param) or is_spread(grad):
         shards.check_spread_gradient(param, grad, where)
         grad = local(grad)
-    if grad.is_neg():
-        raise TypeError(f"{where} has a gradient that is a negated view; set p.grad = p.grad.resolve_neg()")
-    if is_freed(grad):
+    if is_freed(grad) and not grad._is_zerotensor() and not is_traceable_wrapper_subclass(grad):
         raise RuntimeError(f"{where} has a gradient without memory: its storage was freed")
+
+
+def is_idle(param: Tensor) -> bool:
+    """Whether a parameter has neither a gradient nor memory: others, of offloading or sharding, bring both."""
+    return param.grad is None and (param.is_meta or local(param).untyped_storage().nbytes() == 0)
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -141,18 +149,27 @@ def make_entry(param: Tensor, state: dict[str, Any], group: int, *, amsgrad: boo
         if name in state:
             state[name] = _fitting_moment(state[name], param, target, f"{where}: state {name!r}")
     grad, grad_buffer = param.grad, None
-    if grad is not None and not (shards.is_read_in_place(grad, param) and same_layout(local(grad), target)):
+    if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
     return TensorEntry(
         original=param,
         group=group,
         param_buffer=param_buffer,
         grad_buffer=grad_buffer,
-        exp_avg=local(state["exp_avg"]),
-        exp_avg_sq=local(state["exp_avg_sq"]),
-        max_exp_avg_sq=local(state["max_exp_avg_sq"]) if amsgrad else None,
-        step=state["step"],
+        state=StateStreams(
+            exp_avg=local(state["exp_avg"]),
+            exp_avg_sq=local(state["exp_avg_sq"]),
+            max_exp_avg_sq=local(state["max_exp_avg_sq"]) if amsgrad else None,
+            step=state["step"].reshape(()),
+        ),
     )
+
+
+def _is_readable(grad: Tensor, param: Tensor) -> bool:
+    """Whether the memory of a gradient holds what it says, where it is: not that of a negated view."""
+    part = local(grad)
+    has_memory = not part._is_zerotensor() and not is_traceable_wrapper_subclass(part)
+    return shards.is_read_in_place(grad, param) and has_memory and not part.is_neg()
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
@@ -160,38 +177,54 @@ def moment_dtype(param: Tensor) -> torch.dtype:
     return torch.float64 if param.dtype == torch.float64 else torch.float32
 
 
-@torch.inference_mode(False)  # the state outlives a mode in which the first step may be made
-def complete_states(states: list[tuple[Tensor, dict[str, Any], bool]]) -> None:
-    """Fill in what is missing of (parameter, its state, amsgrad): a count of 0, moments of 0.
+def is_complete(state: object) -> bool:
+    """Whether this is the state of a parameter. What is empty, or a part of one, is none yet, whoever made it."""
+    return isinstance(state, dict) and all(state.get(name) is not None for name in REQUIRED)
 
-    What is new shares one block of memory for each type and device: a step then has few blocks to keep an eye on
-    (about 20 ns each), and allocation and page faults are few. Counters of torch's (float32) become int64.
+
+@torch.inference_mode(False)  # the state outlives a mode in which the first step may be made
+def complete_state(state: dict[str, Any], param: Tensor, where: str, *, amsgrad: bool) -> None:
+    """Fill in what is missing of a parameter's `state`: a count of 0, moments of 0. Other keys are the user's.
+
+    A count of another type, such as torch's float32, which sticks at 2**24, becomes float64.
     """
-    wanted: dict[tuple[torch.device, torch.dtype], list[tuple[Tensor, dict[str, Any], str]]] = {}
-    for param, state, _ in states:
-        step = state.get("step")
-        if step is None:
-            wanted.setdefault((param.device, torch.int64), []).append((param, state, "step"))
-        elif not isinstance(step, Tensor) or step.dtype != torch.int64 or step.device != param.device or step.dim():
-            count = step.detach() if isinstance(step, Tensor) else int(step)  # never of torch's default types
-            state["step"] = torch.as_tensor(count, device=param.device).to(torch.int64).reshape(())
-    for index, name in enumerate(MOMENTS):
-        for param, state, amsgrad in states:
-            if name not in state and (amsgrad or index < 2):
-                wanted.setdefault((param.device, moment_dtype(param)), []).append((param, state, name))
-    for (device, dtype), new in wanted.items():
-        parts = [local(param).detach() for param, _, _ in new]
-        padded = [
-            1 if name == "step" else -(-part.numel() // _ALIGNMENT) * _ALIGNMENT
-            for part, (_, _, name) in zip(parts, new, strict=True)
-        ]
-        block = torch.zeros(sum(padded), dtype=dtype, device=device)
-        for (param, state, name), part, memory in zip(new, parts, torch.split(block, padded), strict=True):
-            if name == "step":
-                state[name] = memory[0]
-            else:
-                moment = memory.as_strided(part.shape, _dense_stride(part))
-                state[name] = shards.spread_like(param, moment)
+    if not is_complete(state):
+        # A moment without its count, or without the other moment, would make an update of any size.
+        state["step"] = torch.zeros((), dtype=torch.float64, device=param.device)
+        for name in MOMENTS:
+            state.pop(name, None)
+    step = state["step"]
+    if (
+        not isinstance(step, Tensor)
+        or step.dtype != torch.float64
+        or step.device != param.device
+        or step.numel() != 1
+    ):
+        _check_unshared(step, f"{where}: state 'step'", torch.float64)
+        count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
+        state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
+    for name in MOMENTS if amsgrad else MOMENTS[:2]:
+        if name not in state:
+            part = local(param).detach()
+            moment = torch.empty_strided(
+                part.shape, _dense_stride(part), dtype=moment_dtype(param), device=part.device
+            )
+            state[name] = shards.spread_like(param, moment.zero_())
+
+
+def is_shared(tensor: Tensor) -> bool:
+    """Whether other processes may see a tensor's memory. torch says so of all that is on a GPU."""
+    return tensor.device.type == "cpu" and bool(local(tensor).is_shared())  # type: ignore[no-untyped-call]
+
+
+def _check_unshared(value: object, where: str, dtype: torch.dtype) -> None:
+    """Refuse to replace a tensor that other processes see."""
+    if isinstance(value, Tensor) and is_shared(value):
+        raise TypeError(
+            f"{where} is in shared memory, and would have to be replaced by a tensor that this process alone sees: "
+            f"it is of {value.dtype} and shape {tuple(value.shape)}. Share one of {dtype}, laid out as the parameter "
+            "(a count: of one element)"
+        )
 
 
 def _dense_stride(param: Tensor) -> tuple[int, ...]:
@@ -210,5 +243,6 @@ def _fitting_moment(moment: Any, param: Tensor, target: Tensor, where: str) -> T
         part = local(moment)
         if part.dtype == dtype and is_dense(part) and same_layout(part, target):
             return moment
+    _check_unshared(moment, where, dtype)
     fitting = torch.empty_like(target, dtype=dtype).copy_(shards.respread(moment, param))
     return shards.spread_like(param, fitting)

@@ -152,6 +152,8 @@ class StepInBackward:
                 "are still scaled: train in bfloat16 without a GradScaler, or step after the backward pass"
             )
 
+    _check_scale.looks_at_gradients = False  # type: ignore[attr-defined]  # see FusedAdamW._step_supports_amp_scaling
+
     def _end_update(self, *_: Any) -> None:
         """After `optimizer.step()`."""
         with self._lock:

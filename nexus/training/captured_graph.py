@@ -73,6 +73,9 @@ class CapturedGraph:
                     f"{name} is not where it was when the step was captured: write to it in place, or call "
                     "reset() on the captured step, and the next call captures anew"
                 )
+        if isinstance(self._optimizer, FusedAdamW):
+            for group in self._optimizer.param_groups:
+                group.check_outputs()
         options = list(_options(self._optimizer))
         if len(options) == len(self._options) and all(
             now[2] is then[2] for now, then in zip(options, self._options, strict=True)

@@ -1,0 +1,215 @@
+#include "state_watch.h"
+
+#include <utility>
+
+namespace nexus {
+namespace {
+
+constexpr Py_ssize_t kOwnReferences = 2;  // the owner's, and that of this watch
+
+bool is_used(PyObject* object, Py_ssize_t own) { return object != nullptr && Py_REFCNT(object) > own; }
+
+}  // namespace
+
+StateWatch::StateWatch(PyObject* names, int64_t storage_references, TensorReader reader)
+    : names_(names),
+      storage_references_(storage_references),
+      reader_(std::move(reader)),
+      state_name_(interned("state")),
+      reads_name_(interned("_state_reads")),
+      local_tensor_name_(interned("_local_tensor")),
+      storage_name_(interned("untyped_storage")) {}
+
+void StateWatch::reset(PyObject* attributes) {
+  entries_.clear();
+  layouts_.clear();
+  PyObject* state = item(attributes, state_name_.get());
+  seen_ = Loose(state);
+  PyObject *key, *entries;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &entries);) {
+    if (has_state(key, entries)) {
+      add(key, entries);
+    }
+  }
+  is_held_ = false;  // the next same() looks at all of it
+}
+
+// Under a string or a number, there is something of a wrapper's.
+bool StateWatch::has_state(PyObject* key, PyObject* entries) const {
+  if (PyDict_Check(entries) && !PyUnicode_Check(key) && !PyLong_Check(key)) {
+    for (size_t i = 0; i < name_count(); ++i) {
+      if (item(entries, name(i)) != nullptr) {
+        return true;
+      }
+    }
+  }
+  return false;
+}
+
+void StateWatch::add(PyObject* key, PyObject* entries) {
+  Entry entry{Loose(key), Loose(entries), {}};
+  Description now;
+  for (size_t i = 0; i < name_count(); ++i) {
+    PyObject* value = item(entries, name(i));
+    StateTensor tensor{Loose(value), false, false, {}, {}, nullptr, DType::kOther, layouts_.size()};
+    if (value != nullptr) {
+      tensor.spread = PyObject_HasAttr(value, local_tensor_name_.get()) != 0;
+      if (tensor.spread) {
+        tensor.part = Object::own(PyObject_GetAttr(value, local_tensor_name_.get()));
+      }
+      tensor.is_tensor = reader_.describe(tensor.spread ? tensor.part.get() : value, now);
+    }
+    if (tensor.is_tensor) {
+      tensor.data = now.data;
+      tensor.dtype = now.dtype;
+      layouts_.push_back(now.ndim);
+      layouts_.insert(layouts_.end(), now.shape, now.shape + now.ndim);
+      layouts_.insert(layouts_.end(), now.strides, now.strides + now.ndim);
+    }
+    entry.tensors.push_back(std::move(tensor));
+  }
+  entries_.push_back(std::move(entry));
+}
+
+bool StateWatch::Loose::hold(PyObject* now) {
+  if (now != address_) {
+    return false;
+  }
+  if (held_.get() == nullptr) {
+    held_ = Object(now);
+  }
+  return true;
+}
+
+void StateWatch::release() {
+  if (!is_held_) {
+    return;
+  }
+  is_held_ = false;
+  for (Entry& entry : entries_) {
+    entry.key.release();
+    entry.entries.release();
+    for (StateTensor& tensor : entry.tensors) {
+      tensor.value.release();
+      tensor.part = Object();
+      tensor.storage = Object();
+    }
+  }
+  seen_.release();
+}
+
+bool StateWatch::same(PyObject* attributes) {
+  PyObject* state = item(attributes, state_name_.get());
+  PyObject* reads = item(attributes, reads_name_.get());
+  if (state == nullptr || state != seen_.address()) {
+    return false;
+  }
+  if (is_held_ && reads == seen_reads_.get() && Py_REFCNT(state) <= kOwnReferences) {
+    for (size_t i : in_use_) {
+      if (!same_entry(entries_[i])) {
+        return false;
+      }
+    }
+    return true;
+  }
+  seen_.hold(state);
+  seen_reads_ = Object(reads);
+  is_held_ = true;
+  in_use_.clear();
+  PyObject *key, *entries;
+  size_t i = 0;
+  for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &entries);) {
+    if (!has_state(key, entries)) {
+      continue;
+    }
+    if (i == entries_.size()) {
+      return false;
+    }
+    Entry& entry = entries_[i];
+    if (!entry.key.hold(key) || !entry.entries.hold(entries) || !same_entry(entry)) {
+      return false;
+    }
+    if (is_in_use(entry)) {
+      in_use_.push_back(i);
+    }
+    ++i;
+  }
+  return i == entries_.size();
+}
+
+bool StateWatch::same_entry(Entry& entry) {
+  for (size_t i = 0; i < entry.tensors.size(); ++i) {
+    StateTensor& tensor = entry.tensors[i];
+    PyObject* value = item(entry.entries.address(), name(i));
+    if (value != tensor.value.address() || (value != nullptr && !same_tensor(tensor))) {
+      return false;
+    }
+  }
+  return true;
+}
+
+bool StateWatch::same_tensor(StateTensor& tensor) {
+  PyObject* value = tensor.value.address();
+  tensor.value.hold(value);
+  if (!tensor.is_tensor) {
+    return true;
+  }
+  if (tensor.spread) {
+    tensor.part = Object::own(PyObject_GetAttr(value, local_tensor_name_.get()));
+    value = tensor.part.get();
+  }
+  Description now;
+  if (value == nullptr || !reader_.describe(value, now) || now.data != tensor.data ||
+      now.dtype != tensor.dtype || now.ndim != layouts_[tensor.layout]) {
+    PyErr_Clear();
+    return false;
+  }
+  const int64_t* shape = layouts_.data() + tensor.layout + 1;
+  for (int d = 0; d < now.ndim; ++d) {
+    if (now.shape[d] != shape[d] || now.strides[d] != shape[now.ndim + d]) {
+      return false;
+    }
+  }
+  if (tensor.storage.get() == nullptr) {
+    tensor.storage = Object::own(PyObject_CallMethodNoArgs(value, storage_name_.get()));
+    PyErr_Clear();
+  }
+  return true;
+}
+
+// Whether anybody but the optimizer and this watch refers to the entry's dict, tensors or their storages.
+bool StateWatch::is_in_use(const Entry& entry) const {
+  if (is_used(entry.entries.address(), kOwnReferences)) {
+    return true;
+  }
+  for (const StateTensor& tensor : entry.tensors) {
+    if (is_used(tensor.value.address(), kOwnReferences) || is_used(tensor.part.get(), kOwnReferences) ||
+        is_used(tensor.storage.get(), storage_references_ + 1)) {
+      return true;
+    }
+  }
+  return false;
+}
+
+int StateWatch::traverse(visitproc visit, void* arg) const {
+  const auto each = [visit, arg](PyObject* object) { return object == nullptr ? 0 : visit(object, arg); };
+  int stop = each(seen_.held());
+  for (size_t i = 0; i < entries_.size() && stop == 0; ++i) {
+    stop = each(entries_[i].key.held());
+    stop = stop != 0 ? stop : each(entries_[i].entries.held());
+    for (size_t k = 0; k < entries_[i].tensors.size() && stop == 0; ++k) {
+      const StateTensor& tensor = entries_[i].tensors[k];
+      stop = each(tensor.value.held());
+      stop = stop != 0 ? stop : each(tensor.part.get());
+      stop = stop != 0 ? stop : each(tensor.storage.get());
+    }
+  }
+  return stop;
+}
+
+void StateWatch::clear() {
+  const auto entries = std::exchange(entries_, {});
+  const Loose seen = std::exchange(seen_, Loose(nullptr));
+}
+
+}  // namespace nexus

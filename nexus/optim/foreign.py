@@ -1,0 +1,64 @@
+"""State dicts of other libraries' AdamW, which hold the same numbers under other names or in other places.
+
+The count in the group: apex, TransformerEngine and DeepSpeed. `state1` and `state2` for the moments: bitsandbytes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from nexus.arguments import shown
+
+_BITSANDBYTES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+
+
+def as_torch_saves(state_dict: dict[str, Any]) -> dict[str, Any]:
+    """The state dict as `torch.optim.AdamW` would have saved these numbers; what is given stays as it is.
+
+    Raises:
+        ValueError: they are other numbers: 8-bit moments, or an Adam without bias correction.
+    """
+    groups, states = state_dict.get("param_groups"), state_dict.get("state")
+    if not isinstance(groups, list) or not isinstance(states, dict):
+        return state_dict  # as what, is asked later
+    states = dict(states)
+    groups = [_translated(group, states, f"param_groups[{index}]") for index, group in enumerate(groups)]
+    return {**state_dict, "param_groups": groups, "state": states}
+
+
+def _translated(group: Any, states: dict[Any, Any], where: str) -> Any:
+    """A saved group, and in `states` those of its parameters."""
+    if not isinstance(group, dict) or not isinstance(group.get("params"), (list, tuple)):
+        return group
+    for name in ("bias_correction", "correct_bias"):
+        if name in group and not group[name]:
+            raise ValueError(
+                f"{where} of the loaded state dict has {name}={group[name]!r}, and FusedAdamW corrects the bias of "
+                "its moments. Go on with the optimizer that saved it, or make the state anew"
+            )
+    count = group.get("step")
+    moved = False
+    for key in group["params"]:
+        state = states.get(key)
+        if not isinstance(state, dict) or not state:
+            continue
+        renamed = {_BITSANDBYTES.get(name, name): value for name, value in state.items()}
+        if renamed.keys() != state.keys():
+            _check_32_bits(state, f"state[{key!r}] of the loaded state dict")
+        if "step" not in renamed and "exp_avg" in renamed and count is not None:
+            renamed["step"], moved = count, True
+        states[key] = renamed
+    return {name: value for name, value in group.items() if name != "step"} if moved else group
+
+
+def _check_32_bits(state: dict[str, Any], where: str) -> None:
+    for name in _BITSANDBYTES:
+        value = state.get(name)
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = str(value.dtype) if isinstance(value, Tensor) else shown(value)
+            raise ValueError(
+                f"{where} is of bitsandbytes, with {name} of {kind}: moments in 8 bits are codes, which FusedAdamW "
+                "does not read. Train on with bitsandbytes, or save from an optimizer with optim_bits=32"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -30,6 +31,15 @@ def both(observe: Callable[[Make], Seen]) -> tuple[Seen, Seen]:
     """What `observe` returns for torch's optimizer and for nexus's, from the same random numbers."""
     found = []
     for make in (fused_torch, FusedAdamW):
+        torch.manual_seed(20_240_404)
+        found.append(observe(make))
+    return found[0], found[1]
+
+
+def beside_plain(observe: Callable[[Make], Seen], backend: str) -> tuple[Seen, Seen]:
+    """The same for torch's plain loop and for nexus on one backend."""
+    found = []
+    for make in (torch.optim.AdamW, functools.partial(FusedAdamW, backend=backend)):
         torch.manual_seed(20_240_404)
         found.append(observe(make))
     return found[0], found[1]

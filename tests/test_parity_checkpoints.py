@@ -158,7 +158,7 @@ def test_a_load_takes_over_no_implementation() -> None:
     torch="replaced by what was saved, a tensor or a float",
     nexus="keeps its tensor, into which the saved rate is written",
     why="a graph or a scheduler may hold it",
-    also=("test_checkpoint.py::test_loading_happens_in_place",),
+    also=("test_checkpoint.py::test_counters_and_rates_are_loaded_in_place",),
 )
 @pytest.mark.parametrize("saved_as", ["tensor", "float"])
 def test_a_tensor_rate_on_loading(saved_as: str) -> None:
@@ -197,7 +197,7 @@ def test_a_tensor_rate_on_saving() -> None:
     nexus="replaced, by copies; written in place where a step in a graph points to them",
     why="a dict may be loaded twice",
     also=(
-        "test_checkpoint.py::test_loading_happens_in_place",
+        "test_checkpoint.py::test_counters_and_rates_are_loaded_in_place",
         "test_checkpoint.py::test_a_loaded_dict_is_not_aliased",
     ),
 )

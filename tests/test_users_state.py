@@ -13,7 +13,18 @@ from typing import Any
 import pytest
 import torch
 from references import tensors_where_it_runs
-from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
+from side_by_side import (
+    Make,
+    assert_same,
+    beside_plain,
+    both,
+    fused_torch,
+    of_this_torch,
+    param,
+    params_of,
+    state_of,
+    train,
+)
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -111,8 +122,7 @@ def test_edits(edit: Edit) -> None:
 
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
 def test_edits_on_each_backend(edit: Edit, backend: str) -> None:
-    ours = edited(lambda *args, **options: FusedAdamW(*args, **options, backend=backend), edit)
-    assert_same(edited(torch.optim.AdamW, edit), ours)
+    assert_same(*beside_plain(lambda make: edited(make, edit), backend))
 
 
 HELD: dict[str, tuple[Callable[[FusedAdamW, Tensor], Any], Callable[[Any, Tensor], Tensor]]] = {

@@ -187,6 +187,7 @@ class FusedAdamW(PlannedOptimizer):
             refuse_traces()
         change = Change.TENSORS if runner is None else runner.changed(self.__dict__)
         if runner is None or change:
+            self._tidy_groups()
             if not self.state and self._only_makes_state():
                 self._init_states()
                 return

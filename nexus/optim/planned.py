@@ -57,6 +57,7 @@ class PlannedOptimizer(Optimizer):
         """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
         if self._unwrapped() is not self:
             return self._unwrapped()._prepare(change)
+        self._tidy_groups()  # before an iterator is gone through
         if any(isinstance(param, FakeTensor) for group in self.param_groups for param in group["params"]):
             backend = cast(Backend, estimate)
         else:
@@ -66,6 +67,7 @@ class PlannedOptimizer(Optimizer):
             self._runner = backend.runner(SETTING_NAMES)
         if self._plan is not None and change == Change.SETTINGS:
             self._settle_groups()
+            self._check_scales()
             if [group["amsgrad"] for group in self.param_groups] == self._planned_amsgrad:
                 for device, device_plan in self._plan.devices.items():
                     self._fill_settings(device_plan, device)
@@ -78,6 +80,7 @@ class PlannedOptimizer(Optimizer):
 
     def _make_plan(self) -> Plan:
         self._settle_groups()
+        self._check_scales()
         named = [each for each in self._named_parameters() if tensor_list.is_trained(each[1])]
         for _, param, name in named:
             tensor_list.check_parameter(param, name)
@@ -139,9 +142,6 @@ class PlannedOptimizer(Optimizer):
                 tensor_list.complete_state(state, param, name, amsgrad=amsgrad)
 
     def _fill_settings(self, plan: DevicePlan, device: torch.device) -> None:
-        if all(group.driver is None for group in self.param_groups):
-            for group in self.param_groups:
-                group.check_scale()
         plan.groups = [
             settings_of(group, {name: self._table(s, device).rows for name, s in group.schedules()}, device)
             for group in self.param_groups
@@ -150,19 +150,23 @@ class PlannedOptimizer(Optimizer):
 
     def _settle_groups(self) -> None:
         """Check every group, and install the schedules that were assigned to one."""
-        if not isinstance(self.param_groups, list):
-            self.param_groups = list(self.param_groups)
-        for index, group in enumerate(self.param_groups):
-            if not isinstance(group, ParamGroup):  # put there without add_param_group
-                group = self.param_groups[index] = ParamGroup({**self.defaults, **group})
-            if not isinstance(group["params"], list):
-                group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+        self._tidy_groups()
         users = Counter(schedule for group in self.param_groups for _, schedule in group.schedules())
         device = self._devices()[0]
         for group in self.param_groups:
             self._settle_group(group, users, device)
         for key in [key for key in self._tables if not users[key[0]]]:
             del self._tables[key]  # in place: also a wrapper may call this, see _unwrapped
+
+    def _tidy_groups(self) -> None:
+        """Make lists of what was put there by hand, and groups of ours."""
+        if not isinstance(self.param_groups, list):
+            self.param_groups = list(self.param_groups)
+        for index, group in enumerate(self.param_groups):
+            if not isinstance(group, ParamGroup):
+                group = self.param_groups[index] = ParamGroup({**self.defaults, **group})
+            if not isinstance(group["params"], list):
+                group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
 
     @torch.inference_mode(False)  # as above
     def _settle_group(self, group: ParamGroup, users: Counter[Schedule], device: torch.device) -> None:
@@ -184,6 +188,11 @@ class PlannedOptimizer(Optimizer):
                     table.restore({})  # an equal one, whose decay may have begun, was assigned before
             users[schedule] += 1
             self._show_rate(group, name, schedule)
+
+    def _check_scales(self) -> None:
+        if all(group.driver is None for group in self.param_groups):
+            for group in self.param_groups:
+                group.check_scale()
 
     def _show_rate(self, group: ParamGroup, name: str, schedule: Schedule) -> None:
         """Let a group show the rate of the next update, where no update has shown one yet."""

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable
 from typing import Any
 
+import cuda_on_cpu
 import pytest
 import torch
 from references import (
@@ -194,6 +195,40 @@ def test_counters_and_rates_are_loaded_in_place(backend: str) -> None:
         assert optimizer.state[param]["exp_avg"].dtype == torch.float32
     states = [value for value in snapshot(optimizer) if value.dtype != torch.bfloat16]
     assert same_bits(states, [value for value in expected if value.dtype != torch.bfloat16])
+
+
+def test_moments_that_a_graph_points_to_are_loaded_in_place() -> None:
+    gpu = cuda_on_cpu.shim()
+    gpu.reset()
+    params, grads = make_params(SHAPES), make_grads(make_params(SHAPES))
+    optimizer = FusedAdamW(params, lr=0.1, amsgrad=True, backend=cuda_on_cpu.NAME)
+    reference = Float64AdamW(params, lr=0.1, amsgrad=True)
+    set_grads(params, grads)
+    optimizer.step()
+    reference.step(grads)
+    saved, values = copy.deepcopy(optimizer.state_dict()), copies(params)
+    runner: Any = optimizer._prepare()
+    runner.stream = gpu.stream()
+    with gpu.capture(runner.stream) as graph:
+        optimizer.step()
+    runner.stream = 0
+    tensors = [value for param in params for value in optimizer.state[param].values()]
+    for _ in range(3):
+        graph.replay()
+    optimizer.state[params[0]]["mine"] = 1
+    optimizer.load_state_dict(saved)
+    now = [value for param in params for value in optimizer.state[param].values()]
+    assert all(a is b for a, b in zip(tensors, now, strict=True))
+    with torch.no_grad():
+        for param, value in zip(params, values, strict=True):
+            param.copy_(value)
+    for _ in range(2):
+        graph.replay()
+        reference.step(grads)
+    assert_same_run(optimizer, reference)
+    saved["state"].pop(0)  # which has never had a gradient, then
+    optimizer.load_state_dict(saved)
+    assert not any(value.any() for value in optimizer.state[params[0]].values())
 
 
 def test_a_loaded_dict_is_not_aliased(backend: str) -> None:

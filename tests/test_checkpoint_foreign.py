@@ -1,0 +1,269 @@
+"""State dicts of other optimizers and older codes: loaded where the numbers are the same, else refused by name."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import make_grads, make_params, set_grads
+from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
+from torch.optim import Optimizer
+
+from nexus.optim import FusedAdamW
+
+SHAPES = [(3, 4), (5,), (2,)]
+DTYPE = torch.float64
+
+
+def saved_by_torch(**options: Any) -> tuple[Optimizer, dict[str, Any]]:
+    """A run of torch's after a few steps, the last parameter without a gradient, and its state dict."""
+    params = make_params(SHAPES, DTYPE)
+    optimizer = torch.optim.AdamW([{"params": params[:1]}, {"params": params[1:]}], lr=0.1, **options)
+    for _ in range(4):
+        set_grads(params[:2], make_grads(params[:2]))
+        optimizer.step()
+    return optimizer, copy.deepcopy(optimizer.state_dict())
+
+
+def count_in_the_group(as_count: Callable[[int], Any]) -> Callable[[dict[str, Any]], None]:
+    """apex, TransformerEngine, DeepSpeed and old codes."""
+
+    def change(saved: dict[str, Any]) -> None:
+        for group in saved["param_groups"]:
+            group.update(step=as_count(4), bias_correction=True)
+            for name in ("amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused"):
+                del group[name]
+            del group["decoupled_weight_decay"]
+        for state in saved["state"].values():
+            del state["step"]
+
+    return change
+
+
+def bitsandbytes_32_bits(saved: dict[str, Any]) -> None:
+    for state in saved["state"].values():
+        state.update(step=int(state["step"]), state1=state.pop("exp_avg"), state2=state.pop("exp_avg_sq"))
+
+
+def averaged_counts(saved: dict[str, Any]) -> None:
+    for state in saved["state"].values():
+        state["step"] = (state["step"] + 4.0) / 2
+
+
+FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
+    "a count in the group": count_in_the_group(int),
+    "a count in the group, a tensor": count_in_the_group(lambda n: torch.tensor([n], dtype=torch.int32)),
+    "bitsandbytes in 32 bits": bitsandbytes_32_bits,
+    "counts that are averages": averaged_counts,
+    "empty entries": lambda saved: saved["state"].update({2: {}}),
+}
+
+
+@pytest.mark.parametrize("change", FOREIGN.values(), ids=FOREIGN)
+def test_the_same_numbers_go_on(change: Callable[[dict[str, Any]], None], backend: str) -> None:
+    peer, saved = saved_by_torch()
+    change(saved)
+    kept = copy.deepcopy(saved)
+    own = [torch.nn.Parameter(each.detach().clone()) for each in params_of(peer)]
+    ours = FusedAdamW([{"params": own[:1]}, {"params": own[1:]}], backend=backend)
+    ours.load_state_dict(saved)
+    assert [group.get("step") for group in ours.param_groups] == [None, None]
+    for optimizer in (peer, ours):
+        torch.manual_seed(5)
+        train(optimizer)
+    assert_same(peer, ours)
+    assert [sorted(state) for state in saved["state"].values()] == [sorted(state) for state in kept["state"].values()]
+
+
+@pytest.mark.parity(
+    "State dicts",
+    "a state dict of `torch.optim.Adam` without weight decay",
+    torch="loaded: its moments are AdamW's",
+    nexus="same; with weight decay, `ValueError`",
+    why="its moments are then of other gradients",
+    also=("test_checkpoint_foreign.py::test_the_same_numbers_go_on",),
+)
+@of_this_torch
+def test_adams_moments_without_weight_decay() -> None:
+    def run(make: Make, decay: float = 0.0) -> Optimizer:
+        optimizer = make([param(3)], lr=0.1)
+        adam = torch.optim.Adam([param(3)], lr=0.2, weight_decay=decay)
+        train(adam)
+        optimizer.load_state_dict(adam.state_dict())
+        assert optimizer.param_groups[0]["weight_decay"] == decay
+        train(optimizer)
+        return optimizer
+
+    first, second = both(run)
+    assert_same(first, second)
+    run(fused_torch, 0.5)
+    with pytest.raises(ValueError, match=r"is not AdamW's.*those of an Adam do if it had no weight decay"):
+        run(FusedAdamW, 0.5)
+
+
+def quantized(saved: dict[str, Any]) -> None:
+    bitsandbytes_32_bits(saved)
+    saved["state"][0].update(state1=torch.zeros(3, 4, dtype=torch.uint8), qmap1=torch.zeros(256))
+
+
+REFUSED: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
+    "8 bits": (quantized, r"state\[0\].*of bitsandbytes, with state1 of torch\.uint8.*optim_bits=32"),
+    "no bias correction": (
+        lambda saved: saved["param_groups"][1].update(bias_correction=False),
+        r"param_groups\[1\].*bias_correction=False",
+    ),
+    "no bias correction, in an old AdamW": (
+        lambda saved: saved["param_groups"][0].update(correct_bias=False),
+        r"param_groups\[0\].*correct_bias=False",
+    ),
+    "no count anywhere": (
+        lambda saved: saved["state"][0].pop("step"),
+        r"state\[0\].*must have step, .*, got \['exp_avg', 'exp_avg_sq'\].*Put in what is missing \(step\)",
+    ),
+    "an average of squares below zero": (
+        lambda saved: saved["state"][1]["exp_avg_sq"].sub_(100.0),
+        r"state\[1\].*exp_avg_sq is negative somewhere",
+    ),
+    "names in the state alone": (
+        lambda saved: saved["state"].update(weight=saved["state"].pop(0)),
+        r"state\['weight'\].*is of no parameter.*Have names in both places, or indices",
+    ),
+    "JSON's indices": (
+        lambda saved: saved["state"].update({"0": saved["state"].pop(0)}),
+        r"state\['0'\].*is of no parameter.*JSON makes strings of indices",
+    ),
+    "a parameter that is gone": (
+        lambda saved: saved["param_groups"][1]["params"].pop(),
+        r"param_groups\[1\].* has 1 parameters, that of this optimizer 2",
+    ),
+}
+
+
+@pytest.mark.parametrize(("change", "words"), REFUSED.values(), ids=REFUSED)
+def test_other_numbers_are_refused_and_nothing_is_changed(change: Any, words: str) -> None:
+    _, saved = saved_by_torch()
+    change(saved)
+    own = make_params(SHAPES, DTYPE)
+    optimizer = FusedAdamW([{"params": own[:1]}, {"params": own[1:]}], lr=0.1)
+    train(optimizer)
+    before = copy.deepcopy(optimizer.state_dict())
+    with pytest.raises(ValueError, match=words) as caught:
+        optimizer.load_state_dict(saved)
+    assert "elete this entry" not in str(caught.value)  # which would throw moments away
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+# What a load brings, and what it leaves.
+
+
+def with_extras(make: Make) -> Optimizer:
+    """State and groups with keys of a wrapper's and of a scheduler's."""
+    optimizer = make([param(3), param(4)], lr=0.1)
+    train(optimizer)
+    torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.5, total_steps=5)
+    state_of(optimizer)["slow"] = torch.full((3,), 2.0, dtype=DTYPE)
+    state_of(optimizer)["info"] = {"seen": [torch.ones(2, dtype=DTYPE)], "name": "w"}
+    optimizer.state["wrapper"] = {"calls": 3}
+    optimizer.state["epoch"] = 7
+    return optimizer
+
+
+@pytest.mark.parity(
+    "State dicts",
+    "what a state dict does not have: keys of a wrapper's in `state`, `initial_lr` and `max_lr` in groups",
+    torch="is gone after a load",
+    nexus="same",
+    also=("test_checkpoint_foreign.py::test_what_a_wrapper_has_saved_comes_back",),
+)
+@of_this_torch
+def test_what_was_not_saved_is_gone() -> None:
+    def run(make: Make) -> Any:
+        plain = make([param(3), param(4)], lr=0.1)
+        train(plain)
+        saved = copy.deepcopy(plain.state_dict())
+        saved["state"].pop(1)
+        optimizer = with_extras(make)
+        optimizer.load_state_dict(saved)
+        keys = [sorted(state) for state in optimizer.state.values()]
+        schedulers = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+        left = schedulers & set(optimizer.param_groups[0])
+        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+        train(optimizer)
+        return keys, left, optimizer.param_groups[0]["lr"], optimizer
+
+    first, second = both(run)
+    assert first[:3] == second[:3] == ([["exp_avg", "exp_avg_sq", "step"]], set(), 0.1)
+    assert_same(first[3], second[3])
+
+
+def test_what_a_wrapper_has_saved_comes_back(backend: str) -> None:
+    saved = copy.deepcopy(with_extras(functools.partial(FusedAdamW, backend=backend)).state_dict())
+    optimizer = FusedAdamW([param(3), param(4)], backend=backend)
+    optimizer.state["gone"] = 1
+    optimizer.load_state_dict(saved)
+    state = state_of(optimizer)
+    assert torch.equal(state["slow"], saved["state"][0]["slow"])
+    assert state["slow"] is not saved["state"][0]["slow"]
+    assert state["info"]["name"] == "w"
+    assert state["info"]["seen"][0].device == params_of(optimizer)[0].device
+    assert (optimizer.state["wrapper"], optimizer.state["epoch"]) == ({"calls": 3}, 7)
+    assert "gone" not in optimizer.state
+    assert optimizer.param_groups[0]["max_lr"] == 0.5
+    train(optimizer)
+    assert state_of(optimizer)["slow"].tolist() == [2.0] * 3
+    optimizer.load_state_dict(optimizer.state_dict())  # its own
+
+
+@pytest.mark.parity(
+    "State dicts",
+    "a state dict that was taken, after a later load",
+    torch="keeps its values",
+    nexus="same, where no graph has captured a step",
+    why="what a graph points to is written in place",
+    also=("test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",),
+)
+@of_this_torch
+def test_a_state_dict_that_was_taken_keeps_its_values() -> None:
+    def run(make: Make) -> list[Optimizer]:
+        """Two optimizers that exchange their states, as PyTorch's test of ZeroRedundancyOptimizer does."""
+        first, second = (make([param(3)], lr=rate) for rate in (0.1, 0.2))
+        train(first, 2)
+        train(second, 3)
+        of_first, of_second = first.state_dict(), second.state_dict()
+        values = copy.deepcopy(of_first)
+        first.load_state_dict(of_second)
+        torch.testing.assert_close(of_first["state"], values["state"], rtol=0, atol=0)
+        second.load_state_dict(of_first)
+        train(first)
+        train(second)
+        return [first, second]
+
+    for pair in zip(*both(run), strict=True):
+        assert_same(*pair)
+
+
+@pytest.mark.parity(
+    "State dicts",
+    "writing through a state dict: to its tensors, and into its entries (`horovod.broadcast_optimizer_state`)",
+    torch="reaches the optimizer",
+    nexus="same",
+)
+@of_this_torch
+def test_a_state_dict_is_the_live_state() -> None:
+    def run(make: Make) -> Optimizer:
+        optimizer = make([param(3), param(4)], lr=0.1)
+        train(optimizer)
+        saved = optimizer.state_dict()
+        saved["state"][0]["step"].fill_(100.0)
+        saved["state"][0]["exp_avg"].zero_()
+        saved["state"][1]["exp_avg_sq"] = torch.full((4,), 0.5, dtype=DTYPE)
+        train(optimizer)
+        assert int(state_of(optimizer)["step"]) == 103
+        return optimizer
+
+    first, second = both(run)
+    assert_same(first, second)

@@ -1,0 +1,306 @@
+"""Who else looks at a step: clips gradients before the update under a GradScaler, hooks, traces, counts memory."""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import make_params
+from side_by_side import Make, assert_same, beside_plain, both, fused_torch, of_this_torch, param, params_of, train
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.distributed._tools.mem_tracker import MemTracker
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import Constant
+
+LIMIT = 1.5
+Watch = Callable[[Make, list[nn.Parameter]], Any]  # makes what a GradScaler steps
+
+# GradScaler.
+
+
+def clip(params: list[nn.Parameter]) -> None:
+    nn.utils.clip_grad_norm_(params, LIMIT)
+
+
+def subclass(make: Make, params: list[nn.Parameter]) -> Optimizer:
+    """As fairseq's, detectron2's and Avalanche's."""
+    kind: Any = FusedAdamW if make(params).__class__ is FusedAdamW else torch.optim.AdamW
+
+    class Clipping(kind):  # type: ignore[misc]
+        def step(self, closure: Any = None) -> Any:
+            clip(params)
+            return super().step(closure)
+
+    made = make(params)
+    made.__class__ = Clipping
+    return made
+
+
+def pre_hook(make: Make, params: list[nn.Parameter]) -> Optimizer:
+    optimizer = make(params)
+    optimizer.register_step_pre_hook(lambda *_: clip(params))
+    return optimizer
+
+
+def method_put_in_its_place(make: Make, params: list[nn.Parameter]) -> Optimizer:
+    optimizer = make(params)
+    step = optimizer.step
+
+    def clip_then_step(self: Optimizer, closure: Any = None) -> Any:
+        clip(params)
+        return step(closure)
+
+    optimizer.step = types.MethodType(clip_then_step, optimizer)  # type: ignore[method-assign]
+    return optimizer
+
+
+class Wrapper:
+    """As many a NoamOpt: not an optimizer, and passes on what it is asked."""
+
+    def __init__(self, optimizer: Optimizer, params: list[nn.Parameter]) -> None:
+        self.optimizer, self.params = optimizer, params
+
+    def step(self) -> None:
+        clip(self.params)
+        self.optimizer.step()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.optimizer, name)
+
+
+WATCHES: dict[str, Watch] = {
+    "a subclass": subclass,
+    "a hook": pre_hook,
+    "a method put in its place": method_put_in_its_place,
+    "a wrapper": lambda make, params: Wrapper(make(params), params),
+}
+
+
+def scaled_run(make: Make, watch: Watch) -> list[Tensor]:
+    """Steps of which one overflows, under a GradScaler."""
+    params = make_params([(3,), (2, 2)], torch.float64)
+    optimizer = watch(lambda *args: make(*args, lr=0.1), params)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
+    for step in range(8):
+        loss = sum((param * (step + 1.0)).sum() for param in params)
+        scaler.scale(loss).backward()
+        if step == 4:
+            params[0].grad.view(-1)[0] = torch.inf
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+    return [param.detach() for param in params]
+
+
+@pytest.mark.parametrize("watch", WATCHES.values(), ids=WATCHES)
+@pytest.mark.parity(
+    "GradScaler",
+    "a subclass that overrides `step`, a hook, a method in its place or a wrapper clips gradients before the update",
+    torch="sees them scaled, silently: clips far too much. Right without `fused=True`",
+    nexus="sees them unscaled, and an overflow is skipped before it",
+    why="users come from both",
+    also=("test_onlookers.py::test_gradients_are_unscaled_for_who_looks_at_them",),
+)
+@of_this_torch
+def test_clipping_before_the_update(watch: Watch) -> None:
+    plain, ours = beside_plain(lambda make: scaled_run(make, watch), "native")
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+    fused, _ = both(lambda make: scaled_run(make, watch))
+    if watch is not WATCHES["a wrapper"]:  # there, the overflow makes everything NaN
+        assert all(each.isfinite().all() for each in fused)
+    assert not torch.allclose(fused[0], plain[0], rtol=1e-4, equal_nan=True)
+
+
+@pytest.mark.parametrize("watch", WATCHES.values(), ids=WATCHES)
+def test_gradients_are_unscaled_for_who_looks_at_them(watch: Watch, backend: str) -> None:
+    plain, ours = beside_plain(lambda make: scaled_run(make, watch), backend)
+    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
+
+
+def test_a_hook_for_all_optimizers_counts() -> None:
+    seen: list[float] = []
+
+    def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
+        seen.append(float(params_of(optimizer)[0].grad[0]))
+
+    handle = register_optimizer_step_pre_hook(look)
+    try:
+        weight = param(2)
+        optimizer = FusedAdamW([weight])
+        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+        scaler.scale((weight * 3.0).sum()).backward()
+        scaler.step(optimizer)
+    finally:
+        handle.remove()
+    assert seen == [3.0]
+
+
+def test_who_does_not_look_leaves_unscaling_to_the_update() -> None:
+    weight = param(2)
+    optimizer = FusedAdamW([weight], lr=0.1)
+    torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps step()
+    scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
+    scaler.scale((weight * 3.0).sum()).backward()
+    scaler.step(optimizer)
+    assert float(weight.grad[0]) == 3.0 * 64
+
+
+# Hooks.
+
+
+@pytest.mark.parametrize("changed_class", [False, True])
+def test_hooks_run_once_under_a_subclass_that_calls_step(changed_class: bool) -> None:
+    class Counting(FusedAdamW):
+        def step(self, closure: Any = None) -> Any:
+            return super().step(closure)
+
+    seen: list[str] = []
+    optimizer = FusedAdamW([param(2)]) if changed_class else Counting([param(2)])
+    if changed_class:  # as detectron2 does
+        optimizer.__class__ = Counting
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    train(optimizer, 3)
+    assert seen == ["before", "after"] * 3
+
+
+def test_a_subclass_may_have_names_of_its_own() -> None:
+    class Noam(FusedAdamW):
+        """As many schedulers written by hand."""
+
+        def __init__(self, params: Any) -> None:
+            super().__init__(params, lr=0.1)
+            self._step = self._update = self._rate = 0
+
+        def step(self, closure: Any = None) -> Any:
+            self._step += 1
+            return super().step(closure)
+
+    torch.manual_seed(0)
+    ours, plain = Noam([param(3)]), torch.optim.AdamW([param(3)], lr=0.1)
+    for optimizer in (ours, plain):
+        torch.manual_seed(0)
+        train(optimizer)
+    assert ours._step == 3
+    assert_same(plain, ours)
+
+
+# Traces.
+
+
+def traced_step(optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
+    (weight,) = params_of(optimizer)
+
+    def step(x: Tensor) -> Tensor:
+        (weight.grad,) = torch.autograd.grad((weight * x).sum(), [weight])
+        optimizer.step()
+        return x
+
+    return step
+
+
+@pytest.mark.parity(
+    "Hooks, closures, printing",
+    "`make_fx` over a function that steps",
+    torch="the update is in the graph",
+    nexus="`RuntimeError`; with `backend='reference'`, the update is in the graph",
+    why="a tracer does not see what the kernels write: the graph would train nothing",
+)
+@of_this_torch
+def test_a_trace_does_not_lose_the_update(backend: str) -> None:
+    def run(make: Make) -> tuple[list[float], list[float]]:
+        optimizer = make([param(3)], lr=0.1)
+        train(optimizer, 1)
+        (weight,) = params_of(optimizer)
+        graph = make_fx(traced_step(optimizer))(torch.ones(3, dtype=torch.float64))
+        before = weight.tolist()
+        graph(torch.ones(3, dtype=torch.float64))
+        return before, weight.tolist()
+
+    before, after = run(fused_torch)
+    assert before != after
+    if backend == "reference":
+        before, after = run(lambda *args, **options: FusedAdamW(*args, **options, backend=backend))
+        assert before != after
+        return
+    optimizer = FusedAdamW([param(3)], lr=0.1, backend=backend)
+    for trained in (0, 1):  # before there is a plan, and after
+        values = params_of(optimizer)[0].tolist()
+        params_of(optimizer)[0].grad = torch.ones(3, dtype=torch.float64)
+        for trace in (
+            lambda: make_fx(traced_step(optimizer))(torch.ones(3, dtype=torch.float64)),
+            lambda: torch.func.functionalize(lambda x: (optimizer.step(), x)[1])(torch.ones(3)),
+        ):
+            with pytest.raises(RuntimeError, match=r"a function that is traced .*backend='reference'"):
+                trace()
+        assert params_of(optimizer)[0].tolist() == values
+        assert len(optimizer.state) == trained
+        train(optimizer, 1)
+
+
+def test_modes_that_only_watch_may_watch() -> None:
+    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            return func(*args, **(kwargs or {}))
+
+    ours, plain = (kind([param(3)], lr=0.1) for kind in (FusedAdamW, torch.optim.AdamW))
+    for optimizer in (ours, plain):
+        torch.manual_seed(0)
+        with Mode():
+            train(optimizer)
+    assert_same(plain, ours)
+
+
+# Estimates of memory.
+
+
+def peak_of(make: Callable[[Any], Optimizer], layout: Callable[[Tensor], Tensor] = lambda t: t) -> int:
+    with FakeTensorMode():
+        model = nn.Sequential(nn.Linear(256, 512), nn.Linear(512, 256))
+        optimizer = make(model.parameters())
+        tracker = MemTracker()
+        tracker.track_external(model, optimizer)
+        with tracker:
+            model(torch.ones(4, 256)).sum().backward()
+            for each in model.parameters():
+                each.grad = layout(each.grad)
+            optimizer.step()
+        peak: dict[Any, int] = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
+        return peak["Total"]
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "amsgrad": {"amsgrad": True},
+    "clipping over a schedule": {"lr": Constant(0.1), "max_grad_norm": 1.0, "skip_nonfinite": True},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parity(
+    "Steps and state",
+    "the peak of a step under `FakeTensorMode` and `MemTracker`",
+    torch="gradients and state: an update allocates nothing",
+    nexus="same, but for a few numbers that a step keeps",
+    why="what the kernels do is no operation of torch's, and allocates nothing",
+)
+@of_this_torch
+def test_an_estimate_of_memory_is_the_real_steps(options: dict[str, Any]) -> None:
+    expected = peak_of(lambda params: fused_torch(params, amsgrad=options.get("amsgrad", False)))
+    assert 0 <= peak_of(lambda params: FusedAdamW(params, **options)) - expected <= 4096
+
+
+def test_an_estimate_has_the_copies_of_a_step() -> None:
+    def transposed(grad: Tensor) -> Tensor:
+        return grad.t().contiguous().t() if grad.dim() == 2 else grad
+
+    plain, copied = peak_of(FusedAdamW), peak_of(FusedAdamW, transposed)
+    assert copied - plain == 2 * 256 * 512 * 4  # of two matrices

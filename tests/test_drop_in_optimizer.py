@@ -122,7 +122,7 @@ def test_a_step_of_a_subclass_is_wrapped_as_torch_wraps_it(backend: str) -> None
     class Profiled(FusedAdamW):
         @torch.optim.Optimizer.profile_hook_step
         def step(self, closure: Any = None) -> Any:
-            return self._step(closure)
+            return super().step(closure)
 
     for kind in (Counted, Profiled):
         params = make_params(SHAPES)

@@ -130,11 +130,12 @@ def test_a_scheduled_rate_changed_in_place_is_refused(backend: str) -> None:
     assert same_bits(before, snapshot(optimizer))
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
+    count = int(optimizer.state[params[0]]["step"])
     group["lr_schedule"] = None
     group["lr"] *= 0.1
     before_last = float(group["lr"])
     step(optimizer)
-    assert float(group["lr"]) == before_last == pytest.approx(0.1 * schedule(float(reference.t) - 1), rel=1e-12)
+    assert float(group["lr"]) == before_last == pytest.approx(0.1 * schedule(count - 1), rel=1e-12)
 
 
 @pytest.mark.parametrize("with_a_float", [True, False])

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
 from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 def is_spread(tensor: Tensor | None) -> TypeIs[DTensor]:
     """Whether a tensor is a DTensor: each process holds a part of it, or a copy."""
+    if type(tensor) is Tensor or type(tensor) is Parameter:  # most are, and this is asked often
+        return False
     module = sys.modules.get("torch.distributed.tensor")
     kind = getattr(module, "DTensor", None)
     return kind is not None and isinstance(tensor, kind)

@@ -41,7 +41,7 @@ def _translated(group: Any, states: dict[Any, Any], where: str) -> Any:
     count = group.get("step")
     moved = False
     for key in group["params"]:
-        state = states.get(key)
+        state = states.get(key) if isinstance(key, (int, str)) else None  # what else it is, is refused later
         if not isinstance(state, dict) or not state:
             continue
         renamed = {_BITSANDBYTES.get(name, name): value for name, value in state.items()}

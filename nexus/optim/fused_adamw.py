@@ -198,7 +198,7 @@ class FusedAdamW(PlannedOptimizer):
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
-        """As in torch. Reading it lets the next step look at all of the state, which costs about 0.2 µs a tensor."""
+        """As in torch: what has been done for each parameter. The step after a read looks at all of it."""
         attributes = self.__dict__
         attributes["_state_reads"] = attributes.get("_state_reads", 0) + 1
         runner = attributes.get("_runner")
@@ -262,7 +262,8 @@ class FusedAdamW(PlannedOptimizer):
         tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
         if len({id(tensor) for tensor in tensors}) < len(tensors):
             raise ValueError("a parameter is twice in this group, and would be updated twice in each step")
-        check_group({**self.defaults, **param_group})
+        if self._new_params is None:
+            check_group({**self.defaults, **param_group})
         groups, count = self.param_groups, len(self.param_groups)
         taken = self._new_params
         if taken is None:

@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
 
+_FUSED_ADAMW = "nexus.optim.fused_adamw"  # the module of the step that is not overridden
+
+
 def sees_gradients_first(optimizer: FusedAdamW, asking: FrameType) -> bool:
     """Whether somebody may look at the gradients before the update, and wants them unscaled by then.
 
@@ -29,7 +32,8 @@ def sees_gradients_first(optimizer: FusedAdamW, asking: FrameType) -> bool:
         # left to the update, since GradScaler refuses to unscale them.
         grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
         return not any(grad is not None and grad.dtype == torch.float16 for grad in grads)
-    if not own or (step is not None and not hasattr(step, "_wrapped_by_lr_sched")):
+    is_replaced = step is not None and getattr(step, "__module__", None) != _FUSED_ADAMW
+    if not own or (is_replaced and not hasattr(step, "_wrapped_by_lr_sched")):
         return True
     hooks = (*optimizer._optimizer_step_pre_hooks.values(), *torch_optimizer._global_optimizer_pre_hooks.values())
     return any(getattr(hook, "looks_at_gradients", True) for hook in hooks) or asking.f_code.co_name == "__getattr__"
@@ -41,7 +45,7 @@ def runs_hooks(optimizer: FusedAdamW) -> bool:
 
 
 def _own_step(optimizer: FusedAdamW) -> bool:
-    return getattr(type(optimizer).step, "__module__", None) == "nexus.optim.fused_adamw"
+    return getattr(type(optimizer).step, "__module__", None) == _FUSED_ADAMW
 
 
 def refuse_traces() -> None:

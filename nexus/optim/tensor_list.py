@@ -125,6 +125,8 @@ def check_sharing(params: list[tuple[str, Tensor]]) -> None:
 
 def is_dense(tensor: Tensor) -> bool:
     """Whether the elements fill one block of memory, in any order of the dimensions."""
+    if tensor.is_contiguous():
+        return True
     order = sorted(range(tensor.dim()), key=lambda d: (tensor.stride(d), tensor.shape[d]), reverse=True)
     return tensor.permute(order).is_contiguous()
 

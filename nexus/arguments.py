@@ -56,12 +56,14 @@ def as_real(value: object) -> float | None:
 
 def check_number(name: str, value: object, *, low: float = 0.0, positive: bool = False) -> float:
     """`value` as a finite float, at least `low`, and above zero if `positive`."""
+    if type(value) is float and low <= value < math.inf and (value > 0.0 or not positive):
+        return value + 0.0  # turns -0.0 into 0.0
     allowed = f"a finite number {'> 0' if positive else f'>= {low:g}'}"
     real = as_real(value)
     if real is None:
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
     try:
-        number = float(real) + 0.0  # turns -0.0 into 0.0
+        number = float(real) + 0.0
     except OverflowError:
         number = math.inf
     if not math.isfinite(number) or number < low or (positive and number == 0.0):

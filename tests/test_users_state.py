@@ -148,23 +148,25 @@ def test_a_reference_that_is_kept_may_be_used_at_any_time(hold: Any, moment_of: 
     assert optimizer.__dict__["state"][weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
 
 
-def test_a_storage_that_is_kept_may_be_resized_at_any_time(backend: str) -> None:
+@pytest.mark.parametrize("name", ["step", *MOMENTS])
+def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: str) -> None:
     weight = param(6)
     optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
     weight.grad = torch.ones_like(weight)
     optimizer.step()
-    storage = optimizer.state[weight]["exp_avg"].untyped_storage()
+    storage, kept = optimizer.state[weight][name].untyped_storage(), optimizer.state[weight][name].clone()
     for _ in range(2):
         optimizer.step()
-    size = storage.nbytes()
+    size, before = storage.nbytes(), weight.tolist()
     storage.resize_(0)
-    with pytest.raises(RuntimeError):
+    with pytest.raises(RuntimeError, match=f"parameter 0 of group 0: state '{name}' has no memory"):
         optimizer.step()
+    assert weight.tolist() == before
     storage.resize_(size)
-    optimizer.state[weight]["exp_avg"].fill_(2.0)
-    weight.grad = torch.zeros_like(weight)
+    optimizer.state[weight][name].copy_(kept)
     optimizer.step()
-    assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
+    expected = {"step": 2.0, "exp_avg": 0.1 + 0.9 * 0.1, "exp_avg_sq": 0.001 + 0.999 * 0.001}[name]
+    assert optimizer.state[weight][name].flatten()[0].item() == pytest.approx(expected)
 
 
 @pytest.mark.parametrize("name", ["step", *MOMENTS])

@@ -39,18 +39,19 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
     indices: dict[int, int] = {}
     for index, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
         indices.setdefault(id(param), index)  # the first place of one that is in several
+    states: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
-        if isinstance(key, Tensor) and id(key) not in indices and value:
+        if id(key) in indices:
+            states[indices[id(key)]] = value
+        elif not isinstance(key, Tensor):
+            states[key] = value
+        elif value:
             raise RuntimeError(
                 f"optimizer.state has an entry of a parameter p of shape {tuple(key.shape)} that is in no group any "
                 "more. To save the optimizer without it, `del optimizer.state[p]`; or put p back into a group"
             )
     saved: dict[str, Any] = {
-        "state": {
-            indices[id(key)] if isinstance(key, Tensor) else key: value
-            for key, value in optimizer.state.items()
-            if not isinstance(key, Tensor) or id(key) in indices
-        },
+        "state": states,
         "param_groups": [_saved_group(optimizer, group, indices) for group in optimizer.param_groups],
         "nexus_format": fitting.FORMAT,
     }
@@ -64,6 +65,8 @@ def _saved_group(optimizer: FusedAdamW, group: ParamGroup, indices: dict[int, in
     saved = dict(group)
     saved["params"] = [indices[id(param)] for param in group["params"]]
     for name in SCHEDULABLE:
+        if type(group[name]) is float:
+            continue
         if isinstance(group[name], Tensor):
             saved[name] = float(group[name])
         schedule = group[f"{name}_schedule"]
@@ -159,12 +162,20 @@ def _loaded_state(
             local(kept[name]).copy_(respread(saved[name].detach(), param))
         else:
             kept.pop(name, None)  # of an amsgrad that is over
-    return kept | {name: _copied(value, param.device) for name, value in saved.items() if name not in STATE_NAMES}
+    return kept | {name: _copied(value, param) for name, value in saved.items() if name not in STATE_NAMES}
 
 
-def _copied(value: Any, device: torch.device) -> Any:
-    """A copy of what somebody has put into the state of a parameter, whose tensors come to it, as torch's do."""
-    return tree_map_only(Tensor, lambda tensor: tensor.to(device), copy.deepcopy(value))
+def _copied(value: Any, param: Tensor) -> Any:
+    """A copy of what somebody has put into the state of a parameter.
+
+    Its tensors come to the parameter's device, as in torch. There, they take its type, too; here, one for both.
+    """
+
+    def moved(tensor: Tensor) -> Tensor:
+        wide = tensor.is_floating_point() and param.is_floating_point()
+        return tensor.to(param.device, torch.promote_types(tensor.dtype, param.dtype) if wide else tensor.dtype)
+
+    return tree_map_only(Tensor, moved, copy.deepcopy(value))
 
 
 def _extra_entries(group: ParamGroup, saved: dict[str, Any]) -> dict[str, Any]:

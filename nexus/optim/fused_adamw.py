@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import functools
 import sys
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,9 +17,8 @@ from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import reference
 from nexus.backends.interface import Backend, Change, Plan, Runner, StepState
-from nexus.optim import checkpoint, tensor_list
+from nexus.optim import checkpoint, onlookers, tensor_list
 from nexus.optim.history import History, history_of
-from nexus.optim.onlookers import refuse_traces, runs_hooks, sees_gradients_first
 from nexus.optim.param_group import ParamGroup, check_group, check_torch_options
 from nexus.optim.planned import PlannedOptimizer
 from nexus.schedule_table import ScheduleTable
@@ -135,7 +132,7 @@ class FusedAdamW(PlannedOptimizer):
         self._planned_amsgrad: list[bool] = []
         self._runner: Runner | None = None
         self._new_params: set[int] | None = set()  # of the groups so far, while they are made
-        _mark_for_dynamo()
+        onlookers.mark_for_dynamo()
         super().__init__(params, defaults)
         self._new_params = None
         self._backend = backends.select(backend, self._devices())
@@ -156,14 +153,14 @@ class FusedAdamW(PlannedOptimizer):
             RuntimeError: a sparse gradient, or a float written over a scheduled rate. Nothing is changed.
         """
         if is_dynamo_compiling():
-            return _step_outside(self, closure)
+            return onlookers.step_outside(self, closure)
         if (
             self._optimizer_step_pre_hooks
             or self._optimizer_step_post_hooks
             or torch_optimizer._global_optimizer_pre_hooks
             or torch_optimizer._global_optimizer_post_hooks
             or torch._C._autograd._profiler_enabled()
-        ) and runs_hooks(self):
+        ) and onlookers.runs_hooks(self):
             # As torch's: hooks see only what was given, and may give a closure themselves.
             return self.__step_with_hooks() if closure is None else self.__step_with_hooks(closure)
         return self.__step(closure)
@@ -184,7 +181,7 @@ class FusedAdamW(PlannedOptimizer):
     def __update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         runner = self._runner
         if self._backend is not reference:
-            refuse_traces()
+            onlookers.refuse_traces()
         change = Change.TENSORS if runner is None else runner.changed(self.__dict__)
         if runner is None or change:
             self._tidy_groups()
@@ -195,24 +192,6 @@ class FusedAdamW(PlannedOptimizer):
         runner.step(grad_scale, found_inf)
 
     __step_with_hooks = Optimizer.profile_hook_step(__step)
-
-    @property
-    def state(self) -> defaultdict[Tensor, Any]:
-        """As in torch: what has been done for each parameter. The step after a read looks at all of it."""
-        attributes = self.__dict__
-        attributes["_state_reads"] = attributes.get("_state_reads", 0) + 1
-        runner = attributes.get("_runner")
-        if runner is not None:
-            runner.release_state()  # what is deleted from it is to be freed at once
-        try:
-            state: defaultdict[Tensor, Any] = attributes["state"]
-        except KeyError:
-            raise AttributeError("this optimizer has no state yet") from None
-        return state
-
-    @state.setter
-    def state(self, value: defaultdict[Tensor, Any]) -> None:
-        self.__dict__["state"] = value
 
     @_disable_dynamo
     def sync_hyperparameters(self) -> None:
@@ -241,7 +220,7 @@ class FusedAdamW(PlannedOptimizer):
         It then sets `grad_scale` and `found_inf` for the time of the step (it takes a product with a `grad_scale`
         that is there before, so there is none).
         """
-        return not sees_gradients_first(self, sys._getframe(1))
+        return not onlookers.sees_gradients_first(self, sys._getframe(1))
 
     @_disable_dynamo
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -419,19 +398,3 @@ class FusedAdamW(PlannedOptimizer):
         if not chosen:
             raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or as weight_decay")
         return chosen
-
-
-def _step_outside(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
-    return optimizer.step(closure)
-
-
-@functools.cache
-def _mark_for_dynamo() -> None:
-    """Keep Dynamo out of the step, whose kernels it cannot see; a compiled function is in two parts around it.
-
-    Once there is an optimizer, and not at import: this loads Dynamo, for about a second, as torch's `Optimizer` does
-    in any case when the first is made. A process that only imports this, such as a spawned worker, goes without.
-    """
-    global _step_outside
-    reason = "a compiler cannot see what the kernels of FusedAdamW.step write; leave fullgraph=True out"
-    _step_outside = torch.compiler.disable(_step_outside, reason=reason)  # type: ignore[no-untyped-call]

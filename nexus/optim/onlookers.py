@@ -1,9 +1,11 @@
-"""Who else looks at a step: what reads or clips gradients before the update, and what traces it."""
+"""Who else looks at a step: what reads or clips gradients before the update, and what traces or compiles it."""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.optim.optimizer as torch_optimizer
@@ -65,3 +67,20 @@ def refuse_traces() -> None:
             "nothing of what the kernels write, and the trace would train nothing. Step outside of the traced "
             "function, or make the optimizer with backend='reference', whose step is made of PyTorch's operations"
         )
+
+
+def step_outside(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
+    """A step that a compiled function makes; see `mark_for_dynamo`."""
+    return optimizer.step(closure)
+
+
+@functools.cache
+def mark_for_dynamo() -> None:
+    """Keep Dynamo out of the step, whose kernels it cannot see; a compiled function is in two parts around it.
+
+    Once there is an optimizer, and not at import: this loads Dynamo, for about a second, as torch's `Optimizer` does
+    in any case when the first is made. A process that only imports this, such as a spawned worker, goes without.
+    """
+    global step_outside
+    reason = "a compiler cannot see what the kernels of FusedAdamW.step write; leave fullgraph=True out"
+    step_outside = torch.compiler.disable(step_outside, reason=reason)  # type: ignore[no-untyped-call]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from operator import is_
 from typing import Any
 
 import torch
@@ -55,6 +56,7 @@ class ParamGroup(dict[str, Any]):
         super().__init__(group)
         self.outputs = {}
         self._versions: dict[str, int] = {}  # of the outputs: kernels do not count, and whoever else writes does
+        self._settled: tuple[Any, ...] = ()
         self.driver = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # not item by item, which would ask _refuse_scheduler
@@ -79,11 +81,22 @@ class ParamGroup(dict[str, Any]):
         """The settings that a schedule drives, and their schedules."""
         return [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
 
+    def _now(self) -> tuple[Any, ...]:
+        return (len(self), *map(super().get, SETTING_NAMES))
+
+    def is_settled(self) -> bool:
+        """Whether every setting is the very object that it was at `mark_settled`."""
+        return len(self._settled) > 0 and all(map(is_, self._now(), self._settled))
+
+    def mark_settled(self) -> None:
+        """To be called when all settings are checked and in force."""
+        self._settled = self._now()
+
     def tidy(self) -> None:
         """Keep numbers of Python's alone: in an array or a tensor, a change would go unnoticed."""
         for name in ("lr", "weight_decay", "eps", "lr_scale", "max_grad_norm"):
             value = self[name]
-            if value is not None and not isinstance(value, (float, Schedule)):
+            if value is not None and type(value) is not float and not isinstance(value, Schedule):
                 plain = value if isinstance(value, Tensor) and name in SCHEDULABLE else plain_number(value)
                 if plain is not value:
                     self[name] = plain

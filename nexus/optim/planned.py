@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -43,14 +43,32 @@ class PlannedOptimizer(Optimizer):
     _history: History | None = None  # a copy has none
     _norm_group: ProcessGroup | None = None
 
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """As in torch: what has been done for each parameter. The step after a read looks at all of it."""
+        attributes = self.__dict__
+        attributes["_state_reads"] = attributes.get("_state_reads", 0) + 1
+        runner = attributes.get("_runner")
+        if runner is not None:
+            runner.release_state()  # what is deleted from it is to be freed at once
+        try:
+            state: defaultdict[Tensor, Any] = attributes["state"]
+        except KeyError:
+            raise AttributeError("this optimizer has no state yet") from None
+        return state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
+
     def _unwrapped(self) -> PlannedOptimizer:
         """The optimizer itself, also where `self` is a wrapper of Lightning's.
 
         Such a wrapper is made to be of this class, has its methods and reads the optimizer's attributes; what is
         assigned to it, the optimizer never sees.
         """
-        optimizer: PlannedOptimizer = vars(self).get("_optimizer", self)
-        return optimizer
+        optimizer = vars(self).get("_optimizer")
+        return optimizer if isinstance(optimizer, PlannedOptimizer) else self
 
     @torch.inference_mode(False)  # what is made here outlives a mode in which a step may be
     def _prepare(self, change: int = Change.TENSORS) -> Runner:
@@ -99,7 +117,7 @@ class PlannedOptimizer(Optimizer):
         self._tables = {key: table for key, table in self._tables.items() if key[1] in devices}
         entries: dict[Tensor, TensorEntry] = {}
         for index, param, name in named:
-            if not tensor_list.is_idle(param) and tensor_list.is_complete(states.get(param)):
+            if tensor_list.is_complete(states.get(param)) and not tensor_list.is_idle(param, states[param]):
                 amsgrad = self.param_groups[index]["amsgrad"]
                 entry = tensor_list.make_entry(param, states[param], index, amsgrad=amsgrad, where=name)
                 devices[param.device].entries.append(entry)
@@ -148,13 +166,23 @@ class PlannedOptimizer(Optimizer):
         ]
         plan.measures_norm = self._measures_norm
 
+    @torch.inference_mode(False)  # as above
     def _settle_groups(self) -> None:
         """Check every group, and install the schedules that were assigned to one."""
         self._tidy_groups()
+        changed = [group for group in self.param_groups if not group.is_settled()]
+        for group in changed:
+            group.setdefault("lr_scale", 1.0)
+            check_group(group)
+            group.tidy()
+        scheduled = [group for group in self.param_groups if group.outputs]
+        if not changed and not scheduled:
+            return
         users = Counter(schedule for group in self.param_groups for _, schedule in group.schedules())
         device = self._devices()[0]
-        for group in self.param_groups:
+        for group in [*changed, *(group for group in scheduled if group.is_settled())]:
             self._settle_group(group, users, device)
+            group.mark_settled()
         for key in [key for key in self._tables if not users[key[0]]]:
             del self._tables[key]  # in place: also a wrapper may call this, see _unwrapped
 
@@ -168,12 +196,8 @@ class PlannedOptimizer(Optimizer):
             if not isinstance(group["params"], list):
                 group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
 
-    @torch.inference_mode(False)  # as above
     def _settle_group(self, group: ParamGroup, users: Counter[Schedule], device: torch.device) -> None:
         """Settle one group. `users` counts how many settings each schedule drives; `device` is for an empty group."""
-        group.setdefault("lr_scale", 1.0)
-        check_group(group)
-        group.tidy()
         group.check_outputs()
         on = (param.device for param in group["params"] if tensor_list.is_trained(param) and not param.is_meta)
         device = next(on, device)

@@ -82,9 +82,13 @@ def check_gradient(param: Tensor, where: str) -> None:
         raise RuntimeError(f"{where} has a gradient without memory: its storage was freed")
 
 
-def is_idle(param: Tensor) -> bool:
-    """Whether a parameter has neither a gradient nor memory: others, of offloading or sharding, bring both."""
-    return param.grad is None and (param.is_meta or local(param).untyped_storage().nbytes() == 0)
+def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
+    """Whether a parameter has no gradient, and it or its moments no memory here: offloading takes and brings it."""
+    if param.grad is not None:
+        return False
+    moments = [state[name] for name in MOMENTS if name in state]
+    elsewhere = any(each.shape != param.shape or each.device != param.device for each in moments)
+    return elsewhere or any(local(each).untyped_storage().nbytes() == 0 for each in (param, *moments))
 
 
 def is_freed(tensor: Tensor) -> bool:
@@ -205,6 +209,7 @@ def complete_state(state: dict[str, Any], param: Tensor, where: str, *, amsgrad:
         _check_unshared(step, f"{where}: state 'step'", torch.float64)
         count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
         state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
+    _check_memory(state["step"], f"{where}: state 'step'")
     for name in MOMENTS if amsgrad else MOMENTS[:2]:
         if name not in state:
             part = local(param).detach()
@@ -212,6 +217,11 @@ def complete_state(state: dict[str, Any], param: Tensor, where: str, *, amsgrad:
                 part.shape, _dense_stride(part), dtype=moment_dtype(param), device=part.device
             )
             state[name] = shards.spread_like(param, moment.zero_())
+
+
+def _check_memory(value: Tensor, where: str) -> None:
+    if is_freed(local(value)):
+        raise RuntimeError(f"{where} has no memory: its storage was freed. Bring it back before the step")
 
 
 def is_shared(tensor: Tensor) -> bool:
@@ -240,6 +250,7 @@ def _fitting_moment(moment: Any, param: Tensor, target: Tensor, where: str) -> T
     if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != target.device:
         given = f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
         raise ValueError(f"{where} must be of shape {tuple(param.shape)} on {target.device}, got {given}")
+    _check_memory(moment, where)
     dtype = moment_dtype(target)
     if shards.same_spread(moment, param):
         part = local(moment)

@@ -89,8 +89,10 @@ class ParamGroup(dict[str, Any]):
         return len(self._settled) > 0 and all(map(is_, self._now(), self._settled))
 
     def mark_settled(self) -> None:
-        """To be called when all settings are checked and in force."""
-        self._settled = self._now()
+        """To be called when all settings are checked and in force. A tensor of the user's may change behind that."""
+        rates = [(self[name], self.outputs.get(name)) for name in SCHEDULABLE]
+        if not any(isinstance(rate, Tensor) and rate is not output for rate, output in rates):
+            self._settled = self._now()
 
     def tidy(self) -> None:
         """Keep numbers of Python's alone: in an array or a tensor, a change would go unnoticed."""

@@ -19,6 +19,13 @@ uint64_t dict_version(PyObject* dict) {
 
 bool unchanged(PyObject* dict, uint64_t version) { return version != 0 && dict_version(dict) == version; }
 
+// What a getter of the tensor class returns, asked without a look-up by name: that would add a quarter to the
+// cost of a step over small tensors.
+Object from_getter(const Object& descriptor, PyObject* tensor) {
+  const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(descriptor.get())->d_getset;
+  return Object::own(getset->get(tensor, getset->closure));
+}
+
 // Stands for the gradient of a parameter without elements: null would say that it has none.
 const char kEmptyGradient = 0;
 
@@ -29,13 +36,14 @@ TensorWatch::TensorWatch(HostList& list, PyObject* setting_names, PyObject* stat
     : list_(list),
       setting_names_(setting_names),
       grad_descriptor_(grad_descriptor),
+      version_descriptor_(Object::own(
+          PyObject_GetAttrString(reinterpret_cast<PyObject*>(PyDescr_TYPE(grad_descriptor)), "_version"))),
       reader_(reader),
       param_groups_name_(interned("param_groups")),
       grad_name_(interned("grad")),
       params_name_(interned("params")),
       detach_name_(interned("detach")),
       is_neg_name_(interned("is_neg")),
-      version_name_(interned("_version")),
       local_tensor_name_(interned("_local_tensor")),
       spec_name_(interned("_spec")),
       placements_name_(interned("placements")),
@@ -132,11 +140,7 @@ void TensorWatch::add_setting_tensor(PyObject* tensor, bool written_by_steps) {
   }
 }
 
-Object TensorWatch::version(PyObject* tensor) const {
-  Object version = Object::own(PyObject_GetAttr(tensor, version_name_.get()));
-  PyErr_Clear();
-  return version;
-}
+Object TensorWatch::version(PyObject* tensor) const { return from_getter(version_descriptor_, tensor); }
 
 int TensorWatch::traverse(visitproc visit, void* arg) const {
   const auto each = [visit, arg](const Object& object) {
@@ -260,9 +264,7 @@ Object TensorWatch::gradient(const Parameter& parameter) const {
   if (parameter.own_gradient) {
     return Object::own(PyObject_GetAttr(param, grad_name_.get()));
   }
-  // Straight to the getter: a look-up by name would add a quarter to the cost of a step over small tensors.
-  const PyGetSetDef* getset = reinterpret_cast<PyGetSetDescrObject*>(grad_descriptor_.get())->d_getset;
-  return Object::own(getset->get(param, getset->closure));
+  return from_getter(grad_descriptor_, param);
 }
 
 // The part of a DTensor that is in this process; null where it is spread over the processes otherwise.

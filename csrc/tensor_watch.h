@@ -114,9 +114,10 @@ class TensorWatch {
   HostList& list_;
   Object setting_names_;
   Object grad_descriptor_;
+  Object version_descriptor_;
   TensorReader reader_;
   Object param_groups_name_, state_name_, reads_name_, grad_name_, params_name_, detach_name_, storage_name_,
-      is_neg_name_, version_name_;
+      is_neg_name_;
   Object local_tensor_name_, spec_name_, placements_name_;
 
   Object seen_groups_;

@@ -43,7 +43,8 @@ class Step {
 
   template <class Work>
   void for_each_chunk(int threads, const Work& work);
-  bool prepare();  // false: this step is skipped
+  bool prepare();
+  void fetch_ahead(const Chunk& chunk) const;  // false: this step is skipped
 
   const HostList& list_;
   std::vector<Chunk> chunks_;

@@ -155,7 +155,7 @@ def _loaded_state(
     if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
         kept = {}  # of the shape that the parameter had before
     del present  # what is not kept is freed before its successor is made
-    tensor_list.complete_state(kept, param, where, amsgrad="max_exp_avg_sq" in saved)
+    tensor_list.complete_states([(kept, param, where, "max_exp_avg_sq" in saved)])
     kept["step"].fill_(float(saved["step"]))
     for name in MOMENTS:
         if name in saved:

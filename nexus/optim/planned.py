@@ -146,7 +146,7 @@ class PlannedOptimizer(Optimizer):
 
     def _init_states(self) -> None:
         """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""
-        states = self.state
+        states, starting = self.state, []
         for index, param, name in self._named_parameters():
             state = states.get(param)
             if param.is_meta or not (param.grad is not None or tensor_list.is_complete(state)):
@@ -156,8 +156,8 @@ class PlannedOptimizer(Optimizer):
             elif not isinstance(state, dict):
                 raise TypeError(f"{name}: its state must be a dict, got {shown(state)}; del optimizer.state[p]")
             if tensor_list.is_trained(param):
-                amsgrad = self.param_groups[index]["amsgrad"]
-                tensor_list.complete_state(state, param, name, amsgrad=amsgrad)
+                starting.append((state, param, name, self.param_groups[index]["amsgrad"]))
+        tensor_list.complete_states(starting)
 
     def _fill_settings(self, plan: DevicePlan, device: torch.device) -> None:
         plan.groups = [

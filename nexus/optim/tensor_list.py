@@ -189,34 +189,35 @@ def is_complete(state: object) -> bool:
 
 
 @torch.inference_mode(False)  # the state outlives a mode in which the first step may be made
-def complete_state(state: dict[str, Any], param: Tensor, where: str, *, amsgrad: bool) -> None:
-    """Fill in what is missing of a parameter's `state`: a count of 0, moments of 0. Other keys are the user's.
+def complete_states(states: list[tuple[dict[str, Any], Tensor, str, bool]]) -> None:
+    """Fill in what is missing of each (state, its parameter, the name of that in an error, amsgrad): zeros.
 
-    A count of another type, such as torch's float32, which sticks at 2**24, becomes float64.
+    Keys that are not a state's own are the user's. A count of another type, such as torch's float32, which sticks at
+    2**24, becomes float64.
     """
-    if not is_complete(state):
-        # A moment without its count, or without the other moment, would make an update of any size.
-        state["step"] = torch.zeros((), dtype=torch.float64, device=param.device)
-        for name in MOMENTS:
-            state.pop(name, None)
-    step = state["step"]
-    if (
-        not isinstance(step, Tensor)
-        or step.dtype != torch.float64
-        or step.device != param.device
-        or step.numel() != 1
-    ):
-        _check_unshared(step, f"{where}: state 'step'", torch.float64)
-        count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
-        state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
-    _check_memory(state["step"], f"{where}: state 'step'")
-    for name in MOMENTS if amsgrad else MOMENTS[:2]:
-        if name not in state:
-            part = local(param).detach()
-            moment = torch.empty_strided(
-                part.shape, _dense_stride(part), dtype=moment_dtype(param), device=part.device
-            )
-            state[name] = shards.spread_like(param, moment.zero_())
+    for state, param, where, _ in states:
+        if not is_complete(state):
+            # A moment without its count, or without the other moment, would make an update of any size.
+            state["step"] = torch.zeros((), dtype=torch.float64, device=param.device)
+            for name in MOMENTS:
+                state.pop(name, None)
+        step = state["step"]
+        if (
+            not isinstance(step, Tensor)
+            or step.dtype != torch.float64
+            or step.device != param.device
+            or step.numel() != 1
+        ):
+            _check_unshared(step, f"{where}: state 'step'", torch.float64)
+            count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
+            state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
+        _check_memory(state["step"], f"{where}: state 'step'")
+    for name in MOMENTS:  # one after the other: a step goes through each in the order of the parameters
+        for state, param, _, amsgrad in states:
+            if name not in state and (amsgrad or name != "max_exp_avg_sq"):
+                part, dtype = local(param).detach(), moment_dtype(param)
+                moment = torch.empty_strided(part.shape, _dense_stride(part), dtype=dtype, device=part.device)
+                state[name] = shards.spread_like(param, moment.zero_())
 
 
 def _check_memory(value: Tensor, where: str) -> None:

@@ -30,7 +30,8 @@ from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import Constant
-from nexus.training import step_in_backward
+from nexus.training import capture_train_step, step_in_backward
+from nexus.training.schedulers import WSDScheduler
 
 Edit = Callable[[Optimizer, Tensor, Tensor], Any]  # optimizer, a trained parameter, one without a gradient
 
@@ -284,17 +285,34 @@ def test_what_is_dropped_is_freed_at_once(use: Callable[[FusedAdamW], Any], back
     assert [ref() for ref in alive] == [None] * len(alive)
 
 
-def test_updates_in_the_backward_pass_keep_nothing() -> None:
+COMPANIONS: dict[str, Callable[[torch.nn.Linear, FusedAdamW], Any]] = {
+    "a scheduler of torch": lambda model, optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
+    "a scheduler of nexus": lambda model, optimizer: WSDScheduler(optimizer, 2, 3, 4, 0.1),
+    "updates in the backward pass": step_in_backward,
+    "a captured step": lambda model, optimizer: capture_train_step(
+        lambda x: (model(x).sum().backward(), optimizer.step(), x)[2], optimizer
+    ),
+    "a hook": lambda model, optimizer: optimizer.register_step_post_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("make", COMPANIONS.values(), ids=COMPANIONS)
+def test_what_goes_with_an_optimizer_keeps_nothing(make: Callable[[torch.nn.Linear, FusedAdamW], Any]) -> None:
     model = torch.nn.Linear(3, 4)
     optimizer = FusedAdamW(model.parameters(), lr=0.1)
-    handle = step_in_backward(model, optimizer)
-    for _ in range(2):
-        model(torch.ones(2, 3)).sum().backward()
-        optimizer.step()
+    companion = make(model, optimizer)
+    for _ in range(3):
+        if callable(companion):
+            companion(torch.ones(2, 3))
+        else:
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
     storage = weakref.ref(optimizer.state[model.weight]["exp_avg"].untyped_storage())
     del optimizer.state[model.weight]
     assert storage() is None
-    handle.remove()
+    alive = [weakref.ref(optimizer), weakref.ref(model.bias), weakref.ref(optimizer.state[model.bias]["exp_avg"])]
+    del companion, optimizer, model
+    assert [ref() for ref in alive] == [None] * 3
 
 
 SERIALIZERS: dict[str, Callable[[Any], int]] = {

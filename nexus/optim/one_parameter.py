@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
@@ -33,7 +34,7 @@ class OneParameter(PlannedOptimizer):
 
     def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str) -> None:
         # Not torch's: this is no optimizer to anyone but the plan.
-        self._owner = owner
+        self._owned_by = weakref.ref(owner)  # which keeps this, by way of a handle
         self._group = group
         self._param = param
         self.name = name
@@ -47,6 +48,12 @@ class OneParameter(PlannedOptimizer):
         self.state: dict[Tensor, Any] = {}  # type: ignore[assignment]  # torch's makes entries by itself
         self.param_groups = [ParamGroup({**group, "params": [param]})]
         self.param_groups[0].outputs = group.outputs
+
+    @property
+    def _owner(self) -> FusedAdamW:
+        owner = self._owned_by()
+        assert owner is not None
+        return owner
 
     @property
     def group(self) -> ParamGroup:

@@ -74,7 +74,7 @@ class StepInBackward:
 
     def __init__(self, model: nn.Module, optimizer: FusedAdamW) -> None:
         self._model = model
-        self._optimizer = optimizer
+        self._owner = weakref.ref(optimizer)  # which keeps this, by its hooks
         self._lock = threading.Lock()  # each device has a thread of its own in a backward pass
         self._stepped: set[Tensor] = set()
         self._parts: dict[Tensor, OneParameter] = {}
@@ -86,6 +86,13 @@ class StepInBackward:
             optimizer.register_step_pre_hook(self._check_scale),
             optimizer.register_step_post_hook(self._end_update),
         ]
+
+    @property
+    def _optimizer(self) -> FusedAdamW:
+        optimizer = self._owner()
+        if optimizer is None:
+            raise RuntimeError("the optimizer that stepped in the backward pass is gone: remove() the handle")
+        return optimizer
 
     def remove(self) -> None:
         """Leave gradients alone from now on. What this update has done is done, and ends with the next step."""

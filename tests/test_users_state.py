@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 import torch
-from references import tensors_where_it_runs
 from side_by_side import (
     Make,
     assert_same,
@@ -345,51 +344,3 @@ def test_a_state_dict_costs_its_own_size(size_of: Callable[[Any], int]) -> None:
 
     first, second = both(run)
     assert second == pytest.approx(first, rel=0.1)
-
-
-# Shared memory.
-
-
-def shared(weight: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
-    moments = {name: torch.zeros_like(weight).share_memory_() for name in MOMENTS}
-    return {"step": torch.zeros((), dtype=dtype).share_memory_(), **moments}
-
-
-@pytest.mark.parity(
-    "Copies",
-    "a state in shared memory, as asynchronous workers put there",
-    torch="is written where it is",
-    nexus="same, if the count is float64; a float32 one, which would have to be replaced by a private copy, is "
-    "`TypeError`",
-    why="float32 sticks at 2**24",
-)
-@of_this_torch
-def test_shared_memory() -> None:
-    def run(make: Make, dtype: torch.dtype) -> tuple[list[float], bool]:
-        weight = param(3)
-        optimizer = make([weight], lr=0.1)
-        own = optimizer.state[weight] = shared(weight, dtype)
-        views = {name: tensor.view_as(tensor) for name, tensor in own.items()}  # another process's
-        train(optimizer)
-        if make is FusedAdamW:
-            optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
-        assert int(views["step"]) == 3
-        assert all(torch.equal(views[name], optimizer.state[weight][name]) for name in views)
-        return weight.tolist(), all(each.is_shared() for each in optimizer.state[weight].values())
-
-    peer, _ = both(lambda make: run(make, torch.float32) if make is not FusedAdamW else ([], True))
-    _, ours = both(lambda make: run(make, torch.float64) if make is FusedAdamW else ([], True))
-    assert (peer[1], ours[1]) == (True, True)
-    assert ours[0] == pytest.approx(peer[0])
-    with pytest.raises(TypeError, match=r"state 'step' is in shared memory, .* Share one of torch\.float64"):
-        run(FusedAdamW, torch.float32)
-
-
-def test_a_shared_moment_that_does_not_fit_is_named(backend: str) -> None:
-    with tensors_where_it_runs(backend):
-        weight = param(3, dtype=torch.bfloat16)
-    optimizer = FusedAdamW([weight], backend=backend)
-    optimizer.state[weight] = shared(weight, torch.float64)
-    with pytest.raises(TypeError, match=r"parameter 0 .*state 'exp_avg' is in shared memory.*torch\.float32"):
-        train(optimizer)
-    assert optimizer.state[weight]["exp_avg"].is_shared()

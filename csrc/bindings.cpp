@@ -96,7 +96,7 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
   });
   m.def("chunk_count", &nexus::chunk_count);
   py::class_<WatchedList>(m, "WatchedList", py::module_local(), py::custom_type_setup(nexus::collect_garbage))
-      .def(py::init<py::tuple, py::tuple, int64_t, py::object, py::object, py::tuple>())
+      .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
       .def("begin", &WatchedList::begin)
       .def("begin_groups", &WatchedList::begin_groups)
       .def("add_group", &WatchedList::add_group)
@@ -116,7 +116,7 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("rates", &WatchedList::rates);
   py::class_<CpuTensorList, WatchedList>(m, "CpuTensorList", py::module_local(),
                                          py::custom_type_setup(nexus::collect_garbage))
-      .def(py::init<py::tuple, py::tuple, int64_t, py::object, py::object, py::tuple>())
+      .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
       .def("divide", &CpuTensorList::divide)
       .def("set_state", &CpuTensorList::set_state)
       .def("sum_of_squares", &CpuTensorList::sum_of_squares)

@@ -109,7 +109,7 @@ void define_cuda(py::module_& m) {
   m.def("cuda_evaluate", &evaluate, release());
   py::class_<CudaTensorList, WatchedList>(m, "CudaTensorList", py::module_local(),
                                           py::custom_type_setup(collect_garbage))
-      .def(py::init<py::tuple, py::tuple, int64_t, py::object, py::object, py::tuple>())
+      .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
       .def("divide", &CudaTensorList::divide)
       .def("set_state", &CudaTensorList::set_state)
       .def("sum_of_squares", &CudaTensorList::sum_of_squares, release())

@@ -11,9 +11,12 @@ bool is_used(PyObject* object, Py_ssize_t own) { return object != nullptr && Py_
 
 }  // namespace
 
-StateWatch::StateWatch(PyObject* names, int64_t storage_references, TensorReader reader)
+StateWatch::StateWatch(PyObject* names, int64_t storage_references, PyObject* count_users,
+                       int64_t storage_users, TensorReader reader)
     : names_(names),
       storage_references_(storage_references),
+      count_users_(count_users),
+      storage_users_(storage_users),
       reader_(std::move(reader)),
       state_name_(interned("state")),
       reads_name_(interned("_state_reads")),
@@ -21,7 +24,7 @@ StateWatch::StateWatch(PyObject* names, int64_t storage_references, TensorReader
       storage_name_(interned("untyped_storage")) {}
 
 void StateWatch::reset(PyObject* attributes) {
-  entries_.clear();
+  const auto last = std::exchange(entries_, {});  // until the end: what dies may call back
   layouts_.clear();
   PyObject* state = item(attributes, state_name_.get());
   seen_ = Loose(state);
@@ -31,7 +34,8 @@ void StateWatch::reset(PyObject* attributes) {
       add(key, entries);
     }
   }
-  is_held_ = false;  // the next same() looks at all of it
+  is_held_ = true;
+  is_known_ = false;  // the next same() looks at all of it
 }
 
 // Under a string or a number, there is something of a wrapper's.
@@ -86,16 +90,17 @@ void StateWatch::release() {
     return;
   }
   is_held_ = false;
+  std::vector<Object> released;  // together, at the end: what dies may call back
   for (Entry& entry : entries_) {
-    entry.key.release();
-    entry.entries.release();
+    released.push_back(entry.key.release());
+    released.push_back(entry.entries.release());
     for (StateTensor& tensor : entry.tensors) {
-      tensor.value.release();
-      tensor.part = Object();
-      tensor.storage = Object();
+      released.push_back(tensor.value.release());
+      released.push_back(std::exchange(tensor.part, Object()));
+      released.push_back(std::exchange(tensor.storage, Object()));
     }
   }
-  seen_.release();
+  released.push_back(seen_.release());
 }
 
 bool StateWatch::same(PyObject* attributes) {
@@ -104,9 +109,10 @@ bool StateWatch::same(PyObject* attributes) {
   if (state == nullptr || state != seen_.address()) {
     return false;
   }
-  if (is_held_ && reads == seen_reads_.get() && Py_REFCNT(state) <= kOwnReferences) {
+  if (is_held_ && is_known_ && reads == seen_reads_.get() && Py_REFCNT(state) <= kOwnReferences) {
     for (size_t i : in_use_) {
       if (!same_entry(entries_[i])) {
+        is_known_ = false;
         return false;
       }
     }
@@ -115,6 +121,7 @@ bool StateWatch::same(PyObject* attributes) {
   seen_.hold(state);
   seen_reads_ = Object(reads);
   is_held_ = true;
+  is_known_ = false;
   in_use_.clear();
   PyObject *key, *entries;
   size_t i = 0;
@@ -134,6 +141,8 @@ bool StateWatch::same(PyObject* attributes) {
     }
     ++i;
   }
+  // Whoever has the state may take out of it what was of nobody's a moment ago.
+  is_known_ = i == entries_.size() && Py_REFCNT(state) <= kOwnReferences;
   return i == entries_.size();
 }
 
@@ -177,6 +186,17 @@ bool StateWatch::same_tensor(StateTensor& tensor) {
   return true;
 }
 
+// Another tensor over the same memory, such as detach() makes, can have it moved.
+bool StateWatch::has_other_users(PyObject* storage) const {
+  if (storage == nullptr || count_users_.get() == Py_None) {
+    return false;
+  }
+  const Object count = Object::own(PyObject_CallOneArg(count_users_.get(), storage));
+  const bool others = count.get() == nullptr || PyLong_AsLongLong(count.get()) > storage_users_;
+  PyErr_Clear();
+  return others;
+}
+
 // Whether anybody but the optimizer and this watch refers to the entry's dict, tensors or their storages.
 bool StateWatch::is_in_use(const Entry& entry) const {
   if (is_used(entry.entries.address(), kOwnReferences)) {
@@ -184,7 +204,7 @@ bool StateWatch::is_in_use(const Entry& entry) const {
   }
   for (const StateTensor& tensor : entry.tensors) {
     if (is_used(tensor.value.address(), kOwnReferences) || is_used(tensor.part.get(), kOwnReferences) ||
-        is_used(tensor.storage.get(), storage_references_ + 1)) {
+        is_used(tensor.storage.get(), storage_references_ + 1) || has_other_users(tensor.storage.get())) {
       return true;
     }
   }

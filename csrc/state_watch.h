@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
 #include "tensor_reader.h"
@@ -16,7 +17,8 @@ class StateWatch {
   // `names`: the keys of a parameter's state whose tensors a step uses; other keys are the user's.
   // `storage_references`: how many torch itself holds to the Python object of a storage, of which there is
   // one.
-  StateWatch(PyObject* names, int64_t storage_references, TensorReader reader);
+  StateWatch(PyObject* names, int64_t storage_references, PyObject* count_users, int64_t storage_users,
+             TensorReader reader);
 
   // Takes the state as it is now for what is expected from here on. `attributes`: the optimizer's __dict__.
   void reset(PyObject* attributes);
@@ -39,7 +41,7 @@ class StateWatch {
     PyObject* held() const { return held_.get(); }  // null after release()
     // Whether `now`, which is alive, is at the address; it is held from here on.
     bool hold(PyObject* now);
-    void release() { held_ = Object(); }
+    Object release() { return std::exchange(held_, Object()); }
 
    private:
     PyObject* address_;
@@ -65,6 +67,7 @@ class StateWatch {
   bool same_entry(Entry& entry);
   bool same_tensor(StateTensor& tensor);
   bool is_in_use(const Entry& entry) const;
+  bool has_other_users(PyObject* storage) const;
   bool has_state(PyObject* key, PyObject* entries) const;
   void add(PyObject* key, PyObject* entries);
   PyObject* name(size_t index) const {
@@ -74,12 +77,15 @@ class StateWatch {
 
   Object names_;
   int64_t storage_references_;
+  Object count_users_;
+  int64_t storage_users_;
   TensorReader reader_;
   Object state_name_, reads_name_, local_tensor_name_, storage_name_;
 
   Loose seen_{nullptr};
-  Object seen_reads_;     // a number that is another whenever the optimizer's `state` was read
-  bool is_held_ = false;  // false from release() to the next same()
+  Object seen_reads_;      // a number that is another whenever the optimizer's `state` was read
+  bool is_held_ = false;   // false from release() to the next same()
+  bool is_known_ = false;  // whether same() has looked at all of it, and nobody has the state itself
   std::vector<Entry> entries_;
   std::vector<int64_t> layouts_;
   std::vector<size_t> in_use_;  // of entries_: those that others refer to, and may change unseen

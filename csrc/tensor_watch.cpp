@@ -7,18 +7,6 @@
 namespace nexus {
 namespace {
 
-// A number that changes whenever the dict does, or 0 where CPython has none (from 3.12 on it is deprecated).
-uint64_t dict_version(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-  (void)dict;
-  return 0;
-#endif
-}
-
-bool unchanged(PyObject* dict, uint64_t version) { return version != 0 && dict_version(dict) == version; }
-
 // What a getter of the tensor class returns, asked without a look-up by name: that would add a quarter to the
 // cost of a step over small tensors.
 Object from_getter(const Object& descriptor, PyObject* tensor) {
@@ -31,8 +19,8 @@ const char kEmptyGradient = 0;
 
 }  // namespace
 
-TensorWatch::TensorWatch(HostList& list, PyObject* setting_names, PyObject* state_names,
-                         int64_t storage_references, PyObject* grad_descriptor, const TensorReader& reader)
+TensorWatch::TensorWatch(HostList& list, PyObject* setting_names, StateWatch state, PyObject* grad_descriptor,
+                         const TensorReader& reader)
     : list_(list),
       setting_names_(setting_names),
       grad_descriptor_(grad_descriptor),
@@ -42,12 +30,11 @@ TensorWatch::TensorWatch(HostList& list, PyObject* setting_names, PyObject* stat
       param_groups_name_(interned("param_groups")),
       grad_name_(interned("grad")),
       params_name_(interned("params")),
-      detach_name_(interned("detach")),
       is_neg_name_(interned("is_neg")),
       local_tensor_name_(interned("_local_tensor")),
       spec_name_(interned("_spec")),
       placements_name_(interned("placements")),
-      state_(state_names, storage_references, reader) {}
+      state_(std::move(state)) {}
 
 void TensorWatch::reset(PyObject* attributes) {
   groups_.clear();
@@ -86,7 +73,7 @@ void TensorWatch::reset_settings() {
 
 void TensorWatch::add_parameter(PyObject* param) {
   parameters_.push_back(
-      {Object(param), Object(), has_own_gradient(param), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}, {}});
+      {Object(param), has_own_gradient(param), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}, {}});
 }
 
 void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
@@ -95,14 +82,11 @@ void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* strea
   Description now;
   const bool spread = placements != Py_None;
   const Object local = spread ? local_part(param, placements) : Object(param);
-  const Object alias =
-      spread ? Object::own(PyObject_CallMethodNoArgs(param, detach_name_.get())) : Object(streams);
-  if (local.get() == nullptr || alias.get() == nullptr || !reader_.describe(local.get(), now)) {
+  if (local.get() == nullptr || !reader_.describe(local.get(), now)) {
     PyErr_Clear();
     throw std::invalid_argument("a parameter could not be read");
   }
   parameters_.push_back({Object(param),
-                         alias,
                          has_own_gradient(param),
                          record,
                          staged_param,
@@ -338,11 +322,6 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
   if (!parameter.staged_param && record.param != now.data) {
     record.param = now.data;
     param_moved_ = true;
-    parameter.alias = Object::own(PyObject_CallMethodNoArgs(param, detach_name_.get()));
-    if (parameter.alias.get() == nullptr) {
-      PyErr_Clear();
-      return false;
-    }
   }
   if (spread && !parameter.staged_grad) {
     grad = local_part(grad.get(), parameter.placements.get());
@@ -365,7 +344,19 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
   return true;
 }
 
+void TensorWatch::release_state() {
+  if (in_step_) {
+    release_state_later_ = true;
+  } else {
+    state_.release();
+  }
+}
+
 void TensorWatch::release_gradients() {
+  in_step_ = false;
+  if (std::exchange(release_state_later_, false)) {
+    state_.release();
+  }
   for (Parameter& parameter : parameters_) {
     parameter.grad = Object();
   }
@@ -376,7 +367,7 @@ void TensorWatch::list_written() {
   for (const Parameter& parameter : parameters_) {
     if (parameter.record >= 0 && !parameter.staged_param &&
         list_.tensors[static_cast<size_t>(parameter.record)].grad != nullptr) {
-      params.push_back(parameter.alias.get());
+      params.push_back(parameter.tensor.get());
     }
   }
   written_ = Object::own(PyTuple_New(static_cast<Py_ssize_t>(params.size())));
@@ -404,6 +395,7 @@ Change TensorWatch::refresh(PyObject* attributes) {
     }
     list_written();
   }
+  in_step_ = true;
   return same_settings();
 }
 

@@ -20,9 +20,9 @@ enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
 class TensorWatch {
  public:
   // `setting_names`: the keys of a group whose values are watched; the first is "lr". `grad_descriptor`:
-  // torch's getter of Tensor.grad. For `state_names` and `storage_references` see StateWatch.
-  TensorWatch(HostList& list, PyObject* setting_names, PyObject* state_names, int64_t storage_references,
-              PyObject* grad_descriptor, const TensorReader& reader);
+  // torch's getter of Tensor.grad.
+  TensorWatch(HostList& list, PyObject* setting_names, StateWatch state, PyObject* grad_descriptor,
+              const TensorReader& reader);
 
   // Forgets everything, and takes groups and state as they are now for what is expected from here on.
   // `attributes`: the optimizer's __dict__, which is not held: it owns this watch.
@@ -53,14 +53,15 @@ class TensorWatch {
   // "lr" is taken over here; any other setting is the caller's.
   Change refresh(PyObject* attributes);
 
-  // Lets go of the state until the next refresh(), so that what is taken out of it is freed at once.
-  void release_state() { state_.release(); }
+  // Lets go of the state until the next refresh(), so that what is taken out of it is freed at once; in a
+  // step, at its end.
+  void release_state();
 
-  // Lets go of the gradients that refresh() has found: they are held until the step that reads them is over,
+  // Ends the step that refresh() began: lets go of the gradients that it has found. They are held until then,
   // whatever another thread does to them meanwhile.
   void release_gradients();
 
-  // Aliases of the parameters that the next step writes to where they are: a tuple; borrowed.
+  // The parameters that the next step writes to where they are: a tuple; borrowed.
   PyObject* written() const { return written_.get(); }
 
   // For the garbage collector: what is watched may refer to the optimizer, which owns this watch.
@@ -70,8 +71,6 @@ class TensorWatch {
  private:
   struct Parameter {
     Object tensor;
-    Object
-        alias;  // tensor.detach(): shares its version counter, and costs less to read, being a plain Tensor
     bool own_gradient;  // whether its class has a `grad` of its own
     int64_t record;     // -1: none
     bool staged_param;
@@ -116,8 +115,7 @@ class TensorWatch {
   Object grad_descriptor_;
   Object version_descriptor_;
   TensorReader reader_;
-  Object param_groups_name_, state_name_, reads_name_, grad_name_, params_name_, detach_name_, storage_name_,
-      is_neg_name_;
+  Object param_groups_name_, grad_name_, params_name_, is_neg_name_;
   Object local_tensor_name_, spec_name_, placements_name_;
 
   Object seen_groups_;
@@ -128,6 +126,8 @@ class TensorWatch {
   std::vector<FixedTensor> fixed_tensors_;
   std::vector<FixedTensor> setting_tensors_;
   Object written_;
+  bool in_step_ = false;  // from refresh() to release_gradients()
+  bool release_state_later_ = false;
   bool param_moved_ = false;           // in this refresh
   bool gradient_came_or_went_ = true;  // since `written_` was made
 };

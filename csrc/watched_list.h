@@ -53,10 +53,12 @@ inline StepState state_of(const StateFields& fields) {
 // What the lists of all devices have in common: tensors and hyperparameters, watched.
 class WatchedList {
  public:
+  // For `state_names`, `storage_references`, `count_users` and `storage_users` see StateWatch.
   WatchedList(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
-              const py::object& grad_descriptor, const py::object& exchange_api, const py::tuple& dtypes)
-      : watch_(list_, setting_names.ptr(), state_names.ptr(), storage_references, grad_descriptor.ptr(),
-               TensorReader(exchange_api.ptr(), dtypes.ptr())) {}
+              const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
+              const py::object& exchange_api, const py::tuple& dtypes)
+      : WatchedList(setting_names, state_names, storage_references, count_users, storage_users,
+                    grad_descriptor, TensorReader(exchange_api.ptr(), dtypes.ptr())) {}
 
   // `attributes`: the optimizer's __dict__.
   void begin(const py::dict& attributes) {
@@ -128,6 +130,14 @@ class WatchedList {
     }
     return values;
   }
+
+ private:
+  WatchedList(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
+              const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
+              const TensorReader& reader)
+      : watch_(list_, setting_names.ptr(),
+               StateWatch(state_names.ptr(), storage_references, count_users.ptr(), storage_users, reader),
+               grad_descriptor.ptr(), reader) {}
 
  protected:
   HostList list_;

@@ -16,6 +16,8 @@ class WatchedList:
         setting_names: tuple[str, ...],
         state_names: tuple[str, ...],
         storage_references: int,
+        count_users: Any,
+        storage_users: int,
         grad_descriptor: Any,
         exchange_api: Any,
         dtypes: tuple[Any, ...],

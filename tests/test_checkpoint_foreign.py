@@ -157,6 +157,25 @@ def test_other_numbers_are_refused_and_nothing_is_changed(change: Any, words: st
     torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
 
 
+def test_what_cannot_be_copied_leaves_everything_as_it_was(backend: str) -> None:
+    optimizer = FusedAdamW([param(3), param(4)], backend=backend)
+    train(optimizer)
+    saved, before = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(optimizer.state_dict())
+    saved["state"][1]["mine"] = param(2) * 2  # no leaf
+    with pytest.raises(RuntimeError, match="deepcopy"):
+        optimizer.load_state_dict(saved)
+    torch.testing.assert_close(optimizer.state_dict(), before, rtol=0, atol=0)
+
+
+def test_moments_in_float8_are_compared_with_zero() -> None:
+    optimizer = FusedAdamW([param(3)])
+    train(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    saved["state"][0]["exp_avg_sq"] = torch.tensor([1.0, 0.5, -1.0]).to(torch.float8_e5m2)
+    with pytest.raises(ValueError, match="exp_avg_sq is negative somewhere"):
+        optimizer.load_state_dict(saved)
+
+
 # What a load brings, and what it leaves.
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import types
 from collections.abc import Callable
 from typing import Any
@@ -62,6 +63,20 @@ def method_put_in_its_place(make: Make, params: list[nn.Parameter]) -> Optimizer
     return optimizer
 
 
+def wrapped_with_its_names(make: Make, params: list[nn.Parameter]) -> Optimizer:
+    optimizer = make(params)
+    torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # whose wrapper of step() is wrapped in turn
+    step = optimizer.step
+
+    @functools.wraps(step)
+    def clip_then_step(*args: Any, **kwargs: Any) -> Any:
+        clip(params)
+        return step(*args, **kwargs)
+
+    optimizer.step = clip_then_step  # type: ignore[method-assign]
+    return optimizer
+
+
 class Wrapper:
     """As many a NoamOpt: not an optimizer, and passes on what it is asked."""
 
@@ -80,6 +95,7 @@ WATCHES: dict[str, Watch] = {
     "a subclass": subclass,
     "a hook": pre_hook,
     "a method put in its place": method_put_in_its_place,
+    "a function with the names of step": wrapped_with_its_names,
     "a wrapper": lambda make, params: Wrapper(make(params), params),
 }
 
@@ -237,6 +253,7 @@ def test_a_trace_does_not_lose_the_update(backend: str) -> None:
         params_of(optimizer)[0].grad = torch.ones(3, dtype=torch.float64)
         for trace in (
             lambda: make_fx(traced_step(optimizer))(torch.ones(3, dtype=torch.float64)),
+            lambda: make_fx(traced_step(optimizer), pre_dispatch=True)(torch.ones(3, dtype=torch.float64)),
             lambda: torch.func.functionalize(lambda x: (optimizer.step(), x)[1])(torch.ones(3)),
         ):
             with pytest.raises(RuntimeError, match=r"a function that is traced .*backend='reference'"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -330,3 +331,47 @@ def test_the_same_group_twice() -> None:
 
     first, second = both(run)
     assert first == second == ([[0, 1], [2], [0, 1], [2]], [0, 1, 2])
+
+
+def test_a_step_with_the_same_group_twice_is_refused(backend: str) -> None:
+    optimizer = FusedAdamW([param(2), param(3)], backend=backend)
+    train(optimizer, 1)
+    optimizer.param_groups.extend(optimizer.param_groups)
+    with pytest.raises(ValueError, match=r"parameter 0 of group 1 is also parameter 0 of group 0"):
+        optimizer.step()
+    del optimizer.param_groups[1]
+    train(optimizer, 1)
+
+
+FREED: dict[str, Callable[[], Tensor]] = {
+    "freed": lambda: torch.empty(0, dtype=torch.float64),
+    "packed": lambda: torch.zeros(2, dtype=torch.uint8),
+}
+
+
+@pytest.mark.parametrize("kind", FREED)
+@pytest.mark.parity(
+    "State dicts",
+    "the state of a parameter that is frozen, and whose data is freed or packed, on loading",
+    torch="is loaded",
+    nexus="same, as it was saved, in its types",
+    why="a later thaw goes on with it",
+)
+@of_this_torch
+def test_the_state_of_what_is_frozen_is_loaded_as_it_was_saved(kind: str) -> None:
+    def run(make: Make) -> Optimizer:
+        weight, other = make_params([(4,), (3,)], torch.float64)
+        optimizer = make([weight, other], lr=0.1)
+        train(optimizer, 2)
+        kept, saved = weight.data, copy.deepcopy(optimizer.state_dict())
+        weight.requires_grad_(False)
+        weight.grad = None
+        weight.data = FREED[kind]()
+        if make is FusedAdamW or kind == "freed":  # torch makes the moments integers
+            optimizer.load_state_dict(saved)
+        weight.data = kept
+        weight.requires_grad_(True)
+        train(optimizer, 2)
+        return optimizer
+
+    assert_same(*both(run))

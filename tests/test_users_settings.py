@@ -133,9 +133,16 @@ def test_an_option_of_the_optimizer_is_refused_in_a_group(name: str) -> None:
     with pytest.raises(TypeError, match=words):
         FusedAdamW([{"params": [param(2)], name: True}])
     optimizer = FusedAdamW([param(2)])
+    train(optimizer, 2)
+    saved = optimizer.state_dict()
     optimizer.param_groups[0][name] = True
     with pytest.raises(TypeError, match=words):
         train(optimizer, 1)
+    del optimizer.param_groups[0][name]
+    saved["param_groups"][0][name] = True
+    with pytest.raises(ValueError, match=f"param_groups.0. of the loaded state dict: {words}"):
+        optimizer.load_state_dict(saved)
+    train(optimizer, 1)
 
 
 @pytest.mark.parametrize("schedule", [Cosine(0.1, 20), WSD(2, 5, 5, 0.1)], ids=["cosine", "wsd"])

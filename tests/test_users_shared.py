@@ -61,6 +61,31 @@ def test_a_shared_moment_that_does_not_fit_is_named(backend: str) -> None:
     assert optimizer.state[weight]["exp_avg"].is_shared()
 
 
+def test_a_part_of_a_shared_state_is_named(backend: str) -> None:
+    with tensors_where_it_runs(backend):
+        weight = param(3)
+    optimizer = FusedAdamW([weight], backend=backend)
+    optimizer.state[weight] = own = shared(weight, torch.float64)
+    del own["step"]
+    with pytest.raises(
+        TypeError, match=r"state 'exp_avg', beside which another is missing, is in shared .*Share all"
+    ):
+        train(optimizer)
+    assert sorted(own) == ["exp_avg", "exp_avg_sq"]
+
+
+def test_a_load_is_refused_before_anything_is_written() -> None:
+    weight = param(3)
+    optimizer = FusedAdamW([weight])
+    train(optimizer)
+    saved = copy.deepcopy(optimizer.state_dict())
+    optimizer.state[weight] = shared(weight, torch.float32)
+    with pytest.raises(TypeError, match="state 'step' is in shared memory"):
+        optimizer.load_state_dict(saved)
+    assert optimizer.state[weight]["step"].is_shared()
+    assert not optimizer.state[weight]["exp_avg"].any()
+
+
 def work(optimizer: FusedAdamW, steps: int) -> None:
     """In a process of its own."""
     torch.set_num_threads(1)

@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import gc
-import io
-import pickle
-import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -28,9 +24,6 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import Constant
-from nexus.training import capture_train_step, step_in_backward
-from nexus.training.schedulers import WSDScheduler
 
 Edit = Callable[[Optimizer, Tensor, Tensor], Any]  # optimizer, a trained parameter, one without a gradient
 
@@ -148,6 +141,52 @@ def test_a_reference_that_is_kept_may_be_used_at_any_time(hold: Any, moment_of: 
     assert optimizer.__dict__["state"][weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
 
 
+def test_what_is_taken_out_of_a_kept_state_later(backend: str) -> None:
+    weight = param(6)
+    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
+    weight.grad = torch.zeros_like(weight)
+    optimizer.step()
+    state = optimizer.state
+    optimizer.step()
+    entry = state[weight]
+    del state
+    optimizer.step()
+    entry["exp_avg"] = torch.full_like(weight, 2.0).detach()
+    optimizer.step()
+    assert entry["exp_avg"].tolist() == pytest.approx([1.8] * 6)
+
+
+def test_a_change_before_a_refused_call_is_not_overlooked_after_it(backend: str) -> None:
+    weight, other = param(6), param(3)
+    optimizer = FusedAdamW([weight, other], lr=0.1, backend=backend)
+    for each in (weight, other):
+        each.grad = torch.zeros_like(each)
+    for _ in range(2):
+        optimizer.step()
+    optimizer.state[weight]["exp_avg"] = torch.full_like(weight, 2.0).detach()
+    other.grad = other.grad.to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.sync_hyperparameters()
+    other.grad = other.grad.to_dense()
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
+
+
+def test_memory_that_is_moved_through_another_tensor_over_it(backend: str) -> None:
+    weight = param(2000)
+    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
+    weight.grad = torch.ones_like(weight)
+    optimizer.step()
+    alias = optimizer.state[weight]["exp_avg"].detach()
+    for _ in range(2):
+        optimizer.step()
+    alias.share_memory_()  # as a queue of torch.multiprocessing does
+    kept = [torch.full((2000,), 9.0) for _ in range(10)]  # where it was
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg"][0].item() == pytest.approx(1 - 0.9**4)
+    assert all((each == 9.0).all() for each in kept)
+
+
 @pytest.mark.parametrize("name", ["step", *MOMENTS])
 def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: str) -> None:
     weight = param(6)
@@ -222,125 +261,3 @@ def test_an_entry_that_is_no_dict_is_named() -> None:
     optimizer.state[params_of(optimizer)[0]] = [1]
     with pytest.raises(TypeError, match=r"parameter 0 of group 0: its state must be a dict, got \[1\] \(list\)"):
         train(optimizer)
-
-
-# Memory.
-
-
-@pytest.mark.parity(
-    "Steps and state",
-    "`del optimizer.state[p]`; `del optimizer` after steps, without the garbage collector",
-    torch="frees the moments at once; the parameters with the model",
-    nexus="same",
-    also=("test_users_state.py::test_what_is_dropped_is_freed_at_once",),
-)
-@of_this_torch
-def test_what_is_deleted_is_freed() -> None:
-    def run(make: Make) -> list[bool]:
-        optimizer = make([param(30), param(40)], lr=0.1)
-        train(optimizer)
-        params = params_of(optimizer)
-        storages = [weakref.ref(optimizer.state[each]["exp_avg"].untyped_storage()) for each in params]
-        weights = [weakref.ref(each) for each in params]
-        seen = [ref() is None for ref in storages]
-        del optimizer.state[params.pop(0)]
-        seen += [ref() is None for ref in storages]
-        train(optimizer)  # makes anew
-        del optimizer, params
-        return seen + [ref() is None for ref in (*storages, *weights)]
-
-    first, second = both(run)
-    assert first == second == [False, False, True, False, True, True, True, True]
-
-
-USES: dict[str, Callable[[FusedAdamW], Any]] = {
-    "steps": lambda o: None,
-    "a history": lambda o: o.history(),
-    "a state dict": lambda o: o.state_dict(),
-    "a load": lambda o: (o.load_state_dict(copy.deepcopy(o.state_dict())), train(o)),
-    "a copy": lambda o: train(copy.deepcopy(o)),
-    "a group added": lambda o: (o.add_param_group({"params": [param(2)]}), train(o)),
-    "a refused step": lambda o: _sparse_step(o),
-    "the state read": lambda o: (len(o.state), train(o, 1), len(o.state)),
-}
-
-
-def _sparse_step(optimizer: FusedAdamW) -> None:
-    params_of(optimizer)[0].grad = torch.zeros(30, dtype=torch.float64).to_sparse()
-    with pytest.raises(RuntimeError, match="sparse"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("use", USES.values(), ids=USES)
-def test_what_is_dropped_is_freed_at_once(use: Callable[[FusedAdamW], Any], backend: str) -> None:
-    optimizer = FusedAdamW(
-        [param(30), param(40)], lr=Constant(0.1), max_grad_norm=1.0, skip_nonfinite=True, backend=backend
-    )
-    train(optimizer)
-    use(optimizer)
-    alive = [weakref.ref(optimizer), *map(weakref.ref, params_of(optimizer))]
-    alive += [weakref.ref(each) for state in optimizer.state.values() for each in state.values()]
-    del optimizer
-    assert [ref() for ref in alive] == [None] * len(alive)
-
-
-COMPANIONS: dict[str, Callable[[torch.nn.Linear, FusedAdamW], Any]] = {
-    "a scheduler of torch": lambda model, optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
-    "a scheduler of nexus": lambda model, optimizer: WSDScheduler(optimizer, 2, 3, 4, 0.1),
-    "updates in the backward pass": step_in_backward,
-    "a captured step": lambda model, optimizer: capture_train_step(
-        lambda x: (model(x).sum().backward(), optimizer.step(), x)[2], optimizer
-    ),
-    "a hook": lambda model, optimizer: optimizer.register_step_post_hook(lambda *_: None),
-}
-
-
-@pytest.mark.parametrize("make", COMPANIONS.values(), ids=COMPANIONS)
-def test_what_goes_with_an_optimizer_keeps_nothing(make: Callable[[torch.nn.Linear, FusedAdamW], Any]) -> None:
-    model = torch.nn.Linear(3, 4)
-    optimizer = FusedAdamW(model.parameters(), lr=0.1)
-    companion = make(model, optimizer)
-    for _ in range(3):
-        if callable(companion):
-            companion(torch.ones(2, 3))
-        else:
-            model(torch.ones(2, 3)).sum().backward()
-            optimizer.step()
-    storage = weakref.ref(optimizer.state[model.weight]["exp_avg"].untyped_storage())
-    del optimizer.state[model.weight]
-    assert storage() is None
-    alive = [weakref.ref(optimizer), weakref.ref(model.bias), weakref.ref(optimizer.state[model.bias]["exp_avg"])]
-    del companion, optimizer, model
-    assert [ref() for ref in alive] == [None] * 3
-
-
-SERIALIZERS: dict[str, Callable[[Any], int]] = {
-    "pickle": lambda saved: len(pickle.dumps(saved)),
-    "an entry by torch.save": lambda saved: _saved_size(saved["state"][0]),
-    "a moment by torch.save": lambda saved: _saved_size(saved["state"][0]["exp_avg"]),
-    "storages": lambda saved: sum(t.untyped_storage().nbytes() for s in saved["state"].values() for t in s.values()),
-}
-
-
-def _saved_size(saved: Any) -> int:
-    buffer = io.BytesIO()
-    torch.save(saved, buffer)
-    return len(buffer.getvalue())
-
-
-@pytest.mark.parametrize("size_of", SERIALIZERS.values(), ids=SERIALIZERS)
-@pytest.mark.parity(
-    "State dicts",
-    "a state dict, or a part of it, is written by `pickle` or `torch.save`",
-    torch="takes the bytes of its tensors",
-    nexus="same",
-)
-@of_this_torch
-def test_a_state_dict_costs_its_own_size(size_of: Callable[[Any], int]) -> None:
-    def run(make: Make) -> int:
-        optimizer = make([param(64, dtype=torch.float32) for _ in range(50)], lr=0.1)
-        train(optimizer)
-        return size_of(optimizer.state_dict())
-
-    first, second = both(run)
-    assert second == pytest.approx(first, rel=0.1)

@@ -43,8 +43,8 @@ class Step {
 
   template <class Work>
   void for_each_chunk(int threads, const Work& work);
-  bool prepare();
-  void fetch_ahead(const Chunk& chunk) const;  // false: this step is skipped
+  bool prepare();  // false: this step is skipped
+  void fetch_ahead(const Chunk& chunk) const;
 
   const HostList& list_;
   std::vector<Chunk> chunks_;

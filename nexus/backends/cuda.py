@@ -107,6 +107,7 @@ class CudaRunner(WatchedRunner):
         return bool(self._list.has_captured())
 
     def update_captured(self) -> None:
+        super().update_captured()
         for position, plan in enumerate(self._devices):
             self._list.update_captured(position, self.current_stream(plan.state.device)[1])
 

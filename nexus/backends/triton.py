@@ -246,6 +246,7 @@ class TritonRunner(WatchedRunner):
         return bool(self._in_graphs)
 
     def update_captured(self) -> None:
+        super().update_captured()
         for device_list, rates in self._lists_and_rates():
             device_list.update_captured(rates)
 

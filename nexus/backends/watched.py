@@ -59,9 +59,14 @@ def make_list(kind: Callable[..., List], setting_names: tuple[str, ...]) -> List
     tensor = torch.empty(1, device="cpu")
     storage = tensor.untyped_storage()  # the same Python object whenever it is asked for
     storage_references = sys.getrefcount(storage) - 2  # besides the name and the argument
+    count_users = getattr(torch._C, "_storage_Use_Count", None)
+    if count_users is not None:
+        of_address, count_users = count_users, lambda storage: of_address(storage._cdata)
+    storage_users = 0 if count_users is None else count_users(storage)
     grad_descriptor = torch._C.TensorBase.__dict__["grad"]
     exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
-    return kind(setting_names, STATE_NAMES, storage_references, grad_descriptor, exchange_api, DTYPES)
+    state = (STATE_NAMES, storage_references, count_users, storage_users)
+    return kind(setting_names, *state, grad_descriptor, exchange_api, DTYPES)
 
 
 def address(tensor: Tensor | None) -> int:
@@ -160,7 +165,10 @@ class WatchedRunner:
                 "updated at once by two threads; give the optimizer one tensor for both"
             )
         if change == Change.TENSORS:
-            raise RuntimeError("a parameter or a gradient cannot be read where it is; please report this")
+            raise RuntimeError(
+                "a parameter, a gradient or its state cannot be read where it is. Another thread may have changed it "
+                "in the middle of this step; if none has, please report this"
+            )
         self._plan = plan
 
     def update_settings(self) -> None:
@@ -175,7 +183,8 @@ class WatchedRunner:
         return False
 
     def update_captured(self) -> None:
-        """Where nothing is captured, there is nothing to do."""
+        """What `changed` has found is not for a step to come. Where nothing is captured, there is no more to do."""
+        self._list.release_gradients()
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for entry in self._staged:
@@ -183,7 +192,11 @@ class WatchedRunner:
         for tensor, host in self._host_rates:
             _fill_from_host(tensor, host)
         assert self._plan is not None
-        self._run(self._plan, grad_scale, found_inf)
+        try:
+            self._run(self._plan, grad_scale, found_inf)
+        except BaseException:
+            self._list.release_gradients()
+            raise
         # To autograd these are in-place updates: a graph that saved an old value must refuse to use the new one.
         torch.autograd.graph.increment_version(self._list.written())
         for entry in self._staged:

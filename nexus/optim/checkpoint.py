@@ -103,7 +103,8 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     for group, saved in pairs:
         amsgrad = bool(saved.get("amsgrad", group["amsgrad"]))
         for key in saved["params"]:
-            fitting.check_state(states.get(key), params[key], key, amsgrad=amsgrad)
+            if tensor_list.is_trained(params[key]):
+                fitting.check_state(states.get(key), params[key], key, amsgrad=amsgrad)
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(fitting.checked_edits(group, saved, index))
@@ -112,13 +113,24 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
 
     in_place = optimizer._runner is not None and optimizer._runner.has_captured()
     own = optimizer.state
+    names = {id(param): name for _, param, name in optimizer._named_parameters()}
+    others = {}  # keys of others in the state, copied before anything is written
+    for key, param in params.items():
+        tensor_list.check_unshared(own.get(param), param, names[id(param)])
+        state = states.get(key) or {}
+        kept = () if not tensor_list.is_trained(param) else STATE_NAMES  # of what is frozen, all stays as it is
+        others[key] = {name: _copied(value, param) for name, value in state.items() if name not in kept}
     for left in [each for each in own if not isinstance(each, Tensor) or own.get(each) is None]:
         del own[left]
-    names = {id(param): name for _, param, name in optimizer._named_parameters()}
     for key, param in params.items():
-        state = _loaded_state(param, own.pop(param, None), states.get(key), names[id(param)], in_place=in_place)
+        present, saved = own.pop(param, None), states.get(key)
+        if tensor_list.is_trained(param):
+            state = _loaded_state(param, present, saved, names[id(param)], in_place=in_place)
+        else:
+            state = None if saved is None else {}
+        del present
         if state is not None:
-            own[param] = state
+            own[param] = state | others[key]
     for key, value in states.items():
         if key not in params:
             own[key] = value
@@ -162,7 +174,7 @@ def _loaded_state(
             local(kept[name]).copy_(respread(saved[name].detach(), param))
         else:
             kept.pop(name, None)  # of an amsgrad that is over
-    return kept | {name: _copied(value, param) for name, value in saved.items() if name not in STATE_NAMES}
+    return kept
 
 
 def _copied(value: Any, param: Tensor) -> Any:

@@ -12,7 +12,7 @@ from nexus import schedule_edits
 from nexus.arguments import MAX_STEP, check_count, shown
 from nexus.backends.shards import local
 from nexus.optim import tensor_list
-from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
+from nexus.optim.param_group import OF_ALL, SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
 from nexus.schedules import Schedule
 
 FORMAT = 1
@@ -101,7 +101,7 @@ def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
         for name in SCHEDULABLE:
             if isinstance(saved.get(name), Schedule):
                 raise ValueError(f"{name} must be a number; give the Schedule to the constructor")
-        check_group({**group, **settings(saved)})
+        check_group({**group, **settings(saved), **{name: saved[name] for name in OF_ALL if name in saved}})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: {error}. Correct this entry, or save the state dict again") from None
 
@@ -182,7 +182,8 @@ def check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
             )
         if tensor_list.is_freed(local(moment)):
             raise ValueError(f"{where}: {name} has no memory: its storage was freed. {remedy}")
-        if name != "exp_avg" and bool((local(moment) < 0).any()):
+        wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
+        if name != "exp_avg" and bool((wide < 0).any()):
             raise ValueError(f"{where}: {name} is negative somewhere, which no average of squares is. {remedy}")
     step = state["step"]
     if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):

@@ -62,7 +62,7 @@ class FusedAdamW(PlannedOptimizer):
         norm_group: processes whose optimizers have other parameters of the same model, each its own: the gradient
             norm is that of all of them, and what one skips, all skip. DTensors need none, nor does DDP.
 
-    A group may have its own value of each of these but the last two, and an `lr_scale` (1.0) that multiplies its
+    A group may have its own value of each of these but the last three, and an `lr_scale` (1.0) that multiplies its
     schedule.
 
     Raises:
@@ -140,6 +140,7 @@ class FusedAdamW(PlannedOptimizer):
 
     # The hot path. `step` is torch's wrapper with hooks and profiler ranges only where there are any.
 
+    @onlookers.own_step
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update every parameter that has a gradient, once. Enqueues work; reads nothing back.
 
@@ -281,10 +282,11 @@ class FusedAdamW(PlannedOptimizer):
         return checkpoint.state_dict(self)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what this optimizer or `torch.optim.AdamW` has saved, in place.
+        """Load what this optimizer, `torch.optim.AdamW` or another AdamW has saved; what it lacks is gone then.
 
         Schedules stay those of the constructor, and go on from the saved count of updates; where they differ from
-        the saved ones, a warning names each field. Tensors that a step points to are written, not replaced.
+        the saved ones, a warning names each field. Moments are copies, in new tensors; where a graph has captured a
+        step, or other processes share them, in those that are there.
 
         Raises:
             ValueError: an entry does not fit, or is another optimizer's; it is named, and nothing is changed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.optim.optimizer as torch_optimizer
@@ -15,7 +15,15 @@ if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
 
-_FUSED_ADAMW = "nexus.optim.fused_adamw"  # the module of the step that is not overridden
+Step = TypeVar("Step", bound=Callable[..., Any])
+
+_own_steps: list[Callable[..., Any]] = []
+
+
+def own_step(step: Step) -> Step:
+    """Marks `FusedAdamW.step`, as it is defined, to be told from what overrides it."""
+    _own_steps.append(step)
+    return step
 
 
 def sees_gradients_first(optimizer: FusedAdamW, asking: FrameType) -> bool:
@@ -28,26 +36,33 @@ def sees_gradients_first(optimizer: FusedAdamW, asking: FrameType) -> bool:
         optimizer: the optimizer.
         asking: the frame of who asks `_step_supports_amp_scaling`.
     """
-    step, own = optimizer.__dict__.get("step"), _own_step(optimizer)
+    step = optimizer.__dict__.get("step")
     if getattr(step, "__module__", None) == "accelerate.optimizer":
         # It takes a step for skipped if GradScaler does not call it, so GradScaler decides. float16 gradients are
         # left to the update, since GradScaler refuses to unscale them.
         grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
         return not any(grad is not None and grad.dtype == torch.float16 for grad in grads)
-    is_replaced = step is not None and getattr(step, "__module__", None) != _FUSED_ADAMW
-    if not own or (is_replaced and not hasattr(step, "_wrapped_by_lr_sched")):
+    if type(optimizer).step not in _own_steps or not (step is None or _steps_alone(step)):
         return True
     hooks = (*optimizer._optimizer_step_pre_hooks.values(), *torch_optimizer._global_optimizer_pre_hooks.values())
     return any(getattr(hook, "looks_at_gradients", True) for hook in hooks) or asking.f_code.co_name == "__getattr__"
 
 
+def _steps_alone(step: Any) -> bool:
+    """Whether what was put in the place of `step` is that very method, or a scheduler's wrapper of it."""
+    if getattr(step, "__func__", None) in _own_steps:
+        return True
+    code = getattr(step, "__code__", None)  # not the names, which functools.wraps copies
+    return code is not None and code.co_filename == _SCHEDULERS and step.__wrapped__ in _own_steps
+
+
+_SCHEDULERS = torch.optim.lr_scheduler.__file__
+
+
 def runs_hooks(optimizer: FusedAdamW) -> bool:
     """Whether `FusedAdamW.step` is to run the hooks: not if torch has wrapped a subclass's `step`, which calls it."""
-    return _own_step(optimizer) or not getattr(type(optimizer).step, "hooked", False)
-
-
-def _own_step(optimizer: FusedAdamW) -> bool:
-    return getattr(type(optimizer).step, "__module__", None) == _FUSED_ADAMW
+    code = getattr(type(optimizer).step, "__code__", None)
+    return code is None or code.co_filename != torch_optimizer.__file__
 
 
 def refuse_traces() -> None:
@@ -56,10 +71,14 @@ def refuse_traces() -> None:
     Raises:
         RuntimeError: with the remedy.
     """
-    if not torch._C._len_torch_dispatch_stack() and peek_interpreter_stack() is None:
+    before_dispatch = torch._ops._len_torch_dispatch_stack_pre_dispatch()  # type: ignore[no-untyped-call]
+    if not torch._C._len_torch_dispatch_stack() and not before_dispatch and peek_interpreter_stack() is None:
         return
     keys = torch._C._TorchDispatchModeKey
-    modes = (torch._C._get_dispatch_mode(key) for key in (keys.PROXY, keys.FUNCTIONAL))
+    modes = [torch._C._get_dispatch_mode(key) for key in (keys.PROXY, keys.FUNCTIONAL)]
+    if before_dispatch:
+        before = torch._ops._get_dispatch_mode_pre_dispatch
+        modes += [before(key) for key in (keys.PROXY, keys.FUNCTIONAL)]  # type: ignore[no-untyped-call]
     levels = torch._C._functorch.get_interpreter_stack() or ()
     if any(mode is not None for mode in modes) or any(level.key() == TransformType.Functionalize for level in levels):
         raise RuntimeError(

@@ -34,6 +34,9 @@ SETTING_NAMES = (
 OF_ALL = ("skip_nonfinite", "backend", "norm_group")
 """Options of the optimizer that no group can have for itself."""
 
+WATCHED_NAMES = (*SETTING_NAMES, "differentiable", *OF_ALL)
+"""The keys of a group that are looked at again when their value is another object."""
+
 OWN_SCHEDULE = (
     "evaluates its own schedule, {!r}: it advances with step() and takes no scheduler. Leave the scheduler out, or "
     "give FusedAdamW a float lr to use one; where a trainer wants a scheduler, give it "
@@ -82,7 +85,7 @@ class ParamGroup(dict[str, Any]):
         return [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
 
     def _now(self) -> tuple[Any, ...]:
-        return (len(self), *map(super().get, SETTING_NAMES))
+        return tuple(map(super().get, WATCHED_NAMES))
 
     def is_settled(self) -> bool:
         """Whether every setting is the very object that it was at `mark_settled`."""

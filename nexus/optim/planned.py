@@ -18,7 +18,7 @@ from nexus.backends import estimate, reference
 from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
 from nexus.optim import tensor_list
 from nexus.optim.history import History
-from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group, settings_of
+from nexus.optim.param_group import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
 from nexus.optim.shards import is_zero_everywhere, norm_parts
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
@@ -47,14 +47,14 @@ class PlannedOptimizer(Optimizer):
     def state(self) -> defaultdict[Tensor, Any]:
         """As in torch: what has been done for each parameter. The step after a read looks at all of it."""
         attributes = self.__dict__
-        attributes["_state_reads"] = attributes.get("_state_reads", 0) + 1
-        runner = attributes.get("_runner")
-        if runner is not None:
-            runner.release_state()  # what is deleted from it is to be freed at once
         try:
             state: defaultdict[Tensor, Any] = attributes["state"]
         except KeyError:
             raise AttributeError("this optimizer has no state yet") from None
+        attributes["_state_reads"] = attributes.get("_state_reads", 0) + 1  # behind which a reference is counted
+        runner = attributes.get("_runner")
+        if runner is not None:
+            runner.release_state()  # what is deleted from it is to be freed at once
         return state
 
     @state.setter
@@ -82,7 +82,7 @@ class PlannedOptimizer(Optimizer):
             backend = backends.select(self._requested_backend, self._devices())
         if self._runner is None or backend is not self._backend:
             self._backend, self._plan = backend, None
-            self._runner = backend.runner(SETTING_NAMES)
+            self._runner = backend.runner(WATCHED_NAMES)
         if self._plan is not None and change == Change.SETTINGS:
             self._settle_groups()
             self._check_scales()
@@ -99,6 +99,7 @@ class PlannedOptimizer(Optimizer):
     def _make_plan(self) -> Plan:
         self._settle_groups()
         self._check_scales()
+        self._check_once()
         named = [each for each in self._named_parameters() if tensor_list.is_trained(each[1])]
         for _, param, name in named:
             tensor_list.check_parameter(param, name)
@@ -212,6 +213,15 @@ class PlannedOptimizer(Optimizer):
                     table.restore({})  # an equal one, whose decay may have begun, was assigned before
             users[schedule] += 1
             self._show_rate(group, name, schedule)
+
+    def _check_once(self) -> None:
+        seen: dict[int, str] = {}
+        for _, param, name in self._named_parameters():
+            if seen.setdefault(id(param), name) is not name:
+                raise ValueError(
+                    f"{name} is also {seen[id(param)]}, and would be updated twice in each step. Take it out of one "
+                    "of the places in param_groups"
+                )
 
     def _check_scales(self) -> None:
         if all(group.driver is None for group in self.param_groups):

@@ -198,9 +198,10 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, bool]]) -> N
     for state, param, where, _ in states:
         if not is_complete(state):
             # A moment without its count, or without the other moment, would make an update of any size.
-            state["step"] = torch.zeros((), dtype=torch.float64, device=param.device)
-            for name in MOMENTS:
+            for name in STATE_NAMES:
+                _check_unshared(state.get(name), f"{where}: state {name!r}, beside which another is missing,")
                 state.pop(name, None)
+            state["step"] = torch.zeros((), dtype=torch.float64, device=param.device)
         step = state["step"]
         if (
             not isinstance(step, Tensor)
@@ -208,7 +209,7 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, bool]]) -> N
             or step.device != param.device
             or step.numel() != 1
         ):
-            _check_unshared(step, f"{where}: state 'step'", torch.float64)
+            check_unshared(state, param, where)
             count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
             state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
         _check_memory(state["step"], f"{where}: state 'step'")
@@ -230,13 +231,26 @@ def is_shared(tensor: Tensor) -> bool:
     return tensor.device.type == "cpu" and bool(local(tensor).is_shared())  # type: ignore[no-untyped-call]
 
 
-def _check_unshared(value: object, where: str, dtype: torch.dtype) -> None:
-    """Refuse to replace a tensor that other processes see."""
+def check_unshared(state: object, param: Tensor, where: str) -> None:
+    """Refuse a state of which something would have to be replaced that other processes see."""
+    if not isinstance(state, dict):
+        return
+    step = state.get("step")
+    if isinstance(step, Tensor) and (step.dtype != torch.float64 or step.numel() != 1):
+        _check_unshared(step, f"{where}: state 'step'", torch.float64)
+    for name in MOMENTS:
+        moment = state.get(name)
+        if isinstance(moment, Tensor) and moment.shape != param.shape:
+            _check_unshared(moment, f"{where}: state {name!r}", moment_dtype(param))
+
+
+def _check_unshared(value: object, where: str, dtype: torch.dtype | None = None) -> None:
+    """Refuse to replace a tensor that other processes see; `dtype` is what would fit."""
     if isinstance(value, Tensor) and is_shared(value):
+        remedy = "Share all of it" if dtype is None else f"Share one of {dtype}, laid out as the parameter"
         raise TypeError(
             f"{where} is in shared memory, and would have to be replaced by a tensor that this process alone sees: "
-            f"it is of {value.dtype} and shape {tuple(value.shape)}. Share one of {dtype}, laid out as the parameter "
-            "(a count: of one element)"
+            f"it is of {value.dtype} and shape {tuple(value.shape)}. {remedy} (a count: of one element, float64)"
         )
 
 

@@ -1,0 +1,204 @@
+"""Memory of the state: what is dropped is freed at once, what is in use is held, what is saved costs its own size."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from side_by_side import Make, both, of_this_torch, param, params_of, train
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import Constant
+from nexus.training import capture_train_step, step_in_backward
+from nexus.training.schedulers import WSDScheduler
+
+
+@pytest.fixture(autouse=True)
+def _no_collector() -> Iterator[None]:
+    """What is freed here is freed by reference counts."""
+    FusedAdamW([param(1)])  # the first optimizer of a process imports Dynamo, which keeps frames in cycles
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+@pytest.mark.parity(
+    "Steps and state",
+    "`del optimizer.state[p]`; `del optimizer` after steps, without the garbage collector",
+    torch="frees the moments at once; the parameters with the model",
+    nexus="same",
+    also=("test_users_memory.py::test_what_is_dropped_is_freed_at_once",),
+)
+@of_this_torch
+def test_what_is_deleted_is_freed() -> None:
+    def run(make: Make) -> list[bool]:
+        optimizer = make([param(30), param(40)], lr=0.1)
+        train(optimizer)
+        params = params_of(optimizer)
+        storages = [weakref.ref(optimizer.state[each]["exp_avg"].untyped_storage()) for each in params]
+        weights = [weakref.ref(each) for each in params]
+        seen = [ref() is None for ref in storages]
+        del optimizer.state[params.pop(0)]
+        seen += [ref() is None for ref in storages]
+        train(optimizer)  # makes anew
+        del optimizer, params
+        return seen + [ref() is None for ref in (*storages, *weights)]
+
+    first, second = both(run)
+    assert first == second == [False, False, True, False, True, True, True, True]
+
+
+def test_what_is_deleted_in_the_middle_of_a_step_is_held_to_its_end() -> None:
+    weight = param(3)
+    optimizer = FusedAdamW([weight], lr=0.1)
+    train(optimizer)
+    runner: Any = optimizer._runner
+    storage = weakref.ref(optimizer.state[weight]["exp_avg"].untyped_storage())
+    assert runner.changed(vars(optimizer)) == 0  # where a step begins
+    del optimizer.state[weight]  # as another thread may
+    assert storage() is not None
+    runner._list.release_gradients()  # where it ends
+    assert storage() is None
+
+
+def test_other_threads_may_read_the_state_in_the_middle_of_a_step() -> None:
+    weight, done = param(300_000, dtype=torch.float32), threading.Event()
+    optimizer, seen = FusedAdamW([weight], lr=0.1), []
+    weight.grad = torch.ones_like(weight)
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(len(optimizer.state_dict()["state"]))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    for _ in range(50):
+        optimizer.step()
+    done.set()
+    thread.join()
+    assert seen
+    assert int(optimizer.state[weight]["step"]) == 50
+    assert (weight == weight[0]).all()
+
+
+def test_memory_that_a_parameter_has_left_is_freed(backend: str) -> None:
+    model = torch.nn.Linear(3, 4)
+    optimizer = FusedAdamW(model.parameters(), lr=0.1, backend=backend)
+    train(optimizer)
+    left = [weakref.ref(each.untyped_storage()) for each in model.parameters()]
+    model.to(torch.float64)
+    assert [ref() for ref in left] == [None, None]
+
+
+def test_gradients_of_a_step_that_fails_are_freed(backend: str) -> None:
+    weight = param(3)
+    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
+    train(optimizer)
+    gradient = weakref.ref(weight.grad.untyped_storage())
+    optimizer.grad_scale = "none"
+    with pytest.raises((AttributeError, TypeError)):
+        optimizer.step()
+    weight.grad = None
+    assert gradient() is None
+
+
+USES: dict[str, Callable[[FusedAdamW], Any]] = {
+    "steps": lambda o: None,
+    "a history": lambda o: o.history(),
+    "a state dict": lambda o: o.state_dict(),
+    "a load": lambda o: (o.load_state_dict(copy.deepcopy(o.state_dict())), train(o)),
+    "a copy": lambda o: train(copy.deepcopy(o)),
+    "a group added": lambda o: (o.add_param_group({"params": [param(2)]}), train(o)),
+    "a refused step": lambda o: _sparse_step(o),
+    "the state read": lambda o: (len(o.state), train(o, 1), len(o.state)),
+}
+
+
+def _sparse_step(optimizer: FusedAdamW) -> None:
+    params_of(optimizer)[0].grad = torch.zeros(30, dtype=torch.float64).to_sparse()
+    with pytest.raises(RuntimeError, match="sparse"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("use", USES.values(), ids=USES)
+def test_what_is_dropped_is_freed_at_once(use: Callable[[FusedAdamW], Any], backend: str) -> None:
+    optimizer = FusedAdamW(
+        [param(30), param(40)], lr=Constant(0.1), max_grad_norm=1.0, skip_nonfinite=True, backend=backend
+    )
+    train(optimizer)
+    use(optimizer)
+    alive = [weakref.ref(optimizer), *map(weakref.ref, params_of(optimizer))]
+    alive += [weakref.ref(each) for state in optimizer.state.values() for each in state.values()]
+    del optimizer
+    assert [ref() for ref in alive] == [None] * len(alive)
+
+
+COMPANIONS: dict[str, Callable[[torch.nn.Linear, FusedAdamW], Any]] = {
+    "a scheduler of torch": lambda model, optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
+    "a scheduler of nexus": lambda model, optimizer: WSDScheduler(optimizer, 2, 3, 4, 0.1),
+    "updates in the backward pass": step_in_backward,
+    "a captured step": lambda model, optimizer: capture_train_step(
+        lambda x: (model(x).sum().backward(), optimizer.step(), x)[2], optimizer
+    ),
+    "a hook": lambda model, optimizer: optimizer.register_step_post_hook(lambda *_: None),
+}
+
+
+@pytest.mark.parametrize("make", COMPANIONS.values(), ids=COMPANIONS)
+def test_what_goes_with_an_optimizer_keeps_nothing(make: Callable[[torch.nn.Linear, FusedAdamW], Any]) -> None:
+    model = torch.nn.Linear(3, 4)
+    optimizer = FusedAdamW(model.parameters(), lr=0.1)
+    companion = make(model, optimizer)
+    for _ in range(3):
+        if callable(companion):
+            companion(torch.ones(2, 3))
+        else:
+            model(torch.ones(2, 3)).sum().backward()
+            optimizer.step()
+    storage = weakref.ref(optimizer.state[model.weight]["exp_avg"].untyped_storage())
+    del optimizer.state[model.weight]
+    assert storage() is None
+    alive = [weakref.ref(optimizer), weakref.ref(model.bias), weakref.ref(optimizer.state[model.bias]["exp_avg"])]
+    del companion, optimizer, model
+    assert [ref() for ref in alive] == [None] * 3
+
+
+SERIALIZERS: dict[str, Callable[[Any], int]] = {
+    "pickle": lambda saved: len(pickle.dumps(saved)),
+    "an entry by torch.save": lambda saved: _saved_size(saved["state"][0]),
+    "a moment by torch.save": lambda saved: _saved_size(saved["state"][0]["exp_avg"]),
+    "storages": lambda saved: sum(t.untyped_storage().nbytes() for s in saved["state"].values() for t in s.values()),
+}
+
+
+def _saved_size(saved: Any) -> int:
+    buffer = io.BytesIO()
+    torch.save(saved, buffer)
+    return len(buffer.getvalue())
+
+
+@pytest.mark.parametrize("size_of", SERIALIZERS.values(), ids=SERIALIZERS)
+@pytest.mark.parity(
+    "State dicts",
+    "a state dict, or a part of it, is written by `pickle` or `torch.save`",
+    torch="takes the bytes of its tensors",
+    nexus="same",
+)
+@of_this_torch
+def test_a_state_dict_costs_its_own_size(size_of: Callable[[Any], int]) -> None:
+    def run(make: Make) -> int:
+        optimizer = make([param(64, dtype=torch.float32) for _ in range(50)], lr=0.1)
+        train(optimizer)
+        return size_of(optimizer.state_dict())
+
+    first, second = both(run)
+    assert second == pytest.approx(first, rel=0.1)

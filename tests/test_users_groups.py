@@ -19,6 +19,7 @@ from side_by_side import (
     of_this_torch,
     param,
     params_of,
+    state_of,
     train,
 )
 from torch import Tensor, nn
@@ -317,8 +318,10 @@ def test_a_group_of_one_optimizer_is_that_group_in_another() -> None:
 @pytest.mark.parity(
     "State dicts",
     "the same group twice in `param_groups`",
-    torch="a parameter has the number of its first place",
-    nexus="same",
+    torch="a parameter has the number of its first place; a step updates it twice",
+    nexus="the same number; a step is `ValueError`",
+    why="an update that is made twice is never what was meant",
+    also=("test_users_groups.py::test_a_step_with_the_same_group_twice_is_refused",),
 )
 @of_this_torch
 def test_the_same_group_twice() -> None:
@@ -331,6 +334,14 @@ def test_the_same_group_twice() -> None:
 
     first, second = both(run)
     assert first == second == ([[0, 1], [2], [0, 1], [2]], [0, 1, 2])
+    peer = fused_torch([param(2)])
+    peer.param_groups.extend(peer.param_groups)
+    train(peer, 1)
+    assert int(state_of(peer)["step"]) == 2
+    ours = FusedAdamW([param(2)])
+    ours.param_groups.extend(ours.param_groups)
+    with pytest.raises(ValueError, match="would be updated twice"):
+        train(ours, 1)
 
 
 def test_a_step_with_the_same_group_twice_is_refused(backend: str) -> None:

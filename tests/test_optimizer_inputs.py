@@ -167,7 +167,7 @@ PARAMETERS: dict[str, tuple[Any, Any, str]] = {
     "no tensor": ([3.0], TypeError, "optimize Tensors, but one of the params is float"),
     "a set": (set(ONE), TypeError, "ordered iterable of tensors, got"),
     "a number": (3, TypeError, r"iterable of tensors, got 3 \(int\)"),
-    "twice": (ONE * 2, ValueError, "twice in this group"),
+    "twice": (ONE * 2, ValueError, "twice in this group, as number 0 and as number 1"),
     "named twice": ([("w", ONE[0]), ("v", ONE[0])], ValueError, "twice in this group"),
     "named beside unnamed ones": ([("w", ONE[0])], ValueError, "with/without names"),
     "some named": ([("w", ONE[0]), *of(torch.ones(2))], ValueError, "named|names"),

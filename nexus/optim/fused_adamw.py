@@ -240,8 +240,13 @@ class FusedAdamW(PlannedOptimizer):
             raise TypeError(f"params must be a tensor or an ordered iterable of tensors, got {shown(params)}")
         params = list(params)
         tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
-        if len({id(tensor) for tensor in tensors}) < len(tensors):
-            raise ValueError("a parameter is twice in this group, and would be updated twice in each step")
+        first: dict[int, int] = {}
+        for index, tensor in enumerate(tensors):
+            if first.setdefault(id(tensor), index) != index:
+                raise ValueError(
+                    f"a parameter is twice in this group, as number {first[id(tensor)]} and as number {index}, and "
+                    "would be updated twice in each step; give tied weights once, as parameters() of the model does"
+                )
         if self._new_params is None:
             check_group({**self.defaults, **param_group})
         groups, count = self.param_groups, len(self.param_groups)
@@ -398,5 +403,5 @@ class FusedAdamW(PlannedOptimizer):
             if isinstance(schedule, WSD)
         ]
         if not chosen:
-            raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or as weight_decay")
+            raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or ask the WSDScheduler")
         return chosen

@@ -205,8 +205,8 @@ def check_group(group: dict[str, Any]) -> None:
     for name in OF_ALL:
         if name in group:
             raise TypeError(
-                f"{name} is no option of a group, got {shown(group[name])}: a step is made, or skipped, as a whole. "
-                "Give it to FusedAdamW itself"
+                f"{name} is no option of a group, got {shown(group[name])}: it is the whole step's. Give it to "
+                "FusedAdamW itself, and leave it out here"
             )
     for index, beta in enumerate(plain_betas(group["betas"])):
         if check_number(f"betas[{index}]", beta) >= 1.0:

@@ -237,20 +237,24 @@ def check_unshared(state: object, param: Tensor, where: str) -> None:
         return
     step = state.get("step")
     if isinstance(step, Tensor) and (step.dtype != torch.float64 or step.numel() != 1):
-        _check_unshared(step, f"{where}: state 'step'", torch.float64)
+        _check_unshared(step, f"{where}: state 'step'", "of torch.float64 and one element")
     for name in MOMENTS:
         moment = state.get(name)
         if isinstance(moment, Tensor) and moment.shape != param.shape:
-            _check_unshared(moment, f"{where}: state {name!r}", moment_dtype(param))
+            _check_unshared(moment, f"{where}: state {name!r}", _like(param))
 
 
-def _check_unshared(value: object, where: str, dtype: torch.dtype | None = None) -> None:
-    """Refuse to replace a tensor that other processes see; `dtype` is what would fit."""
+def _like(param: Tensor) -> str:
+    return f"of {moment_dtype(param)}, laid out as the parameter"
+
+
+def _check_unshared(value: object, where: str, fitting: str = "") -> None:
+    """Refuse to replace a tensor that other processes see; `fitting` says which would not have to be."""
     if isinstance(value, Tensor) and is_shared(value):
-        remedy = "Share all of it" if dtype is None else f"Share one of {dtype}, laid out as the parameter"
+        remedy = f"Share one {fitting}" if fitting else "Share all of it"
         raise TypeError(
             f"{where} is in shared memory, and would have to be replaced by a tensor that this process alone sees: "
-            f"it is of {value.dtype} and shape {tuple(value.shape)}. {remedy} (a count: of one element, float64)"
+            f"it is of {value.dtype} and shape {tuple(value.shape)}. {remedy}"
         )
 
 
@@ -271,6 +275,6 @@ def _fitting_moment(moment: Any, param: Tensor, target: Tensor, where: str) -> T
         part = local(moment)
         if part.dtype == dtype and is_dense(part) and same_layout(part, target):
             return moment
-    _check_unshared(moment, where, dtype)
+    _check_unshared(moment, where, _like(param))
     fitting = torch.empty_like(target, dtype=dtype).copy_(shards.respread(moment, param))
     return shards.spread_like(param, fitting)

@@ -136,7 +136,10 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
                 one's. Nothing is changed.
         """
         if not isinstance(state_dict, dict) or "schedule" not in state_dict or "last_epoch" not in state_dict:
-            raise ValueError(f"not a {type(self).__name__}'s state dict: it needs 'schedule' and 'last_epoch'")
+            given = sorted(map(str, state_dict)) if isinstance(state_dict, dict) else shown(state_dict)
+            raise ValueError(
+                f"not a {type(self).__name__}'s state dict: it needs 'schedule' and 'last_epoch', got {given}"
+            )
         saved = Schedule.from_dict(state_dict["schedule"])
         if type(saved) is not type(self.schedule):
             raise ValueError(

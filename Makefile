@@ -38,7 +38,7 @@ fuzz: build ## compare random optimizers with torch in float64, for ten minutes 
 	$(BIN)/python tests/fuzz.py $(ARGS)
 
 parity: $(STAMP) ## write docs/parity.md from the tests
-	$(BIN)/python tests/parity.py
+	$(BIN)/python tests/parity_table.py
 
 lint: $(STAMP) ## check style, types and compiler warnings
 	$(BIN)/ruff check .

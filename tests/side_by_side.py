@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from parity import TORCH
+from parity_table import TORCH
 from references import MOMENT, PARAMS, assert_close, make_grads, set_grads
 from torch.optim import Optimizer
 

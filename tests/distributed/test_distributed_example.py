@@ -26,7 +26,7 @@ from worlds import Worlds
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "fsdp2.py"
 
 

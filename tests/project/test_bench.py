@@ -25,7 +25,7 @@ from nexus.bench.timing import Cpu, interleaved
 
 needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 
-RESULTS = Path(__file__).resolve().parents[1] / "benchmarks" / "results"
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
 SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), repeats=3, quick_repeats=2, memory_bound=True)
 GROUPS = Case("dealt", "three groups", ((17,),) * 6, repeats=3, quick_repeats=2, groups=3)
 

@@ -211,7 +211,7 @@ def test_whole_state_dicts(worlds: Worlds) -> None:
     worlds(2).run(whole_states)
 
 
-DOCS = Path(__file__).resolve().parent.parent / "docs" / "distributed.md"
+DOCS = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
 
 
 def what_the_docs_show(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""`python tests/parity.py` writes docs/parity.md from the tests that carry the marker `parity`.
+"""`python tests/parity_table.py` writes docs/parity.md from the tests that carry the marker `parity`.
 
 A row is the marker of one test, which runs both optimizers:
 
@@ -47,7 +47,7 @@ INTRODUCTION = f"""\
 What torch {TORCH}'s `torch.optim.AdamW(fused=True)` does on the CPU, and what `FusedAdamW` does. The first test of
 each row runs both optimizers, and fails if one of them does something else than the row says; further tests show more
 of `FusedAdamW`'s side. Values that are the "same" agree in float64 to a few units in the last place, since the two do
-their operations in another order. `python tests/parity.py` writes this page from the tests.
+their operations in another order. `python tests/parity_table.py` writes this page from the tests.
 
 """
 
@@ -77,7 +77,7 @@ def rows(folder: Path = TESTS) -> list[Row]:
         ValueError: a marker is not of the form above.
     """
     found = []
-    for file in sorted(folder.glob("test_*.py")):
+    for file in sorted(folder.rglob("test_*.py"), key=lambda path: path.name):
         source = file.read_text("utf-8")
         for node in ast.walk(ast.parse(source)) if "pytest.mark.parity(" in source else ():
             if isinstance(node, ast.FunctionDef):
@@ -100,6 +100,7 @@ def complaints(found: list[Row], folder: Path = TESTS) -> list[str]:
     """What is wrong with the rows, in words."""
     wrong = []
     seen: set[str] = set()
+    paths = {path.name: path for path in folder.rglob("test_*.py")}
     for row in found:
         if row.theme not in THEMES:
             wrong.append(f"{row.test}: {row.theme!r} is no theme")
@@ -112,8 +113,7 @@ def complaints(found: list[Row], folder: Path = TESTS) -> list[str]:
             wrong.append(f"{row.test}: a row that differs says why, and one that is the same does not")
         for other in row.also:
             file, _, name = other.partition("::")
-            path = folder / file
-            if not path.is_file() or not re.search(rf"^def {name}\(", path.read_text("utf-8"), re.MULTILINE):
+            if file not in paths or not re.search(rf"^def {name}\(", paths[file].read_text("utf-8"), re.MULTILINE):
                 wrong.append(f"{row.test}: there is no {other}")
     wrong += [f"no row about {theme!r}" for theme in THEMES if theme not in {row.theme for row in found}]
     return wrong

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 REASON_FILE, CUDA_REASON_FILE = "_native_build_failure.txt", "_native_cuda_failure.txt"
 
 # It notes how it was called, and compiles with the C++ compiler.

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import cuda_on_cpu
 import pytest
-import test_adamw
 import torch
+from cases import BLOCK, CHUNK, SHAPES
 from references import Float64AdamW, assert_same_run, make_grads, make_params, set_grads, step_both
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine, CosineRestarts, evaluate
 
-TESTS = Path(__file__).resolve().parent
-PAGE = TESTS.parent / "docs" / "pitfalls.md"
+ROOT = Path(__file__).resolve().parents[2]
+PAGE = ROOT / "docs" / "pitfalls.md"
 
 
 def rows() -> Iterator[tuple[str, str]]:
@@ -31,20 +31,20 @@ def rows() -> Iterator[tuple[str, str]]:
 
 def test_every_pitfall_has_tests_that_exist() -> None:
     found = list(rows())
+    paths = {path.name: path for path in (ROOT / "tests").rglob("test_*.py")}
     assert len(found) >= 40
     for what, kept_out in found:
         names = re.findall(r"`(test_\w+\.py)::(test_\w+)`", kept_out)
         assert names, what
         assert len(names) == kept_out.count("::"), what
         for file, test in names:
-            text = (TESTS / file).read_text("utf-8")
+            text = paths[file].read_text("utf-8")
             assert re.search(rf"^ *def {test}\(", text, re.MULTILINE), f"{what}: {file}::{test}"
 
 
 def test_the_sizes_that_peers_got_wrong_are_among_those_of_the_tests() -> None:
-    block, chunk, shapes = test_adamw.BLOCK, test_adamw.CHUNK, test_adamw.SHAPES
-    assert {(), (0,), (1,), *((size + by,) for size in (block, chunk) for by in (-1, 0, 1))} <= set(shapes)
-    assert any(shape and shape[0] > chunk and shape[0] % 2 for shape in shapes)
+    assert {(), (0,), (1,), *((size + by,) for size in (BLOCK, CHUNK) for by in (-1, 0, 1))} <= set(SHAPES)
+    assert any(shape and shape[0] > CHUNK and shape[0] % 2 for shape in SHAPES)
 
 
 def test_restarts_are_exact_at_a_hundred_million_steps(backend: str) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parents[1] / "examples"
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 README = (EXAMPLES / "README.md").read_text("utf-8")
 THREE = ("plain_torch", "nexus_eager", "nexus_captured")
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))

@@ -2,13 +2,13 @@
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from fake_gpu import BANDWIDTH, FakeGpu
 
 from nexus.__main__ import main
 from nexus.bench import cases, cli, contestants, cuda, table
@@ -29,47 +29,9 @@ from nexus.bench.cases import (
 from nexus.bench.measure import measure
 from nexus.bench.peers import PEERS
 from nexus.bench.rows import LeftOut, Row
-from nexus.bench.timing import Sample
 
 SHAPES = ((40,), (7, 5), (1,))
 SMALL = Case("small", "three small tensors", SHAPES, repeats=3, quick_repeats=2, memory_bound=True)
-BANDWIDTH = 4e12
-
-
-class FakeGpu:
-    """Runs everything on the CPU, and says that each call took the device 10 µs and the host 5."""
-
-    kind = CUDA
-    where = torch.device("cpu")
-    limit_s: float | None = None
-
-    def __init__(self) -> None:
-        self.captured = 0
-        self.settled = 0
-
-    def metadata(self) -> dict[str, Any]:
-        return {"gpu": "NVIDIA Fake 1", "driver": "1.0", "cuda": "13.0", "triton": "3.6.0"}
-
-    def sample(self, call: Callable[[], object]) -> Sample:
-        call()
-        return Sample(10.0, 5.0)
-
-    def wait(self) -> None:
-        pass
-
-    def capture(self, warm: Callable[[], object], body: Callable[[], object]) -> Callable[[], object]:
-        warm()
-        self.captured += 1
-        return body
-
-    def free_bytes(self) -> int | None:
-        return None
-
-    def copy_bandwidth(self) -> float | None:
-        return BANDWIDTH
-
-    def settle(self) -> None:
-        self.settled += 1
 
 
 @pytest.fixture(autouse=True)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_bench_cuda import FakeGpu
+from fake_gpu import FakeGpu
 
 from nexus.__main__ import main
 from nexus.bench import cli, models, table, trainees, training

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 from cuda_on_cpu import NAME, shim
+from fake_gpu import FakeGpu
 from graphs_on_cpu import Graphs
-from test_bench_cuda import FakeGpu
 
 from nexus.bench import models, trainees
 from nexus.bench.training_cases import CAPTURED, EAGER, TRAINING_CASES
@@ -87,7 +87,7 @@ def test_the_benchmarks_models(case, graphs: Graphs, monkeypatch: pytest.MonkeyP
 
 def test_the_example(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    examples = Path(__file__).resolve().parents[1] / "examples"
+    examples = Path(__file__).resolve().parents[2] / "examples"
     eager = runpy.run_path(str(examples / "nexus_eager.py"))["losses"]
     monkeypatch.setattr("nexus.optim.FusedAdamW", partial(FusedAdamW, backend=NAME))
     captured = runpy.run_path(str(examples / "nexus_captured.py"))["losses"]

@@ -369,7 +369,7 @@ def test_a_following_scheduler_needs_a_schedule_to_follow() -> None:
 
 
 def test_the_example_logs_the_rates_of_its_schedule(capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(__file__).resolve().parents[1] / "examples" / "with_transformers.py"
+    path = Path(__file__).resolve().parents[2] / "examples" / "with_transformers.py"
     assert path.read_text("utf-8").count("\n") < 50
     found = runpy.run_path(str(path))
     rows, schedule = found["rows"], found["schedule"]

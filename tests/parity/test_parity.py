@@ -1,4 +1,4 @@
-"""docs/parity.md is what `python tests/parity.py` writes, and its rows come from tests that run both optimizers."""
+"""docs/parity.md is what tests/parity_table.py writes, and its rows come from tests that run both optimizers."""
 
 from __future__ import annotations
 
@@ -10,32 +10,35 @@ import sys
 from dataclasses import asdict
 from pathlib import Path
 
-import parity
+import parity_table
 import pytest
 import torch
+from parity_table import THEMES, complaints, page, rows
 
 from nexus.optim import FusedAdamW
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def test_the_page_is_what_the_tests_say() -> None:
-    found = parity.rows()
-    assert parity.complaints(found) == []
+    found = rows()
+    assert complaints(found) == []
     assert len(found) >= 60
-    assert parity.PAGE.read_text("utf-8") == parity.page(found), "run `python tests/parity.py`, and read what changed"
+    assert parity_table.PAGE.read_text("utf-8") == page(found), (
+        "run `python tests/parity_table.py`, and read what changed"
+    )
 
 
 def test_every_row_is_a_line_of_its_theme() -> None:
-    found = parity.rows()
-    sections = re.split(r"^## ", parity.page(found), flags=re.MULTILINE)[1:]
-    assert [section.splitlines()[0] for section in sections] == list(parity.THEMES)
+    found = rows()
+    sections = re.split(r"^## ", page(found), flags=re.MULTILINE)[1:]
+    assert [section.splitlines()[0] for section in sections] == list(THEMES)
     for section in sections:
         theme = section.splitlines()[0]
         lines = [line for line in section.splitlines() if line.startswith("| ") and "shown by" not in line]
-        rows = parity.of_theme(found, theme)
-        assert len(lines) == len(rows)
-        for line, row in zip(lines, rows, strict=True):
+        listed = parity_table.of_theme(found, theme)
+        assert len(lines) == len(listed)
+        for line, row in zip(lines, listed, strict=True):
             assert len(re.split(r"(?<!\\)\|", line)) == 6  # four cells
             assert row.test in line
 
@@ -43,11 +46,11 @@ def test_every_row_is_a_line_of_its_theme() -> None:
 def test_the_rows_are_about_the_torch_that_is_pinned() -> None:
     pinned = re.search(r"^torch==(\d+\.\d+)\.", (ROOT / "constraints.txt").read_text("utf-8"), re.MULTILINE)
     assert pinned is not None
-    assert pinned[1] == parity.TORCH  # a newer one: set TORCH, and see which rows are no longer true
+    assert pinned[1] == parity_table.TORCH  # a newer one: set TORCH, and see which rows are no longer true
 
 
 def test_the_sources_and_the_markers_say_the_same(request: pytest.FixtureRequest) -> None:
-    by_test = {row.test: asdict(row) for row in parity.rows()}
+    by_test = {row.test: asdict(row) for row in rows()}
     for item in request.session.items:
         mark = item.get_closest_marker("parity")
         if mark is not None:
@@ -77,10 +80,10 @@ def test_one() -> None: ...
 )
 def test_a_row_that_cannot_be_is_named(old: str, new: str, words: str, tmp_path: Path) -> None:
     (tmp_path / "test_x.py").write_text(ROW, "utf-8")
-    mine = parity.complaints(parity.rows(tmp_path), tmp_path)
-    assert mine == [f"no row about {theme!r}" for theme in parity.THEMES if theme != "Copies"]
+    mine = complaints(rows(tmp_path), tmp_path)
+    assert mine == [f"no row about {theme!r}" for theme in THEMES if theme != "Copies"]
     (tmp_path / "test_x.py").write_text(ROW.replace(old, new), "utf-8")
-    (others,) = set(parity.complaints(parity.rows(tmp_path), tmp_path)) - set(mine) - {"no row about 'Copies'"} or {
+    (others,) = set(complaints(rows(tmp_path), tmp_path)) - set(mine) - {"no row about 'Copies'"} or {
         "no row about 'Copies'"
     }
     assert words in others
@@ -92,7 +95,7 @@ def test_a_marker_without_its_words_is_an_error(old: str, tmp_path: Path) -> Non
     ast.parse(source)
     (tmp_path / "test_x.py").write_text(source, "utf-8")
     with pytest.raises(ValueError, match=r"test_x\.py::test_one: a parity marker has a theme, a behaviour"):
-        parity.rows(tmp_path)
+        rows(tmp_path)
 
 
 WATCHED = """
@@ -125,7 +128,7 @@ def test_without_a_row():
 
 
 def test_a_row_whose_test_leaves_an_optimizer_out_fails(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text("from parity import pytest_runtest_call\n", "utf-8")
+    (tmp_path / "conftest.py").write_text("from parity_table import pytest_runtest_call\n", "utf-8")
     (tmp_path / "test_watched.py").write_text(WATCHED, "utf-8")
     options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
     path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
@@ -146,11 +149,11 @@ def test_a_row_whose_test_leaves_an_optimizer_out_fails(tmp_path: Path) -> None:
 
 def test_this_session_watches_the_tests_of_rows(request: pytest.FixtureRequest) -> None:
     plugins = request.config.pluginmanager.get_plugins()
-    assert any(getattr(each, "pytest_runtest_call", None) is parity.pytest_runtest_call for each in plugins)
+    assert any(getattr(each, "pytest_runtest_call", None) is parity_table.pytest_runtest_call for each in plugins)
 
 
 def test_watching_leaves_the_optimizers_as_they_were() -> None:
     before = torch.optim.AdamW.__init__, FusedAdamW.__init__
-    with pytest.raises(AssertionError, match="never makes FusedAdamW or torch"), parity.both_are_made("a test"):
+    with pytest.raises(AssertionError, match="never makes FusedAdamW or torch"), parity_table.both_are_made("a test"):
         assert (torch.optim.AdamW.__init__, FusedAdamW.__init__) != before
     assert (torch.optim.AdamW.__init__, FusedAdamW.__init__) == before

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import OPTIONS
 from references import (
     LAYOUT_SHAPE,
     LAYOUTS,
@@ -24,7 +25,6 @@ from references import (
     snapshot,
 )
 from schedule_cases import WHOLE, boundaries
-from test_adamw import OPTIONS
 
 pytest.importorskip("triton")
 from triton_cases import COMMON, CPU, DTYPES, GPU, STEPS, grads_of, own_params, params_on, run, step_pair

@@ -34,7 +34,7 @@ from torch import Tensor
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 
 # Lightning asks torch's pytree for a class that torch 2.13 calls deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")

@@ -193,7 +193,7 @@ def test_a_hook_of_a_state_dict_that_fails_changes_nothing(backend: str) -> None
 # A process that is killed while it saves, as docs/optimizer.md shows it. What nexus has to do with it: a state dict
 # that loads is a whole one, and a run that goes on from it is the run that was not killed.
 
-PAGE = Path(__file__).resolve().parent.parent / "docs" / "optimizer.md"
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "optimizer.md"
 TRAIN = """
 import os, resource, signal, sys, torch
 from nexus.optim import FusedAdamW

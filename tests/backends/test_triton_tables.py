@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
+from cases import OPTIONS
 from references import Float64AdamW, assert_same_run, copies, set_grads
-from test_adamw import OPTIONS
 
 pytest.importorskip("triton")
 from triton_cases import COMMON, CPU, GPU, grads_of, own_params, params_on, run, step_pair

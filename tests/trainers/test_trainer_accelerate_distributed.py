@@ -42,7 +42,7 @@ from accelerate_cases import (
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "with_accelerate.py"
 
 

@@ -16,7 +16,7 @@ import pytest
 
 import nexus
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 EXTENSION = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 REASON_FILE, CUDA_REASON_FILE = "_native_build_failure.txt", "_native_cuda_failure.txt"
 
@@ -116,7 +116,7 @@ def test_sdist_holds_the_sources_and_nothing_built(sdist):
         "constraints.txt",
         "nexus/py.typed",
         "setup.py",
-        "tests/test_packaging.py",
+        "tests/project/test_packaging.py",
     }
     assert expected <= names
     built = re.compile(r"\.(so|dylib|o|d|pyc|ninja)$|^build/|__pycache__|_failure\.txt$")

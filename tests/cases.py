@@ -1,0 +1,58 @@
+"""What updates are tested over: sizes, types, options. A table row here is a case on every backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from nexus.schedules import WSD, Cosine
+
+BLOCK, CHUNK = 512, 16_384  # of the compiled kernels
+SHAPES = [
+    (),
+    (0,),
+    (1,),
+    (7,),
+    (BLOCK - 1,),
+    (BLOCK,),
+    (BLOCK + 1,),
+    (CHUNK - 1,),
+    (CHUNK,),
+    (CHUNK + 1,),
+    (0, 5),
+    (13, 17),
+    (100_003,),
+]
+FEW_SHAPES = [(), (3, 0), (2, 3, 5), (2 * BLOCK + 3,)]
+# parameter, gradient
+DTYPES = [
+    (torch.float32, torch.float32),
+    (torch.float64, torch.float64),
+    (torch.bfloat16, torch.bfloat16),
+    (torch.float16, torch.float16),
+    (torch.bfloat16, torch.float32),
+    (torch.float16, torch.float32),
+]
+SCHEDULE = WSD(10, 20, 30, peak_lr=2e-2, min_lr=1e-3, decay_type="cosine")
+OPTIONS: dict[str, dict[str, Any]] = {
+    "amsgrad": {"amsgrad": True},
+    "maximize": {"maximize": True},
+    "no decay": {"weight_decay": 0.0},
+    "decay": {"weight_decay": 0.1},
+    "betas and eps": {"betas": (0.5, 0.8), "eps": 1e-3},
+    "no momentum": {"betas": (0.0, 0.999)},
+    "rmsprop of one step": {"betas": (0.9, 0.0)},
+    "clip": {"max_grad_norm": 0.7},
+    "clip by nothing": {"max_grad_norm": 1e6},
+    "schedule": {"lr": SCHEDULE, "weight_decay": Cosine(0.2, 40)},
+    "everything": {
+        "lr": SCHEDULE,
+        "amsgrad": True,
+        "maximize": True,
+        "weight_decay": 0.1,
+        "betas": (0.8, 0.95),
+        "eps": 1e-6,
+        "max_grad_norm": 3.0,
+    },
+}

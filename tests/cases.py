@@ -1,4 +1,4 @@
-"""What updates are tested over: sizes, types, options. A table row here is a case on every backend."""
+"""What updates are tested over: sizes, types, options. Each option is a case on every backend."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ class CpuTensorList : public WatchedList {
   // To be called once all tensors are added.
   void divide() { step_.divide(); }
 
-  void set_state(const StateFields& fields) { step_.state = state_of(fields); }
+  void fill_state(const py::bytes& block) { step_.state = records_in<StepState>(block).at(0); }
 
   void sum_of_squares(Address out, int threads) {
     py::gil_scoped_release release;
@@ -74,6 +74,26 @@ void evaluate(Address table, int64_t rows, Address steps, int64_t count, Address
   }
 }
 
+// Tells Python a record's size and fields: names and formats, in order.
+template <class Record>
+void describe_record(py::dict& records) {
+  py::list fields;
+  for (const Field& field : Fields<Record>::kFields) {
+    fields.append(py::make_tuple(field.name, std::string(1, field.format)));
+  }
+  records[Fields<Record>::kName] = py::make_tuple(sizeof(Record), py::tuple(fields));
+}
+
+py::dict describe_records() {
+  py::dict records;
+  describe_record<TensorRecord>(records);
+  describe_record<Rate>(records);
+  describe_record<Group>(records);
+  describe_record<History>(records);
+  describe_record<StepState>(records);
+  return records;
+}
+
 }  // namespace
 }  // namespace nexus
 
@@ -90,6 +110,7 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
         py::arg("out"));
   m.def("instruction_sets", &nexus::instruction_sets, "What this processor can run, the best first.");
   m.def("thread_runtime", &nexus::cpu::thread_runtime, "The file name of the OpenMP runtime in use.");
+  m.attr("records") = nexus::describe_records();
   m.def("chunk", [](int64_t numel, int64_t index) {
     const nexus::Chunk chunk = nexus::chunk_at(numel, index, 0);
     return std::pair(chunk.begin, static_cast<int64_t>(chunk.count));
@@ -98,9 +119,10 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
   py::class_<WatchedList>(m, "WatchedList", py::module_local(), py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
       .def("begin", &WatchedList::begin)
-      .def("begin_groups", &WatchedList::begin_groups)
-      .def("add_group", &WatchedList::add_group)
-      .def("add_tensor", &WatchedList::add_tensor)
+      .def("fill_groups", &WatchedList::fill_groups)
+      .def("fill_tensors", &WatchedList::fill_tensors)
+      .def("groups", &WatchedList::groups)
+      .def("tensors", &WatchedList::tensors)
       .def("watch_parameter", &WatchedList::watch_parameter)
       .def("watch_entry", &WatchedList::watch_entry, py::arg("param"), py::arg("record"), py::arg("streams"),
            py::arg("staged_param"), py::arg("staged_grad"), py::arg("grad_buffer"),
@@ -111,14 +133,12 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("overlap", &WatchedList::overlap)
       .def("refresh", &WatchedList::refresh)
       .def("release_state", &WatchedList::release_state)
-      .def("release_gradients", &WatchedList::release_gradients)
-      .def("write_pointers", &WatchedList::write_pointers)
-      .def("rates", &WatchedList::rates);
+      .def("release_gradients", &WatchedList::release_gradients);
   py::class_<CpuTensorList, WatchedList>(m, "CpuTensorList", py::module_local(),
                                          py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
       .def("divide", &CpuTensorList::divide)
-      .def("set_state", &CpuTensorList::set_state)
+      .def("fill_state", &CpuTensorList::fill_state)
       .def("sum_of_squares", &CpuTensorList::sum_of_squares)
       .def("step", &CpuTensorList::step)
       .def("traffic", &CpuTensorList::traffic, "The loads and stores of step() alone; no value changes.",

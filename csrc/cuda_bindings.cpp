@@ -51,7 +51,9 @@ class CudaTensorList : public WatchedList {
   }
 
   // `index` counts the devices of divide(), here and below.
-  void set_state(size_t index, const StateFields& fields) { devices_.at(index)->state = state_of(fields); }
+  void fill_state(size_t index, const py::bytes& block) {
+    devices_.at(index)->state = records_in<StepState>(block).at(0);
+  }
 
   void sum_of_squares(size_t index, Address out, Address stream) {
     devices_.at(index)->sum_of_squares(at<double>(out), stream_at(stream));
@@ -111,7 +113,7 @@ void define_cuda(py::module_& m) {
                                           py::custom_type_setup(collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
       .def("divide", &CudaTensorList::divide)
-      .def("set_state", &CudaTensorList::set_state)
+      .def("fill_state", &CudaTensorList::fill_state)
       .def("sum_of_squares", &CudaTensorList::sum_of_squares, release())
       .def("step", &CudaTensorList::step, release())
       .def("update_captured", &CudaTensorList::update_captured, release())

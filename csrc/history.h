@@ -1,24 +1,11 @@
-// A ring in device memory in which each step leaves a row: what a training curve is drawn from.
-//
-// A row is float64: t, skipped (0 or 1), gradient norm, then of each group lr and clip coefficient. Host and
-// device; no torch.
+// The row that each step leaves in the ring of a History. Host and device; no torch.
 #pragma once
 
-#include <cstdint>
-
-#include "host_device.h"
+#include "record.h"
 
 namespace nexus {
 
 constexpr int64_t kHistoryColumns = 3;  // of the step; those of the groups follow, two each
-
-struct History {
-  int64_t* count;  // rows written so far; null: no history
-  double* rows;    // slots x width: row i is in slot i % slots
-  // One more than are read: a row that no step has completed is in the place of none that is read.
-  int64_t slots;
-  int64_t width;
-};
 
 // The row of the step that is under way. advance() completes it.
 NEXUS_FN double* current_row(const History& history) {

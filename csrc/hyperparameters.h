@@ -1,44 +1,10 @@
-// What the user set for a parameter group, and the row that one step makes of it. Host and device; no torch.
+// The row that one step makes of what the user set for a group (record.h). Host and device; no torch.
 #pragma once
 
 #include "history.h"
 #include "schedule.h"
-#include "tensor_list.h"
 
 namespace nexus {
-
-// A number that may come from a Python float, from a one-element tensor, or from a schedule.
-struct Rate {
-  double value;        // the float; used where `tensor` and `table` are null
-  const void* tensor;  // one element of type `tensor_dtype`, read at every step
-  int64_t tensor_dtype;
-  const double* table;  // a segment table (schedule.h) of `rows` rows, evaluated at every step
-  int64_t rows;
-  double scale;  // multiplies the schedule
-  double* last;  // where a schedule's value is left for the reader, once used
-};
-
-struct Group {
-  Rate lr;
-  Rate weight_decay;
-  double beta1;
-  double beta2;
-  double eps;
-  double max_grad_norm;  // infinite: no clipping
-  int64_t maximize;
-};
-
-// What all groups of an optimizer share on one device. Counters are int64 in device memory.
-struct StepState {
-  int64_t* completed;            // t: updates completed so far; the argument of every schedule
-  int64_t* skipped;              // steps that changed nothing since their gradients were not finite
-  const double* sum_of_squares;  // of every gradient as it stands in memory, or null if nobody asked for it
-  double* grad_norm;             // where the norm is left for the reader, or null
-  const float* grad_scale;       // gradients are to be divided by this, or null
-  const float* found_inf;        // nonzero: skip this step, or null
-  int64_t skip_nonfinite;
-  History history;
-};
 
 // One step's hyperparameters of a group.
 struct Row {
@@ -51,22 +17,13 @@ struct Row {
   double grad_multiplier;  // clip / gradient scale; negative to maximize
 };
 
-NEXUS_FN double read_scalar(const void* p, DType dtype) {
-  switch (dtype) {
-    case DType::kFloat64:
-      return *static_cast<const double*>(p);
-    case DType::kFloat32:
-    default:
-      return static_cast<double>(*static_cast<const float*>(p));
-  }
-}
-
 NEXUS_FN double rate_at(const Rate& rate, int64_t t) {
   if (rate.table != nullptr) {
     return rate.scale * evaluate_schedule(rate.table, rate.rows, t);
   }
   if (rate.tensor != nullptr) {
-    return read_scalar(rate.tensor, static_cast<DType>(rate.tensor_dtype));
+    return rate.is_float64 != 0 ? *static_cast<const double*>(rate.tensor)
+                                : static_cast<double>(*static_cast<const float*>(rate.tensor));
   }
   return rate.value;
 }

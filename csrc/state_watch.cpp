@@ -188,7 +188,7 @@ bool StateWatch::same_tensor(StateTensor& tensor) {
 
 // Another tensor over the same memory, such as detach() makes, can have it moved.
 bool StateWatch::has_other_users(PyObject* storage) const {
-  if (storage == nullptr || count_users_.get() == Py_None) {
+  if (storage == nullptr) {
     return false;
   }
   const Object count = Object::own(PyObject_CallOneArg(count_users_.get(), storage));

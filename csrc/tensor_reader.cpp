@@ -1,5 +1,7 @@
 #include "tensor_reader.h"
 
+#include <stdexcept>
+
 namespace nexus {
 namespace {
 
@@ -44,27 +46,16 @@ DType dtype_of(uint8_t code, uint8_t bits, uint16_t lanes) {
 }  // namespace
 
 TensorReader::TensorReader(PyObject* exchange_api, PyObject* dtypes)
-    : dtypes_(dtypes),
-      data_ptr_(interned("data_ptr")),
-      dtype_(interned("dtype")),
-      is_cpu_(interned("is_cpu")),
-      get_device_(interned("get_device")),
-      shape_(interned("shape")),
-      stride_(interned("stride")) {
-  if (PyCapsule_CheckExact(exchange_api)) {
-    auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api"));
-    if (api == nullptr) {
-      PyErr_Clear();
-    } else if (api->major == 1) {
-      exchange_ = api->dltensor_from_py_object;
-    }
+    : dtypes_(dtypes), dtype_(interned("dtype")) {
+  auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api"));
+  PyErr_Clear();
+  if (api == nullptr || api->major != 1) {
+    throw std::invalid_argument("torch.Tensor.__dlpack_c_exchange_api__ is not that of DLPack 1");
   }
+  exchange_ = api->dltensor_from_py_object;
 }
 
-bool TensorReader::describe(PyObject* tensor, Description& out) {
-  if (exchange_ == nullptr) {
-    return describe_by_attributes(tensor, out);
-  }
+bool TensorReader::describe(PyObject* tensor, Description& out) const {
   DLTensor now;
   if (exchange_(tensor, &now) != 0) {
     PyErr_Clear();  // a sparse tensor, for one
@@ -82,51 +73,11 @@ bool TensorReader::describe(PyObject* tensor, Description& out) {
   return true;
 }
 
-bool TensorReader::read_tuple(Object tuple, std::vector<int64_t>& out) {
-  if (tuple.get() == nullptr || !PyTuple_Check(tuple.get())) {
-    return false;
-  }
-  out.clear();
-  for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(tuple.get()); ++i) {
-    out.push_back(PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.get(), i)));
-  }
-  return PyErr_Occurred() == nullptr;
-}
-
-bool TensorReader::describe_by_attributes(PyObject* tensor, Description& out) {
-  const Object data = Object::own(PyObject_CallMethodNoArgs(tensor, data_ptr_.get()));
-  const Object dtype = Object::own(PyObject_GetAttr(tensor, dtype_.get()));
-  const Object is_cpu = Object::own(PyObject_GetAttr(tensor, is_cpu_.get()));
-  const Object device = Object::own(PyObject_CallMethodNoArgs(tensor, get_device_.get()));
-  const bool read =
-      data.get() != nullptr && dtype.get() != nullptr && is_cpu.get() != nullptr && device.get() != nullptr &&
-      read_tuple(Object::own(PyObject_GetAttr(tensor, shape_.get())), shape_scratch_) &&
-      read_tuple(Object::own(PyObject_CallMethodNoArgs(tensor, stride_.get())), stride_scratch_);
-  if (!read) {
-    PyErr_Clear();
-    return false;
-  }
-  out.data = PyLong_AsVoidPtr(data.get());
-  // get_device() is -1 for the CPU, but also for a device without memory.
-  out.device = is_cpu.get() == Py_True ? INT64_MIN : PyLong_AsLongLong(device.get());
-  out.ndim = static_cast<int>(shape_scratch_.size());
-  out.shape = shape_scratch_.data();
-  out.strides = stride_scratch_.data();
-  out.dtype = index_of(dtype.get());
-  return true;
-}
-
 DType TensorReader::dtype(PyObject* tensor) const {
   const Object dtype = Object::own(PyObject_GetAttr(tensor, dtype_.get()));
-  if (dtype.get() == nullptr) {
-    PyErr_Clear();
-  }
-  return index_of(dtype.get());
-}
-
-DType TensorReader::index_of(PyObject* dtype) const {
+  PyErr_Clear();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dtypes_.get()); ++i) {
-    if (PyTuple_GET_ITEM(dtypes_.get(), i) == dtype) {
+    if (PyTuple_GET_ITEM(dtypes_.get(), i) == dtype.get()) {
       return static_cast<DType>(i);
     }
   }

@@ -1,19 +1,17 @@
 // What a tensor is at this moment, read through DLPack's C exchange functions, which torch publishes on its
 // tensor type: a stable interface, so that this needs no header of torch, at 20 ns for a Tensor and 50 for a
-// Parameter. Where torch is too old to have them, the same is read through Python attributes. (A handle of
-// torch's C shim reads a Parameter in 15 ns, but counts as a reference to it, which torch.utils.swap_tensors
-// does not allow.)
+// Parameter. (A handle of torch's C shim reads a Parameter in 15 ns, but counts as a reference to it, which
+// torch.utils.swap_tensors does not allow.)
 #pragma once
 
 #include <cstdint>
-#include <vector>
 
 #include "python_objects.h"
-#include "tensor_list.h"
+#include "record.h"
 
 namespace nexus {
 
-// What a tensor is at this moment. `shape` and `strides` point into the tensor, or into the reader's scratch.
+// What a tensor is at this moment. `shape` and `strides` point into the tensor.
 struct Description {
   void* data;
   DType dtype;
@@ -25,25 +23,20 @@ struct Description {
 
 class TensorReader {
  public:
-  // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__, or None. `dtypes`: torch's four types, in the
-  // order of DType.
+  // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__. `dtypes`: torch's four types, in the order of
+  // DType.
   TensorReader(PyObject* exchange_api, PyObject* dtypes);
 
   // False where the tensor is none that a kernel could take; no Python error is left behind.
-  bool describe(PyObject* tensor, Description& out);
+  bool describe(PyObject* tensor, Description& out) const;
 
   // Its type alone; also of a tensor that has no memory of its own.
   DType dtype(PyObject* tensor) const;
 
  private:
-  bool describe_by_attributes(PyObject* tensor, Description& out);
-  bool read_tuple(Object tuple, std::vector<int64_t>& out);
-  DType index_of(PyObject* dtype) const;
-
-  int (*exchange_)(void* tensor, void* dltensor) = nullptr;
+  int (*exchange_)(void* tensor, void* dltensor);
   Object dtypes_;
-  Object data_ptr_, dtype_, is_cpu_, get_device_, shape_, stride_;
-  std::vector<int64_t> shape_scratch_, stride_scratch_;
+  Object dtype_;
 };
 
 }  // namespace nexus

@@ -4,6 +4,7 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <cstring>
 #include <string>
 #include <tuple>
 #include <utility>
@@ -22,32 +23,19 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-// (value, tensor, tensor dtype, table, rows, scale, last): the fields of Rate.
-using RateFields = std::tuple<double, Address, int64_t, Address, int64_t, double, Address>;
-
-inline Rate rate_of(const RateFields& fields) {
-  const auto& [value, tensor, dtype, table, rows, scale, last] = fields;
-  return {value, at<const void>(tensor), dtype, at<const double>(table), rows, scale, at<double>(last)};
+// The records in a block that Python has filled.
+template <class Record>
+std::vector<Record> records_in(const std::string& block) {
+  std::vector<Record> records(block.size() / sizeof(Record));
+  memcpy(records.data(), block.data(), records.size() * sizeof(Record));
+  return records;
 }
 
-// (count, rows, slots, width): the fields of History.
-using HistoryFields = std::tuple<Address, Address, int64_t, int64_t>;
-
-// (completed, skipped, sum_of_squares, grad_norm, skip_nonfinite, history): the fields of StepState that
-// outlive a step.
-using StateFields = std::tuple<Address, Address, Address, Address, bool, HistoryFields>;
-
-inline StepState state_of(const StateFields& fields) {
-  const auto& [completed, skipped, sum_of_squares, grad_norm, skip_nonfinite, history] = fields;
-  const auto& [count, rows, slots, width] = history;
-  return {at<int64_t>(completed),
-          at<int64_t>(skipped),
-          at<const double>(sum_of_squares),
-          at<double>(grad_norm),
-          nullptr,
-          nullptr,
-          skip_nonfinite,
-          {at<int64_t>(count), at<double>(rows), slots, width}};
+// The memory of records, to be read as long as nobody fills them anew.
+template <class Record>
+py::memoryview memory_of(const std::vector<Record>& records) {
+  return py::memoryview::from_memory(static_cast<const void*>(records.data()),
+                                     static_cast<py::ssize_t>(records.size() * sizeof(Record)));
 }
 
 // What the lists of all devices have in common: tensors and hyperparameters, watched.
@@ -67,24 +55,19 @@ class WatchedList {
     watch_.reset(attributes.ptr());
   }
 
-  // Begins the groups anew, their tensors staying as they are.
-  void begin_groups() {
-    list_.groups.clear();
+  // Every group, once for each device, device by device. Takes the hyperparameters as they are now for what
+  // is expected from here on.
+  void fill_groups(const py::bytes& block) {
+    list_.groups = records_in<Group>(block);
     watch_.reset_settings();
   }
 
-  void add_group(const RateFields& lr, const RateFields& weight_decay, double beta1, double beta2, double eps,
-                 double max_grad_norm, bool maximize) {
-    list_.groups.push_back({rate_of(lr), rate_of(weight_decay), beta1, beta2, eps, max_grad_norm, maximize});
-  }
+  // Device by device. Where the gradients are, refresh() fills in.
+  void fill_tensors(const py::bytes& block) { list_.tensors = records_in<TensorRecord>(block); }
 
-  int64_t add_tensor(Address param, Address exp_avg, Address exp_avg_sq, Address max_exp_avg_sq, Address step,
-                     int64_t numel, int32_t group, int32_t param_dtype, int32_t grad_dtype) {
-    list_.tensors.push_back({at<void>(param), nullptr, at<void>(exp_avg), at<void>(exp_avg_sq),
-                             at<void>(max_exp_avg_sq), at<double>(step), numel, group,
-                             static_cast<DType>(param_dtype), static_cast<DType>(grad_dtype), 0});
-    return static_cast<int64_t>(list_.tensors.size()) - 1;
-  }
+  // As refresh() has left them.
+  py::memoryview groups() const { return memory_of(list_.groups); }
+  py::memoryview tensors() const { return memory_of(list_.tensors); }
 
   void watch_parameter(const py::handle& param) { watch_.add_parameter(param.ptr()); }
 
@@ -112,24 +95,6 @@ class WatchedList {
 
   // Two tensors with a gradient that share memory, by their indices, or (-1, -1).
   std::pair<int64_t, int64_t> overlap() const { return list_.overlap(); }
-
-  // Where tensors and their gradients are, as refresh() has found them: pairs of addresses, in order.
-  void write_pointers(Address out) const {
-    Address* to = at<Address>(out);
-    for (const TensorRecord& tensor : list_.tensors) {
-      *to++ = reinterpret_cast<Address>(tensor.param);
-      *to++ = reinterpret_cast<Address>(tensor.grad);
-    }
-  }
-
-  // The float rates of all groups, some of which refresh() may have taken over.
-  std::vector<double> rates() const {
-    std::vector<double> values;
-    for (const Group& group : list_.groups) {
-      values.push_back(group.lr.value);
-    }
-    return values;
-  }
 
  private:
   WatchedList(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,

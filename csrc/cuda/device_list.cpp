@@ -49,7 +49,7 @@ DeviceList::DeviceList(const HostList& list, const Part& part, std::unique_ptr<D
   for (TensorRecord& tensor : contents_.tensors) {
     tensor.param = nullptr;
     tensor.grad = nullptr;
-    tensor.first_chunk = static_cast<int32_t>(contents_.chunk_count);
+    tensor.place = static_cast<int32_t>(contents_.chunk_count);
     // One at least: the first chunk's block counts the tensor's steps.
     contents_.chunk_count += tensor.numel == 0 ? 1 : chunk_count(tensor.numel);
   }

@@ -17,7 +17,7 @@ constexpr size_t kUploadBytes = 3968;
 // to outlive the call, and nothing waits.
 void upload(void* to, const void* from, size_t bytes, cudaStream_t stream);
 
-// Fills in `chunks`, from the tensors' `numel` and `first_chunk`.
+// Fills in `chunks`, from the tensors' `numel` and `place`.
 void divide(const Table& table, cudaStream_t stream);
 
 // The sum of squares of all gradients, in float64: the same bits whatever the device and wherever they lie.

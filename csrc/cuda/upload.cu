@@ -26,7 +26,7 @@ __global__ void divide_tensor(Table table) {
   const TensorRecord& record = table.tensors[tensor];
   const int64_t chunks = chunk_count(record.numel);
   for (int64_t k = threadIdx.x; k < chunks || k == 0; k += blockDim.x) {
-    table.chunks[record.first_chunk + k] = chunk_at(record.numel, k, tensor);
+    table.chunks[record.place + k] = chunk_at(record.numel, k, tensor);
   }
 }
 

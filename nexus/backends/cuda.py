@@ -10,10 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus.backends import watched
 from nexus.backends.devices import total_everywhere
+from nexus.backends.extension import extension
+from nexus.backends.extension import unavailable as why_no_extension
 from nexus.backends.interface import DevicePlan, Plan
-from nexus.backends.watched import WatchedRunner, address, extension, make_list, state_fields
+from nexus.backends.records import address, layout, state_values
+from nexus.backends.watched import WatchedRunner, make_list
 
 __all__ = ["DEVICE_TYPES", "NAME", "CudaRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -23,7 +25,7 @@ DEVICE_TYPES = frozenset({"cuda"})
 
 def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     """Why it cannot run here, or on one of `devices`, by default the current: no code, no GPU, an older GPU."""
-    reason = watched.unavailable()
+    reason = why_no_extension()
     if reason is not None:
         return reason
     if not hasattr(extension, "CudaTensorList"):
@@ -123,7 +125,7 @@ class CudaRunner(WatchedRunner):
 
     def _take_settings(self, plan: Plan) -> None:
         for position, device_plan in enumerate(self._devices):
-            self._list.set_state(position, state_fields(device_plan))
+            self._list.fill_state(position, layout("StepState").pack(state_values(device_plan)))
 
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         measured = []

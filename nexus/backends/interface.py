@@ -6,11 +6,10 @@ one whenever `Runner.changed` says that the last is out of date; in between, a b
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -41,20 +40,9 @@ class Rate:
     last: Tensor | None = None  # 0-dim float64: where a schedule's value is left once used
 
 
-@dataclass
-class GroupSettings:
-    """The hyperparameters of one parameter group on one device."""
-
-    lr: Rate
-    weight_decay: Rate
-    betas: tuple[float, float]
-    eps: float
-    max_grad_norm: float  # math.inf: no clipping
-    maximize: bool
-
-    @property
-    def clips(self) -> bool:
-        return self.max_grad_norm != math.inf
+GroupSettings: TypeAlias = dict[str, Any]
+"""The hyperparameters of a parameter group on one device: a number, or a `Rate`, for each field of the extension's
+record `Group` (csrc/record.h)."""
 
 
 STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")

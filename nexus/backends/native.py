@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from nexus.backends.devices import total_everywhere
+from nexus.backends.extension import extension, unavailable
 from nexus.backends.interface import Plan
-from nexus.backends.watched import WatchedRunner, address, extension, make_list, state_fields, unavailable
+from nexus.backends.records import address, layout, state_values
+from nexus.backends.watched import WatchedRunner, make_list
 
 __all__ = ["DEVICE_TYPES", "NAME", "NativeRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -63,7 +65,7 @@ class NativeRunner(WatchedRunner):
         device_plan = plan.devices[_CPU]
         self._measures_norm = device_plan.measures_norm
         self._sum_of_squares = device_plan.state.sum_of_squares.data_ptr()
-        self._list.set_state(state_fields(device_plan))
+        self._list.fill_state(layout("StepState").pack(state_values(device_plan)))
 
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         threads = torch.get_num_threads()

@@ -125,16 +125,16 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
 
     rows, recorded = [], []
     for group in plan.groups:
-        lr, weight_decay = (_rate(rate, state.completed) for rate in (group.lr, group.weight_decay))
-        for rate, value in ((group.lr, lr), (group.weight_decay, weight_decay)):
+        lr, weight_decay = (_rate(group[name], state.completed) for name in ("lr", "weight_decay"))
+        for rate, value in ((group["lr"], lr), (group["weight_decay"], weight_decay)):
             if rate.last is not None:
                 _assign(rate.last.data, value, skip)  # as the kernels, which count no version
         clip = torch.ones_like(scale)
-        if group.clips:  # the coefficient of torch.nn.utils.clip_grad_norm_
-            clip = torch.clamp(group.max_grad_norm / (state.grad_norm + 1e-6), max=1.0)
+        if group["max_grad_norm"] != math.inf:  # the coefficient of torch.nn.utils.clip_grad_norm_
+            clip = torch.clamp(group["max_grad_norm"] / (state.grad_norm + 1e-6), max=1.0)
         recorded += [lr, clip]
         multiplier = 1.0 / scale * clip
-        rows.append((group, lr, weight_decay, -multiplier if group.maximize else multiplier))
+        rows.append((group, lr, weight_decay, -multiplier if group["maximize"] else multiplier))
     for entry in plan.entries:
         grad = entry.grad
         if grad is not None:
@@ -178,7 +178,7 @@ def _update(
     state = entry.state
     assert state is not None
     dtype = state.exp_avg.dtype  # of the arithmetic
-    beta1, beta2 = group.betas
+    beta1, beta2 = group["beta1"], group["beta2"]
     t = state.step + 1
     bias1 = 1.0 - beta1**t
     bias2 = 1.0 - beta2**t
@@ -193,7 +193,7 @@ def _update(
     if state.max_exp_avg_sq is not None:
         largest_v = torch.maximum(state.max_exp_avg_sq, v)
         _assign(state.max_exp_avg_sq, largest_v, skip)
-    denominator = largest_v.sqrt() * inv_sqrt_bias2 + group.eps
+    denominator = largest_v.sqrt() * inv_sqrt_bias2 + group["eps"]
     param = entry.param.to(dtype)
     # Not (1 - decay) * param: rounded to float32, that factor is off the same way in every step.
     decayed = torch.where(param.isfinite(), decay * param, 0.0)  # an infinite parameter stays what it is

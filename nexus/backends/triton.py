@@ -16,22 +16,23 @@ import torch
 from torch import Tensor
 
 from nexus.backends.devices import total_everywhere
+from nexus.backends.extension import extension
+from nexus.backends.extension import unavailable as why_no_extension
 from nexus.backends.interface import DevicePlan, Plan
+from nexus.backends.records import address, state_values
 from nexus.backends.triton_tables import (
     CHUNK_ELEMENTS,
     COEFFICIENTS,
-    RECORD,
     CapturedGroups,
     DeviceTable,
     chunk_words,
     dtypes_of,
-    group_words,
     is_capturing,
     kind_of,
-    record_words,
+    put_kinds,
+    words,
 )
-from nexus.backends.unwatched_list import UnwatchedList
-from nexus.backends.watched import WatchedRunner, address, extension, history_fields, make_list
+from nexus.backends.watched import WatchedRunner, make_list
 
 __all__ = ["DEVICE_TYPES", "NAME", "TritonRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -47,6 +48,8 @@ OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every launch; fusion
 
 def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     """Why Triton cannot run here."""
+    if (reason := why_no_extension()) is not None:
+        return reason
     if importlib.util.find_spec("triton") is None:
         return "Triton is not installed; run 'pip install triton'"
     if not INTERPRETS and not torch.cuda.is_available():
@@ -63,9 +66,7 @@ def detail() -> str:
 
 
 def runner(setting_names: tuple[str, ...]) -> TritonRunner:
-    """One for an optimizer; without the extension, it makes a new plan at each step."""
-    if extension is None:
-        return TritonRunner(UnwatchedList())
+    """One for an optimizer."""
     return TritonRunner(make_list(extension.WatchedList, setting_names))
 
 
@@ -124,10 +125,8 @@ class _DeviceList:
         self.sizes = tuple(entry.param.numel() for entry in entries)
         kinds = [kind_of(entry, block_elements(*dtypes_of(entry))) for entry in entries]
         self._kinds = tuple(sorted(set(kinds)))
-        self._history = history_fields(plan.history)
-        # Where there is no tensor, there is an empty chunk of a record of zeros.
-        rows = [record_words(entry, self._kinds.index(kind)) for entry, kind in zip(entries, kinds, strict=True)]
-        self._records = torch.tensor(rows or [[0] * len(RECORD)], dtype=torch.int64, device="cpu")
+        self._kind_indices = [self._kinds.index(kind) for kind in kinds]
+        self._history = tuple(value for name, value in state_values(plan).items() if name.startswith("history."))
         self._chunks = chunk_words(self.sizes or (0,))
         self._table: DeviceTable = DeviceTable(device) if last is None else last._table
         self._group_table: DeviceTable = DeviceTable(device) if last is None else last._group_table
@@ -136,43 +135,35 @@ class _DeviceList:
         if last is not None and last.sizes == self.sizes:
             self._chunk_table = last._chunk_table
         self._skip = torch.empty((), dtype=torch.int64, device=device)
-        shape = len(self._records), len(COEFFICIENTS)
+        shape = max(len(entries), 1), len(COEFFICIENTS)
         self._coefficients = torch.empty(shape, dtype=torch.float64, device=device)
         self._partial_sums = torch.zeros(len(self._chunks), dtype=torch.float64, device=device)
-        self.take_settings()
 
-    def take_settings(self) -> None:
-        """Take over the hyperparameters of the plan's groups."""
-        self._groups = torch.stack([group_words(group) for group in self.plan.groups])
-
-    def follow(self, pointers: Tensor, rates: list[float]) -> list[Tensor]:
-        """Take over where parameters and gradients are and the float rates, and upload what has changed.
+    def follow(self, records: Tensor, groups: Tensor) -> list[Tensor]:
+        """Take over the records of this device's tensors and groups, and upload what has changed.
 
         Returns:
             What a graph that captures this step has to find in its place at every replay.
         """
         capturing = is_capturing(self.plan.state.device)
-        self._records[: len(pointers), :2] = pointers
-        self._take_rates(rates)
-        words = self._groups.flatten()
-        written = not self._group_table.holds(words)
-        groups = self._group_table.upload(words, capturing=capturing)
-        records = self._table.upload(self._records.flatten(), capturing=capturing)
-        chunks = self._chunk_table.upload(self._chunks.flatten(), capturing=capturing)
-        self._on_device = groups, records, chunks
+        put_kinds(records, self._kind_indices)
+        if not len(records):  # there is an empty chunk of a record of zeros
+            records = records.new_zeros(1, records.shape[1])
+        written = not self._group_table.holds(groups.flatten())
+        self._group_count = len(groups)
+        group_table = self._group_table.upload(groups.flatten(), capturing=capturing)
+        record_table = self._table.upload(records.flatten(), capturing=capturing)
+        chunk_table = self._chunk_table.upload(self._chunks.flatten(), capturing=capturing)
+        self._on_device = group_table, record_table, chunk_table
         if not capturing:
             return []
-        self._captured.append(CapturedGroups(groups, self.plan.measures_norm, written))
+        self._captured.append(CapturedGroups(group_table, self.plan.measures_norm, written))
         return [*self._on_device, self._skip, self._coefficients, self._partial_sums]
 
-    def update_captured(self, rates: list[float]) -> None:
-        """Give the hyperparameters, and these float rates, to the steps that graphs have captured."""
-        self._take_rates(rates)
-        for groups in self._captured:
-            groups.update(self._groups.flatten(), measures_norm=self.plan.measures_norm)
-
-    def _take_rates(self, rates: list[float]) -> None:
-        self._groups.view(torch.float64)[:, 0] = torch.tensor(rates, dtype=torch.float64, device="cpu")
+    def update_captured(self, groups: Tensor) -> None:
+        """Give the hyperparameters to the steps that graphs have captured."""
+        for captured in self._captured:
+            captured.update(groups.flatten(), measures_norm=self.plan.measures_norm)
 
     def measure(self) -> None:
         """Leave the sum of squares of this device's gradients in its state."""
@@ -190,11 +181,11 @@ class _DeviceList:
             for scalar in (grad_scale, found_inf)
         )
         with _launching(state.device) as kernels:
-            kernels.prologue[1 + _ceil_div(len(self._records), _LANES),](
+            kernels.prologue[1 + _ceil_div(len(self._coefficients), _LANES),](
                 groups,
-                len(self._groups),
+                self._group_count,
                 records,
-                len(self._records),
+                len(self._coefficients),
                 self._coefficients,
                 self._skip,
                 state.completed,
@@ -229,38 +220,32 @@ class TritonRunner(WatchedRunner):
     def __init__(self, tensors: Any) -> None:
         super().__init__(tensors)
         self._lists: dict[torch.device, _DeviceList] = {}
-        self._pointers = torch.empty(0, dtype=torch.int64, device="cpu")
         self._in_graphs: list[Tensor] = []  # what a replay works on lives as long as the runner
 
     def _take_tensors(self, plan: Plan) -> None:
         last = self._lists
         self._lists = {device: _DeviceList(own, last.get(device)) for device, own in plan.devices.items()}
-        count = sum(len(device_list.sizes) for device_list in self._lists.values())
-        self._pointers = torch.empty(count, 2, dtype=torch.int64, device="cpu")
 
     def _take_settings(self, plan: Plan) -> None:
-        for device_list in self._lists.values():
-            device_list.take_settings()
+        """They are in the records of each step."""
 
     def has_captured(self) -> bool:
         return bool(self._in_graphs)
 
     def update_captured(self) -> None:
         super().update_captured()
-        for device_list, rates in self._lists_and_rates():
-            device_list.update_captured(rates)
+        lists = list(self._lists.values())
+        for device_list, groups in zip(lists, self._groups_of(lists), strict=True):
+            device_list.update_captured(groups)
 
-    def _lists_and_rates(self) -> list[tuple[_DeviceList, list[float]]]:
-        """Of each device, with the float rates of its groups."""
-        rates, lists = iter(self._list.rates()), self._lists.values()
-        return [(own, [next(rates) for _ in own.plan.groups]) for own in lists]
+    def _groups_of(self, lists: list[_DeviceList]) -> tuple[Tensor, ...]:
+        return words(self._list.groups(), "Group", [len(own.plan.groups) for own in lists])
 
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         lists = list(self._lists.values())
-        self._list.write_pointers(self._pointers.data_ptr())
-        pointers = torch.split(self._pointers, [len(device_list.sizes) for device_list in lists])
-        for (device_list, rates), own_pointers in zip(self._lists_and_rates(), pointers, strict=True):
-            self._in_graphs += device_list.follow(own_pointers, rates)
+        records = words(self._list.tensors(), "TensorRecord", [len(own.sizes) for own in lists])
+        for device_list, own_records, groups in zip(lists, records, self._groups_of(lists), strict=True):
+            self._in_graphs += device_list.follow(own_records, groups)
         measured = [device_list for device_list in lists if device_list.plan.measures_norm]
         for device_list in measured:
             device_list.measure()

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 
 from nexus.backends.interface import HISTORY_COLUMNS
+from nexus.backends.records import layout
 from nexus.backends.triton_math import adamw, bias_correction, evaluate_schedule
-from nexus.backends.triton_tables import CHUNK, COEFFICIENTS, GROUP, RATE, RECORD
+from nexus.backends.triton_tables import CHUNK, COEFFICIENTS
 
-_RATE_WORDS = tl.constexpr(len(RATE))
-_GROUP_WORDS = tl.constexpr(len(GROUP))
-_RECORD_WORDS = tl.constexpr(len(RECORD))
+_RATE_WORDS = tl.constexpr(layout("Rate").words)
+_GROUP_WORDS = tl.constexpr(layout("Group").words)
+_RECORD_WORDS = tl.constexpr(layout("TensorRecord").words)
 _CHUNK_WORDS = tl.constexpr(len(CHUNK))
 _COEFFICIENTS = tl.constexpr(len(COEFFICIENTS))
 _HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
@@ -99,7 +100,7 @@ def norm(chunks, records, partial_sums, KINDS: tl.constexpr):
     record = records + tl.load(chunk + 2) * _RECORD_WORDS
     grad = tl.load(record + 1)
     count = tl.where(grad != 0, tl.load(chunk + 1), 0).to(tl.int32)
-    kind = tl.load(record + 7)
+    kind = tl.load(record + 7) >> 32
     for j in tl.static_range(len(KINDS)):
         if kind == j:
             _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, _DTYPES[KINDS[j][1]], 2 * KINDS[j][3])
@@ -199,7 +200,7 @@ def prologue(
         i = (program - 1).to(tl.int64) * BLOCK + lanes
         record = records + i * _RECORD_WORDS
         mask = (i < record_count) & (tl.load(record + 1, mask=i < record_count, other=0) != 0)
-        group = groups + tl.load(record + 6, mask=mask, other=0) * _GROUP_WORDS
+        group = groups + (tl.load(record + 7, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
         lr = _rates(group, t, mask)
         weight_decay = _rates(group + _RATE_WORDS, t, mask)
         others = group + 2 * _RATE_WORDS
@@ -344,7 +345,7 @@ def update(chunks, records, coefficients, skip, completed, skipped, history_coun
             if begin == 0:
                 step = tl.load(record + 5).to(tl.pointer_type(tl.float64))
                 tl.store(step, tl.load(step) + 1)
-            kind = tl.load(record + 7)
+            kind = tl.load(record + 7) >> 32
             row = coefficients + tensor * _COEFFICIENTS
             for j in tl.static_range(len(KINDS)):
                 if kind == j:

@@ -11,15 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from nexus.backends.interface import GroupSettings, TensorEntry
-from nexus.backends.watched import DTYPE_INDEX, address, rate_fields
+from nexus.backends.interface import TensorEntry
+from nexus.backends.records import DTYPE_INDEX, layout
 
 CHUNK_ELEMENTS = 16_384  # of one tensor: what one program updates
 
 # The columns.
-RATE = ("value", "tensor", "is_float64", "segments", "rows", "scale", "last")
-GROUP = (*RATE, *RATE, "beta1", "beta2", "eps", "max_grad_norm", "maximize")
-RECORD = ("param", "grad", "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "step", "group", "kind")
 CHUNK = ("begin", "count", "tensor")
 COEFFICIENTS = (
     "grad_multiplier",
@@ -33,23 +30,19 @@ COEFFICIENTS = (
 )
 
 
-def group_words(group: GroupSettings) -> Tensor:
-    """A row of `GROUP`."""
-    lr, weight_decay = rate_fields(group.lr), rate_fields(group.weight_decay)
-    fields = (*lr, *weight_decay, *group.betas, group.eps, group.max_grad_norm, int(group.maximize))
-    words = torch.tensor([f if isinstance(f, int) else 0 for f in fields], dtype=torch.int64, device="cpu")
-    for index, value in enumerate(fields):
-        if isinstance(value, float):
-            words.view(torch.float64)[index] = value
-    return words
+def words(memory: memoryview, name: str, counts: list[int]) -> tuple[Tensor, ...]:
+    """Copies of records, a row each, in parts of so many."""
+    columns = layout(name).words
+    copy = torch.zeros(sum(counts), columns, dtype=torch.int64, device="cpu")
+    if len(copy):
+        copy.view(-1).copy_(torch.frombuffer(bytearray(memory), dtype=torch.int64))
+    return torch.split(copy, counts)
 
 
-def record_words(entry: TensorEntry, kind: int) -> list[int]:
-    """A row of `RECORD`, but for where the parameter and its gradient are."""
-    state = entry.state
-    assert state is not None
-    moments = (state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq)
-    return [0, 0, *map(address, moments), address(state.step), entry.group, kind]
+def put_kinds(records: Tensor, kinds: list[int]) -> None:
+    """Let each record say which of the kinds of updates is its own."""
+    column = layout("TensorRecord").offset("place") // 4
+    records.view(torch.int32)[:, column] = torch.tensor(kinds, dtype=torch.int32, device="cpu")
 
 
 def dtypes_of(entry: TensorEntry) -> tuple[torch.dtype, torch.dtype]:

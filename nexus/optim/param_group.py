@@ -313,22 +313,19 @@ def _tensor_rate(name: str, value: Tensor, device: torch.device, *, used: bool) 
 def settings_of(group: ParamGroup, tables: dict[str, Tensor], device: torch.device) -> GroupSettings:
     """A checked group as a backend wants it; `tables` are the segment tables of its schedules on `device`."""
     limit = group["max_grad_norm"]
-    rates = {}
+    settings: GroupSettings = {}
     for name in SCHEDULABLE:
         value, output = group[name], group.outputs.get(name)
         if name in tables:
             scale = float(group["lr_scale"]) if name == "lr" else 1.0
             last = output if output is not None and output.device == device else None
-            rates[name] = Rate(table=tables[name], scale=scale, last=last)
+            settings[name] = Rate(table=tables[name], scale=scale, last=last)
         elif isinstance(value, Tensor):
-            rates[name] = _tensor_rate(name, value, device, used=any(p.device == device for p in group["params"]))
+            settings[name] = _tensor_rate(name, value, device, used=any(p.device == device for p in group["params"]))
         else:
-            rates[name] = Rate(value=float(value))
-    return GroupSettings(
-        lr=rates["lr"],
-        weight_decay=rates["weight_decay"],
-        betas=(float(group["betas"][0]), float(group["betas"][1])),
-        eps=float(group["eps"]),
-        max_grad_norm=math.inf if limit is None else float(limit),
-        maximize=group["maximize"],
-    )
+            settings[name] = Rate(value=float(value))
+    settings["beta1"], settings["beta2"] = map(float, group["betas"])
+    settings["eps"] = float(group["eps"])
+    settings["max_grad_norm"] = math.inf if limit is None else float(limit)
+    settings["maximize"] = group["maximize"]
+    return settings

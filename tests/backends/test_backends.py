@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from nexus import backends
-from nexus.backends import cuda, native, reference, triton, watched
+from nexus.backends import cuda, native, reference, triton
+from nexus.backends import extension as extension_module
 
 CPU, GPU, OTHER_GPU = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -88,8 +89,8 @@ class TestCuda:
         assert cuda.unavailable([GPU, OTHER_GPU]) is None
 
     def test_no_extension(self, extension: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(watched, "extension", None)
-        monkeypatch.setattr(watched, "_import_error", "no such file", raising=False)
+        monkeypatch.setattr(extension_module, "extension", None)
+        monkeypatch.setattr(extension_module, "_import_error", "no such file", raising=False)
         assert "the extension" in (cuda.unavailable() or "")
 
     def test_no_code(self, extension: SimpleNamespace) -> None:

@@ -1,21 +1,19 @@
-"""How the Triton backend follows tensors: its tables in device memory, and the list without the extension."""
+"""How the Triton backend follows tensors: its tables in device memory."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from cases import OPTIONS
 from references import Float64AdamW, assert_same_run, copies, set_grads
 
 pytest.importorskip("triton")
-from triton_cases import COMMON, CPU, GPU, grads_of, own_params, params_on, run, step_pair
+from triton_cases import CPU, GPU, grads_of, own_params, params_on, step_pair
 
 from nexus.backends import triton as backend
-from nexus.backends.triton_tables import CHUNK_ELEMENTS, GROUP, CapturedGroups, DeviceTable, chunk_words
-from nexus.backends.unwatched_list import UnwatchedList
+from nexus.backends.records import layout
+from nexus.backends.triton_tables import CHUNK_ELEMENTS, CapturedGroups, DeviceTable, chunk_words, words
 from nexus.optim import FusedAdamW
 from nexus.schedules import Cosine
 
@@ -75,7 +73,7 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
     optimizer.step()  # runs here, too; what matters is the tables that it leaves to a graph
     monkeypatch.undo()
     (own,) = optimizer._runner._lists.values()
-    captured, eager = own._captured[0], own
+    captured = own._captured[0]
     for change in (
         {"lr": 0.25},
         {"weight_decay": 0.5, "max_grad_norm": 3.0},
@@ -83,21 +81,23 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
     ):
         optimizer.param_groups[0].update(change)
         optimizer.sync_hyperparameters()
-        assert torch.equal(captured.table, eager._groups.flatten())
+        (now,) = words(optimizer._runner._list.groups(), "Group", [2])
+        assert torch.equal(captured.table, now.flatten())
     optimizer.step()
     assert not captured.written_by_replays
-    values = captured.table.view(torch.float64)[: len(GROUP)]
+    group = layout("Group")
+    values = captured.table.view(torch.float64)[: group.words]
     assert float(values[0]) == 0.25
-    assert values[GROUP.index("beta1") : GROUP.index("maximize")].tolist() == [0.1, 0.2, 1e-8, 3.0]
+    assert values[group.offset("beta1") // 8 : group.offset("maximize") // 8].tolist() == [0.1, 0.2, 1e-8, 3.0]
 
 
 def test_what_no_replay_would_use_is_refused() -> None:
-    words = torch.arange(6)
-    CapturedGroups(torch.zeros(5), False, True).update(words, measures_norm=True)  # of another number of groups
+    others = torch.arange(6)
+    CapturedGroups(torch.zeros(5), False, True).update(others, measures_norm=True)  # of another number of groups
     with pytest.raises(RuntimeError, match="clipping cannot be switched on in it"):
-        CapturedGroups(torch.zeros(6), False, False).update(words, measures_norm=True)
+        CapturedGroups(torch.zeros(6), False, False).update(others, measures_norm=True)
     with pytest.raises(RuntimeError, match="make a step before the capture"):
-        CapturedGroups(torch.zeros(6), True, True).update(words, measures_norm=True)
+        CapturedGroups(torch.zeros(6), True, True).update(others, measures_norm=True)
 
 
 def test_chunks_cover_every_tensor_once() -> None:
@@ -111,7 +111,7 @@ def test_chunks_cover_every_tensor_once() -> None:
         assert int(own[-1, :2].sum()) == size
 
 
-# Pointers that move, and what is there without the extension.
+# Pointers that move.
 
 
 def test_pointers_that_move_are_followed(device: str) -> None:
@@ -128,27 +128,7 @@ def test_pointers_that_move_are_followed(device: str) -> None:
     assert_same_run(optimizer, reference)
 
 
-@pytest.mark.parametrize("options", [{}, OPTIONS["everything"]], ids=["defaults", "everything"])
-def test_it_runs_without_the_extension(device: str, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend, "extension", None)
-    params = [param for dtype, _ in COMMON for param in params_on(device, [(2, 3, 5)], dtype)]
-    params.append(torch.nn.Parameter(params[0].detach().transpose(0, 2)))
-    optimizer = run(params, [grad for _, grad in COMMON] + [torch.float32], **options)
-    assert isinstance(optimizer._runner._list, UnwatchedList)
-    versions = [param._version for param in own_params(optimizer)]
-    own_params(optimizer)[0].grad = None
-    optimizer.step()
-    assert [param._version > v for param, v in zip(own_params(optimizer), versions, strict=True)] == [
-        False, *[True] * len(COMMON)
-    ]  # fmt: skip
-
-
-@pytest.mark.parametrize("without_extension", [False, True])
-def test_parameters_that_share_memory_are_refused(
-    device: str, without_extension: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if without_extension:
-        monkeypatch.setattr(backend, "extension", None)
+def test_parameters_that_share_memory_are_refused(device: str) -> None:
     memory = torch.zeros(10, device=device)
     params = [torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[6:]), torch.nn.Parameter(memory[5:8])]
     set_grads(params, grads_of(params))

@@ -33,7 +33,6 @@ from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
 from worlds import Worlds
 
-from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.schedules import Cosine
 
@@ -177,15 +176,6 @@ def dtensors_follow(backend: str, placed: str, steps: int = 12) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_uneven_and_empty_parts_follow_float64_torch(worlds: Worlds, backend: str, placed: str) -> None:
     worlds(3).run(dtensors_follow, backend, placed)
-
-
-def without_the_extension() -> None:
-    with mock.patch.object(triton, "extension", None):
-        dtensors_follow("triton", "columns and rows", 3)
-
-
-def test_triton_without_the_extension_follows_float64_torch(worlds: Worlds) -> None:
-    worlds(2).run(without_the_extension)
 
 
 def gradients_spread_otherwise(backend: str) -> None:

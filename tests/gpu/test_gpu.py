@@ -10,7 +10,6 @@ import torch
 from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, set_grads
 from torch import Tensor
 
-from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine
 
@@ -94,14 +93,7 @@ def test_a_step_follows_the_callers_stream(name: str) -> None:
     assert_same_run(optimizer, reference)
 
 
-@pytest.mark.parametrize("with_extension", [True, False])
-def test_a_captured_step_goes_on_with_its_schedule(
-    name: str, with_extension: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    if not with_extension:
-        if name == "cuda":
-            pytest.skip("it is in the extension")
-        monkeypatch.setattr(triton, "extension", None)
+def test_a_captured_step_goes_on_with_its_schedule(name: str) -> None:
     options = {"lr": WSD(3, 4, 5, 1e-2), "max_grad_norm": 1.0}
     params = params_on("cuda", SHAPES)
     optimizer, reference = FusedAdamW(copies(params), backend=name, **options), Float64AdamW(params, **options)

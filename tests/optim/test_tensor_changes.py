@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
 from references import (
-    EVERY_BACKEND,
     LAYOUT_SHAPE,
     LAYOUTS,
     Float64AdamW,
@@ -19,22 +18,12 @@ from references import (
     run_beside_torch,
     set_grads,
     step_both,
-    tensors_where_it_runs,
 )
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
 
 SENTINEL = 12345.0
-
-
-@pytest.fixture(params=[*EVERY_BACKEND, "native by attributes"])
-def backend(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
-    """Also what a torch without DLPack's exchange functions makes of the compiled backend."""
-    if request.param == "native by attributes":
-        monkeypatch.setattr(torch.Tensor, "__dlpack_c_exchange_api__", None, raising=False)
-    with tensors_where_it_runs(request.param):
-        yield request.param.removesuffix(" by attributes")
 
 
 # Storage that is swapped under a parameter: a stale pointer is never written through.

@@ -134,7 +134,7 @@ def test_wheel_holds_the_extension_and_no_sources(wheel):
         f"nexus_optim-{nexus.__version__}.dist-info",
     }
     assert f"nexus/{REASON_FILE}" not in names
-    assert re.findall(r"^Requires-Dist: (?!.*extra ==)(.*)$", metadata, re.MULTILINE) == ["torch>=2.9"]
+    assert re.findall(r"^Requires-Dist: (?!.*extra ==)(.*)$", metadata, re.MULTILINE) == ["torch>=2.10"]
     assert "License-Expression: BSD-3-Clause\n" in metadata
 
 

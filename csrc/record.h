@@ -1,0 +1,150 @@
+// The records that Python fills, each as one block, and that every device reads. What a record holds is said
+// here and nowhere else: the module tells Python the names and formats of the fields, in their order, and
+// Triton's kernels the words at which they stand. Host and device; no torch.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <type_traits>
+
+#include "host_device.h"
+
+namespace nexus {
+
+enum class DType : int32_t { kOther = -1, kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+NEXUS_FN constexpr uint64_t item_size(DType dtype) {
+  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
+}
+
+// Every stream of one parameter, in the same element order. The moments have the type of the arithmetic:
+// float64 for float64 parameters, float32 otherwise.
+struct TensorRecord {
+  void* param;
+  const void* grad;  // null: no gradient in this step, so nothing of this tensor changes
+  void* exp_avg;
+  void* exp_avg_sq;
+  void* max_exp_avg_sq;  // null without amsgrad
+  double* step;          // the parameter's own count of updates, a whole number up to 2^53
+  int64_t numel;
+  int32_t group;
+  int32_t place;  // the device's own: the tensor's first chunk, or for Triton the kind of its update
+  DType param_dtype;
+  DType grad_dtype;
+};
+
+// A number that may come from a Python float, from a one-element tensor, or from a schedule.
+struct Rate {
+  double value;         // the float; used where `tensor` and `table` are null
+  const void* tensor;   // one element, read at every step
+  int64_t is_float64;   // of `tensor`, which else is float32
+  const double* table;  // a segment table (schedule.h) of `rows` rows, evaluated at every step
+  int64_t rows;
+  double scale;  // multiplies the schedule
+  double* last;  // where a schedule's value is left for the reader, once used
+};
+
+// What the user set for a parameter group.
+struct Group {
+  Rate lr;
+  Rate weight_decay;
+  double beta1;
+  double beta2;
+  double eps;
+  double max_grad_norm;  // infinite: no clipping
+  int64_t maximize;
+};
+
+// A ring in device memory in which each step leaves a row: what a training curve is drawn from. A row is
+// float64: t, skipped (0 or 1), gradient norm, then of each group lr and clip coefficient.
+struct History {
+  int64_t* count;  // rows written so far; null: no history
+  double* rows;    // slots x width: row i is in slot i % slots
+  // One more than are read: a row that no step has completed is in the place of none that is read.
+  int64_t slots;
+  int64_t width;
+};
+
+// What all groups of an optimizer share on one device. Counters are int64 in device memory.
+struct StepState {
+  int64_t* completed;            // t: updates completed so far; the argument of every schedule
+  int64_t* skipped;              // steps that changed nothing since their gradients were not finite
+  const double* sum_of_squares;  // of every gradient as it stands in memory, or null if nobody asked for it
+  double* grad_norm;             // where the norm is left for the reader, or null
+  const float* grad_scale;       // gradients are to be divided by this, or null
+  const float* found_inf;        // nonzero: skip this step, or null
+  int64_t skip_nonfinite;
+  History history;
+};
+
+// How Python's module struct names the type of a field; 'R' and 'H' are records within a record.
+template <class T>
+constexpr char format_of() {
+  return std::is_same_v<T, Rate>      ? 'R'
+         : std::is_same_v<T, History> ? 'H'
+         : std::is_pointer_v<T>       ? 'P'
+         : std::is_same_v<T, double>  ? 'd'
+         : sizeof(T) == 8             ? 'q'
+                                      : 'i';
+}
+
+struct Field {
+  const char* name;
+  char format;
+  size_t size;
+};
+
+// What Python is told of each record: every field, in order.
+template <class Record>
+struct Fields;
+
+#define NEXUS_FIELD(name) {#name, format_of<decltype(Record::name)>(), sizeof(Record::name)}
+#define NEXUS_RECORD(record, ...)                   \
+  template <>                                       \
+  struct Fields<record> {                           \
+    using Record = record;                          \
+    static constexpr const char* kName = #record;   \
+    static constexpr Field kFields[] = __VA_ARGS__; \
+  };                                                \
+  static_assert(is_complete<record>(), "every field has its name")
+
+template <class Record>
+constexpr bool is_complete() {
+  size_t size = 0;
+  for (const Field& field : Fields<Record>::kFields) {
+    size += field.size;
+  }
+  return size == sizeof(Record);
+}
+
+#define F NEXUS_FIELD
+NEXUS_RECORD(TensorRecord, {F(param), F(grad), F(exp_avg), F(exp_avg_sq), F(max_exp_avg_sq), F(step),
+                            F(numel), F(group), F(place), F(param_dtype), F(grad_dtype)});
+NEXUS_RECORD(Rate, {F(value), F(tensor), F(is_float64), F(table), F(rows), F(scale), F(last)});
+NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize)});
+NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});
+NEXUS_RECORD(StepState, {F(completed), F(skipped), F(sum_of_squares), F(grad_norm), F(grad_scale),
+                         F(found_inf), F(skip_nonfinite), F(history)});
+#undef F
+
+// Elements [begin, begin + count) of one tensor.
+struct Chunk {
+  int64_t begin;
+  int32_t count;
+  int32_t tensor;
+};
+
+constexpr int64_t kChunkElements = 16384;
+
+NEXUS_FN constexpr int64_t chunk_count(int64_t numel) {
+  return (numel + kChunkElements - 1) / kChunkElements;
+}
+
+// Chunk `index` of a tensor of `numel` elements. All of it in int64: numel may exceed 2^31.
+NEXUS_FN constexpr Chunk chunk_at(int64_t numel, int64_t index, int32_t tensor) {
+  const int64_t begin = index * kChunkElements;
+  const int64_t left = numel - begin;
+  return {begin, static_cast<int32_t>(left < kChunkElements ? left : kChunkElements), tensor};
+}
+
+}  // namespace nexus

@@ -19,7 +19,6 @@ StateWatch::StateWatch(PyObject* names, int64_t storage_references, PyObject* co
       storage_users_(storage_users),
       reader_(std::move(reader)),
       state_name_(interned("state")),
-      reads_name_(interned("_state_reads")),
       local_tensor_name_(interned("_local_tensor")),
       storage_name_(interned("untyped_storage")) {}
 
@@ -105,11 +104,10 @@ void StateWatch::release() {
 
 bool StateWatch::same(PyObject* attributes) {
   PyObject* state = item(attributes, state_name_.get());
-  PyObject* reads = item(attributes, reads_name_.get());
   if (state == nullptr || state != seen_.address()) {
     return false;
   }
-  if (is_held_ && is_known_ && reads == seen_reads_.get() && Py_REFCNT(state) <= kOwnReferences) {
+  if (is_held_ && is_known_ && Py_REFCNT(state) <= kOwnReferences) {
     for (size_t i : in_use_) {
       if (!same_entry(entries_[i])) {
         is_known_ = false;
@@ -119,7 +117,6 @@ bool StateWatch::same(PyObject* attributes) {
     return true;
   }
   seen_.hold(state);
-  seen_reads_ = Object(reads);
   is_held_ = true;
   is_known_ = false;
   in_use_.clear();

@@ -1,6 +1,6 @@
 // Notices what became of the tensors in `optimizer.state`. Looking at three tensors of each parameter would
 // cost half as much again as all the rest of a step's checks, so they are looked at only where somebody may
-// have touched them since: whoever reads `optimizer.state` moves a number, and whoever has got hold of
+// have touched them since: whoever reads `optimizer.state` has it released, and whoever has got hold of
 // something in there before, and keeps it, is seen by its reference count.
 #pragma once
 
@@ -80,10 +80,9 @@ class StateWatch {
   Object count_users_;
   int64_t storage_users_;
   TensorReader reader_;
-  Object state_name_, reads_name_, local_tensor_name_, storage_name_;
+  Object state_name_, local_tensor_name_, storage_name_;
 
   Loose seen_{nullptr};
-  Object seen_reads_;      // a number that is another whenever the optimizer's `state` was read
   bool is_held_ = false;   // false from release() to the next same()
   bool is_known_ = false;  // whether same() has looked at all of it, and nobody has the state itself
   std::vector<Entry> entries_;

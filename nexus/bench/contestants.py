@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from nexus.bench.cases import BFLOAT16, CLIP_STEP_SCHEDULE, NEXUS_TRITON, STEP, Case, Shape
 from nexus.bench.peers import PEAK_LR, PEERS
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD
 
 WARMUP_STEPS = 100
@@ -44,7 +45,7 @@ class Contestant:
     @property
     def traffic(self) -> Callable[[], object] | None:
         """The loads and stores of a step alone; None where the backend has none, and before a first step."""
-        runner = None if self.optimizer is None else self.optimizer._runner
+        runner = None if self.optimizer is None else engine_of(self.optimizer).runner
         return getattr(runner, "traffic", None)
 
 

@@ -21,6 +21,7 @@ from nexus.bench.peers import PEAK_LR
 from nexus.bench.rows import Spread
 from nexus.bench.timing import interleaved, microseconds
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.training.schedulers import WSDScheduler
 
 FEW, MANY = 100, 1000  # tensors, between which the cost of one more is measured
@@ -60,7 +61,7 @@ def _parts(name: str, repeats: int) -> Iterator[HostRow]:
     optimizer.step()
     if optimizer.backend != native.NAME:
         return
-    runner: Any = optimizer._runner
+    runner: Any = engine_of(optimizer).runner
     tensors, threads = runner._list, torch.get_num_threads()
     parts: dict[str, Callable[[], object]] = {
         "step()": optimizer.step,

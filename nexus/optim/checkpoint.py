@@ -20,6 +20,7 @@ from nexus.arguments import shown
 from nexus.backends.interface import STATE_NAMES
 from nexus.backends.shards import local
 from nexus.optim import fitting, tensor_list
+from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup
 from nexus.optim.shards import respread
@@ -35,7 +36,8 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
     """See `FusedAdamW.state_dict`."""
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
-    optimizer._settle_groups()
+    engine = engine_of(optimizer)
+    engine.settle(attributes_of(optimizer))
     indices: dict[int, int] = {}
     for index, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
         indices.setdefault(id(param), index)  # the first place of one that is in several
@@ -52,7 +54,7 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
             )
     saved: dict[str, Any] = {
         "state": states,
-        "param_groups": [_saved_group(optimizer, group, indices) for group in optimizer.param_groups],
+        "param_groups": [_saved_group(engine, group, indices) for group in optimizer.param_groups],
         "nexus_format": fitting.FORMAT,
     }
     for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
@@ -61,7 +63,7 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
     return saved
 
 
-def _saved_group(optimizer: FusedAdamW, group: ParamGroup, indices: dict[int, int]) -> dict[str, Any]:
+def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> dict[str, Any]:
     saved = dict(group)
     saved["params"] = [indices[id(param)] for param in group["params"]]
     for name in SCHEDULABLE:
@@ -74,8 +76,8 @@ def _saved_group(optimizer: FusedAdamW, group: ParamGroup, indices: dict[int, in
             device = group.outputs[name].device
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
-                "step": int(optimizer._state_on(device).completed),
-                "edits": saved_form(schedule, optimizer._table(schedule, device).edits()),
+                "step": int(engine.state_on(device).completed),
+                "edits": saved_form(schedule, engine.table(schedule, device).edits()),
             }
     return saved
 
@@ -90,7 +92,8 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         state_dict = state_dict if replaced is None else replaced
 
     state_dict = as_torch_saves(state_dict)
-    optimizer._settle_groups()
+    engine = engine_of(optimizer)
+    engine.settle(attributes_of(optimizer))
     pairs = list(zip(optimizer.param_groups, fitting.checked_groups(optimizer.param_groups, state_dict), strict=True))
     params = dict(
         zip(
@@ -111,9 +114,9 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
 
-    in_place = optimizer._runner is not None and optimizer._runner.has_captured()
+    in_place = engine.runner is not None and engine.runner.has_captured()
     own = optimizer.state
-    names = {id(param): name for _, param, name in optimizer._named_parameters()}
+    names = {id(param): name for _, param, name in engine.named_parameters(optimizer.param_groups)}
     others = {}  # keys of others in the state, copied before anything is written
     for key, param in params.items():
         tensor_list.check_unshared(own.get(param), param, names[id(param)])
@@ -140,13 +143,11 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         for name, schedule in group.schedules():
             if name in found:
                 edits_of.setdefault(schedule, found[name])
-    for (schedule, _), table in optimizer._tables.items():
+    for (schedule, _), table in engine.tables.items():
         table.restore(edits_of.get(schedule, {}))
-    for device in optimizer._devices():
-        optimizer._state_on(device).completed.fill_(completed)
-    optimizer._plan = None
-    if optimizer._runner is not None:
-        optimizer._runner.forget()  # not dropped: graphs that have captured a step read its tables
+    for device in devices_of(attributes_of(optimizer)):
+        engine.state_on(device).completed.fill_(completed)
+    engine.forget_plan()
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -15,12 +16,11 @@ from torch.optim.optimizer import Optimizer
 
 from nexus import backends
 from nexus.arguments import shown
-from nexus.backends import reference
-from nexus.backends.interface import Backend, Change, Plan, Runner, StepState
+from nexus.backends.interface import Backend, StepState
 from nexus.optim import checkpoint, onlookers, tensor_list
-from nexus.optim.history import History, history_of
+from nexus.optim.engine import Engine, attributes_of, devices_of
+from nexus.optim.history import History
 from nexus.optim.param_group import ParamGroup, check_group, check_torch_options
-from nexus.optim.planned import PlannedOptimizer
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Schedule
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedAdamW(PlannedOptimizer):
+class FusedAdamW(Optimizer):
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for `torch.optim.AdamW`.
 
     With :math:`\eta_t` the rate, :math:`\lambda_t` the weight decay and :math:`g_t` the gradient, clipped to
@@ -123,20 +123,32 @@ class FusedAdamW(PlannedOptimizer):
             raise TypeError(f"skip_nonfinite must be a bool, got {shown(skip_nonfinite)}")
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a string, got {shown(backend)}")
-        self._requested_backend = backend
-        self._skip_nonfinite = skip_nonfinite
-        self._norm_group = norm_group
-        self._states: dict[torch.device, StepState] = {}
-        self._tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
-        self._plan: Plan | None = None
-        self._planned_amsgrad: list[bool] = []
-        self._runner: Runner | None = None
+        self._engine = Engine(backend, skip_nonfinite=skip_nonfinite, norm_group=norm_group)
         self._new_params: set[int] | None = set()  # of the groups so far, while they are made
         onlookers.mark_for_dynamo()
         super().__init__(params, defaults)
         self._new_params = None
-        self._backend = backends.select(backend, self._devices())
-        self._settle_groups()
+        self._engine.select_backend(attributes_of(self))
+        self._engine.settle(attributes_of(self))
+
+    param_groups: list[ParamGroup]  # type: ignore[assignment]  # torch says dict, which it is
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """As in torch: what has been done for each parameter. The step after a read looks at all of it."""
+        attributes = self.__dict__
+        try:
+            state: defaultdict[Tensor, Any] = attributes["state"]
+        except KeyError:
+            raise AttributeError("this optimizer has no state yet") from None
+        engine = attributes.get("_engine")
+        if engine is not None:
+            engine.release_state()  # what is deleted from it is to be freed at once
+        return state
+
+    @state.setter
+    def state(self, value: defaultdict[Tensor, Any]) -> None:
+        self.__dict__["state"] = value
 
     # The hot path. `step` is torch's wrapper with hooks and profiler ranges only where there are any.
 
@@ -175,22 +187,9 @@ class FusedAdamW(PlannedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        attributes = self.__dict__
-        self.__update(attributes.get("grad_scale"), attributes.get("found_inf"))
+        attributes = attributes_of(self)
+        self._engine.step(attributes, attributes.get("grad_scale"), attributes.get("found_inf"))
         return loss
-
-    def __update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        runner = self._runner
-        if self._backend is not reference:
-            onlookers.refuse_traces()
-        change = Change.TENSORS if runner is None else runner.changed(self.__dict__)
-        if runner is None or change:
-            self._tidy_groups()
-            if not self.state and self._only_makes_state():
-                self._init_states()
-                return
-            runner = self._prepare(change)
-        runner.step(grad_scale, found_inf)
 
     __step_with_hooks = Optimizer.profile_hook_step(__step)
 
@@ -205,12 +204,7 @@ class FusedAdamW(PlannedOptimizer):
             RuntimeError: clipping is switched on, and the captured step does not measure the norm.
             TypeError, ValueError: a hyperparameter is not allowed. Graphs stay as they are.
         """
-        if self._runner is None:
-            return  # no step has been made, let alone captured
-        change = self._runner.changed(self.__dict__)
-        if change:
-            self._prepare(change)
-        self._runner.update_captured()
+        self._engine.update_captured(attributes_of(self))
 
     # What torch.optim.Optimizer has.
 
@@ -275,8 +269,8 @@ class FusedAdamW(PlannedOptimizer):
             return
         try:
             if any(each["params"] for each in groups):  # an empty group is nowhere
-                backends.select(self._requested_backend, self._devices())
-            self._settle_groups()
+                backends.select(self._engine.requested_backend, devices_of(attributes_of(self)))
+            self._engine.settle(attributes_of(self))
         except Exception:
             del groups[count:]
             raise
@@ -300,26 +294,25 @@ class FusedAdamW(PlannedOptimizer):
 
     @_disable_dynamo
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("_requested_backend", "_skip_nonfinite", "_norm_group", "_states", "_tables")
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in kept}}
+        return {**super().__getstate__(), "_engine": self._engine}
 
     @_disable_dynamo
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._plan = self._runner = self._new_params = None
-        self._backend = backends.select(self._requested_backend, self._devices())
+        self._new_params = None
+        self._engine.select_backend(attributes_of(self))
 
     # What it has beyond.
 
     @property
     def backend(self) -> str:
         """The name of the backend that runs, such as `"native"`."""
-        return self._backend.NAME
+        return self._engine.backend.NAME
 
     @property
     def evaluator(self) -> Backend:
         """The backend, for who wants schedules evaluated as the step evaluates them."""
-        return self._backend
+        return self._engine.backend
 
     @property
     @_disable_dynamo
@@ -328,13 +321,16 @@ class FusedAdamW(PlannedOptimizer):
 
         None without `max_grad_norm` and `skip_nonfinite`, since nobody asked for it to be computed.
         """
-        return self._state_on(self._devices()[0]).grad_norm if self._measures_norm else None
+        return self._state().grad_norm if self._engine.measures_norm(self.param_groups) else None
 
     @property
     @_disable_dynamo
     def skipped_steps(self) -> Tensor:
         """How many steps changed nothing since a gradient was not finite: 0-dim int64, on the device."""
-        return self._state_on(self._devices()[0]).skipped
+        return self._state().skipped
+
+    def _state(self) -> StepState:
+        return self._engine.state_on(devices_of(attributes_of(self))[0])
 
     @_disable_dynamo
     def history(self, capacity: int = 10_000) -> History:
@@ -364,7 +360,7 @@ class FusedAdamW(PlannedOptimizer):
         >>> rows.step.tolist(), rows.lr.tolist(), rows.grad_norm.tolist(), rows.overwritten
         ([0, 1, 2], [[0.5], [0.5], [0.5]], [5.0, 5.0, 5.0], 0)
         """
-        return history_of(self, capacity)
+        return self._engine.keep_history(attributes_of(self), capacity)
 
     @_disable_dynamo
     def begin_decay(self) -> None:
@@ -396,10 +392,10 @@ class FusedAdamW(PlannedOptimizer):
             table.extend_stable(n, state.completed)
 
     def _wsd_tables(self) -> list[tuple[ScheduleTable, StepState]]:
-        self._settle_groups()
+        self._engine.settle(attributes_of(self))
         chosen = [
-            (table, self._state_on(device))
-            for (schedule, device), table in self._tables.items()
+            (table, self._engine.state_on(device))
+            for (schedule, device), table in self._engine.tables.items()
             if isinstance(schedule, WSD)
         ]
         if not chosen:

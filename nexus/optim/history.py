@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from nexus.arguments import check_count, shown
+from nexus.arguments import check_count
 from nexus.backends.interface import HISTORY_COLUMNS, DevicePlan, Ring
-
-if TYPE_CHECKING:
-    from nexus.optim.fused_adamw import FusedAdamW
 
 MAX_CAPACITY = 2**31
 
@@ -87,23 +84,6 @@ class History:
             clip=of_groups[:, 1::2],
             overwritten=overwritten,
         )
-
-
-def history_of(optimizer: FusedAdamW, capacity: int) -> History:
-    """See `FusedAdamW.history`."""
-    owner = optimizer._unwrapped()
-    history = owner._history
-    if history is None:
-        history = History(capacity, owner._devices()[0], len(owner.param_groups))
-        owner._history = history
-        if owner._runner is not None:
-            owner._runner.forget()
-    elif capacity != history.capacity:
-        raise ValueError(
-            f"this optimizer has a history of capacity={history.capacity}, got {shown(capacity)}; a history keeps "
-            "its capacity"
-        )
-    return history
 
 
 def _empty(slots: int, device: torch.device, groups: int) -> Ring:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from nexus.backends.shards import local
+from nexus.optim.engine import attributes_of, engine_of
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -18,7 +19,8 @@ def step_memory(optimizer: FusedAdamW) -> dict[tuple[Hashable, ...], Tensor]:
 
     What is not there yet is zero before the first step that writes to it.
     """
-    optimizer._settle_groups()
+    engine = engine_of(optimizer)
+    engine.settle(attributes_of(optimizer))
     found: dict[tuple[Hashable, ...], Tensor] = {}
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for index, param in enumerate(params):
@@ -26,12 +28,12 @@ def step_memory(optimizer: FusedAdamW) -> dict[tuple[Hashable, ...], Tensor]:
         for name, value in optimizer.state.get(param, {}).items():
             if isinstance(value, Tensor):
                 found["state", index, name] = local(value)
-    for device, state in optimizer._states.items():
+    for device, state in engine.states.items():
         for name in ("completed", "skipped", "sum_of_squares", "grad_norm"):
             found[device, name] = getattr(state, name)
     for index, group in enumerate(optimizer.param_groups):
         for name, output in group.outputs.items():
             found["rate", index, name] = output.data  # whose versions do not count as the user's
-    if optimizer._history is not None:
-        found["history",] = optimizer._history.block
+    if engine.history is not None:
+        found["history",] = engine.history.block
     return found

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -14,7 +14,10 @@ from torch.nn.parallel import DistributedDataParallel
 
 from nexus.arguments import shown
 from nexus.optim import FusedAdamW
-from nexus.optim.one_parameter import OneParameter
+from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
+from nexus.optim.param_group import SETTING_NAMES, ParamGroup
+from nexus.schedule_table import ScheduleTable
+from nexus.schedules import Schedule
 
 __all__ = ["StepInBackward", "step_in_backward"]
 
@@ -77,7 +80,7 @@ class StepInBackward:
         self._owner = weakref.ref(optimizer)  # which keeps this, by its hooks
         self._lock = threading.Lock()  # each device has a thread of its own in a backward pass
         self._stepped: set[Tensor] = set()
-        self._parts: dict[Tensor, OneParameter] = {}
+        self._parts: dict[Tensor, _OneParameter] = {}
         self._hooks: dict[Tensor, Any] = {}
         self._find_parameters()
         if not self._hooks:
@@ -115,12 +118,12 @@ class StepInBackward:
         """Follow what has been added to the optimizer, taken away, or unfrozen."""
         optimizer, of_model = self._optimizer, set(self._model.parameters())
         parts = {}
-        for index, param, name in optimizer._named_parameters():
+        for index, param, name in engine_of(optimizer).named_parameters(optimizer.param_groups):
             if param not in of_model or not param.requires_grad:
                 continue
             group, part = optimizer.param_groups[index], self._parts.get(param)
             parts[param] = (
-                part if part is not None and part.group is group else OneParameter(optimizer, group, param, name)
+                part if part is not None and part.group is group else _OneParameter(optimizer, group, param, name)
             )
             if param not in self._hooks:
                 register = param.register_post_accumulate_grad_hook
@@ -146,7 +149,7 @@ class StepInBackward:
                 raise RuntimeError(
                     "updates in a backward pass cannot be captured: remove() the handle before capture"
                 )
-            part.step()
+            part.step_alone()
             self._stepped.add(param)
             param.grad = None
 
@@ -167,6 +170,68 @@ class StepInBackward:
             self._stepped.clear()
 
 
+class _OneParameter(Engine):
+    """One parameter in a plan of its own, with the owner's state, settings and schedules.
+
+    Its step does to the parameter what the owner's would, bit for bit: it begins at the owner's count of completed
+    updates, which it does not advance. It takes no part in a norm or a history, which are of all parameters.
+
+    Args:
+        owner: the optimizer.
+        group: of the owner, in which the parameter is.
+        param: the parameter.
+        name: of the parameter in an error.
+    """
+
+    def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str) -> None:
+        super().__init__(engine_of(owner).requested_backend)
+        self.backend = engine_of(owner).backend
+        self.group = group
+        self.name = name
+        self._owned_by = weakref.ref(owner)  # which keeps this, by way of a handle
+        self._param = param
+        own = ParamGroup({**group, "params": [param]})
+        own.outputs = group.outputs
+        self._attributes: Attributes = {"param_groups": [own], "state": {}, "defaults": owner.defaults}
+
+    @property
+    def _owner(self) -> FusedAdamW:
+        owner = self._owned_by()
+        assert owner is not None
+        return owner
+
+    def step_alone(self) -> None:
+        """Update the parameter, which has a gradient."""
+        self._follow()
+        device, state = self._param.device, self._attributes["state"]
+        self.state_on(device).completed.copy_(engine_of(self._owner).state_on(device).completed)
+        self.step(self._attributes, None, None)
+        self.release_state()
+        state.clear()  # the owner's to free
+
+    def _follow(self) -> None:
+        """Take over what has been changed in the owner."""
+        theirs, mine = self.group, self._attributes["param_groups"][0]
+        for name in SETTING_NAMES:
+            if mine[name] is not theirs[name]:
+                mine[name] = theirs[name]
+        states = self._owner.state
+        state = states.get(self._param)
+        if state is None:
+            state = states[self._param] = {}
+        self._attributes["state"][self._param] = state
+
+    def settle(self, attributes: Attributes) -> None:
+        engine_of(self._owner).settle(attributes_of(self._owner))
+        self._follow()
+
+    def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
+        return engine_of(self._owner).table(schedule, device)
+
+    def named_parameters(self, groups: list[ParamGroup]) -> Iterator[tuple[int, Tensor, str]]:
+        yield 0, self._param, self.name
+
+
 def _hook(handle: weakref.ref[StepInBackward]) -> Callable[[Tensor], None]:
     # Weak: the garbage collector does not see what such a hook holds. The optimizer keeps the handle.
     def step(param: Tensor) -> None:
@@ -179,7 +244,7 @@ def _hook(handle: weakref.ref[StepInBackward]) -> Callable[[Tensor], None]:
 
 
 def _check_options(optimizer: FusedAdamW) -> None:
-    if optimizer._measures_norm:
+    if engine_of(optimizer).measures_norm(optimizer.param_groups):
         raise RuntimeError(
             "max_grad_norm and skip_nonfinite need the gradients of all parameters before the first is updated: set "
             "them to None and False (also in each group), or step after the backward pass"

@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from nexus.arguments import shown
 from nexus.backends.shards import local
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.training.gradients import Gradients
 from nexus.training.graph_device import Graph
 from nexus.training.safety import named_parameters
@@ -50,7 +51,9 @@ class CapturedGraph:
         self._params = [param for _, param in self._named]
         self._addresses = _addresses(self._params)
         self._options = list(_options(optimizer))
-        self._tables = optimizer._runner if isinstance(optimizer, FusedAdamW) else None  # which the graph reads
+        self._tables = (
+            engine_of(optimizer).runner if isinstance(optimizer, FusedAdamW) else None
+        )  # which the graph reads
 
     def check_unchanged(self) -> None:
         """See that what the graph points to is there, and let it know what has changed.

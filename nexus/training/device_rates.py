@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import attributes_of, devices_of
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
 
@@ -24,7 +25,7 @@ class DeviceRates:
     _shared: ClassVar[WeakKeyDictionary[FusedAdamW, tuple[Tensor, tuple[Tensor, ...]]]] = WeakKeyDictionary()
 
     def __init__(self, optimizer: FusedAdamW, schedule: Schedule, last_epoch: int) -> None:
-        device = optimizer._devices()[0]
+        device = devices_of(attributes_of(optimizer))[0]
         self.optimizer = optimizer
         self.table = ScheduleTable(schedule, device)
         self.counter = torch.full((), last_epoch, dtype=torch.int64, device=device)

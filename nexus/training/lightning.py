@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import attributes_of, devices_of, engine_of
 from nexus.schedules import Schedule
 
 try:
@@ -71,9 +72,10 @@ class LearningRateMonitor(LightningsMonitor):  # type: ignore[misc]
 
 def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
     """Its groups, with what their schedules will give the next update, as its kernels evaluate them."""
-    optimizer._settle_groups()  # a Schedule may have been assigned since the last step
-    device = optimizer._devices()[0]
-    completed = optimizer._state_on(device).completed
+    engine = engine_of(optimizer)
+    engine.settle(attributes_of(optimizer))  # a Schedule may have been assigned since the last step
+    device = devices_of(attributes_of(optimizer))[0]
+    completed = engine.state_on(device).completed
     values: dict[Schedule, float] = {}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
@@ -82,7 +84,7 @@ def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
             if name not in names:
                 continue
             if schedule not in values:
-                rows = optimizer._table(schedule, device).rows
+                rows = engine.table(schedule, device).rows
                 values[schedule] = optimizer.evaluator.evaluate(rows, completed).item()
             groups[-1][name] = values[schedule] * (group["lr_scale"] if name == "lr" else 1.0)
     return groups

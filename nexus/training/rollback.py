@@ -11,6 +11,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import shown
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import attributes_of, engine_of
 from nexus.optim.step_memory import step_memory
 from nexus.training.schedulers import ScheduleScheduler
 
@@ -80,7 +81,7 @@ class StateBefore:
         self._known = set(optimizer.state)
         self._values = {}
         if isinstance(optimizer, FusedAdamW):
-            optimizer._prepare()
+            engine_of(optimizer).prepare(attributes_of(optimizer))
             self._values = {key: tensor.clone() for key, tensor in step_memory(optimizer).items()}
 
     def restore(self) -> None:
@@ -97,9 +98,8 @@ class StateBefore:
         """Let the optimizer have state for those parameters only which had some before."""
         for param in [param for param in self._optimizer.state if param not in self._known]:
             del self._optimizer.state[param]
-        if isinstance(self._optimizer, FusedAdamW) and self._optimizer._runner is not None:
-            self._optimizer._plan = None
-            self._optimizer._runner.forget()
+        if isinstance(self._optimizer, FusedAdamW):
+            engine_of(self._optimizer).forget_plan()
 
 
 def _options(group: dict[str, Any]) -> dict[str, Any]:

@@ -26,6 +26,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import check_count, check_number, shown
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import attributes_of, engine_of
 from nexus.optim.param_group import OWN_SCHEDULE
 from nexus.schedule_edits import edited, resumed, saved_form
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
@@ -319,6 +320,7 @@ class FollowingScheduler(LRScheduler):
 
     >>> import torch
     >>> from nexus.optim import FusedAdamW
+    from nexus.optim.engine import attributes_of, engine_of
     >>> from nexus.schedules import WSD
     >>> from nexus.training.schedulers import FollowingScheduler
     >>> weight = torch.nn.Parameter(torch.zeros(2))
@@ -353,7 +355,7 @@ class FollowingScheduler(LRScheduler):
 
     def get_last_lr(self) -> list[float | Tensor]:
         if any(isinstance(group["lr"], Schedule) for group in self.optimizer.param_groups):
-            self.optimizer._settle_groups()
+            engine_of(self.optimizer).settle(attributes_of(self.optimizer))
         return [float(group["lr"]) for group in self.optimizer.param_groups]
 
     get_lr = get_last_lr

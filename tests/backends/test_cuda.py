@@ -28,6 +28,7 @@ from references import (
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -54,7 +55,7 @@ def own_params(optimizer: FusedAdamW) -> list[Tensor]:
 
 
 def completed(optimizer: FusedAdamW) -> int:
-    (state,) = optimizer._states.values()
+    (state,) = engine_of(optimizer).states.values()
     return int(state.completed)
 
 
@@ -127,7 +128,7 @@ def test_launches_are_on_the_callers_stream(gpu: Shim) -> None:
     params = make_params([(5,)])
     optimizer = FusedAdamW(params, backend=NAME, **CLIPPED)
     set_grads(params, make_grads(params))
-    runner = optimizer._prepare()
+    runner = engine_of(optimizer).prepare(vars(optimizer))
     assert isinstance(runner, Runner)
     for stream in (gpu.stream(), 0, gpu.stream()):
         gpu.reset()
@@ -240,7 +241,7 @@ def test_memory_is_given_back(gpu: Shim) -> None:
 
 
 def captured_step(gpu: Shim, optimizer: FusedAdamW) -> Any:
-    runner = optimizer._prepare()
+    runner = engine_of(optimizer).prepare(vars(optimizer))
     assert isinstance(runner, Runner)
     runner.stream = gpu.stream()
     with gpu.capture(runner.stream) as graph:
@@ -369,14 +370,14 @@ def test_traffic_changes_nothing(gpu: Shim, dtype: torch.dtype) -> None:
     set_grads(params, make_grads(params))
     optimizer.step()
     before = snapshot(optimizer)
-    runner = optimizer._runner
+    runner = engine_of(optimizer).runner
     assert isinstance(runner, Runner)
     gpu.reset()
     runner.traffic()
     assert kernels(gpu) == ["rewrite"]
     assert same_bits(before, snapshot(optimizer))
     optimizer.param_groups[0]["amsgrad"] = True
-    optimizer._prepare()
+    engine_of(optimizer).prepare(vars(optimizer))
     with pytest.raises(ValueError, match="without amsgrad"):
         runner.traffic()
 
@@ -395,8 +396,8 @@ def test_several_devices_share_one_norm(gpu: Shim) -> None:
     )
     grads = make_grads(params)
     set_grads(params, grads)
-    runner = optimizer._prepare()
-    plan = optimizer._make_plan()
+    runner = engine_of(optimizer).prepare(vars(optimizer))
+    plan = engine_of(optimizer).make_plan(vars(optimizer))
     (whole,) = plan.devices.values()
     split = {}
     for index, entries in enumerate((whole.entries[:2], whole.entries[2:])):

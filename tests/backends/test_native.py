@@ -14,6 +14,7 @@ from torch import Tensor
 
 from nexus import _native
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import Cosine
 
 INSTRUCTION_SETS = _native.instruction_sets()
@@ -24,7 +25,7 @@ BLOCK, CHUNK = 512, 16_384
 def native(params: list[Tensor], instruction_set: str | None = None, **options: Any) -> FusedAdamW:
     optimizer = FusedAdamW(params, backend="native", **options)
     if instruction_set is not None:
-        optimizer._prepare()._list.use_instruction_set(instruction_set)
+        engine_of(optimizer).prepare(vars(optimizer))._list.use_instruction_set(instruction_set)
     return optimizer
 
 
@@ -151,9 +152,9 @@ def written(values: Tensor, dtype: torch.dtype, instruction_set: str) -> Tensor:
     param = torch.nn.Parameter(torch.zeros(values.shape, dtype=dtype))
     param.grad = torch.zeros(values.shape, dtype=dtype)
     optimizer = native([param], lr=1.0, eps=1.0, betas=(0.5, 0.5), weight_decay=0.0)
-    optimizer._prepare()
+    engine_of(optimizer).prepare(vars(optimizer))
     optimizer.state[param]["exp_avg"].copy_(-values)
-    optimizer._prepare()._list.use_instruction_set(instruction_set)
+    engine_of(optimizer).prepare(vars(optimizer))._list.use_instruction_set(instruction_set)
     optimizer.step()
     found[~small] = param.detach()[~small]
     return found

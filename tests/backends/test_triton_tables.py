@@ -15,6 +15,7 @@ from nexus.backends import triton as backend
 from nexus.backends.records import layout
 from nexus.backends.triton_tables import CHUNK_ELEMENTS, CapturedGroups, DeviceTable, chunk_words, words
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import Cosine
 
 
@@ -72,7 +73,7 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(backend, "is_capturing", lambda device: True)
     optimizer.step()  # runs here, too; what matters is the tables that it leaves to a graph
     monkeypatch.undo()
-    (own,) = optimizer._runner._lists.values()
+    (own,) = engine_of(optimizer).runner._lists.values()
     captured = own._captured[0]
     for change in (
         {"lr": 0.25},
@@ -81,7 +82,7 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
     ):
         optimizer.param_groups[0].update(change)
         optimizer.sync_hyperparameters()
-        (now,) = words(optimizer._runner._list.groups(), "Group", [2])
+        (now,) = words(engine_of(optimizer).runner._list.groups(), "Group", [2])
         assert torch.equal(captured.table, now.flatten())
     optimizer.step()
     assert not captured.written_by_replays

@@ -34,6 +34,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from worlds import Worlds
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import Cosine
 
 pytestmark = pytest.mark.xdist_group("distributed")
@@ -168,7 +169,7 @@ def dtensors_follow(backend: str, placed: str, steps: int = 12) -> None:
     assert_follows(optimizer, reference, placed)
     assert optimizer.grad_norm is not None
     assert same_on_all_ranks(optimizer.grad_norm, *map(whole, params))
-    parts = [part.groups for part in optimizer._plan.norm_parts]  # what costs a sum over processes
+    parts = [part.groups for part in engine_of(optimizer).plan.norm_parts]  # what costs a sum over processes
     assert len(parts) == {"all sharded": 1, "columns and rows": 2, "replicated": 0, "some plain": 2}[placed]
 
 
@@ -293,7 +294,7 @@ def nothing_is_made_anew() -> None:
         optimizer.zero_grad()
         loss_of(model, *map(my_rows, batch(step))).backward()
         optimizer.step()
-        plans.append(optimizer._plan)
+        plans.append(engine_of(optimizer).plan)
     assert plans[1] is plans[2] is plans[3]
 
 

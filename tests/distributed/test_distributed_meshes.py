@@ -30,6 +30,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 from worlds import Worlds
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -51,7 +52,7 @@ def over_two_dimensions(inner: bool) -> None:
     reference = Float64AdamW(start, **OPTIONS)
     run_both(params, optimizer, reference, 8)
     assert_follows(optimizer, reference)
-    assert len(optimizer._plan.norm_parts) == 4
+    assert len(engine_of(optimizer).plan.norm_parts) == 4
     assert same_on_all_ranks(optimizer.grad_norm)
 
 
@@ -131,7 +132,7 @@ def hybrid_sharded(replicas: int) -> None:
         fully_shard(module, mesh=mesh)
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
     follow_one_process(model, optimizer, alone, my_rows)
-    summed = [part.groups for part in optimizer._plan.norm_parts]
+    summed = [part.groups for part in engine_of(optimizer).plan.norm_parts]
     assert summed == ([(mesh.get_group("parts"),)] if shape[1] > 1 else [])  # a copy counts once
 
 

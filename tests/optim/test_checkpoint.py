@@ -26,6 +26,7 @@ from references import (
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 
 SHAPES = [(5,), (3, 4), ()]
@@ -207,7 +208,7 @@ def test_moments_that_a_graph_points_to_are_loaded_in_place() -> None:
     optimizer.step()
     reference.step(grads)
     saved, values = copy.deepcopy(optimizer.state_dict()), copies(params)
-    runner: Any = optimizer._prepare()
+    runner: Any = engine_of(optimizer).prepare(vars(optimizer))
     runner.stream = gpu.stream()
     with gpu.capture(runner.stream) as graph:
         optimizer.step()

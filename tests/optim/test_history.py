@@ -28,6 +28,7 @@ from torch import Tensor
 from nexus.backends import triton
 from nexus.backends.interface import DevicePlan, Plan, StepState
 from nexus.optim import FusedAdamW, HistoryRows
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
 if triton.INTERPRETS and triton.unavailable() is None:
@@ -422,7 +423,7 @@ def test_replays_of_a_captured_step_leave_rows(gpu: Shim) -> None:
     optimizer = FusedAdamW(params, lr=schedule, max_grad_norm=1.0, skip_nonfinite=True, backend=NAME)
     step(optimizer)
     history = optimizer.history(capacity=8)
-    runner = optimizer._prepare()
+    runner = engine_of(optimizer).prepare(vars(optimizer))
     assert isinstance(runner, Runner)
     runner.stream = gpu.stream()
     with gpu.capture(runner.stream) as graph:
@@ -455,8 +456,8 @@ def test_of_several_devices_the_first_records(gpu: Shim) -> None:
     optimizer = FusedAdamW(params, lr=1e-2, max_grad_norm=0.5, backend=NAME)
     history = optimizer.history()
     set_grads(params, make_grads(params))
-    runner = optimizer._prepare()
-    plan = optimizer._make_plan()
+    runner = engine_of(optimizer).prepare(vars(optimizer))
+    plan = engine_of(optimizer).make_plan(vars(optimizer))
     (whole,) = plan.devices.values()
     split = {}
     for index, entry in enumerate(whole.entries):

@@ -20,6 +20,7 @@ from references import (
 from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 
 
@@ -254,7 +255,7 @@ def test_extended_then_ended(backend: str) -> None:
 
 
 def snapshot_of_rates(optimizer: FusedAdamW) -> list[list[list[float]]]:
-    return [table.rows.tolist() for table in optimizer._tables.values()]
+    return [table.rows.tolist() for table in engine_of(optimizer).tables.values()]
 
 
 @pytest.mark.parametrize("lr", [0.1, Cosine(1.0, 10), Constant(1.0)])

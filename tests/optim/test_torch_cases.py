@@ -29,6 +29,7 @@ from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LinearLR, LRSche
 
 from nexus.backends.interface import DevicePlan, Plan
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.optim.param_group import ParamGroup, settings_of
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -472,7 +473,7 @@ def a_group(lr: Tensor, params: list[Tensor]) -> ParamGroup:
 def test_a_rate_on_the_cpu_is_copied_to_the_parameters_device() -> None:
     elsewhere = torch.device("meta")
     group = a_group(torch.tensor(0.5), [torch.zeros(3, device=elsewhere)])
-    rate = settings_of(group, {}, elsewhere).lr
+    rate = settings_of(group, {}, elsewhere)["lr"]
     assert rate.host is group["lr"]
     assert rate.tensor is not None
     assert rate.tensor.device == elsewhere
@@ -484,7 +485,7 @@ def test_a_rate_on_another_device_is_refused_unless_nothing_there_uses_it() -> N
         ValueError, match="lr is a tensor on meta, and parameters of its group are on cpu: make it there"
     ):
         settings_of(a_group(lr, make_params([(3,)])), {}, torch.device("cpu"))
-    unused = settings_of(a_group(lr, [torch.zeros(3, device="meta")]), {}, torch.device("cpu")).lr
+    unused = settings_of(a_group(lr, [torch.zeros(3, device="meta")]), {}, torch.device("cpu"))["lr"]
     assert unused.tensor is None
 
 
@@ -494,11 +495,11 @@ def test_a_rate_on_the_host_is_read_at_each_step(backend: str) -> None:
     optimizer, reference = FusedAdamW(params, lr=host.to(params[0].device), backend=backend), Float64AdamW(params)
     grads = make_grads(params)
     set_grads(params, grads)
-    runner = optimizer._prepare()
-    plan = optimizer._make_plan()
+    runner = engine_of(optimizer).prepare(vars(optimizer))
+    plan = engine_of(optimizer).make_plan(vars(optimizer))
     ((device, of_device),) = plan.devices.items()
-    of_device.groups[0].lr.host = host
-    of_device.groups[0].lr.tensor = torch.zeros((), dtype=torch.float64)
+    of_device.groups[0]["lr"].host = host
+    of_device.groups[0]["lr"].tensor = torch.zeros((), dtype=torch.float64)
     runner.bind(Plan(plan.parameters, {device: DevicePlan(**vars(of_device))}), vars(optimizer))
     for value in (0.25, 0.0, 0.5):
         host.fill_(value)

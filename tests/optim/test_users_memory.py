@@ -16,6 +16,7 @@ import torch
 from side_by_side import Make, both, of_this_torch, param, params_of, train
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import Constant
 from nexus.training import capture_train_step, step_in_backward
 from nexus.training.schedulers import WSDScheduler
@@ -61,7 +62,7 @@ def test_what_is_deleted_in_the_middle_of_a_step_is_held_to_its_end() -> None:
     weight = param(3)
     optimizer = FusedAdamW([weight], lr=0.1)
     train(optimizer)
-    runner: Any = optimizer._runner
+    runner: Any = engine_of(optimizer).runner
     storage = weakref.ref(optimizer.state[weight]["exp_avg"].untyped_storage())
     assert runner.changed(vars(optimizer)) == 0  # where a step begins
     del optimizer.state[weight]  # as another thread may

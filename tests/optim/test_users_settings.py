@@ -12,7 +12,8 @@ from references import make_params
 from side_by_side import Make, assert_same, both, of_this_torch, param, params_of, train
 from torch.optim import Optimizer
 
-from nexus.optim import FusedAdamW
+from nexus.optim import FusedAdamW, checkpoint, engine, fused_adamw
+from nexus.optim.engine import devices_of
 from nexus.schedules import WSD, Constant, Cosine
 from nexus.training.schedulers import WSDScheduler
 
@@ -166,8 +167,8 @@ def test_reduce_lr_on_plateau_over_a_schedule_is_refused_at_its_first_write(sche
 def test_many_groups_cost_no_more_each(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted, not timed: how often the parameters of all groups are gone through."""
     seen: list[int] = []
-    devices = FusedAdamW._devices
-    monkeypatch.setattr(FusedAdamW, "_devices", lambda self: (seen.append(1), devices(self))[1])
+    for module in (engine, fused_adamw, checkpoint):
+        monkeypatch.setattr(module, "devices_of", lambda attributes: (seen.append(1), devices_of(attributes))[1])
     groups = [{"params": [param(1)]} for _ in range(count)]
     optimizer = FusedAdamW(groups, lr=Constant(0.1))
     train(optimizer, 1)

@@ -9,6 +9,7 @@ import torch
 from references import make_grads, make_params, set_grads
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD
 
 
@@ -77,7 +78,7 @@ def test_an_equal_schedule_that_is_assigned_anew_is_as_it_was_given(backend: str
     for peak in range(2, 30):
         optimizer.param_groups[0]["lr"] = WSD(0, 100, 10, float(peak))
         assert rates(optimizer, 1) == [float(peak)]
-    assert len(optimizer._tables) == 1
+    assert len(engine_of(optimizer).tables) == 1
 
 
 def test_a_schedule_that_waits_for_its_first_step_is_saved(backend: str) -> None:

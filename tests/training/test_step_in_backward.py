@@ -18,6 +18,7 @@ from references import same_bits, snapshot
 from torch import Tensor, nn
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine
 from nexus.training import step_in_backward
 from nexus.training.schedulers import WSDScheduler
@@ -76,7 +77,7 @@ def state_of(model: Tied, optimizer: FusedAdamW) -> list[Tensor]:
         if group[key] is not None
     ]
     rates = [torch.as_tensor(group["lr"], dtype=torch.float64) for group in saved["param_groups"]]
-    completed = [state.completed for state in optimizer._states.values()]
+    completed = [state.completed for state in engine_of(optimizer).states.values()]
     return [*(param.detach() for param in model.parameters()), *snapshot(optimizer), *counts, *rates, *completed]
 
 

@@ -1,0 +1,338 @@
+"""What the steps of an optimizer need besides it: memory on each device, a plan, and a backend that runs it."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
+
+import torch
+from torch import Tensor
+from torch._subclasses import FakeTensor
+
+from nexus import backends
+from nexus.arguments import shown
+from nexus.backends import estimate, reference
+from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
+from nexus.optim import onlookers, tensor_list
+from nexus.optim.history import History
+from nexus.optim.param_group import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
+from nexus.optim.shards import is_zero_everywhere, norm_parts
+from nexus.schedule_table import ScheduleTable
+from nexus.schedules import Schedule
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
+
+    from nexus.optim.fused_adamw import FusedAdamW
+
+Attributes: TypeAlias = dict[str, Any]
+"""An optimizer's `__dict__`, of which an engine reads `param_groups`, `state` and `defaults`."""
+
+
+class Engine:
+    """Settles the groups of an optimizer, plans its steps and runs them.
+
+    An engine does not refer to its optimizer, which owns it, and is freed when its user lets go of it. So what is
+    asked of it comes with the optimizer's `Attributes`; those of a wrapper or of a copy, which share the engine,
+    serve as well.
+
+    Args:
+        backend: as the user has asked for it.
+        skip_nonfinite: whether a step is skipped whose gradients are not finite.
+        norm_group: processes with other parameters of the same model.
+    """
+
+    backend: Backend
+
+    def __init__(self, backend: str, *, skip_nonfinite: bool = False, norm_group: ProcessGroup | None = None) -> None:
+        self.requested_backend = backend
+        self.skip_nonfinite = skip_nonfinite
+        self.norm_group = norm_group
+        self.states: dict[torch.device, StepState] = {}
+        self.tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
+        self.history: History | None = None
+        self.plan: Plan | None = None
+        self.runner: Runner | None = None
+        self._planned_amsgrad: list[bool] = []
+
+    def __getstate__(self) -> dict[str, Any]:  # a copy makes a plan of its own, and has no history
+        return {**self.__dict__, "history": None, "plan": None, "runner": None, "backend": None}
+
+    def select_backend(self, attributes: Attributes) -> None:
+        """Choose the backend for the devices on which the parameters are; raises where there is none."""
+        self.backend = backends.select(self.requested_backend, devices_of(attributes))
+
+    def step(self, attributes: Attributes, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update every parameter that has a gradient, once."""
+        runner = self.runner
+        if self.backend is not reference:
+            onlookers.refuse_traces()
+        change = Change.TENSORS if runner is None else runner.changed(attributes)
+        if runner is None or change:
+            _tidy(attributes)
+            if not attributes["state"] and self._only_makes_state(attributes):
+                self._init_states(attributes)
+                return
+            runner = self.prepare(attributes, change)
+        runner.step(grad_scale, found_inf)
+
+    def update_captured(self, attributes: Attributes) -> None:
+        """Let graphs that have captured a step see what has changed since."""
+        if self.runner is None:
+            return  # no step has been made, let alone captured
+        change = self.runner.changed(attributes)
+        if change:
+            self.prepare(attributes, change)
+        self.runner.update_captured()
+
+    def release_state(self) -> None:
+        """Look at all of the state in the next step, and hold nothing of it until then: it is in a user's hands."""
+        if self.runner is not None:
+            self.runner.release_state()
+
+    def keep_history(self, attributes: Attributes, capacity: int) -> History:
+        """See `FusedAdamW.history`."""
+        if self.history is None:
+            self.history = History(capacity, devices_of(attributes)[0], len(attributes["param_groups"]))
+            self.forget_plan()
+        elif capacity != self.history.capacity:
+            raise ValueError(
+                f"this optimizer has a history of capacity={self.history.capacity}, got {shown(capacity)}; a history "
+                "keeps its capacity"
+            )
+        return self.history
+
+    def forget_plan(self) -> None:
+        """Let the next step make a new plan. The runner stays: graphs that have captured a step read its tables."""
+        self.plan = None
+        if self.runner is not None:
+            self.runner.forget()
+
+    @torch.inference_mode(False)  # what is made here outlives a mode in which a step may be
+    def prepare(self, attributes: Attributes, change: int = Change.TENSORS) -> Runner:
+        """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
+        _tidy(attributes)  # before an iterator is gone through
+        groups = attributes["param_groups"]
+        if any(isinstance(param, FakeTensor) for group in groups for param in group["params"]):
+            backend = cast(Backend, estimate)
+        else:
+            backend = backends.select(self.requested_backend, devices_of(attributes))
+        if self.runner is None or backend is not self.backend:
+            self.backend, self.plan = backend, None
+            self.runner = backend.runner(WATCHED_NAMES)
+        self.settle(attributes)
+        _check_scales(groups)
+        amsgrad = [group["amsgrad"] for group in groups]
+        if self.plan is not None and change == Change.SETTINGS and amsgrad == self._planned_amsgrad:
+            for device, device_plan in self.plan.devices.items():
+                self._fill_settings(device_plan, groups, device)
+            self.runner.update_settings()
+        else:
+            self.plan = self.make_plan(attributes)
+            self._planned_amsgrad = amsgrad
+            self.runner.bind(self.plan, attributes)
+        return self.runner
+
+    def make_plan(self, attributes: Attributes) -> Plan:
+        """A plan of settled groups, once all that a step works on is there and fits."""
+        groups = attributes["param_groups"]
+        self._check_once(groups)
+        named = [each for each in self.named_parameters(groups) if tensor_list.is_trained(each[1])]
+        for _, param, name in named:
+            tensor_list.check_parameter(param, name)
+            tensor_list.check_gradient(param, name)
+        tensor_list.check_memory([(name, param) for _, param, name in named])
+        tensor_list.check_sharing([(name, param) for _, param, name in named if param.grad is not None])
+        self.release_state()
+        self._init_states(attributes)
+        states = attributes["state"]
+        devices: dict[torch.device, DevicePlan] = {}
+        for device in devices_of(attributes):
+            devices[device] = DevicePlan(self.state_on(device), [], [], False)
+            self._fill_settings(devices[device], groups, device)
+        if self.history is not None:
+            self.history.attach(next(iter(devices.values())))
+        self.states = {device: self.states[device] for device in devices}  # what was left behind goes stale
+        self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
+        entries: dict[Tensor, TensorEntry] = {}
+        for index, param, name in named:
+            if tensor_list.is_complete(states.get(param)) and not tensor_list.is_idle(param, states[param]):
+                amsgrad = groups[index]["amsgrad"]
+                entry = tensor_list.make_entry(param, states[param], index, amsgrad=amsgrad, where=name)
+                devices[param.device].entries.append(entry)
+                entries[param] = entry
+        every = [param for group in groups for param in group["params"]]
+        trained = [(param, entries.get(param)) for _, param, _ in named]
+        return Plan([(param, entries.get(param)) for param in every], devices, norm_parts(trained, self.norm_group))
+
+    def _only_makes_state(self, attributes: Attributes) -> bool:
+        """Whether this step is `torch.distributed.checkpoint`'s, which is to make the state and change nothing.
+
+        To that end it sets every rate to 0, whatever drives it, and every gradient to zeros. Asked where there is no
+        state yet.
+        """
+        if "torch.distributed.checkpoint.state_dict" not in sys.modules:
+            return False
+        groups = attributes["param_groups"]
+        for group in groups:
+            lr = group["lr"]
+            is_number = lr.device.type == "cpu" if isinstance(lr, Tensor) else isinstance(lr, float)
+            if lr is group.outputs.get("lr") or not is_number or float(lr) != 0.0:
+                return False
+        params = [param for group in groups for param in group["params"] if param.requires_grad]
+        grads = [param.grad for param in params if param.grad is not None]
+        parts = norm_parts([(param, None) for param in params], self.norm_group)
+        return len(grads) == len(params) and is_zero_everywhere(grads, parts)
+
+    def _init_states(self, attributes: Attributes) -> None:
+        """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""
+        states, groups, starting = attributes["state"], attributes["param_groups"], []
+        for index, param, name in self.named_parameters(groups):
+            state = states.get(param)
+            if param.is_meta or not (param.grad is not None or tensor_list.is_complete(state)):
+                continue
+            if state is None:
+                state = states[param] = {}
+            elif not isinstance(state, dict):
+                raise TypeError(f"{name}: its state must be a dict, got {shown(state)}; del optimizer.state[p]")
+            if tensor_list.is_trained(param):
+                starting.append((state, param, name, groups[index]["amsgrad"]))
+        tensor_list.complete_states(starting)
+
+    def _fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+        plan.groups = [
+            settings_of(group, {name: self.table(s, device).rows for name, s in group.schedules()}, device)
+            for group in groups
+        ]
+        plan.measures_norm = self.measures_norm(groups)
+
+    @torch.inference_mode(False)  # as above
+    def settle(self, attributes: Attributes) -> None:
+        """Check every group, and install the schedules that were assigned to one."""
+        _tidy(attributes)
+        groups = attributes["param_groups"]
+        changed = [group for group in groups if not group.is_settled()]
+        for group in changed:
+            group.setdefault("lr_scale", 1.0)
+            check_group(group)
+            group.tidy()
+        scheduled = [group for group in groups if group.outputs]
+        if not changed and not scheduled:
+            return
+        users = Counter(schedule for group in groups for _, schedule in group.schedules())
+        device = devices_of(attributes)[0]
+        for group in [*changed, *(group for group in scheduled if group.is_settled())]:
+            self._settle_group(group, users, device)
+            group.mark_settled()
+        self.tables = {key: table for key, table in self.tables.items() if users[key[0]]}
+
+    def _settle_group(self, group: ParamGroup, users: Counter[Schedule], device: torch.device) -> None:
+        """Settle one group. `users` counts how many settings each schedule drives; `device` is for an empty group."""
+        group.check_outputs()
+        on = (param.device for param in group["params"] if tensor_list.is_trained(param) and not param.is_meta)
+        device = next(on, device)
+        for name in SCHEDULABLE:
+            assigned, before = isinstance(group[name], Schedule), group[f"{name}_schedule"]
+            schedule = group.settle(name, device)
+            if schedule is None:
+                continue
+            users[before] -= before is not None
+            if assigned and not users[schedule]:
+                for table in self._tables_of(schedule):
+                    table.restore({})  # an equal one, whose decay may have begun, was assigned before
+            users[schedule] += 1
+            self._show_rate(group, name, schedule)
+
+    def _check_once(self, groups: list[ParamGroup]) -> None:
+        seen: dict[int, str] = {}
+        for _, param, name in self.named_parameters(groups):
+            if seen.setdefault(id(param), name) is not name:
+                raise ValueError(
+                    f"{name} is also {seen[id(param)]}, and would be updated twice in each step. Take it out of one "
+                    "of the places in param_groups"
+                )
+
+    def _show_rate(self, group: ParamGroup, name: str, schedule: Schedule) -> None:
+        """Let a group show the rate of the next update, where no update has shown one yet."""
+        output = group.outputs[name]
+        rows = self.table(schedule, output.device).rows
+        now = reference.evaluate(rows, self.state_on(output.device).completed)
+        group.show(name, now * group["lr_scale"] if name == "lr" else now)
+
+    # Device memory: made once for each device, and followed when the parameters move.
+
+    def state_on(self, device: torch.device) -> StepState:
+        """The counters on a device."""
+        if device not in self.states:
+            state = StepState(device, self.skip_nonfinite)
+            for other in self.states.values():
+                state.completed.copy_(other.completed)
+                state.skipped.copy_(other.skipped)
+                break
+            self.states[device] = state
+        return self.states[device]
+
+    def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
+        """A schedule's table on a device."""
+        if (schedule, device) not in self.tables:
+            table = ScheduleTable(schedule, device)
+            for source in self._tables_of(schedule)[:1]:
+                table.rows.copy_(source.rows)
+            self.tables[schedule, device] = table
+        return self.tables[schedule, device]
+
+    def _tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
+        """Of one schedule, those on each device."""
+        return [self.tables[schedule, device] for device in self.states if (schedule, device) in self.tables]
+
+    def measures_norm(self, groups: list[ParamGroup]) -> bool:
+        """Whether a step takes the norm of the gradients."""
+        return self.skip_nonfinite or any(group["max_grad_norm"] is not None for group in groups)
+
+    def named_parameters(self, groups: list[ParamGroup]) -> Iterator[tuple[int, Tensor, str]]:
+        """(index of the group, parameter, its name in an error)."""
+        for index, group in enumerate(groups):
+            names = group.get("param_names", ())
+            for i, param in enumerate(group["params"]):  # of which some may have been added by hand
+                yield index, param, f"parameter {names[i] if i < len(names) else i} of group {index}"
+
+
+def engine_of(optimizer: FusedAdamW) -> Engine:
+    """The engine of an optimizer, also through a wrapper that passes on what it is asked, such as Lightning's."""
+    return optimizer._engine
+
+
+def attributes_of(optimizer: FusedAdamW) -> Attributes:
+    """An optimizer's `Attributes`, also through such a wrapper, which has none of them itself."""
+    own = optimizer.__dict__
+    if "_engine" in own:
+        return own
+    return {name: getattr(optimizer, name) for name in ("param_groups", "state", "defaults")}
+
+
+def devices_of(attributes: Attributes) -> list[torch.device]:
+    """On which the parameters are, at least one."""
+    # What is on the meta device is to come to another: until then it is nowhere.
+    params = [param for group in attributes["param_groups"] for param in group["params"] if not param.is_meta]
+    params = [param for param in params if tensor_list.is_trained(param)] or params
+    return list(dict.fromkeys(param.device for param in params)) or [torch.device("cpu")]
+
+
+def _tidy(attributes: Attributes) -> None:
+    """Make lists of what was put there by hand, and groups of ours."""
+    if not isinstance(attributes["param_groups"], list):
+        attributes["param_groups"] = list(attributes["param_groups"])
+    groups = attributes["param_groups"]
+    for index, group in enumerate(groups):
+        if not isinstance(group, ParamGroup):
+            group = groups[index] = ParamGroup({**attributes["defaults"], **group})
+        if not isinstance(group["params"], list):
+            group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+
+
+def _check_scales(groups: list[ParamGroup]) -> None:
+    if all(group.driver is None for group in groups):
+        for group in groups:
+            group.check_scale()

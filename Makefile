@@ -19,7 +19,7 @@ export NEXUS_CUDA_ARCHS ?= sm_90
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'PYTHON=python3.12 picks the interpreter, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, fuzz.py, nexus bench or nexus demo.'
+	@echo 'PYTHON=python3.12 picks the interpreter, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, fuzz.py, bench or demo.'
 
 .venv: $(STAMP) ## make the environment
 $(STAMP): pyproject.toml setup.py constraints.txt
@@ -53,13 +53,13 @@ format: $(STAMP) ## rewrite the sources in the project's style
 	$(BIN)/clang-format -i $(CSRC)
 
 bench: build ## time nexus beside torch
-	$(BIN)/python -m nexus bench $(ARGS)
+	$(BIN)/python -m benchmarks $(ARGS)
 
 gpu: ## all that needs a GPU, with GPU_PYTHON: no network, no .venv, under ten minutes
 	$(GPU_PYTHON) benchmarks/gpu.py
 
 demo: build ## train a small GPT and draw its loss and rate
-	$(BIN)/python -m nexus demo --out build/demo $(ARGS)
+	$(BIN)/python examples/gpt --out build/demo $(ARGS)
 
 clean: ## remove the environment and everything built
 	rm -rf .venv build dist *.egg-info .hypothesis .mypy_cache .pytest_cache .ruff_cache

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from nexus.bench import report
-from nexus.bench.cuda import Cuda
-from nexus.bench.provenance import file_name, write_json
+from benchmarks import report
+from benchmarks.cuda import Cuda
+from benchmarks.provenance import file_name, write_json
 from nexus.optim import FusedAdamW
 from nexus.training import step_in_backward
 

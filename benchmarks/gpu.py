@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import gpu_summary  # noqa: E402
 from gpu_stages import Outcome, Stage, Timetable, read, run  # noqa: E402
 
-from nexus.bench.provenance import commit, file_name, write_json  # noqa: E402
+from benchmarks.provenance import commit, file_name, write_json  # noqa: E402
 
 WORK = ROOT / "build" / "gpu"  # logs, and what stages write
 RESULTS = ROOT / "benchmarks" / "results"
@@ -69,7 +69,7 @@ def later_stages() -> list[Stage]:
     pytest = [sys.executable, "-m", "pytest", "tests", "-m", "gpu", "-q", f"--junitxml={WORK / 'junit.xml'}"]
     if importlib.util.find_spec("xdist"):
         pytest += ["-p", "xdist", "-n", "4", "--dist", "loadgroup"]
-    bench = [sys.executable, "-m", "nexus", "bench", "--device", "cuda"]
+    bench = [sys.executable, "-m", "benchmarks", "--device", "cuda"]
     bench += ["--out", str(WORK / "benchmark.json"), "--picture", str(WORK / "benchmark.png")]
     return [
         # Whatever plugins that Python has, no test here needs them.

@@ -15,12 +15,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from gpt import corpus
+from gpt.model import GPT, GPTConfig
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 
-from nexus.demo import corpus
-from nexus.demo.model import GPT, GPTConfig
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 

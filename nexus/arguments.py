@@ -1,4 +1,4 @@
-"""Checks of what a user passes in: each names the argument, what was given and what is allowed."""
+"""Checks of what a user passes in, and the parser of command lines. An error says what was given, what is allowed."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import argparse
 import math
 import numbers
 import operator
+import os
 import reprlib
-from collections.abc import Callable
-from typing import cast
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn, cast
 
 MAX_STEP = 2**53
 """Largest step or count: the last integer up to which float64 holds every integer exactly."""
@@ -84,3 +86,22 @@ def whole_number(low: int, high: int) -> Callable[[str], int]:
         return value
 
     return parse
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that answers nonsense with one line on stderr and exit code 2."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and exits."""
+        self.exit(2, f"{self.prog}: {' '.join(message.split())} (--help lists what is allowed)\n")
+
+    def run(self, argv: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
+        """Run a command with what was parsed; returns its exit code."""
+        args = self.parse_args(argv)
+        try:
+            code = command(args)
+            sys.stdout.flush()
+        except BrokenPipeError:  # the reader went away, as in `... | head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            return 1
+        return code

@@ -7,10 +7,8 @@ from typing import Any
 
 import torch
 
-from nexus.bench.cases import CUDA
-from nexus.bench.timing import Sample
-
-BANDWIDTH = 4e12
+from benchmarks.cases import CUDA
+from benchmarks.timing import Sample
 
 
 class FakeGpu:
@@ -41,9 +39,6 @@ class FakeGpu:
 
     def free_bytes(self) -> int | None:
         return None
-
-    def copy_bandwidth(self) -> float | None:
-        return BANDWIDTH
 
     def settle(self) -> None:
         self.settled += 1

@@ -2,12 +2,12 @@
 
 import pytest
 import torch
+from gpt import corpus
+from gpt.model import GPT, GPTConfig
+from gpt.train import BETAS, MAX_GRAD_NORM, make_optimizer, parameter_groups
 from references import Float64AdamW
 from torch import Tensor
 
-from nexus.demo import corpus
-from nexus.demo.model import GPT, GPTConfig
-from nexus.demo.train import BETAS, MAX_GRAD_NORM, make_optimizer, parameter_groups
 from nexus.schedules import WSD
 
 STEPS = 1000

@@ -1,4 +1,4 @@
-"""`python -m nexus bench`: what is compared, that it is compared fairly, and what is printed and written.
+"""`python -m benchmarks`: what is compared, that it is compared fairly, and what is printed and written.
 
 No times are asserted: a test machine is never quiet.
 """
@@ -12,16 +12,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from nexus.__main__ import main
-from nexus.bench import contestants, provenance
-from nexus.bench.cases import CASES, CLIP_STEP_SCHEDULE, FOR_LOOP, FOREACH, FUSED, STEP, TRAFFIC, Case
-from nexus.bench.contestants import SCHEDULE, factors, rate_scale
-from nexus.bench.host import measure_host
-from nexus.bench.measure import measure
-from nexus.bench.peers import PEAK_LR
-from nexus.bench.report import metadata
-from nexus.bench.rows import LeftOut, Row, Spread
-from nexus.bench.timing import Cpu, interleaved
+from benchmarks import contestants, provenance
+from benchmarks.cases import CASES, CLIP_STEP_SCHEDULE, COPY, FOR_LOOP, FOREACH, FUSED, STEP, Case
+from benchmarks.cli import main
+from benchmarks.contestants import SCHEDULE, factors, rate_scale
+from benchmarks.host import measure_host
+from benchmarks.measure import measure
+from benchmarks.peers import PEAK_LR
+from benchmarks.report import metadata
+from benchmarks.rows import LeftOut, Row, Spread
+from benchmarks.timing import Cpu, interleaved
 
 needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 
@@ -58,12 +58,12 @@ def test_sizes(name: str, tensors: int, elements: int, groups: int) -> None:
 def test_rows(case: Case) -> None:
     rows = list(measure(case, repeats=3))
     expected = [(job, peer) for job in case.jobs for peer in case.peers]
-    assert [(row.job, row.peer) for row in rows if row.peer != TRAFFIC] == expected
+    assert [(row.job, row.peer) for row in rows if row.peer != COPY] == expected
     for row in rows:
         assert (row.case, row.tensors, row.elements, row.pairs) == (case.name, len(case.shapes), case.elements, 3)
         for spread in (row.time.nexus, row.time.peer, row.time.ratio):
             assert 0 < spread.p20 <= spread.median <= spread.p80 < math.inf
-        assert row.peer == TRAFFIC or row.difference < 1e-3
+        assert row.peer == COPY or row.difference < 1e-3
         assert row.backend in ("native", "reference")
 
 
@@ -101,7 +101,7 @@ def test_a_contestant_that_does_something_else_is_found_out(monkeypatch: pytest.
         return optimizer
 
     monkeypatch.setattr(contestants, "nexus_optimizer", wrong)
-    rows = [row for row in measure(SMALL, repeats=3) if row.job == STEP and row.peer != TRAFFIC]
+    rows = [row for row in measure(SMALL, repeats=3) if row.job == STEP and row.peer != COPY]
     assert len(rows) == 3
     for row in rows:
         assert isinstance(row, LeftOut)
@@ -135,7 +135,7 @@ def test_what_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp
 
     monkeypatch.setattr(contestants, "nexus_optimizer", broken)
     out = tmp_path / "rows.json"
-    assert main(["bench", "--case", "tiny", "--repeats", "1", "--out", str(out)]) == 1
+    assert main(["--case", "tiny", "--repeats", "1", "--out", str(out)]) == 1
     data = json.loads(out.read_text())
     assert data["complete"]
     assert not data["rows"]
@@ -143,29 +143,13 @@ def test_what_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp
     assert capsys.readouterr().err.count("left out, ValueError: nexus is broken") == 6
 
 
-def test_traffic_changes_no_bit() -> None:
-    ours = contestants.nexus(SMALL, STEP)
-    ours.call()
-    if ours.traffic is None:
-        pytest.skip("the native extension is not built")
-    tensors = [t for p in ours.params for t in (p, p.grad, *ours.optimizer.state[p].values())]
-    before = [tensor.clone() for tensor in tensors]
-    ours.traffic()
-    assert all(torch.equal(a, b) for a, b in zip(tensors, before, strict=True))
-
-
-def test_traffic_takes_float32_alone() -> None:
-    ours = contestants.nexus(SMALL, STEP)
-    ours.call()
-    if ours.traffic is None:
-        pytest.skip("the native extension is not built")
-    optimizer = ours.optimizer
-    double = torch.ones(3, dtype=torch.float64)
-    double.grad = torch.ones_like(double)
-    optimizer.add_param_group({"params": double})
-    optimizer.step()
-    with pytest.raises(ValueError, match="only a list of float32 tensors"):
-        ours.traffic()
+def test_a_copy_moves_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
+    copied = []
+    monkeypatch.setattr(contestants, "MAX_COPIED", 100)
+    monkeypatch.setattr(torch.Tensor, "copy_", lambda self, source: copied.append((self.nbytes, source.nbytes)))
+    contestants.copy(SMALL, STEP)()
+    assert sum(map(sum, copied)) == SMALL.bytes_moved(STEP) // 8 * 8
+    assert len(copied) > 2
 
 
 def test_turns_alternate() -> None:
@@ -190,7 +174,7 @@ def test_host_rows() -> None:
 
 
 def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    argv = ["bench", "--case", "tiny", "--case", "host", "--repeats", "1", "--threads", "2", "--out", str(tmp_path)]
+    argv = ["--case", "tiny", "--case", "host", "--repeats", "1", "--threads", "2", "--out", str(tmp_path)]
     assert main(argv) == 0
     assert torch.get_num_threads() == 1
     out, err = capsys.readouterr()
@@ -226,7 +210,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 
 @needs_matplotlib
 def test_picture(tmp_path: Path) -> None:
-    from nexus.bench.picture import draw
+    from benchmarks.picture import draw
 
     rows = [row for case in (SMALL, GROUPS) for row in measure(case, repeats=1)]
     path = tmp_path / "speed.png"
@@ -255,13 +239,13 @@ def test_picture(tmp_path: Path) -> None:
 def test_nonsense(argv: list[str], word: str, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        code = main(["bench", *argv])
+        code = main([*argv])
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
     assert code == 2
     assert out == ""
-    assert err.startswith("python -m nexus")
+    assert err.startswith("python -m benchmarks")
     assert err.count("\n") == 1
     assert word in err
     assert [*tmp_path.iterdir()] == []
@@ -269,7 +253,7 @@ def test_nonsense(argv: list[str], word: str, capsys, tmp_path, monkeypatch) -> 
 
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     monkeypatch.setattr(Cpu, "free_bytes", lambda self: 1000)
-    assert main(["bench", "--case", "tiny"]) == 0
+    assert main(["--case", "tiny"]) == 0
     assert "tiny: left out, it needs 0.0 GB of memory" in capsys.readouterr().out
 
 

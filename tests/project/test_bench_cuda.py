@@ -8,27 +8,27 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_gpu import BANDWIDTH, FakeGpu
+from fake_gpu import FakeGpu
 
-from nexus.__main__ import main
-from nexus.bench import cases, cli, contestants, cuda, table
-from nexus.bench.cases import (
+from benchmarks import cases, cli, contestants, cuda, table
+from benchmarks.cases import (
     APEX,
     BFLOAT16,
     CAPTURABLE,
     CASES,
     CLIP_STEP_SCHEDULE,
+    COPY,
     CUDA,
     FOREACH,
     FUSED,
     OPTIMI,
     STEP,
-    TRAFFIC,
     Case,
 )
-from nexus.bench.measure import measure
-from nexus.bench.peers import PEERS
-from nexus.bench.rows import LeftOut, Row
+from benchmarks.cli import main
+from benchmarks.measure import measure
+from benchmarks.peers import PEERS
+from benchmarks.rows import LeftOut, Row
 
 SHAPES = ((40,), (7, 5), (1,))
 SMALL = Case("small", "three small tensors", SHAPES, repeats=3, quick_repeats=2, memory_bound=True)
@@ -48,7 +48,7 @@ def by_peer(case: Case) -> dict[tuple[str, str], Row | LeftOut]:
 
 def test_rows() -> None:
     rows = by_peer(SMALL)
-    assert set(rows) == {(job, peer) for job in SMALL.jobs for peer in SMALL.cuda_peers} | {(STEP, TRAFFIC)}
+    assert set(rows) == {(job, peer) for job in SMALL.jobs for peer in SMALL.cuda_peers} | {(STEP, COPY)}
     for job in SMALL.jobs:
         triton = rows[job, cases.NEXUS_TRITON]  # needs a real GPU: the others go on without it
         assert isinstance(triton, LeftOut)
@@ -60,7 +60,6 @@ def test_rows() -> None:
             assert (row.replay.nexus.median, row.replay_host.nexus.median) == (10.0, 5.0)
             assert row.difference < 1e-3
             assert row.bytes_moved == 76 * (28 if job == STEP else 32)
-            assert row.copy_share.median == pytest.approx(row.bytes_moved / 10e-6 / BANDWIDTH)
         assert rows[job, CAPTURABLE].replay.ratio.median == 1.0
         assert rows[job, FUSED].replay.peer is None  # a float rate would freeze in the graph
 
@@ -133,7 +132,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Non
     device = FakeGpu()
     monkeypatch.setattr(cli, "_device", lambda wanted: device)
     picture = ["--picture", str(tmp_path / "speed.png")] if find_spec("matplotlib") else []
-    argv = ["bench", "--device", "cuda", "--case", "gpt", "--repeats", "1", "--out", str(tmp_path)]
+    argv = ["--device", "cuda", "--case", "gpt", "--repeats", "1", "--out", str(tmp_path)]
     assert main([*argv, *picture]) == 0
     (path,) = tmp_path.glob("*.json")
     assert path.name.endswith("_nvidia-fake-1.json")
@@ -151,8 +150,8 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Non
 def test_without_a_gpu(capsys) -> None:
     if torch.cuda.is_available():
         pytest.skip("there is one")
-    assert main(["bench", "--device", "cuda"]) == 2
-    assert capsys.readouterr().err.startswith("python -m nexus bench: --device cuda cannot be had: t")
+    assert main(["--device", "cuda"]) == 2
+    assert capsys.readouterr().err.startswith("python -m benchmarks: --device cuda cannot be had: t")
 
 
 @pytest.mark.gpu

@@ -1,4 +1,4 @@
-"""Whole training steps in `python -m nexus bench`: that every loop does the same, and what comes of the times.
+"""Whole training steps in `python -m benchmarks`: that every loop does the same, and what comes of the times.
 
 No times are asserted: a test machine is never quiet. Captured steps run eagerly on the device that stands for a GPU.
 """
@@ -12,16 +12,18 @@ from pathlib import Path
 import pytest
 import torch
 from fake_gpu import FakeGpu
+from gpt.model import GPTConfig
+from gpt.run import Size
 
-from nexus.__main__ import main
-from nexus.bench import cli, models, table, trainees, training
-from nexus.bench.cases import CPU, CUDA
-from nexus.bench.models import GPT2, GPT2Config, make_batches, make_model
-from nexus.bench.peers import PEAK_LR
-from nexus.bench.rows import LeftOut, Row
-from nexus.bench.timing import Cpu
-from nexus.bench.training import CHECKED_STEPS, measure_training
-from nexus.bench.training_cases import (
+from benchmarks import cli, models, table, trainees, training
+from benchmarks.cases import CPU, CUDA
+from benchmarks.cli import main
+from benchmarks.models import GPT2, GPT2Config, make_batches, make_model
+from benchmarks.peers import PEAK_LR
+from benchmarks.rows import LeftOut, Row
+from benchmarks.timing import Cpu
+from benchmarks.training import CHECKED_STEPS, measure_training
+from benchmarks.training_cases import (
     CAPTURED,
     EAGER,
     NEXUS_EAGER,
@@ -31,8 +33,6 @@ from nexus.bench.training_cases import (
     TORCH_LOOP,
     TRAINING_CASES,
 )
-from nexus.demo.model import GPTConfig
-from nexus.demo.run import Size
 
 MLP, GPT, GPT_2 = TRAINING_CASES.values()
 TINY_GPT2 = GPT2Config(layers=2, heads=2, width=16, vocabulary=64, context=32)
@@ -196,7 +196,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
     draws = find_spec("matplotlib") is not None
     out = ["--out", str(tmp_path), *(["--picture", str(tmp_path / "speed.png")] if draws else [])]
     cases = ["--case", "tiny", "--case", "train-mlp"]
-    assert main(["bench", "--device", "cuda", *cases, "--repeats", "1", *out]) == 0
+    assert main(["--device", "cuda", *cases, "--repeats", "1", *out]) == 0
     data = json.loads(next(tmp_path.glob("*.json")).read_text())
     rows = [row for row in data["rows"] if row["case"] == "train-mlp"]
     assert [row["peer"] for row in rows] == [TORCH_LOOP, TORCH_GRAPH, NEXUS_EAGER, TORCH_LOOP]
@@ -212,7 +212,7 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 def test_picture_of_training_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     picture = str(tmp_path / "speed.png")
-    assert main(["bench", "--case", "train-mlp", "--repeats", "1", "--picture", picture]) == 0
+    assert main(["--case", "train-mlp", "--repeats", "1", "--picture", picture]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["speed-training.png"]
     assert "steps a second" in capsys.readouterr().out
 

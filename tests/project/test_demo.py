@@ -12,12 +12,13 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-from nexus.__main__ import main
-from nexus.demo import checkpoint, corpus, picture, session, train
-from nexus.demo.model import GPT, GPTConfig
-from nexus.demo.run import RunConfig, Size, schedule_for
-from nexus.demo.timing import StepCost
-from nexus.demo.train import Training
+from gpt import checkpoint, cli, corpus, picture, session, train
+from gpt.cli import main
+from gpt.model import GPT, GPTConfig
+from gpt.run import RunConfig, Size, schedule_for
+from gpt.timing import StepCost
+from gpt.train import Training
+
 from nexus.schedules import WSD, Cosine, CosineRestarts
 
 pytestmark = pytest.mark.xdist_group("demo")  # one corpus for all
@@ -40,7 +41,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch, text: corpus.Corpus) -> None:
 
 
 def demo(out: Path, *options: str, steps: int = STEPS) -> int:
-    return main(["demo", "--device", "cpu", "--threads", "1", "--steps", str(steps), "--out", str(out), *options])
+    return main(["--device", "cpu", "--threads", "1", "--steps", str(steps), "--out", str(out), *options])
 
 
 def saved(out: Path) -> dict[str, object]:
@@ -194,8 +195,8 @@ class TestResume:
         assert demo(tmp_path, "--resume") == 130
         assert saved(tmp_path)["step"] == 41
         command = capsys.readouterr().err.splitlines()[-1].strip()
-        assert shlex.split(command)[:4] == [sys.executable, "-m", "nexus", "demo"]
-        assert main(shlex.split(command)[3:]) == 0
+        assert shlex.split(command)[:2] == [sys.executable, str(Path(cli.__file__).parent)]
+        assert main(shlex.split(command)[2:]) == 0
         assert_same_run(saved(whole), saved(tmp_path))
 
     def test_takes_over_the_threads_and_tells_of_another_torch(
@@ -203,10 +204,10 @@ class TestResume:
     ) -> None:
         with monkeypatch.context() as patch:
             self.interrupt_after(patch, 2)
-            assert main(["demo", "--device", "cpu", "--steps", "4", "--threads", "2", "--out", str(tmp_path)]) == 130
+            assert main(["--device", "cpu", "--steps", "4", "--threads", "2", "--out", str(tmp_path)]) == 130
         state = saved(tmp_path)
         checkpoint.write(tmp_path / session.CHECKPOINT, {**state, "made_by": {**state["made_by"], "torch": "1.0"}})
-        assert main(["demo", "--device", "cpu", "--steps", "4", "--out", str(tmp_path), "--resume"]) == 0
+        assert main(["--device", "cpu", "--steps", "4", "--out", str(tmp_path), "--resume"]) == 0
         assert saved(tmp_path)["run"]["threads"] == 2
         assert f"torch 1.0 is now {torch.__version__}" in capsys.readouterr().err
 
@@ -234,13 +235,12 @@ class TestResume:
     def test_in_a_process_of_its_own(self, tmp_path: Path, whole: Path) -> None:
         """The real thing: a process, a signal from outside, exit code 130."""
         program = (
-            "import sys, time; from nexus.demo import session, model, run; from nexus.__main__ import main\n"
+            "import sys, time; from gpt import session, model, run; from gpt.cli import main\n"
             f"session.SIZE = run.{TINY!r}\n".replace("GPTConfig", "model.GPTConfig")
             + "loss = model.GPT.loss; model.GPT.loss = lambda *a: (time.sleep(0.05), loss(*a))[1]\n"
             "sys.exit(main(sys.argv[1:]))"
         )
         arguments = [
-            "demo",
             "--device",
             "cpu",
             "--threads",
@@ -252,6 +252,7 @@ class TestResume:
         ]
         process = subprocess.Popen(
             [sys.executable, "-c", program, *arguments],
+            cwd=Path(cli.__file__).parents[1],
             stderr=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -399,7 +400,7 @@ class TestArguments:
     ) -> None:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stopped:
-            main(["demo", *options])
+            main(options)
         assert stopped.value.code == 2
         captured = capsys.readouterr()
         assert captured.out == ""
@@ -418,7 +419,7 @@ class TestArguments:
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
     def test_cuda_where_there_is_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert main(["demo", "--device", "cuda", "--out", str(tmp_path / "out")]) == 2
+        assert main(["--device", "cuda", "--out", str(tmp_path / "out")]) == 2
         assert not list(tmp_path.iterdir())
         err = capsys.readouterr().err
         assert err.count("\n") == 1
@@ -503,8 +504,9 @@ class TestParts:
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:
     from nexus import __version__, backends
+    from nexus.__main__ import main as nexus_main
 
-    assert main(["info"]) == 0
+    assert nexus_main(["info"]) == 0
     out = capsys.readouterr().out
     for words in (
         __version__,

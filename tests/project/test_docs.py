@@ -6,13 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from gpt.cli import main as gpt_main
 
+from benchmarks.cli import main as benchmarks_main
 from nexus.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [
     ROOT / "README.md",
     ROOT / "CONTRIBUTING.md",
+    ROOT / "benchmarks" / "README.md",
     ROOT / "examples" / "README.md",
     *sorted((ROOT / "docs").rglob("*.md")),
 ]
@@ -40,7 +43,10 @@ def commands(text: str, start: str) -> list[str]:
     return [part for part in parts if part.startswith(start)]
 
 
-NEXUS_COMMANDS = [(name, command) for name in NAMES for command in commands(TEXTS[name], "python -m nexus ")]
+PROGRAMS = {"python -m nexus": main, "python -m benchmarks": benchmarks_main, "python examples/gpt": gpt_main}
+SHOWN = [
+    (name, program, command) for name in NAMES for program in PROGRAMS for command in commands(TEXTS[name], program)
+]
 
 
 def test_there_is_something_to_test() -> None:
@@ -48,7 +54,7 @@ def test_there_is_something_to_test() -> None:
     assert snippets["README.md"] >= 1
     assert snippets["docs/optimizer.md"] >= 5
     assert sum(count for name, count in snippets.items() if name.startswith("docs/schedules/")) >= 5
-    assert sum(command.startswith("python -m nexus plot") for _, command in NEXUS_COMMANDS) >= 6
+    assert sum(command.startswith("python -m nexus plot") for _, _, command in SHOWN) >= 6
     assert len(commands(TEXTS["CONTRIBUTING.md"], "python -m pytest")) >= 4
 
 
@@ -63,23 +69,27 @@ def test_code(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         exec(compile(code, name, "exec"), variables)
 
 
-@pytest.mark.parametrize(("name", "command"), NEXUS_COMMANDS)
-def test_nexus_command(
-    name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "program", "command"), SHOWN)
+def test_command(
+    name: str,
+    program: str,
+    command: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     """Plots are drawn; of every other command, the options are looked up in its help."""
-    chosen, *arguments = shlex.split(command.removeprefix("python -m nexus "))
-    if chosen == "plot" and "--help" not in arguments and "…" not in command:
+    arguments = shlex.split(command.removeprefix(program))
+    if arguments[:1] == ["plot"] and "--help" not in arguments and "…" not in command:
         monkeypatch.chdir(tmp_path)
         (tmp_path / "docs" / "schedules").mkdir(parents=True)
         if "-o" in arguments:
             pytest.importorskip("matplotlib")
-        assert main([chosen, *arguments]) == 0
+        assert main(arguments) == 0
         assert len(list(tmp_path.rglob("*.png"))) == ("-o" in arguments)
         return
-    assert chosen in COMMANDS
     with pytest.raises(SystemExit) as stop:
-        main([chosen, "--help"])
+        PROGRAMS[program]([*(word for word in arguments[:1] if word in COMMANDS), "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert [word for word in arguments if word.startswith("-") and word not in text] == []

@@ -11,14 +11,14 @@ import pytest
 import torch
 from cuda_on_cpu import NAME, shim
 from fake_gpu import FakeGpu
+from gpt import corpus, train
+from gpt.model import GPTConfig
+from gpt.run import RunConfig, Size, schedule_for
+from gpt.train import Training
 from graphs_on_cpu import Graphs
 
-from nexus.bench import models, trainees
-from nexus.bench.training_cases import CAPTURED, EAGER, TRAINING_CASES
-from nexus.demo import corpus, train
-from nexus.demo.model import GPTConfig
-from nexus.demo.run import RunConfig, Size, schedule_for
-from nexus.demo.train import Training
+from benchmarks import models, trainees
+from benchmarks.training_cases import CAPTURED, EAGER, TRAINING_CASES
 from nexus.optim import FusedAdamW
 from nexus.training import graph_device
 

@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from nexus.bench.cases import CPU
+from benchmarks.cases import CPU
 
 T = TypeVar("T")
 FEWEST_PAIRS = 8  # however long they take
@@ -48,9 +48,6 @@ class Device(Protocol):
     def free_bytes(self) -> int | None:
         """Memory that may still be taken, where that is known."""
 
-    def copy_bandwidth(self) -> float | None:
-        """Bytes a second that a large copy reads and writes together; None where it is not measured."""
-
     def settle(self) -> None:
         """Give back the memory of what has been dropped."""
 
@@ -82,9 +79,6 @@ class Cpu:
             return None
         kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
         return None if kilobytes is None else int(kilobytes) * 1024
-
-    def copy_bandwidth(self) -> float | None:
-        return None
 
     def settle(self) -> None:
         gc.collect()

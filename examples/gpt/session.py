@@ -12,14 +12,14 @@ from typing import Any
 
 import torch
 
+from gpt import checkpoint, corpus, picture, report
+from gpt.errors import INTERRUPTED, DemoError
+from gpt.interrupt import Interrupt
+from gpt.progress import Progress
+from gpt.run import RunConfig, Size, schedule_for
+from gpt.timing import time_step
+from gpt.train import Training, reproducible
 from nexus import __version__, backends
-from nexus.demo import checkpoint, corpus, picture, report
-from nexus.demo.errors import INTERRUPTED, DemoError
-from nexus.demo.interrupt import Interrupt
-from nexus.demo.progress import Progress
-from nexus.demo.run import RunConfig, Size, schedule_for
-from nexus.demo.timing import time_step
-from nexus.demo.train import Training, reproducible
 
 CHECKPOINT, PICTURE = "checkpoint.pt", "loss_and_rate.png"
 SIZE = Size()
@@ -106,7 +106,7 @@ def _command(args: argparse.Namespace, config: RunConfig) -> str:
         "--threads": config.threads,
     }
     words = [str(word) for option in options.items() for word in option]
-    return shlex.join([sys.executable, "-m", "nexus", "demo", *words, "--resume"])
+    return shlex.join([sys.executable, str(Path(__file__).parent), *words, "--resume"])
 
 
 def _saved_threads(saved: dict[str, Any] | None) -> int | None:

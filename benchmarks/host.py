@@ -14,12 +14,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.cases import CASES, STEP
+from benchmarks.contestants import SCHEDULE, WARMUP_STEPS, copy, factors, make_params, rate_scale
+from benchmarks.peers import PEAK_LR
+from benchmarks.rows import Spread
+from benchmarks.timing import interleaved, microseconds
 from nexus.backends import native
-from nexus.bench.cases import CASES
-from nexus.bench.contestants import SCHEDULE, WARMUP_STEPS, factors, make_params, rate_scale
-from nexus.bench.peers import PEAK_LR
-from nexus.bench.rows import Spread
-from nexus.bench.timing import interleaved, microseconds
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.training.schedulers import WSDScheduler
@@ -68,7 +68,7 @@ def _parts(name: str, repeats: int) -> Iterator[HostRow]:
         "of it, watching its tensors": partial(runner.changed, vars(optimizer)),
         f"of it, the update on {threads} threads": partial(tensors.step, threads, 0, 0),
         "the update on 1 thread": partial(tensors.step, 1, 0, 0),
-        f"the same traffic alone on {threads} threads": runner.traffic,
+        "a copy of as many bytes": copy(CASES[name], STEP),
         "of it, telling autograd": lambda: torch.autograd.graph.increment_version(tensors.written()),
     }
     for part, call in parts.items():

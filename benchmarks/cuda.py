@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import subprocess
 from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from nexus.bench.cases import CUDA
-from nexus.bench.peers import installed_version, versions
-from nexus.bench.timing import Sample, microseconds
+from benchmarks.cases import CUDA
+from benchmarks.peers import installed_version, versions
+from benchmarks.timing import Sample, microseconds
 
-COPY_BYTES = 4 << 30  # of the tensor whose copy is timed: far more than any cache
-COPIES, COPY_WARMUP = 20, 3
 CAPTURE_WARMUP = 2
 MAX_DELAY_US = 20_000.0
 SLEEP_CYCLES = 5_000_000  # over which the clock of `torch.cuda._sleep` is measured
@@ -89,23 +86,6 @@ class Cuda:
     def free_bytes(self) -> int | None:
         self.settle()
         return int(torch.cuda.mem_get_info()[0])
-
-    def copy_bandwidth(self) -> float | None:
-        self.settle()
-        size = min(COPY_BYTES, torch.cuda.mem_get_info()[0] // 4)
-        source = torch.empty(size // 4, device=self.where).uniform_()
-        target = torch.empty_like(source)
-        times = []
-        for _ in range(COPY_WARMUP + COPIES):
-            self._start.record()
-            target.copy_(source)
-            self._end.record()
-            torch.cuda.synchronize()
-            times.append(self._elapsed_us())
-        moved = 2 * source.numel() * source.element_size()
-        del source, target
-        self.settle()
-        return moved / (statistics.median(times[COPY_WARMUP:]) * 1e-6)
 
     def settle(self) -> None:
         gc.collect()

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from nexus.bench import peers
-from nexus.bench.cases import CAPTURABLE, FOREACH, FUSED
-from nexus.bench.models import Batch, loss_of, make_batches, make_model
-from nexus.bench.peers import PEAK_LR
-from nexus.bench.timing import Device
-from nexus.bench.training_cases import CAPTURED, NEXUS_EAGER, TORCH_FUSED_LOOP, TORCH_GRAPH, TORCH_LOOP, TrainingCase
+from benchmarks import peers
+from benchmarks.cases import CAPTURABLE, FOREACH, FUSED
+from benchmarks.models import Batch, loss_of, make_batches, make_model
+from benchmarks.peers import PEAK_LR
+from benchmarks.timing import Device
+from benchmarks.training_cases import CAPTURED, NEXUS_EAGER, TORCH_FUSED_LOOP, TORCH_GRAPH, TORCH_LOOP, TrainingCase
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 from nexus.training import capture_train_step

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from nexus.demo.timing import StepCost
-from nexus.demo.train import Training
+from gpt.timing import StepCost
+from gpt.train import Training
 
 PROMPT = b"def "
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from nexus.demo.errors import DemoError
+from gpt.errors import DemoError
 
 # Tests, generated tables and what is not part of the library itself.
 SKIPPED_DIRECTORIES = frozenset(

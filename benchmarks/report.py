@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 
+from benchmarks.host import HostRow
+from benchmarks.provenance import commit, file_name, write_json
+from benchmarks.rows import LeftOut, Row
+from benchmarks.timing import Cpu, Device
 from nexus import __version__
 from nexus.backends import native
-from nexus.bench.host import HostRow
-from nexus.bench.provenance import commit, file_name, write_json
-from nexus.bench.rows import LeftOut, Row
-from nexus.bench.timing import Cpu, Device
 
 FORMAT = 2  # of the JSON file; it has the keys of format 1, and more
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Callable, Iterator
 from functools import partial
 
-from nexus.bench import trainees
-from nexus.bench.cases import CUDA
-from nexus.bench.measure import CPU_DEVICE, Disagreement, PeerFailure, described, guarded
-from nexus.bench.rows import Comparison, LeftOut, Row
-from nexus.bench.timing import Device, interleaved, microseconds
-from nexus.bench.trainees import Trainee
-from nexus.bench.training_cases import PEERS, TrainingCase
+from benchmarks import trainees
+from benchmarks.cases import CUDA
+from benchmarks.measure import CPU_DEVICE, Disagreement, PeerFailure, described, guarded
+from benchmarks.rows import Comparison, LeftOut, Row
+from benchmarks.timing import Device, interleaved, microseconds
+from benchmarks.trainees import Trainee
+from benchmarks.training_cases import PEERS, TrainingCase
 
 CPU_LIMIT_S = 8.0  # of a comparison; a busy machine makes the many small operations of a step very slow
 CHECKED_STEPS = 20

@@ -1,4 +1,4 @@
-"""`python -m nexus bench`: its arguments, and what can be refused before torch is imported."""
+"""`python -m benchmarks`: its arguments, and what can be refused before torch is imported."""
 
 from __future__ import annotations
 
@@ -6,16 +6,17 @@ import argparse
 import importlib
 import sys
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from nexus.arguments import whole_number
-from nexus.bench.cases import CASES, CPU, CUDA, TRAFFIC, Case
-from nexus.bench.training_cases import TRAINING_CASES, TrainingCase
+from benchmarks.cases import CASES, COPY, CPU, CUDA, Case
+from benchmarks.training_cases import TRAINING_CASES, TrainingCase
+from nexus.arguments import Parser, whole_number
 
 if TYPE_CHECKING:
-    from nexus.bench.report import Results
-    from nexus.bench.timing import Device
+    from benchmarks.report import Results
+    from benchmarks.timing import Device
 
 HOST = "host"
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit codes; the last is the shell's for Ctrl-C
@@ -27,8 +28,16 @@ class Refusal(Exception):
     """Something that the user can mend: one line with the cause and the remedy."""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m nexus bench`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure what the arguments say.
+
+    Returns:
+        The exit code: 0; 1 where nexus fails, or disagrees with a peer; 130 after Ctrl-C; 2 where one line on
+        stderr says what must be mended first.
+    """
+    parser = Parser(
+        prog="python -m benchmarks", description="Time the optimizer beside torch's and others.", allow_abbrev=False
+    )
     add = parser.add_argument
     names = (*CASES, *TRAINING_CASES, HOST)
     add("--device", choices=(CPU, CUDA), default=CPU, help=f"where the parameters are; default: {CPU}")
@@ -38,15 +47,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=whole_number(1, MAX_THREADS), help="CPU threads; default: as torch chooses")
     add("--out", help="write the rows to this JSON file; in a folder, it is named <date>_<device>.json")
     add("--picture", help="draw the speed-ups to this PNG file")
+    return parser.run(argv, _run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run what `add_arguments` parsed.
-
-    Returns:
-        The exit code: 0; 1 where nexus fails, or disagrees with a peer; 130 after Ctrl-C; 2 where one line on
-        stderr says what must be mended first.
-    """
+def _run(args: argparse.Namespace) -> int:
     try:
         out, picture = _output(args.out), _output(args.picture)
         if picture is not None:
@@ -55,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
             _check_matplotlib(args.case)
         return _bench(args, out, picture)
     except Refusal as refusal:
-        print(f"python -m nexus bench: {refusal}", file=sys.stderr)
+        print(f"python -m benchmarks: {refusal}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print(
@@ -67,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
 def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> int:
     import torch
 
-    from nexus.bench import report, table
+    from benchmarks import report, table
 
     device = _device(args.device)
     cases = _cases(args.case, device.kind)
@@ -98,9 +102,9 @@ def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> 
 
 def _draw(results: Results, picture: Path) -> None:
     """The optimizer's steps, and beside it, in a picture of their own, whole training steps."""
-    from nexus.bench.picture import draw
+    from benchmarks.picture import draw
 
-    steps = [row for row in results.rows if row.case in CASES and row.peer != TRAFFIC]
+    steps = [row for row in results.rows if row.case in CASES and row.peer != COPY]
     training = [row for row in results.rows if row.case in TRAINING_CASES]
     for rows, path in ((steps, picture), (training, picture.with_stem(f"{picture.stem}-training"))):
         if rows:
@@ -109,10 +113,10 @@ def _draw(results: Results, picture: Path) -> None:
 
 
 def _measure(case: Case | TrainingCase, args: argparse.Namespace, device: Device, results: Results) -> None:
-    from nexus.bench import table
-    from nexus.bench.measure import measure
-    from nexus.bench.rows import LeftOut
-    from nexus.bench.training import measure_training
+    from benchmarks import table
+    from benchmarks.measure import measure
+    from benchmarks.rows import LeftOut
+    from benchmarks.training import measure_training
 
     free, need = device.free_bytes(), case.bytes_needed(device.kind)
     if free is not None and free < need:
@@ -134,8 +138,8 @@ def _measure(case: Case | TrainingCase, args: argparse.Namespace, device: Device
 
 
 def _measure_host(args: argparse.Namespace, results: Results) -> None:
-    from nexus.bench import table
-    from nexus.bench.host import measure_host
+    from benchmarks import table
+    from benchmarks.host import measure_host
 
     print(f"\n{table.HOST_HEADING}")
     for row in measure_host(args.repeats or (20 if args.quick else 300)):
@@ -144,8 +148,8 @@ def _measure_host(args: argparse.Namespace, results: Results) -> None:
 
 
 def _device(wanted: str) -> Device:
-    from nexus.bench import cuda
-    from nexus.bench.timing import Cpu
+    from benchmarks import cuda
+    from benchmarks.timing import Cpu
 
     if wanted == CPU:
         return Cpu()

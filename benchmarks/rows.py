@@ -28,7 +28,7 @@ class Comparison:
 
     nexus: Spread
     peer: Spread | None  # None: it cannot do this
-    ratio: Spread | None  # peer's time / nexus's time of each pair; beside TRAFFIC: the share of that limit
+    ratio: Spread | None  # peer's time / nexus's time of each pair; beside COPY: the share of that limit
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> Comparison:
@@ -60,8 +60,6 @@ class Row:
     replay: Comparison | None = None  # the device, replaying a CUDA graph of the step
     replay_host: Comparison | None = None  # the host, starting the replay
     loop: Comparison | None = None  # in training: wall-clock time of a step, of several in a row
-    copy_bandwidth: float | None = None  # bytes a second, of a copy on the device just before
-    copy_share: Spread | None = None  # nexus's bytes a second / copy_bandwidth
     remark: str = ""
 
 

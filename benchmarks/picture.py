@@ -11,10 +11,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
-from nexus.bench.cases import APEX, CAPTURABLE, CUDA, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
-from nexus.bench.rows import Comparison, Row, Spread
-from nexus.bench.table import conditions
-from nexus.bench.training_cases import NEXUS_EAGER, TORCH_FUSED_LOOP, TORCH_GRAPH, TORCH_LOOP, TRAINING_CASES
+from benchmarks.cases import APEX, CAPTURABLE, CUDA, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
+from benchmarks.rows import Comparison, Row, Spread
+from benchmarks.table import conditions
+from benchmarks.training_cases import NEXUS_EAGER, TORCH_FUSED_LOOP, TORCH_GRAPH, TORCH_LOOP, TRAINING_CASES
 
 COLORS = {
     FUSED: "#2563a8",

@@ -11,7 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
-from nexus.demo.train import MAX_GRAD_NORM, Training
+from gpt.train import MAX_GRAD_NORM, Training
 from nexus.plot import COLORS, CYCLE_COLORS, spans
 
 INK, LOSS, RATE = "#3e4c59", "#2563a8", "#1f2933"

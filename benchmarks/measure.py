@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
-from nexus.bench import contestants, peers
-from nexus.bench.cases import BFLOAT16, CUDA, FLOAT32, STEP, TRAFFIC, Case
-from nexus.bench.contestants import Contestant
-from nexus.bench.rows import Comparison, LeftOut, Row, Spread
-from nexus.bench.timing import Cpu, Device, Sample, interleaved
+from benchmarks import contestants, peers
+from benchmarks.cases import BFLOAT16, COPY, CUDA, FLOAT32, STEP, Case
+from benchmarks.contestants import Contestant
+from benchmarks.rows import Comparison, LeftOut, Row
+from benchmarks.timing import Cpu, Device, Sample, interleaved
 
 CPU_DEVICE = Cpu()
 TOLERANCE = {FLOAT32: 5e-3, BFLOAT16: 0.1}
@@ -34,17 +34,16 @@ def measure(case: Case, repeats: int, device: Device = CPU_DEVICE) -> Iterator[R
     Whatever one of them ends in, the others go on.
     """
     repeats = min(repeats, BFLOAT16_REPEATS) if case.dtype == BFLOAT16 else repeats
-    copy = device.copy_bandwidth() if case.memory_bound else None
     for job in case.jobs:
         for name in case.peers_on(device.kind):
             reason = peers.unavailable(name)
             if reason is None:
-                yield guarded(partial(_beside_peer, case, job, name, repeats, device, copy), case.name, job, name)
+                yield guarded(partial(_beside_peer, case, job, name, repeats, device), case.name, job, name)
                 device.settle()
             else:
                 yield LeftOut(case.name, job, name, reason, failed=False)
         if case.memory_bound and job == STEP:
-            yield guarded(partial(_beside_traffic, case, job, repeats, device, copy), case.name, job, TRAFFIC)
+            yield guarded(partial(_beside_copy, case, job, repeats, device), case.name, job, COPY)
             device.settle()
 
 
@@ -66,14 +65,12 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {words[:300]}"
 
 
-def _beside_peer(case: Case, job: str, name: str, repeats: int, device: Device, copy: float | None) -> Row:
+def _beside_peer(case: Case, job: str, name: str, repeats: int, device: Device) -> Row:
     ours = contestants.nexus(case, job, device.where)
     theirs = _peer(case, job, name, device)
     ours.call()
     pairs = _timed(ours.call, theirs.call, repeats, device)
-    row = replace(
-        _row(case, job, name, ours, device, pairs, copy), difference=_checked(case, job, name, ours, theirs)
-    )
+    row = replace(_row(case, job, name, ours, device, pairs), difference=_checked(case, job, name, ours, theirs))
     row = _with_replays(row, ours, theirs, repeats, device)
     if row.replay is not None and row.replay.peer is not None:
         row = replace(row, difference=_checked(case, job, name, ours, theirs))
@@ -142,16 +139,9 @@ def _captured(side: Contestant, device: Device) -> Callable[[], object] | None:
     return call
 
 
-def _beside_traffic(case: Case, job: str, repeats: int, device: Device, copy: float | None) -> Row:
-    ours = contestants.nexus(case, job, device.where)
-    ours.call()
-    if ours.traffic is None:
-        raise PeerFailure("this backend has no loop of loads and stores alone")
-    try:
-        ours.traffic()
-    except ValueError as error:
-        raise PeerFailure(str(error)) from error
-    return _row(case, job, TRAFFIC, ours, device, _timed(ours.call, ours.traffic, repeats, device), copy)
+def _beside_copy(case: Case, job: str, repeats: int, device: Device) -> Row:
+    ours, copy = contestants.nexus(case, job, device.where), contestants.copy(case, job, device.where)
+    return _row(case, job, COPY, ours, device, _timed(ours.call, copy, repeats, device))
 
 
 def _row(
@@ -161,9 +151,7 @@ def _row(
     ours: Contestant,
     device: Device,
     pairs: list[tuple[Sample, Sample]],
-    copy: float | None,
 ) -> Row:
-    moved = case.bytes_moved(job)
     return Row(
         case=case.name,
         title=case.title,
@@ -178,10 +166,8 @@ def _row(
         time=Comparison.of([(a.us, b.us) for a, b in pairs]),
         pairs=len(pairs),
         difference=None,
-        bytes_moved=moved,
+        bytes_moved=case.bytes_moved(job),
         host=Comparison.of([(a.host_us, b.host_us) for a, b in pairs]) if device.kind == CUDA else None,
-        copy_bandwidth=copy,
-        copy_share=None if copy is None else Spread.of([moved / (a.us * 1e-6) / copy for a, _ in pairs]),
     )
 
 

@@ -1,20 +1,30 @@
-"""`python -m nexus demo`: its arguments, and how it ends."""
+"""The demo's arguments, and how it ends."""
 
 from __future__ import annotations
 
 import argparse
 import importlib
 import sys
+from collections.abc import Sequence
 
-from nexus.arguments import whole_number
-from nexus.demo.errors import INTERRUPTED, REFUSED, DemoError
+from gpt.errors import INTERRUPTED, REFUSED, DemoError
+from nexus.arguments import Parser, whole_number
 
 MAX_STEPS = 10_000_000  # the loss and the rate of every step are kept
 MAX_THREADS = 1024
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options of `python -m nexus demo`."""
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train as the arguments say.
+
+    Returns:
+        The exit code: 0; 130 after Ctrl-C; 2 where one line on stderr says what must be mended first.
+    """
+    parser = Parser(
+        prog="python examples/gpt",
+        description="Train a small GPT on real text and draw its loss and rate.",
+        allow_abbrev=False,
+    )
     add = parser.add_argument
     add("--schedule", choices=("wsd", "sgdr", "cosine"), default="wsd", help="default: %(default)s")
     add("--steps", type=whole_number(1, MAX_STEPS), default=1200, help="updates; default: %(default)s")
@@ -27,21 +37,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=whole_number(1, MAX_THREADS),
         help="CPU threads; default: 1, since so small a model gains little by more",
     )
+    return parser.run(argv, _run)
 
 
-def run(args: argparse.Namespace) -> int:
-    """Run what `add_arguments` parsed.
-
-    Returns:
-        The exit code: 0; 130 after Ctrl-C; 2 where one line on stderr says what must be mended first.
-    """
+def _run(args: argparse.Namespace) -> int:
     try:
         _check_packages()
-        from nexus.demo import session
+        from gpt import session
 
         return session.run(args)
     except DemoError as error:
-        print(f"python -m nexus demo: {error}", file=sys.stderr)
+        print(f"python examples/gpt: {error}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
         print("\nStopped at once; nothing was written.", file=sys.stderr)

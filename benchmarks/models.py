@@ -6,12 +6,12 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from gpt.model import GPT, Block, GPTConfig
+from gpt.run import Size
 from torch import Tensor, nn
 
-from nexus.bench.cases import CUDA
-from nexus.bench.training_cases import DEMO_GPT, MLP, TrainingCase
-from nexus.demo.model import GPT, Block, GPTConfig
-from nexus.demo.run import Size
+from benchmarks.cases import CUDA
+from benchmarks.training_cases import DEMO_GPT, MLP, TrainingCase
 
 BATCHES = 4  # different ones, over and over
 

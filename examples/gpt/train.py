@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus.demo.corpus import Corpus
-from nexus.demo.model import GPT
-from nexus.demo.run import RunConfig
+from gpt.corpus import Corpus
+from gpt.model import GPT
+from gpt.run import RunConfig
 from nexus.optim import FusedAdamW
 from nexus.schedules import Schedule
 from nexus.training import capture_train_step

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from nexus.demo.errors import DemoError
-from nexus.demo.run import SCHEDULES
+from gpt.errors import DemoError
+from gpt.run import SCHEDULES
 
 FORMAT = "nexus demo 1"
 _START_OVER = "or leave out --resume to start over"

@@ -14,7 +14,7 @@ FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"  # ways to run torch.o
 CAPTURABLE = "fused, capturable"  # and a rate that is a tensor
 NEXUS_TRITON = "nexus in Triton"
 OPTIMI, TORCHAO, APEX = "torch-optimi", "torchao", "apex"
-TRAFFIC = "traffic"  # the same loads and stores, and no arithmetic
+COPY = "copy"  # that reads and writes as many bytes: what memory alone takes
 
 CPU, CUDA = "cpu", "cuda"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"  # of parameters and gradients; the moments are float32
@@ -36,7 +36,7 @@ class Case:
     jobs: tuple[str, ...] = (STEP, CLIP_STEP_SCHEDULE)
     peers: tuple[str, ...] = (FUSED, FOREACH, FOR_LOOP)
     cuda_peers: tuple[str, ...] = (FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON)
-    memory_bound: bool = False  # too large for any cache: set beside TRAFFIC, and on a GPU beside a copy, as well
+    memory_bound: bool = False  # too large for any cache: set beside COPY, too
     dtype: str = FLOAT32
     devices: tuple[str, ...] = (CPU, CUDA)
 

@@ -4,24 +4,22 @@ from __future__ import annotations
 
 from typing import Any
 
-from nexus.bench.cases import CUDA, TRAFFIC
-from nexus.bench.host import HostRow
-from nexus.bench.rows import Comparison, LeftOut, Row, Spread
-from nexus.bench.training_cases import TRAINING_CASES
+from benchmarks.cases import COPY, CUDA
+from benchmarks.host import HostRow
+from benchmarks.rows import Comparison, LeftOut, Row, Spread
+from benchmarks.training_cases import TRAINING_CASES
 
-PEER_NAMES = {TRAFFIC: "same traffic alone"}
+PEER_NAMES = {COPY: "copy of as much"}
 
 _LINE = "{:<7} {:>7} {:>11}  {:<22} {:>9}  {:<18} {:>9}  {}"
 HEADING = _LINE.format(
     "case", "tensors", "elements", "job", "nexus µs", "torch's AdamW", "its µs", "nexus is … times as fast [p20, p80]"
 )
-_CUDA_LINE = "{:<12} {:<22}  {:<18} {:>19} {:>19}  {:>19} {:>19}  {:>11}  {}"
+_CUDA_LINE = "{:<12} {:<22}  {:<18} {:>19} {:>19}  {:>19} {:>19}  {}"
 CUDA_HEADING = "\n".join(
     (
-        _CUDA_LINE.format(
-            "", "", "", "µs of the device", "µs of the host", "replay: device", "replay: host", "% of", ""
-        ),
-        _CUDA_LINE.format("case", "job", "peer", *["nexus / peer"] * 4, "copy speed", "times as fast [p20, p80]"),
+        _CUDA_LINE.format("", "", "", "µs of the device", "µs of the host", "replay: device", "replay: host", ""),
+        _CUDA_LINE.format("case", "job", "peer", *["nexus / peer"] * 4, "times as fast [p20, p80]"),
     )
 )
 _TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17}  {}"
@@ -49,7 +47,7 @@ def line(row: Row) -> str:
     speed = _speed(row)
     if row.device == CUDA:
         times = (_both(part) for part in (row.time, row.host, row.replay, row.replay_host))
-        text = _CUDA_LINE.format(row.case, row.job, PEER_NAMES.get(row.peer, row.peer), *times, _shares(row), speed)
+        text = _CUDA_LINE.format(row.case, row.job, PEER_NAMES.get(row.peer, row.peer), *times, speed)
         return text + (f" ({row.remark})" if row.remark else "")
     return _LINE.format(
         row.case,
@@ -125,7 +123,7 @@ def figures(value: float) -> str:
 
 
 def _speed(row: Row) -> str:
-    return _ratio(row.time) + (" of that limit" if row.peer == TRAFFIC else "")
+    return _ratio(row.time) + (" of that limit" if row.peer == COPY else "")
 
 
 def _ratio(times: Comparison) -> str:
@@ -139,11 +137,3 @@ def _both(times: Comparison | None) -> str:
 
 def _median(spread: Spread | None) -> str:
     return "–" if spread is None else microseconds(spread.median)
-
-
-def _shares(row: Row) -> str:
-    """Of the copy bandwidth: nexus's, and what its peer's time would be for the same bytes."""
-    if row.copy_share is None or row.time.peer is None:
-        return ""
-    ours = row.copy_share.median
-    return f"{100 * ours:.1f} / {100 * ours * row.time.nexus.median / row.time.peer.median:.1f}"

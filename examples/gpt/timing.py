@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from nexus.demo.model import GPT
-from nexus.demo.train import BETAS, MAX_GRAD_NORM, Training, make_optimizer, parameter_groups
+from gpt.model import GPT
+from gpt.train import BETAS, MAX_GRAD_NORM, Training, make_optimizer, parameter_groups
 from nexus.schedules import Schedule
 
 WARMUP = 4  # rounds that are not counted: threads and caches are cold, state is being allocated

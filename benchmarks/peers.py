@@ -11,8 +11,8 @@ from typing import Any, TypeAlias
 import torch
 from torch.optim import Optimizer
 
+from benchmarks.cases import APEX, CAPTURABLE, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
 from nexus import backends
-from nexus.bench.cases import APEX, CAPTURABLE, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
 
 PEAK_LR = 1e-3
 

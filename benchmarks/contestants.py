@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from nexus.bench.cases import BFLOAT16, CLIP_STEP_SCHEDULE, NEXUS_TRITON, STEP, Case, Shape
-from nexus.bench.peers import PEAK_LR, PEERS
+from benchmarks.cases import BFLOAT16, CLIP_STEP_SCHEDULE, NEXUS_TRITON, STEP, Case, Shape
+from benchmarks.peers import PEAK_LR, PEERS
 from nexus.optim import FusedAdamW
-from nexus.optim.engine import engine_of
 from nexus.schedules import WSD
 
 WARMUP_STEPS = 100
 MAX_DRAWN = 1 << 18  # random numbers of a tensor
+MAX_COPIED = 1 << 26  # float32 numbers at once: more than any cache holds
 MAX_GRAD_NORM = 1.0  # below the norm of every case's gradients, so that all are clipped
 SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
 HOST = torch.device("cpu")
@@ -41,12 +41,6 @@ class Contestant:
     def backend(self) -> str:
         """Of this package's optimizer; empty for another's."""
         return "" if self.optimizer is None else self.optimizer.backend
-
-    @property
-    def traffic(self) -> Callable[[], object] | None:
-        """The loads and stores of a step alone; None where the backend has none, and before a first step."""
-        runner = None if self.optimizer is None else engine_of(self.optimizer).runner
-        return getattr(runner, "traffic", None)
 
 
 def warmup(step: int, scale: float = 1.0) -> float:
@@ -127,6 +121,21 @@ def peer(case: Case, job: str, name: str, device: torch.device = HOST) -> Contes
         beside_graph=None if scheduler is None else scheduler.step,
         remark=BFLOAT16_REMARK if case.dtype == BFLOAT16 else "",
     )
+
+
+def copy(case: Case, job: str, device: torch.device = HOST) -> Callable[[], object]:
+    """A call that copies half of the bytes that the job moves: it reads and writes as many."""
+    items = case.bytes_moved(job) // 2 // 4
+    source = torch.ones(min(items, MAX_COPIED), device=device)
+    target = torch.ones_like(source)
+    times, rest = divmod(items, source.numel())
+
+    def call() -> None:
+        for _ in range(times):
+            target.copy_(source)
+        target[:rest].copy_(source[:rest])
+
+    return call
 
 
 def factors(groups: int) -> list[Callable[[int], float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from nexus.bench.cases import CPU, CUDA
+from benchmarks.cases import CPU, CUDA
 
 EAGER, CAPTURED = "training step", "training step, captured"  # jobs
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from nexus.demo.model import GPTConfig
+from gpt.model import GPTConfig
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
 SCHEDULES = {"WSD": "wsd", "CosineRestarts": "sgdr", "Cosine": "cosine"}  # class and name on the command line

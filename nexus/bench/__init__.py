@@ -1,1 +1,0 @@
-"""`python -m nexus bench`: what a step of the optimizer costs beside torch's."""

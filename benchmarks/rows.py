@@ -28,7 +28,7 @@ class Comparison:
 
     nexus: Spread
     peer: Spread | None  # None: it cannot do this
-    ratio: Spread | None  # peer's time / nexus's time of each pair; beside COPY: the share of that limit
+    ratio: Spread | None  # peer's time / nexus's time of each pair
 
     @classmethod
     def of(cls, pairs: Sequence[tuple[float, float]]) -> Comparison:

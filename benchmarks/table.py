@@ -44,7 +44,7 @@ def line(row: Row) -> str:
     """A row of the table."""
     if row.case in TRAINING_CASES:
         return _training_line(row)
-    speed = _speed(row)
+    speed = _ratio(row.time)
     if row.device == CUDA:
         times = (_both(part) for part in (row.time, row.host, row.replay, row.replay_host))
         text = _CUDA_LINE.format(row.case, row.job, PEER_NAMES.get(row.peer, row.peer), *times, speed)
@@ -120,10 +120,6 @@ def figures(value: float) -> str:
         return "0"
     size = abs(value)
     return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
-
-
-def _speed(row: Row) -> str:
-    return _ratio(row.time) + (" of that limit" if row.peer == COPY else "")
 
 
 def _ratio(times: Comparison) -> str:

@@ -27,10 +27,11 @@ def fused_torch(params: Any, *args: Any, **options: Any) -> torch.optim.AdamW:
     return torch.optim.AdamW(params, *args, fused=True, **options)
 
 
-def both(observe: Callable[[Make], Seen]) -> tuple[Seen, Seen]:
+def both(observe: Callable[[Make], Seen], backend: str | None = None) -> tuple[Seen, Seen]:
     """What `observe` returns for torch's optimizer and for nexus's, from the same random numbers."""
+    ours: Make = FusedAdamW if backend is None else functools.partial(FusedAdamW, backend=backend)
     found = []
-    for make in (fused_torch, FusedAdamW):
+    for make in (fused_torch, ours):
         torch.manual_seed(20_240_404)
         found.append(observe(make))
     return found[0], found[1]

@@ -1,9 +1,10 @@
-"""State dicts: interchange with torch, resuming to the same bits, loading in place, and what does not fit."""
+"""State dicts: interchange with torch, resuming to the same bits, loading in place; and copies."""
 
 from __future__ import annotations
 
 import copy
 import io
+import itertools
 import math
 import pickle
 import warnings
@@ -19,10 +20,12 @@ from references import (
     copies,
     make_grads,
     make_params,
+    run_beside_torch,
     same_bits,
     set_grads,
     snapshot,
 )
+from side_by_side import fused_torch
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
@@ -54,6 +57,14 @@ def written_and_read(saved: dict[str, Any]) -> dict[str, Any]:
 # Interchange with torch.optim.AdamW, in the middle of a run.
 
 
+@pytest.mark.parity(
+    "State dicts",
+    "a state dict of the other optimizer",
+    torch="`FusedAdamW`'s is loaded, and the run goes on as if it were its own",
+    nexus="torch's is loaded, and the run goes on as if it were its own",
+    why="a run can go from the one to the other and back",
+    also=("test_checkpoint.py::test_torchs_scheduled_run_goes_on_with_a_schedule",),
+)
 @pytest.mark.parametrize("amsgrad", [False, True])
 @pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
 def test_a_run_goes_from_torch_to_nexus_and_back(backend: str, kind: dict[str, bool], amsgrad: bool) -> None:
@@ -65,20 +76,19 @@ def test_a_run_goes_from_torch_to_nexus_and_back(backend: str, kind: dict[str, b
         reference.step(grads)
 
     own = copies(start)
-    first = torch.optim.AdamW(own, **options, **kind)
-    run(first, rounds[:10])
-    second = FusedAdamW(own, lr=0.5, backend=backend)  # options come from the checkpoint
-    second.load_state_dict(written_and_read(first.state_dict()))
-    run(second, rounds[10:20])
-    third = torch.optim.AdamW(own, lr=0.7, **kind)
-    third.load_state_dict(written_and_read(second.state_dict()))
-    run(third, rounds[20:])
-
-    fourth = FusedAdamW(own, backend=backend)
-    fourth.load_state_dict(third.state_dict())
-    assert_same_run(fourth, reference)
-    assert fourth.param_groups[0]["betas"] == (0.8, 0.99)
-    assert fourth.param_groups[0]["lr"] == 1e-2
+    optimizers = [
+        torch.optim.AdamW(own, **options, **kind),
+        FusedAdamW(own, lr=0.5, backend=backend),  # options come from the checkpoint
+        fused_torch(own, lr=0.7),
+        FusedAdamW(own, backend=backend),
+    ]
+    run(optimizers[0], rounds[:10])
+    for index, (last, optimizer) in enumerate(itertools.pairwise(optimizers), start=1):
+        optimizer.load_state_dict(written_and_read(last.state_dict()))
+        run(optimizer, rounds[10 * index : 10 * index + 10])
+    assert_same_run(optimizers[3], reference)
+    assert optimizers[3].param_groups[0]["betas"] == (0.8, 0.99)
+    assert optimizers[3].param_groups[0]["lr"] == 1e-2
 
 
 def test_torchs_scheduled_run_goes_on_with_a_schedule(backend: str) -> None:
@@ -232,51 +242,62 @@ def test_moments_that_a_graph_points_to_are_loaded_in_place() -> None:
     assert not any(value.any() for value in optimizer.state[params[0]].values())
 
 
-def test_a_loaded_dict_is_not_aliased(backend: str) -> None:
-    params = make_params(SHAPES)
-    optimizer = FusedAdamW(params, backend=backend)
-    run(optimizer, make_rounds(2))
-    saved = copy.deepcopy(optimizer.state_dict())
-    kept = copy.deepcopy(saved)
-    fresh = FusedAdamW(copies(params), backend=backend)
-    fresh.load_state_dict(saved)
-    run(fresh, make_rounds(2))
-    assert saved["param_groups"] == kept["param_groups"]
-    for index, state in kept["state"].items():
-        assert same_bits(list(state.values()), list(saved["state"][index].values()))
+def test_state_of_the_shape_that_a_parameter_had_before_gives_way(backend: str) -> None:
+    params = make_params([(5,), (3, 4)])
+    optimizer, other = (run_beside_torch(params, backend)[0] for _ in range(2))
+    saved = other.state_dict()
+    saved["state"][1] = {name: value[:2, :2] if value.dim() else value for name, value in saved["state"][1].items()}
+    params[1].data = torch.ones(2, 2)
+    optimizer.load_state_dict(saved)
+    assert torch.equal(optimizer.state[params[1]]["exp_avg"], saved["state"][1]["exp_avg"])
+    params[1].grad = torch.ones(2, 2)
+    optimizer.step()
 
 
-def test_a_parameter_without_saved_state_begins_anew(backend: str) -> None:
-    params = make_params(SHAPES)
-    fresh = FusedAdamW(copies(params), backend=backend).state_dict()
-    optimizer = FusedAdamW(params, backend=backend)
-    run(optimizer, make_rounds(2))
-    optimizer.load_state_dict(fresh)
-    reference = Float64AdamW(params)
-    for grads in make_rounds(3):
-        run(optimizer, [grads])
-        reference.step(grads)
-    assert_same_run(optimizer, reference)
+def through_a_file(optimizer: FusedAdamW) -> FusedAdamW:
+    """Saved whole, beside its parameters."""
+    file = io.BytesIO()
+    torch.save({"weights": optimizer.param_groups[0]["params"], "optimizer": optimizer}, file)
+    file.seek(0)
+    saved = torch.load(file, weights_only=False)
+    copied: FusedAdamW = saved["optimizer"]
+    assert all(a is b for a, b in zip(saved["weights"], copied.param_groups[0]["params"], strict=True))
+    return copied
 
 
-@pytest.mark.parametrize("how", ["deepcopy", "pickle"])
+def of_the_original(*_: Any) -> None:
+    raise AssertionError("torch leaves hooks out of copies")
+
+
+COPIES: dict[str, Callable[[FusedAdamW], FusedAdamW]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
+    "a file": through_a_file,
+}
+
+
+@pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("steps", [0, 4])
-def test_a_copied_optimizer_goes_on_the_same(backend: str, how: str, steps: int) -> None:
-    schedule = WSD(2, None, 5, 0.1)
-    groups = [{"params": copies(make_params(SHAPES)), "lr_scale": 0.5}]
-    optimizer = FusedAdamW(groups, lr=schedule, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
+@pytest.mark.parametrize("lr", [0.1, WSD(2, None, 5, 0.1)], ids=["float", "schedule"])
+def test_a_copied_optimizer_goes_on_the_same(
+    backend: str, copied: Callable[[FusedAdamW], FusedAdamW], steps: int, lr: Any
+) -> None:
+    groups = [{"params": make_params(SHAPES), "lr_scale": 0.5 if isinstance(lr, Schedule) else 1.0}]
+    optimizer = FusedAdamW(groups, lr=lr, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
     run(optimizer, make_rounds(steps))
-    if steps:
+    if steps and isinstance(lr, Schedule):
         optimizer.begin_decay()
-    copied = copy.deepcopy(optimizer) if how == "deepcopy" else pickle.loads(pickle.dumps(optimizer))
-    assert copied.backend == backend
-    rounds = make_rounds(5)
-    for each in (optimizer, copied):
-        run(each, rounds)
-    assert same_bits(snapshot(optimizer), snapshot(copied))
-    assert float(optimizer.param_groups[0]["lr"]) == float(copied.param_groups[0]["lr"])
-    assert optimizer.param_groups[0]["lr"] is not copied.param_groups[0]["lr"]
-    assert torch.equal(optimizer.grad_norm, copied.grad_norm)
+    handle = optimizer.register_step_post_hook(of_the_original)
+    other = copied(optimizer)
+    handle.remove()
+    assert other.backend == backend
+    before, rounds = snapshot(optimizer), make_rounds(5)
+    run(other, rounds)
+    assert same_bits(snapshot(optimizer), before)
+    run(optimizer, rounds)
+    assert same_bits(snapshot(optimizer), snapshot(other))
+    assert float(optimizer.param_groups[0]["lr"]) == float(other.param_groups[0]["lr"])
+    assert torch.equal(optimizer.grad_norm, other.grad_norm)
 
 
 # Schedules that differ.

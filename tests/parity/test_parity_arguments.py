@@ -22,6 +22,7 @@ from side_by_side import (
     state_of,
     train,
 )
+from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
 
@@ -60,6 +61,7 @@ def test_it_is_an_optimizer_and_no_adamw() -> None:
     assert isinstance(first, torch.optim.Optimizer)
     assert isinstance(second, torch.optim.Optimizer)
     assert not isinstance(second, torch.optim.AdamW)
+    assert second.backend == "native"
 
 
 @pytest.mark.parity(
@@ -68,31 +70,22 @@ def test_it_is_an_optimizer_and_no_adamw() -> None:
     torch="`ValueError`, as `Invalid learning rate: -1.0`",
     nexus="`ValueError`, as `lr must be a finite number >= 0, got -1.0 (float)`",
     why="an error says which argument, what was given and what is allowed",
-    also=("test_optimizer_inputs.py::test_a_bad_argument_of_the_constructor",),
+    also=("test_arguments.py::test_a_bad_argument_of_the_constructor",),
 )
 @pytest.mark.parametrize(
-    ("option", "torchs", "ours"),
+    ("name", "value", "torchs", "ours"),
     [
-        ({"lr": -1.0}, "Invalid learning rate: -1.0", "lr must be a finite number >= 0, got -1.0 (float)"),
-        ({"lr": math.nan}, "Invalid learning rate: nan", "lr must be a finite number >= 0, got nan (float)"),
-        ({"eps": -1.0}, "Invalid epsilon value: -1.0", "eps must be a finite number >= 0, got -1.0 (float)"),
-        (
-            {"weight_decay": -1.0},
-            "Invalid weight_decay value: -1.0",
-            "weight_decay must be a finite number >= 0, got -1.0 (float)",
-        ),
-        (
-            {"betas": (0.9, 1.0)},
-            "Invalid beta parameter at index 1: 1.0",
-            "betas[1] must be a number in [0, 1), got 1.0 (float)",
-        ),
+        ("lr", -1.0, "learning rate: -1.0", "lr must be a finite number >= 0, got -1.0"),
+        ("lr", math.nan, "learning rate: nan", "lr must be a finite number >= 0, got nan"),
+        ("eps", -1.0, "epsilon value: -1.0", "eps must be a finite number >= 0, got -1.0"),
+        ("weight_decay", -1.0, "weight_decay value: -1.0", "weight_decay must be a finite number >= 0, got -1.0"),
+        ("betas", (0.9, 1.0), "beta parameter at index 1: 1.0", "betas[1] must be a number in [0, 1), got 1.0"),
     ],
-    ids=str,
 )
-def test_values_out_of_range_are_value_errors(option: dict[str, Any], torchs: str, ours: str) -> None:
-    first, second = errors(lambda make: make([param(1)], **option))
-    assert first == f"ValueError: {torchs}"
-    assert second == f"ValueError: {ours}"
+def test_values_out_of_range_are_value_errors(name: str, value: Any, torchs: str, ours: str) -> None:
+    first, second = errors(lambda make: make([param(1)], **{name: value}))
+    assert first == f"ValueError: Invalid {torchs}"
+    assert second == f"ValueError: {ours} (float)"
 
 
 @pytest.mark.parity(
@@ -154,7 +147,7 @@ def test_options_that_are_no_bools(name: str) -> None:
     torch="`ValueError`: betas must be floats",
     nexus="taken as numbers",
     why="0 and 0.0 are the same number",
-    also=("test_optimizer_inputs.py::test_numbers_of_many_kinds_are_taken",),
+    also=("test_arguments.py::test_numbers_of_any_library_are_numbers",),
 )
 def test_betas_that_are_integers() -> None:
     with pytest.raises(ValueError, match="betas must be either both floats or both Tensors"):
@@ -188,6 +181,31 @@ def test_betas_that_are_tensors() -> None:
     assert (first, second) == (torch.Tensor, float)
     assert ours.param_groups[0]["betas"] == (0.8, 0.9)
     assert not torch.allclose(state_of(peer)["exp_avg"], state_of(ours)["exp_avg"])  # of the last step alone
+
+
+@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
+@pytest.mark.parity(
+    "Rates and schedulers",
+    "`OneCycleLR` and `CyclicLR` with momenta that are tensors, which leave a tensor beside a float in `betas`",
+    torch="taken",
+    nexus="same: the tensor is read at the next step",
+    why="the group keeps a pair of floats, in which no change goes unnoticed",
+)
+def test_momenta_that_are_tensors(scheduler: str) -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
+        optimizer = make([param(3)], lr=0.1)
+        momenta = {"base_momentum": torch.tensor(0.85), "max_momentum": torch.tensor(0.95)}
+        own = (
+            lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12, **momenta)
+            if scheduler == "OneCycleLR"
+            else lr_scheduler.CyclicLR(optimizer, 0.05, 0.2, step_size_up=3, **momenta)
+        )
+        for _ in range(10):
+            train(optimizer, 1)
+            own.step()
+        return optimizer
+
+    assert_same(*both(run))
 
 
 @pytest.mark.parity(
@@ -261,7 +279,6 @@ def test_implementations_that_exclude_each_other(options: dict[str, bool], words
     "no parameters, a tensor for a list, numbers for tensors, a parameter in two groups, one that is no leaf",
     torch="`ValueError` or `TypeError`",
     nexus="same",
-    also=("test_optimizer_inputs.py::test_lists_that_cannot_be_optimized",),
 )
 def test_lists_that_no_optimizer_takes() -> None:
     one = param(1)
@@ -276,7 +293,7 @@ def test_lists_that_no_optimizer_takes() -> None:
     torch="a warning, and two updates in each step, counted",
     nexus="`ValueError`",
     why="nobody means to train at twice the rate",
-    also=("test_optimizer_inputs.py::test_lists_that_cannot_be_optimized",),
+    also=("test_arguments.py::test_parameters_that_cannot_be_optimized",),
 )
 def test_the_same_parameter_twice() -> None:
     one = param(1)

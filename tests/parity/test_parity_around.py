@@ -21,7 +21,7 @@ pytestmark = of_this_torch
     torch="taken, if the subclass implements the operators of the update",
     nexus="`TypeError` by the constructor, save for DTensors",
     why="a kernel needs the memory, and only the subclass knows what is in it",
-    also=("test_optimizer_inputs.py::test_parameters_that_cannot_be_optimized",),
+    also=("test_arguments.py::test_parameters_that_cannot_be_optimized",),
 )
 def test_wrapped_parameters() -> None:
     def run(make: Make) -> Any:
@@ -51,7 +51,7 @@ def test_wrapped_parameters() -> None:
     "a model under `FakeTensorMode`, for an estimate of its memory",
     torch="makes the state, of fake tensors",
     nexus="same",
-    also=("test_drop_in_memory.py::test_memory_is_estimated_with_fake_tensors",),
+    also=("test_meta.py::test_memory_is_estimated_with_fake_tensors",),
 )
 def test_fake_tensors() -> None:
     def run(make: Make) -> list[tuple[torch.Size, torch.dtype]]:
@@ -72,7 +72,7 @@ def test_fake_tensors() -> None:
     torch="`aten::_fused_adamw_` and what counts the steps",
     nexus="nothing: no operator of torch runs",
     why="the kernels are called directly, which is where the time of small updates goes",
-    also=("test_optimizer_behaviour.py::test_a_step_allocates_nothing",),
+    also=("test_memory.py::test_a_step_allocates_nothing",),
 )
 def test_what_a_dispatch_mode_sees() -> None:
     class Seen(TorchDispatchMode):
@@ -101,7 +101,7 @@ def test_what_a_dispatch_mode_sees() -> None:
     "`clip_grad_norm_` before the step",
     torch="scales the gradients, which the step uses",
     nexus="same",
-    also=("test_drop_in_optimizer.py::test_gradients_clipped_by_torch",),
+    also=("test_gradients.py::test_gradients_of_every_origin",),
 )
 def test_clipping_before_the_step() -> None:
     def run(make: Make) -> tuple[torch.optim.Optimizer, float]:
@@ -144,7 +144,7 @@ def test_an_averaged_model() -> None:
     "parameters in shared memory (`model.share_memory()`), before or after the optimizer is made",
     torch="are updated where they are",
     nexus="same",
-    also=("test_drop_in_models.py::test_steps_of_another_process_on_shared_parameters_are_seen",),
+    also=("test_shared_memory.py::test_steps_of_another_process_are_seen_and_counted",),
 )
 def test_shared_memory() -> None:
     def run(make: Make) -> tuple[torch.optim.Optimizer, bool]:
@@ -168,7 +168,7 @@ def test_shared_memory() -> None:
     "`torch.set_default_device` and `set_default_dtype`",
     torch="moments are on the device of their parameter and of its dtype, whatever the defaults are",
     nexus="same",
-    also=("test_drop_in_models.py::test_state_is_made_for_the_parameters_whatever_the_defaults",),
+    also=("test_state.py::test_state_is_made_for_the_parameters_whatever_the_defaults",),
 )
 def test_defaults() -> None:
     def run(make: Make) -> tuple[torch.optim.Optimizer, tuple[str, torch.dtype]]:

@@ -80,37 +80,6 @@ def test_the_dtype_of_steps_that_are_saved() -> None:
 
 @pytest.mark.parity(
     "State dicts",
-    "a state dict of the other optimizer",
-    torch="`FusedAdamW`'s is loaded, and the run goes on as if it were its own",
-    nexus="torch's is loaded, and the run goes on as if it were its own",
-    why="a run can go from the one to the other and back",
-    also=(
-        "test_checkpoint.py::test_a_run_goes_from_torch_to_nexus_and_back",
-        "test_checkpoint.py::test_torchs_scheduled_run_goes_on_with_a_schedule",
-    ),
-)
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_each_loads_the_others_state_dict(amsgrad: bool) -> None:
-    # The same run three times: with torch alone, from torch to nexus and back, from nexus to torch and back.
-    ways = [[fused_torch] * 3, [fused_torch, FusedAdamW, fused_torch], [FusedAdamW, fused_torch, FusedAdamW]]
-    ends = []
-    for way in ways:
-        torch.manual_seed(7)
-        own = make_params([(5,), (2, 3)], torch.float64)
-        optimizer = way[0](own, lr=0.1, betas=(0.8, 0.9), amsgrad=amsgrad)
-        train(optimizer)
-        for make in way[1:]:
-            saved, optimizer = kept(optimizer), make(own)
-            optimizer.load_state_dict(saved)
-            train(optimizer)
-        ends.append(optimizer)
-    assert_same(ends[0], ends[1])
-    assert_same(ends[0], ends[2])
-    assert int(state_of(ends[2])["step"]) == 9
-
-
-@pytest.mark.parity(
-    "State dicts",
     "options, on loading: `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`",
     torch="come from the state dict; where an older one lacks the last two, they are `False`",
     nexus="same",
@@ -197,8 +166,8 @@ def test_a_tensor_rate_on_saving() -> None:
     nexus="replaced, by copies; written in place where a step in a graph points to them",
     why="a dict may be loaded twice",
     also=(
-        "test_checkpoint.py::test_counters_and_rates_are_loaded_in_place",
-        "test_checkpoint.py::test_a_loaded_dict_is_not_aliased",
+        "test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",
+        "test_torch_cases.py::test_a_state_dict_is_deterministic_and_is_not_changed_by_a_load",
     ),
 )
 def test_moments_on_loading() -> None:
@@ -332,9 +301,8 @@ def test_a_load_that_fails() -> None:
     "a state dict without state, on an optimizer that has some",
     torch="the state is gone; moments and counts begin anew",
     nexus="same",
-    also=("test_checkpoint.py::test_a_parameter_without_saved_state_begins_anew",),
 )
-def test_a_state_dict_without_state() -> None:
+def test_a_state_dict_without_state(backend: str) -> None:
     def run(make: Make) -> tuple[int, torch.optim.Optimizer]:
         optimizer = trained(make)
         optimizer.load_state_dict(kept(trained(make, steps=0)))
@@ -342,7 +310,7 @@ def test_a_state_dict_without_state() -> None:
         train(optimizer)
         return left, optimizer
 
-    (first, peer), (second, optimizer) = both(run)
+    (first, peer), (second, optimizer) = both(run, backend)
     assert (first, second) == (0, 0)
     assert_same(peer, optimizer)
     assert int(state_of(optimizer)["step"]) == 3

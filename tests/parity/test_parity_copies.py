@@ -25,7 +25,7 @@ def pickled(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     "entries of the user's own, in a group and in a parameter's state",
     torch="are saved and loaded",
     nexus="same",
-    also=("test_checkpoint_errors.py::test_what_else_a_state_dict_holds_is_kept",),
+    also=("test_checkpoint_foreign.py::test_what_a_wrapper_has_saved_comes_back",),
 )
 def test_entries_of_the_users_own() -> None:
     def loaded(make: Make) -> tuple[Any, Any]:

@@ -208,7 +208,7 @@ def test_complex_parameters() -> None:
     torch="taken by the constructor, and left alone without a gradient",
     nexus="`TypeError` by the constructor",
     why="an error belongs where the mistake is",
-    also=("test_optimizer_inputs.py::test_parameters_that_cannot_be_optimized",),
+    also=("test_arguments.py::test_parameters_that_cannot_be_optimized",),
 )
 def test_parameters_that_no_kernel_can_update() -> None:
     own: Any = torch.nn.LazyLinear(3).weight
@@ -225,8 +225,8 @@ def test_parameters_that_no_kernel_can_update() -> None:
     why="nobody means to train nothing. Where `to_empty()` keeps the parameters "
     "(`set_swap_module_params_on_conversion`), both train them",
     also=(
-        "test_drop_in_memory.py::test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory",
-        "test_drop_in_memory.py::test_what_stays_on_meta_is_left_alone_as_by_torch",
+        "test_meta.py::test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory",
+        "test_meta.py::test_what_stays_on_meta_is_left_alone_as_by_torch",
     ),
 )
 def test_memory_after_the_optimizer() -> None:
@@ -355,7 +355,7 @@ def test_gradients_that_are_not_finite() -> None:
     torch="no: a second backward pass through a graph that saved it gives wrong gradients without a word",
     nexus="yes: it is `RuntimeError: ... modified by an inplace operation`",
     why="torch's other implementations notice, too",
-    also=("test_optimizer_behaviour.py::test_an_update_is_seen_by_autograd",),
+    also=("test_hooks.py::test_an_update_is_seen_by_autograd",),
 )
 def test_autograd_notices_an_update() -> None:
     def backward_twice(make: Make) -> None:

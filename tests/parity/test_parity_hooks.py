@@ -18,7 +18,7 @@ pytestmark = of_this_torch
     "`step(closure)` under `no_grad`",
     torch="the closure is called once, with gradients, before the update; its loss is returned, else `None`",
     nexus="same",
-    also=("test_optimizer_behaviour.py::test_a_closure_is_evaluated_once_with_gradients",),
+    also=("test_hooks.py::test_a_closure_may_return_anything_and_run_under_any_mode",),
 )
 def test_closures() -> None:
     def run(make: Make) -> tuple[torch.optim.Optimizer, list[Any]]:
@@ -50,10 +50,7 @@ def test_closures() -> None:
     "step hooks, of the optimizer and of all optimizers",
     torch="run before and after the update: those of all optimizers, its own, the update, its own, those of all",
     nexus="same",
-    also=(
-        "test_optimizer_behaviour.py::test_step_hooks_of_the_optimizer_and_of_all",
-        "test_optimizer_behaviour.py::test_a_pre_hook_may_change_the_arguments",
-    ),
+    also=("test_hooks.py::test_a_pre_hook_may_change_the_arguments",),
 )
 def test_step_hooks() -> None:
     def run(make: Make) -> list[tuple[str, bool]]:
@@ -115,7 +112,7 @@ def test_zero_grad() -> None:
     torch="`Optimizer.step#AdamW.step`",
     nexus="`Optimizer.step#FusedAdamW.step`",
     why="it is the class's name",
-    also=("test_optimizer_behaviour.py::test_the_profiler_sees_a_range",),
+    also=("test_hooks.py::test_a_step_of_a_subclass_is_wrapped_as_torch_wraps_it",),
 )
 def test_the_range_in_the_profiler() -> None:
     def ranges(make: Make) -> list[tuple[str, int]]:

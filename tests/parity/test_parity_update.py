@@ -259,7 +259,7 @@ def test_amsgrad_is_switched_on() -> None:
     also=(
         "test_tensor_changes.py::test_swapped_storage_is_followed",
         "test_tensor_changes.py::test_state_that_is_cleared_begins_anew",
-        "test_optimizer_behaviour.py::test_groups_and_parameters_are_taken_away_while_training",
+        "test_parity_groups.py::test_groups_by_hand",
     ),
 )
 def test_changes_by_the_user_are_followed() -> None:

@@ -1,19 +1,21 @@
-"""Bad arguments: each is named, with what was given and what is allowed; nothing is half made."""
+"""Arguments: a bad one is named, with what was given and what is allowed; numbers of any library are numbers."""
 
 from __future__ import annotations
 
 import math
 import re
+from collections import UserList
+from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
 from typing import Any
 
-import numpy as np
+import numpy
 import pytest
 import torch
-from references import make_grads, make_params, same_bits, set_grads, snapshot
+from references import copies, make_grads, make_params, same_bits, set_grads, snapshot
+from side_by_side import params_of, train
 
-from nexus import backends
 from nexus.optim import FusedAdamW
 from nexus.schedules import Constant
 
@@ -34,6 +36,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("weight_decay", torch.tensor(1.0).half(), ValueError, rf"weight_decay {RATE_TENSOR} \(\) of torch.float16"),
     ("lr", Constant, TypeError, f"lr {RATE_TYPE}"),
     ("lr", 10**400, ValueError, f"lr {RATE}"),
+    ("lr", Decimal("0.1"), TypeError, f"lr {RATE_TYPE}"),  # is no numbers.Real
     ("betas", 0.9, TypeError, r"betas must be a pair of numbers in \[0, 1\), got 0.9 \(float\)"),
     ("betas", (0.9,), TypeError, "betas must be a pair"),
     ("betas", (0.9, 0.99, 0.999), TypeError, "betas must be a pair"),
@@ -113,42 +116,68 @@ def test_a_bad_option_of_a_group(name: str, value: Any, error: type[Exception], 
     assert params[1] in optimizer.state
 
 
-GOOD: list[dict[str, Any]] = [
-    {"lr": 0},
-    {"lr": np.float64(0.1), "weight_decay": np.float32(0.1), "eps": np.float64(1e-3)},
-    {"lr": Fraction(1, 10), "betas": (Fraction(9, 10), 0)},
-    {"lr": torch.tensor([0.1]), "weight_decay": torch.tensor(0.0, dtype=torch.float64)},
-    {"lr": 1e-320, "eps": 0, "betas": (0, 0)},
-    {"betas": [0.9, 0.99], "max_grad_norm": 3, "weight_decay": 100},
-    {"max_grad_norm": math.inf},
-]
+# Numbers.
 
 
-@pytest.mark.parametrize("options", GOOD, ids=repr)
-def test_numbers_of_many_kinds_are_taken(backend: str, options: dict[str, Any]) -> None:
-    params = make_params([(3,)])
-    where = params[0].device
-    options = {name: v.to(where) if isinstance(v, torch.Tensor) else v for name, v in options.items()}
-    optimizer = FusedAdamW(params, backend=backend, **options)
-    set_grads(params, make_grads(params))
-    optimizer.step()
-    assert params[0].isfinite().all()
+class ConfigList(list):  # type: ignore[type-arg]
+    """As configuration libraries have them."""
 
 
-def test_a_decimal_is_refused() -> None:  # it is no numbers.Real
-    with pytest.raises(TypeError, match="lr must be a number"):
-        FusedAdamW(make_params([(3,)]), lr=Decimal("0.1"))
+def of_kind(number: Callable[[float], Any]) -> dict[str, Any]:
+    """Every option as such a number. The values are exact in half precision."""
+    plain = {"lr": 0.25, "eps": 2.0**-20, "weight_decay": 0.125, "max_grad_norm": 0.5}
+    return {name: number(value) for name, value in plain.items()} | {"betas": (number(0.75), number(0.875))}
+
+
+NUMBERS: dict[str, dict[str, Any]] = {
+    "float64 of NumPy": of_kind(numpy.float64),
+    "float32 of NumPy": of_kind(numpy.float32),
+    "float16 of NumPy": of_kind(numpy.float16),
+    "0-dim arrays": of_kind(numpy.array),
+    "fractions": of_kind(Fraction),
+    "integers": {"lr": 0, "betas": (0, 0), "eps": 0, "weight_decay": 100, "max_grad_norm": 3},
+    "the smallest": {"lr": 1e-320, "eps": 0, "max_grad_norm": math.inf},
+    "tensors": {"lr": torch.tensor([0.1]), "weight_decay": torch.tensor(0.0, dtype=torch.float64)},
+    "betas: a list": {"betas": [0.9, 0.99]},
+    "betas: a subclass of list": {"betas": ConfigList([0.9, 0.99])},
+    "betas: a sequence": {"betas": UserList([0.9, 0.99])},
+    "betas: an array": {"betas": numpy.array([0.9, 0.99])},
+    "betas: a tensor": {"betas": torch.tensor([0.9, 0.99], dtype=torch.float64)},
+}
+
+
+@pytest.mark.parametrize("given", NUMBERS.values(), ids=NUMBERS)
+def test_numbers_of_any_library_are_numbers(backend: str, given: dict[str, Any]) -> None:
+    start = make_params([(3,)])
+    given = {name: v.to(start[0].device) if isinstance(v, torch.Tensor) else v for name, v in given.items()}
+    plain = {name: tuple(map(float, v)) if name == "betas" else float(v) for name, v in given.items()}
+    expected, at_once, later = (
+        FusedAdamW(copies(start), backend=backend, **options) for options in (plain, given, {})
+    )
+    later.param_groups[0].update(given)
+    for optimizer in (expected, at_once, later):
+        torch.manual_seed(2)
+        train(optimizer)
+        group = optimizer.param_groups[0]
+        assert {name: group[name] for name in plain} == plain
+        assert all(isinstance(group[name], int | float) for name in ("eps", "max_grad_norm") if name in given)
+        assert same_bits(snapshot(optimizer), snapshot(expected))
+
+
+def test_an_array_that_changes_later_changes_nothing() -> None:
+    rate = numpy.array(0.5)
+    optimizer = FusedAdamW(make_params([(2,)]), lr=rate)
+    rate[()] = 100.0
+    train(optimizer, 1)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    assert (params_of(optimizer)[0].abs() < 10).all()
 
 
 # Parameters.
 
 
-def of(data: Any) -> list[torch.nn.Parameter]:
-    return [
-        torch.nn.Parameter(
-            data,
-        )
-    ]
+def of(data: torch.Tensor) -> list[torch.nn.Parameter]:
+    return [torch.nn.Parameter(data)]
 
 
 ONE = of(torch.zeros(3))
@@ -174,43 +203,24 @@ PARAMETERS: dict[str, tuple[Any, Any, str]] = {
 }
 
 
-@pytest.mark.parametrize(("given", "error", "words"), PARAMETERS.values(), ids=list(PARAMETERS))
-def test_parameters_that_cannot_be_optimized(backend: str, given: Any, error: Any, words: str) -> None:
+@pytest.mark.parametrize(("given", "error", "words"), PARAMETERS.values(), ids=PARAMETERS)
+def test_parameters_that_cannot_be_optimized(given: Any, error: Any, words: str) -> None:
     with pytest.raises(error, match=words):
-        FusedAdamW([{"params": make_params([(3,)])}, {"params": given}], backend=backend)
-    optimizer = FusedAdamW(make_params([(3,)]), backend=backend)
+        FusedAdamW([{"params": make_params([(3,)])}, {"params": given}])
+    optimizer = FusedAdamW(make_params([(3,)]))
     with pytest.raises(error, match=words):
         optimizer.add_param_group({"params": given})
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize(
-    ("given", "error", "words"),
-    [
-        ([], ValueError, "empty parameter list"),
-        (torch.zeros(3, requires_grad=True), TypeError, "iterable of"),
-        (3, TypeError, "iterable"),
-        ([{"lr": 0.1}], ValueError, r"must have the key 'params', got \['lr'\]"),
-        ([{"params": ONE}, {"params": ONE}], ValueError, "more than one parameter group"),
-        (ONE * 2, ValueError, "twice in this group"),
-    ],
-    ids=["none", "a tensor", "a number", "a group without params", "in two groups", "twice"],
-)
-def test_lists_that_cannot_be_optimized(backend: str, given: Any, error: Any, words: str) -> None:
-    ONE[0].data = torch.zeros(3)  # where the backend runs
-    with pytest.raises(error, match=words):
-        FusedAdamW(given, backend=backend)
+def test_a_group_without_parameters_is_named() -> None:
+    with pytest.raises(ValueError, match=r"must have the key 'params', got \['lr'\]"):
+        FusedAdamW([{"lr": 0.1}])
 
 
-def test_a_name_is_used_in_errors(backend: str) -> None:
+def test_a_name_is_used_in_errors() -> None:
     module = torch.nn.Linear(2, 2)
-    optimizer = FusedAdamW(module.named_parameters(), backend=backend)
+    optimizer = FusedAdamW(module.named_parameters())
     module.bias.grad = torch.ones(2).to_sparse()
     with pytest.raises(RuntimeError, match="parameter bias of group 0 has a gradient of layout"):
         optimizer.step()
-
-
-def test_the_native_backend_is_for_the_cpu() -> None:
-    for backend in ("auto", "native"):
-        with pytest.raises(ValueError, match="xpu"):
-            backends.select(backend, [torch.device("xpu")])

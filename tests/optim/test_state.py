@@ -2,30 +2,22 @@
 
 from __future__ import annotations
 
-import gc
+import collections
+import copy
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
-from side_by_side import (
-    Make,
-    assert_same,
-    beside_plain,
-    both,
-    fused_torch,
-    of_this_torch,
-    param,
-    params_of,
-    state_of,
-    train,
-)
+from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, run_beside_torch, set_grads
+from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
 from torch import Tensor
 from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
+from nexus.schedules import WSD
 
-Edit = Callable[[Optimizer, Tensor, Tensor], Any]  # optimizer, a trained parameter, one without a gradient
+Edit = Callable[[Any, Tensor, Tensor], Any]  # optimizer, a trained parameter, one without a gradient
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
@@ -57,6 +49,7 @@ EDITS: dict[str, Edit] = {
     "popped": lambda o, p, q: o.state.pop(p),
     "all of it cleared": lambda o, p, q: o.state.clear(),
     "another dictionary": lambda o, p, q: setattr(o, "state", type(o.state)(dict, {p: dict(o.state[p])})),
+    "__setstate__": lambda o, p, q: o.__setstate__({"state": collections.defaultdict(dict)}),
     "a copy of an entry": lambda o, p, q: o.state.update({p: dict(o.state[p])}),
     "a key of the user's": lambda o, p, q: o.state[p].update(old=p.detach().clone()),
     "a string as a key": lambda o, p, q: o.state.update(epoch=3, wrapper={"step": "none"}),
@@ -71,51 +64,44 @@ EDITS: dict[str, Edit] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _no_collector() -> Iterator[None]:
-    """What is freed here is freed by reference counts."""
-    FusedAdamW([param(1)])  # the first optimizer of a process imports Dynamo, which keeps frames in cycles
-    gc.collect()
-    gc.disable()
-    yield
-    gc.enable()
-
-
-def edited(make: Make, edit: Edit, steps_between: int = 1) -> Optimizer:
-    """A run in which the state is edited twice, once while a reference to it is at hand."""
-    trained, other = param(3, 4), param(5)
-    optimizer = make([trained, other], lr=0.1)
-    for _ in range(2):
-        for step in range(3):
-            trained.grad = torch.full_like(trained, 0.5 + 0.1 * step)
-            optimizer.step()
-        edit(optimizer, trained, other)
-    for step in range(4):
-        trained.grad = torch.full_like(trained, 1.0 - 0.1 * step)
-        optimizer.step()
-    assert not optimizer.state.get(other) or "exp_avg" not in optimizer.state[other]
-    other.grad = torch.ones_like(other)
-    optimizer.step()
-    return optimizer
-
-
 @pytest.mark.parity(
     "Steps and state",
     "an entry of `optimizer.state` is looked at before there is one, emptied, deleted, replaced or added to; its "
     "tensors are written, replaced, given other memory (`.data`, `set_`, `swap_tensors`, a storage that is resized)",
     torch="the next step goes on with what is there, and fills an empty entry",
     nexus="same",
-    also=("test_users_state.py::test_edits_on_each_backend",),
 )
 @pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-@of_this_torch
-def test_edits(edit: Edit) -> None:
-    assert_same(*both(lambda make: edited(make, edit)))
+def test_edits(edit: Edit, backend: str) -> None:
+    def run(make: Make) -> Optimizer:
+        trained, other = param(3, 4), param(5)
+        optimizer = make([trained, other], lr=0.1)
+        for _ in range(2):
+            for step in range(3):
+                trained.grad = torch.full_like(trained, 0.5 + 0.1 * step)
+                optimizer.step()
+            edit(optimizer, trained, other)
+        for step in range(4):
+            trained.grad = torch.full_like(trained, 1.0 - 0.1 * step)
+            optimizer.step()
+        assert not optimizer.state.get(other) or "exp_avg" not in optimizer.state[other]
+        other.grad = torch.ones_like(other)
+        optimizer.step()
+        return optimizer
+
+    assert_same(*both(run, backend))
 
 
-@pytest.mark.parametrize("edit", EDITS.values(), ids=EDITS)
-def test_edits_on_each_backend(edit: Edit, backend: str) -> None:
-    assert_same(*beside_plain(lambda make: edited(make, edit), backend))
+# References that are kept.
+
+
+def one_step(backend: str, size: int = 6, value: float = 1.0) -> tuple[Tensor, FusedAdamW]:
+    """A parameter and its optimizer, after a step with a gradient of `value`."""
+    weight = param(size)
+    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
+    weight.grad = torch.full_like(weight, value)
+    optimizer.step()
+    return weight, optimizer
 
 
 HELD: dict[str, tuple[Callable[[FusedAdamW, Tensor], Any], Callable[[Any, Tensor], Tensor]]] = {
@@ -128,10 +114,7 @@ HELD: dict[str, tuple[Callable[[FusedAdamW, Tensor], Any], Callable[[Any, Tensor
 
 @pytest.mark.parametrize(("hold", "moment_of"), HELD.values(), ids=HELD)
 def test_a_reference_that_is_kept_may_be_used_at_any_time(hold: Any, moment_of: Any, backend: str) -> None:
-    weight = param(6)
-    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
+    weight, optimizer = one_step(backend)
     held = hold(optimizer, weight)
     for _ in range(3):
         optimizer.step()
@@ -142,10 +125,7 @@ def test_a_reference_that_is_kept_may_be_used_at_any_time(hold: Any, moment_of: 
 
 
 def test_what_is_taken_out_of_a_kept_state_later(backend: str) -> None:
-    weight = param(6)
-    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
+    weight, optimizer = one_step(backend, value=0.0)
     state = optimizer.state
     optimizer.step()
     entry = state[weight]
@@ -173,10 +153,7 @@ def test_a_change_before_a_refused_call_is_not_overlooked_after_it(backend: str)
 
 
 def test_memory_that_is_moved_through_another_tensor_over_it(backend: str) -> None:
-    weight = param(2000)
-    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
+    weight, optimizer = one_step(backend, size=2000)
     alias = optimizer.state[weight]["exp_avg"].detach()
     for _ in range(2):
         optimizer.step()
@@ -189,10 +166,7 @@ def test_memory_that_is_moved_through_another_tensor_over_it(backend: str) -> No
 
 @pytest.mark.parametrize("name", ["step", *MOMENTS])
 def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: str) -> None:
-    weight = param(6)
-    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
-    weight.grad = torch.ones_like(weight)
-    optimizer.step()
+    weight, optimizer = one_step(backend)
     storage, kept = optimizer.state[weight][name].untyped_storage(), optimizer.state[weight][name].clone()
     for _ in range(2):
         optimizer.step()
@@ -206,6 +180,9 @@ def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: s
     optimizer.step()
     expected = {"step": 2.0, "exp_avg": 0.1 + 0.9 * 0.1, "exp_avg_sq": 0.001 + 0.999 * 0.001}[name]
     assert optimizer.state[weight][name].flatten()[0].item() == pytest.approx(expected)
+
+
+# Entries that are not whole.
 
 
 @pytest.mark.parametrize("name", ["step", *MOMENTS])
@@ -226,6 +203,7 @@ def test_a_part_of_an_entry(name: str) -> None:
         del state_of(optimizer)[name]
         with torch.no_grad():
             weight.fill_(1.0)
+        torch.manual_seed(1)
         train(optimizer)
         assert state_of(optimizer).pop("mine") == 7
         return optimizer
@@ -234,26 +212,19 @@ def test_a_part_of_an_entry(name: str) -> None:
         run(fused_torch)
     anew = fused_torch([param(3)], lr=0.1)
     torch.manual_seed(1)
-    train(FusedAdamW([param(3)]))  # as many random numbers
     train(anew)
-    torch.manual_seed(1)
     assert_same(anew, run(FusedAdamW))
 
 
 def test_a_first_step_that_is_interrupted() -> None:
-    params = [param(3), param(4)]
-    optimizer = FusedAdamW(params, lr=0.1)
-    optimizer.state[params[0]]["step"] = torch.zeros((), dtype=torch.float64)  # as far as it came
-    optimizer.state[params[1]]
-    train(optimizer)
-    expected = torch.optim.AdamW([param(3), param(4)], lr=0.1)
-    torch.manual_seed(0)
-    fresh = FusedAdamW([param(3), param(4)], lr=0.1)
-    for each in (fresh, expected):
+    ours, expected = (make([param(3), param(4)], lr=0.1) for make in (FusedAdamW, torch.optim.AdamW))
+    first, second = params_of(ours)
+    ours.state[first]["step"] = torch.zeros((), dtype=torch.float64)  # as far as it came
+    ours.state[second]
+    for optimizer in (ours, expected):
         torch.manual_seed(0)
-        train(each)
-    assert_same(expected, fresh)
-    assert [int(optimizer.state[each]["step"]) for each in params] == [3, 3]
+        train(optimizer)
+    assert_same(expected, ours)
 
 
 def test_an_entry_that_is_no_dict_is_named() -> None:
@@ -261,3 +232,72 @@ def test_an_entry_that_is_no_dict_is_named() -> None:
     optimizer.state[params_of(optimizer)[0]] = [1]
     with pytest.raises(TypeError, match=r"parameter 0 of group 0: its state must be a dict, got \[1\] \(list\)"):
         train(optimizer)
+
+
+def test_state_of_a_parameter_that_is_in_no_group_is_named_when_saving(backend: str) -> None:
+    params = make_params([(5,), (3, 4)])
+    optimizer, _ = run_beside_torch(params, backend)
+    gone = optimizer.param_groups[0]["params"].pop()
+    optimizer.state[torch.zeros(3)]  # torch's state is a defaultdict: to look is to make an empty one
+    for _ in range(2):  # torch: a KeyError with the parameter's id
+        with pytest.raises(RuntimeError, match=r"of shape \(3, 4\) that is in no group .*`del optimizer.state\[p\]`"):
+            optimizer.state_dict()
+    optimizer.param_groups[0]["params"].append(gone)
+    assert sorted(optimizer.state_dict()["state"]) == [0, 1]
+    optimizer.param_groups[0]["params"].pop()
+    del optimizer.state[gone]
+    saved = optimizer.state_dict()
+    assert (list(saved["state"]), saved["param_groups"][0]["params"]) == ([0], [0])
+    FusedAdamW(copies(params[:1]), backend=backend).load_state_dict(saved)
+
+
+# Defaults of the process.
+
+
+@pytest.fixture
+def restored_defaults() -> Iterator[None]:
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.mark.usefixtures("restored_defaults")
+@pytest.mark.parametrize("default", ["cpu", "meta", torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01), WSD(2, 20, 5, 1e-2)], ids=["float", "tensor", "schedule"])
+def test_state_is_made_for_the_parameters_whatever_the_defaults(backend: str, lr: Any, default: Any) -> None:
+    params = make_params([(5,), (3, 2)])
+    options = {"amsgrad": True, "max_grad_norm": 1.0}
+    reference = Float64AdamW(params, lr=float(lr) if isinstance(lr, Tensor) else lr, **options)
+    rounds = [make_grads(params) for _ in range(8)]
+    for grads in rounds:
+        reference.step(grads)
+    (torch.set_default_device if isinstance(default, str) else torch.set_default_dtype)(default)
+    optimizer = FusedAdamW(params, lr=lr, backend=backend, **options)
+    for count, grads in enumerate(rounds):
+        set_grads(params, grads)
+        optimizer.step()
+        if count == 2:  # with counts of torch's type
+            saved = copy.deepcopy(optimizer.state_dict())
+            saved["state"][0]["step"] = saved["state"][0]["step"].float()
+            optimizer.load_state_dict(saved)
+        if count == 4:  # as some put them there
+            optimizer.state[params[1]]["step"] = optimizer.state[params[1]]["step"].float()
+        if count == 5:
+            optimizer.load_state_dict(optimizer.state_dict())
+        if count == 6:
+            optimizer.state[params[0]]["step"] = float(optimizer.state[params[0]]["step"])
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    assert_same_run(optimizer, reference)
+    assert {value.device for state in optimizer.state.values() for value in state.values()} == {params[0].device}
+    assert optimizer.grad_norm.dtype == torch.float64
+
+
+@pytest.mark.usefixtures("restored_defaults")
+def test_a_count_that_is_a_float_is_not_rounded_to_the_default_type(backend: str) -> None:
+    weight, optimizer = one_step(backend)
+    optimizer.state[weight]["step"] = 2.0**24 + 1
+    torch.set_default_dtype(torch.bfloat16)
+    assert float(optimizer.state_dict()["state"][0]["step"]) == 2**24 + 1
+    optimizer.step()
+    assert int(optimizer.state[weight]["step"]) == 2**24 + 2

@@ -1,4 +1,4 @@
-"""Memory of the state: what is dropped is freed at once, what is in use is held, what is saved costs its own size."""
+"""Memory: a step takes none, what is dropped is freed at once, what is saved costs its own size."""
 
 from __future__ import annotations
 
@@ -6,23 +6,25 @@ import copy
 import gc
 import io
 import pickle
-import threading
+import tracemalloc
 import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from references import make_grads, make_params, set_grads
 from side_by_side import Make, both, of_this_torch, param, params_of, train
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
-from nexus.schedules import Constant
+from nexus.schedules import WSD, Constant, Cosine
 from nexus.training import capture_train_step, step_in_backward
 from nexus.training.schedulers import WSDScheduler
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(autouse=True, scope="module")
 def _no_collector() -> Iterator[None]:
     """What is freed here is freed by reference counts."""
     FusedAdamW([param(1)])  # the first optimizer of a process imports Dynamo, which keeps frames in cycles
@@ -32,12 +34,56 @@ def _no_collector() -> Iterator[None]:
     gc.enable()
 
 
+class Count(TorchDispatchMode):
+    """Notes the operations of torch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.operations.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "float": {"lr": 1e-3},
+    "schedule": {"lr": WSD(3, 50, 50, 0.1), "max_grad_norm": 1.0, "skip_nonfinite": True, "amsgrad": True},
+    "tensor": {"lr": torch.tensor(0.1), "weight_decay": Cosine(0.1, 20)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_a_step_allocates_nothing(options: dict[str, Any]) -> None:
+    params = make_params([(40,), (3, 5), (), (0,)]) + make_params([(600,)], torch.bfloat16)
+    optimizer = FusedAdamW(params, backend="native", **options)
+    train(optimizer, 3)
+    set_grads(params, make_grads(params))
+    with Count() as count:
+        optimizer.step()  # with new gradients
+        optimizer.step()  # and with the same
+    assert count.operations == []  # not one operation of torch, thus not one tensor
+    tracemalloc.start()
+    try:
+        for _ in range(10):
+            optimizer.step()
+        before = tracemalloc.get_traced_memory()[0]
+        tracemalloc.reset_peak()
+        for _ in range(100):
+            optimizer.step()
+        now, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert now - before < 512
+    assert peak - before < 4096
+
+
 @pytest.mark.parity(
     "Steps and state",
     "`del optimizer.state[p]`; `del optimizer` after steps, without the garbage collector",
     torch="frees the moments at once; the parameters with the model",
     nexus="same",
-    also=("test_users_memory.py::test_what_is_dropped_is_freed_at_once",),
+    also=("test_memory.py::test_what_is_dropped_is_freed_at_once",),
 )
 @of_this_torch
 def test_what_is_deleted_is_freed() -> None:
@@ -69,26 +115,6 @@ def test_what_is_deleted_in_the_middle_of_a_step_is_held_to_its_end() -> None:
     assert storage() is not None
     runner._list.release_gradients()  # where it ends
     assert storage() is None
-
-
-def test_other_threads_may_read_the_state_in_the_middle_of_a_step() -> None:
-    weight, done = param(300_000, dtype=torch.float32), threading.Event()
-    optimizer, seen = FusedAdamW([weight], lr=0.1), []
-    weight.grad = torch.ones_like(weight)
-
-    def read() -> None:
-        while not done.is_set():
-            seen.append(len(optimizer.state_dict()["state"]))
-
-    thread = threading.Thread(target=read, daemon=True)
-    thread.start()
-    for _ in range(50):
-        optimizer.step()
-    done.set()
-    thread.join()
-    assert seen
-    assert int(optimizer.state[weight]["step"]) == 50
-    assert (weight == weight[0]).all()
 
 
 def test_memory_that_a_parameter_has_left_is_freed(backend: str) -> None:
@@ -140,6 +166,19 @@ def test_what_is_dropped_is_freed_at_once(use: Callable[[FusedAdamW], Any], back
     alive = [weakref.ref(optimizer), *map(weakref.ref, params_of(optimizer))]
     alive += [weakref.ref(each) for state in optimizer.state.values() for each in state.values()]
     del optimizer
+    assert [ref() for ref in alive] == [None] * len(alive)
+
+
+def test_an_optimizer_that_its_parameters_refer_to_is_collected(backend: str) -> None:
+    optimizer = FusedAdamW([param(5), param(6, 4)], lr=Cosine(0.1, 10), backend=backend)
+    train(optimizer)
+    first, second = params_of(optimizer)
+    first.owner = optimizer
+    second.register_hook(lambda grad, owner=optimizer: None)
+    held = [optimizer, first, second, *(each for state in optimizer.state.values() for each in state.values())]
+    alive = [weakref.ref(each) for each in held]
+    del optimizer, first, second, held
+    gc.collect()
     assert [ref() for ref in alive] == [None] * len(alive)
 
 

@@ -1,0 +1,172 @@
+"""Gradients of every origin, and those that are no plain memory."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from references import Float64AdamW, assert_same_run
+from side_by_side import Make, assert_same, beside_plain, fused_torch, of_this_torch, param, params_of
+from torch import Tensor, nn
+from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations
+from torch.optim import Optimizer
+from torch.utils.checkpoint import checkpoint
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD
+
+
+def backward(module: nn.Module, x: Tensor) -> None:
+    module(x).float().square().mean().backward()
+
+
+def accumulated(module: nn.Module, x: Tensor) -> None:
+    for part in x.split(2):
+        backward(module, part)
+
+
+def functional(module: nn.Module, x: Tensor) -> None:
+    def loss(weights: dict[str, Tensor]) -> Tensor:
+        return torch.func.functional_call(module, weights, x).square().sum()
+
+    grads = torch.func.grad(loss)({name: each.detach() for name, each in module.named_parameters()})
+    for name, each in module.named_parameters():
+        each.grad = grads[name]
+
+
+def recomputed(module: nn.Module, x: Tensor, *, use_reentrant: bool) -> None:
+    checkpoint(module, x.requires_grad_(), use_reentrant=use_reentrant).square().sum().backward()
+
+
+def clipped(clip: Callable[[list[nn.Parameter]], Any]) -> Callable[[nn.Module, Tensor], None]:
+    def backward_and_clip(module: nn.Module, x: Tensor) -> None:
+        backward(module, x)
+        clip(list(module.parameters()))
+
+    return backward_and_clip
+
+
+def clip_in_two_calls(params: list[nn.Parameter]) -> None:
+    grads = [each.grad for each in params if each.grad is not None]
+    torch.nn.utils.clip_grads_with_norm_(params, 0.7, torch.nn.utils.get_total_norm(grads))
+
+
+def parametrized(module: nn.Module, wrap: Callable[..., Any]) -> nn.Module:
+    wrap(module[0])
+    return module
+
+
+def lazy(module: nn.Module) -> nn.Module:
+    made = nn.Sequential(nn.LazyLinear(3), nn.LazyBatchNorm1d())
+    made(torch.randn(6, 4))
+    return made
+
+
+def autocast(dtype: torch.dtype) -> Any:
+    return torch.autocast(torch.empty(()).device.type, dtype)
+
+
+class Origin(NamedTuple):
+    backward: Callable[[nn.Module, Tensor], None] = backward
+    wrap: Callable[[nn.Module], nn.Module] = lambda module: module
+    around: Callable[[], Any] = contextlib.nullcontext  # the backward pass and the step
+
+
+ORIGINS = {
+    "weight_norm": Origin(wrap=lambda module: parametrized(module, parametrizations.weight_norm)),
+    "spectral_norm": Origin(wrap=lambda module: parametrized(module, parametrizations.spectral_norm)),
+    "orthogonal": Origin(wrap=lambda module: parametrized(module, parametrizations.orthogonal)),
+    "lazy": Origin(wrap=lazy),
+    "accumulated": Origin(accumulated),
+    "functional": Origin(functional),
+    "checkpointed": Origin(functools.partial(recomputed, use_reentrant=False)),
+    "checkpointed, reentrant": Origin(functools.partial(recomputed, use_reentrant=True)),
+    "autocast to bfloat16": Origin(around=lambda: autocast(torch.bfloat16)),
+    "autocast to float16": Origin(around=lambda: autocast(torch.float16)),
+    "clipped": Origin(clipped(lambda params: clip_grad_norm_(params, 0.7))),
+    "clipped in a loop": Origin(clipped(lambda params: clip_grad_norm_(params, 0.7, foreach=False))),
+    "clipped to the largest": Origin(clipped(lambda params: clip_grad_norm_(params, 0.1, norm_type=torch.inf))),
+    "clipped values": Origin(clipped(lambda params: clip_grad_value_(params, 0.3))),
+    "clipped in two calls": Origin(clipped(clip_in_two_calls)),
+}
+
+
+@pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
+def test_gradients_of_every_origin(backend: str, origin: Origin) -> None:
+    module = origin.wrap(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)))
+    params, options = list(module.parameters()), {"lr": WSD(2, 20, 5, 1e-2), "max_grad_norm": 0.5}
+    optimizer, reference = FusedAdamW(params, backend=backend, **options), Float64AdamW(params, **options)
+    for _ in range(5):
+        optimizer.zero_grad()
+        with origin.around():
+            origin.backward(module, torch.randn(6, 4))
+            reference.step([each.grad for each in params])
+            optimizer.step()
+        torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm)
+    assert_same_run(optimizer, reference)
+
+
+KINDS: dict[str, Callable[[], Tensor]] = {
+    "zeros without memory": lambda: torch._efficientzerotensor(1, dtype=torch.float64),
+    "an imaginary part of a conjugate": lambda: torch.tensor([1 + 2j], dtype=torch.complex128).conj().imag,
+    "negated": lambda: torch._neg_view(torch.full((1,), 3.0, dtype=torch.float64)),
+    "expanded": lambda: torch.full((), 3.0, dtype=torch.float64).expand(1),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parity(
+    "Parameters and gradients",
+    "gradients that are no plain memory: zeros that autograd makes of nothing, views of another sign, expanded ones",
+    torch="`RuntimeError`; expanded ones are read as what lies behind them, silently. Right without `fused=True`",
+    nexus="read by what they say",
+    why="they are copied",
+)
+@of_this_torch
+def test_gradients_that_are_no_plain_memory(kind: str, backend: str) -> None:
+    def run(make: Make) -> Optimizer:
+        """Such gradients come between plain ones, so that they are not met by a new plan."""
+        own = [param(1), param(4)]
+        optimizer = make(own, lr=0.1)
+        for step in range(6):
+            for each in own:
+                each.grad = torch.full_like(each, 0.5 + 0.1 * step)
+            if step % 2:
+                own[0].grad = KINDS[kind]()
+                own[1].grad = KINDS[kind]().expand(4) if kind == "expanded" else own[1].grad
+            optimizer.step()
+        return optimizer
+
+    plain, ours = beside_plain(run, backend)
+    assert_same(plain, ours)
+    with torch.device("cpu"):
+        if kind == "expanded":
+            assert params_of(run(fused_torch))[1].tolist() != params_of(plain)[1].tolist()
+        else:
+            with pytest.raises(RuntimeError):
+                run(fused_torch)
+
+
+def test_a_parameter_class_with_a_gradient_of_its_own(backend: str) -> None:
+    class Tied(nn.Parameter):
+        @property  # type: ignore[misc]
+        def grad(self) -> Tensor | None:
+            return self.__dict__.get("_own_grad")
+
+        @grad.setter
+        def grad(self, value: Tensor | None) -> None:
+            self.__dict__["_own_grad"] = value
+
+    def run(make: Make) -> Tensor:
+        weight = Tied(torch.ones(3, dtype=torch.float64))
+        optimizer = make([weight], lr=0.1)
+        for step in range(3):
+            weight.grad = torch.full((3,), 1.0 + step, dtype=torch.float64)
+            optimizer.step()
+        return weight.detach().as_subclass(Tensor)
+
+    torch.testing.assert_close(*beside_plain(run, backend), rtol=1e-13, atol=0)

@@ -1,0 +1,130 @@
+"""What groups are made of: iterators, the groups of another optimizer, settings that do not belong there."""
+
+from __future__ import annotations
+
+import os
+import sys
+from types import FrameType
+from typing import Any
+
+import pytest
+import torch
+from references import make_params
+from side_by_side import Make, assert_same, both, param, params_of, train
+from torch.optim import Optimizer
+
+import nexus
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD, Constant
+from nexus.training.schedulers import WSDScheduler
+
+
+def test_params_given_as_an_iterator_may_be_used_by_who_gave_them() -> None:
+    def run(make: Make) -> int:
+        group: dict[str, Any] = {"params": (each for each in [param(2), param(3)])}
+        make([group], lr=0.1)
+        return len(list(group["params"]))
+
+    assert both(run) == (2, 2)
+    optimizer = FusedAdamW([param(2), param(3)])
+    optimizer.param_groups[0]["params"] = iter(params_of(optimizer))
+    optimizer.step()
+    assert len(optimizer.param_groups[0]["params"]) == 2
+
+
+def test_a_group_of_one_optimizer_is_that_group_in_another() -> None:
+    """As horovod's and ignite's wrappers make theirs, under a scheduler that was made before."""
+
+    def run(make: Make) -> Optimizer:
+        first = make([param(3)], lr=0.1)
+        scheduler = torch.optim.lr_scheduler.StepLR(first, 1, gamma=0.5)
+        second = make(first.param_groups)
+        first.step()
+        for _ in range(3):
+            train(second, 1)
+            scheduler.step()
+        return second
+
+    first, second = both(run)
+    assert_same(first, second)
+    assert second.param_groups[0]["lr"] == first.param_groups[0]["lr"] == pytest.approx(0.0125)
+
+
+def test_no_lr_scale_is_ignored(backend: str) -> None:
+    groups = [{"params": make_params([(2,)]), "lr_scale": 0.5}, {"params": make_params([(2,)])}]
+    optimizer = FusedAdamW(groups, lr=0.1, backend=backend)
+    with pytest.raises(ValueError, match=r"lr_scale=0\.5, which multiplies schedules, and the rate is 0\.1"):
+        train(optimizer, 1)
+    assert not optimizer.state
+    WSDScheduler(optimizer, 2, 5, 5, 1e-2)
+    train(optimizer, 1)  # which multiplies, too
+    optimizer = FusedAdamW([{**group, "params": make_params([(2,)])} for group in groups], lr=Constant(0.1))
+    train(optimizer, 1)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.05, 0.1]
+    optimizer.param_groups[0].update(lr=0.1, lr_schedule=None)
+    with pytest.raises(ValueError, match="which multiplies schedules"):
+        train(optimizer, 1)
+    del optimizer.param_groups[0]["lr_scale"]
+    train(optimizer, 1)
+
+
+def test_reduce_lr_on_plateau_over_a_schedule_is_refused_at_its_first_write() -> None:
+    schedule = WSD(2, 5, 5, 0.1)
+    optimizer = FusedAdamW([param(3)], lr=schedule)
+    plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
+    for _ in range(3):
+        train(optimizer, 1)
+        plateau.step(1.0)
+    with pytest.raises(RuntimeError, match=r"written in place \(as by ReduceLROnPlateau.*give FusedAdamW a float"):
+        train(optimizer, 1)
+    optimizer.param_groups[0]["lr_schedule"] = None
+    reduced = float(optimizer.param_groups[0]["lr"])
+    train(optimizer, 1)
+    assert float(optimizer.param_groups[0]["lr"]) == reduced == pytest.approx(0.1 * schedule(2), rel=1e-6)
+
+
+@pytest.mark.parametrize("name", ["skip_nonfinite", "backend", "norm_group"])
+def test_an_option_of_the_optimizer_is_refused_in_a_group(name: str) -> None:
+    words = f"{name} is no option of a group, got True .*Give it to FusedAdamW itself"
+    with pytest.raises(TypeError, match=words):
+        FusedAdamW([{"params": [param(2)], name: True}])
+    optimizer = FusedAdamW([param(2)])
+    train(optimizer, 2)
+    saved = optimizer.state_dict()
+    optimizer.param_groups[0][name] = True
+    with pytest.raises(TypeError, match=words):
+        train(optimizer, 1)
+    del optimizer.param_groups[0][name]
+    saved["param_groups"][0][name] = True
+    with pytest.raises(ValueError, match=f"param_groups.0. of the loaded state dict: {words}"):
+        optimizer.load_state_dict(saved)
+    train(optimizer, 1)
+
+
+def test_many_groups_cost_no_more_each() -> None:
+    """Counted, not timed: the lines of nexus that are run, from the constructor to a state dict."""
+
+    library = os.path.dirname(nexus.__file__)
+
+    def lines_each(count: int) -> float:
+        lines = 0
+
+        def trace(frame: FrameType, event: str, arg: Any) -> Any:
+            nonlocal lines
+            lines += event == "line"
+            return trace if frame.f_code.co_filename.startswith(library) else None
+
+        groups, before = [{"params": [param(1)]} for _ in range(count)], sys.gettrace()
+        sys.settrace(trace)
+        try:
+            optimizer = FusedAdamW(groups, lr=Constant(0.1))
+            train(optimizer, 1)
+            for group in optimizer.param_groups:
+                group["weight_decay"] = 0.3
+            train(optimizer, 1)
+            optimizer.state_dict()
+        finally:
+            sys.settrace(before)
+        return lines / count
+
+    assert lines_each(80) <= lines_each(20)

@@ -1,0 +1,150 @@
+"""Closures, hooks, subclasses, autograd: what runs around an update and within one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import (
+    Float64AdamW,
+    assert_same_parameter,
+    assert_same_run,
+    make_grads,
+    make_params,
+    run_beside_torch,
+    set_grads,
+    step_both,
+)
+from side_by_side import train
+from torch import Tensor
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import Cosine
+
+SHAPES = [(5,), (3, 4)]
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("returned", [None, 2.5, "loss"])
+def test_a_closure_may_return_anything_and_run_under_any_mode(
+    backend: str, returned: Any, mode: Callable[[], Any]
+) -> None:
+    params = make_params(SHAPES)
+    optimizer = FusedAdamW(params, lr=Cosine(0.1, 9), backend=backend)
+    reference = Float64AdamW(params, lr=Cosine(0.1, 9))
+    for _ in range(3):
+        grads = make_grads(params)
+
+        @mode()
+        def closure(grads: list[Tensor] = grads) -> Any:
+            optimizer.zero_grad()
+            set_grads(params, [grad.clone() for grad in grads])
+            return returned
+
+        assert optimizer.step(closure) == returned
+        reference.step(grads)
+    assert optimizer.step(closure=closure) == returned
+    reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("where", ["pre-hook", "closure", "post-hook"])
+def test_what_a_hook_or_a_closure_changes_is_in_force_at_once(backend: str, where: str) -> None:
+    params = make_params(SHAPES)
+    optimizer, reference = run_beside_torch(params, backend)
+    changes: list[dict[str, Any]] = [
+        {"lr": 0.1},
+        {"betas": (0.5, 0.7)},
+        {"weight_decay": 0.4},
+        {"eps": 0.1},
+        {"lr": 0.2},
+    ]
+    for change in changes:
+        grads = make_grads(params)
+
+        def apply(*_: Any, change: dict[str, Any] = change, grads: list[Tensor] = grads) -> None:
+            optimizer.param_groups[0].update(change)
+            if where != "post-hook":
+                set_grads(params, [grad * 2 for grad in grads])
+
+        set_grads(params, grads)
+        if where == "post-hook":
+            reference.step(grads)
+        reference.optimizer.param_groups[0].update(change)
+        if where != "post-hook":
+            reference.step([grad * 2 for grad in grads])
+        if where == "closure":
+            optimizer.step(apply)
+            continue
+        register = optimizer.register_step_pre_hook if where == "pre-hook" else optimizer.register_step_post_hook
+        handle = register(apply)
+        optimizer.step()
+        handle.remove()
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
+
+
+def test_a_pre_hook_may_change_the_arguments() -> None:
+    optimizer = FusedAdamW(make_params([(3,)]))
+    optimizer.register_step_pre_hook(lambda each, args, kwargs: ((each, lambda: 7.0), {}))
+    assert optimizer.step() == 7.0
+
+
+class Counted(FusedAdamW):
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+class Profiled(FusedAdamW):
+    @torch.optim.Optimizer.profile_hook_step
+    def step(self, closure: Any = None) -> Any:
+        return super().step(closure)
+
+
+@pytest.mark.parametrize("kind", [Counted, Profiled])
+def test_a_step_of_a_subclass_is_wrapped_as_torch_wraps_it(kind: type[FusedAdamW]) -> None:
+    optimizer = kind(make_params([(3,)]))
+    seen: list[Any] = []
+    optimizer.register_step_post_hook(lambda each, *_: seen.append(each))
+    with torch.profiler.profile() as profile:
+        train(optimizer, 3)
+    assert len(seen) >= 3
+    ranges = {event.key: event.count for event in profile.key_averages()}
+    assert ranges[f"Optimizer.step#{kind.__name__}.step"] >= 3
+
+
+def test_a_step_within_backward(backend: str) -> None:
+    params = make_params([(3,), (4,)])
+    reference = Float64AdamW(params)
+    optimizers = {param: FusedAdamW([param], backend=backend) for param in params}
+
+    def step(param: Tensor) -> None:
+        optimizers[param].step()
+        optimizers[param].zero_grad()
+
+    for param in params:
+        param.register_post_accumulate_grad_hook(step)
+    for _ in range(3):
+        before = [param.detach().clone() for param in params]
+        (params[0].square().sum() + params[1].pow(3).sum()).backward()
+        reference.step([2 * before[0], 3 * before[1].square()])
+    for index, param in enumerate(params):
+        assert param.grad is None
+        assert_same_parameter(optimizers[param], param, reference, index)
+
+
+def test_an_update_is_seen_by_autograd(backend: str) -> None:
+    for param in (make_params([(3, 4)])[0], torch.nn.Parameter(torch.ones(3, 8)[:, ::2])):
+        idle = torch.nn.Parameter(torch.ones(2))
+        optimizer = FusedAdamW([param, idle], backend=backend)
+        loss = param.square().sum() + idle.square().sum()
+        loss.backward(retain_graph=True)
+        idle.grad = None
+        version = idle._version
+        optimizer.step()
+        # What the graph saved is no more: to go on with it would give wrong gradients without a word.
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        assert idle._version == version  # of which nothing was changed

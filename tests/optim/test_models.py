@@ -1,0 +1,122 @@
+"""What is done to a model around its optimizer: converted, replaced, and steps under grad modes."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import (
+    Float64AdamW,
+    assert_same_run,
+    make_grads,
+    make_params,
+    run_beside_torch,
+    set_grads,
+    step_both,
+)
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD
+
+SCHEDULE = WSD(2, 20, 5, 1e-2)
+
+
+def test_replaced_parameters_are_left_alone_as_by_torch(backend: str) -> None:
+    module = torch.nn.Linear(3, 2)
+    params = list(module.parameters())
+    optimizer, reference = run_beside_torch(params, backend)
+    module.weight = torch.nn.Parameter(torch.ones(2, 3))
+    for _ in range(2):
+        optimizer.zero_grad()
+        module(torch.randn(4, 3)).square().sum().backward()
+        reference.step([param.grad for param in params])
+        optimizer.step()
+    assert (module.weight == 1).all()
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
+def test_a_model_is_converted_between_two_steps(backend: str, swaps: bool, dtype: torch.dtype) -> None:
+    module = torch.nn.Linear(3, 2)
+    params = list(module.parameters())
+    optimizer, reference = run_beside_torch(params, backend)
+    module.to(dtype)
+    assert [new is old for new, old in zip(module.parameters(), params, strict=True)] == [True] * 2
+    optimizer.zero_grad()
+    # The update goes on from float32 moments and parameters, whatever it is made in from now on.
+    expected = copy.deepcopy(reference)
+    for index, param in enumerate(params):
+        expected.dtypes[index] = dtype
+        with torch.no_grad():
+            expected.params[index].copy_(param)
+            for name in ("exp_avg", "exp_avg_sq"):
+                expected.state(index)[name].copy_(optimizer.state[param][name])
+    step_both(optimizer, expected)
+    assert_same_run(optimizer, expected)
+
+
+def test_parameters_that_become_parts_of_one_vector(backend: str) -> None:
+    module = torch.nn.Linear(3, 2)
+    optimizer, reference = run_beside_torch(list(module.parameters()), backend)
+    vector = parameters_to_vector(module.parameters()).detach().clone() * 2
+    vector_to_parameters(vector, module.parameters())
+    with torch.no_grad():
+        for param in reference.params:
+            param.mul_(2)
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
+    assert torch.equal(vector, parameters_to_vector(module.parameters()))  # written in place
+
+
+# Grad modes.
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("lr", [0.01, SCHEDULE], ids=["float", "schedule"])
+@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
+def test_steps_under_a_grad_mode_and_without(backend: str, mode: Callable[[], Any], lr: Any, layout: str) -> None:
+    params = make_params([(6, 4), (5,)])
+    if layout == "sliced":  # is updated through a copy
+        params[0] = torch.nn.Parameter(torch.randn(6, 8)[:, ::2])
+    optimizer = FusedAdamW(params, lr=lr, amsgrad=True, max_grad_norm=1.0, backend=backend)
+    reference = Float64AdamW(params, lr=lr, amsgrad=True, max_grad_norm=1.0)
+    step_in_mode = mode()(optimizer.step)
+    for count in range(6):
+        grads = make_grads(params)
+        set_grads(params, grads)
+        reference.step(grads)
+        (step_in_mode if count % 2 == 0 else optimizer.step)()
+        if count == 3:
+            with mode():
+                saved = optimizer.state_dict()
+                optimizer.state.clear()
+                optimizer.load_state_dict(saved)
+        if count == 4:
+            optimizer.load_state_dict(saved := optimizer.state_dict())
+    assert_same_run(optimizer, reference)
+    params[1].square().sum().backward()  # parameters are still autograd's
+
+
+def test_parameters_that_were_made_in_inference_mode(backend: str) -> None:
+    with torch.inference_mode():  # torch's AdamW cannot update them outside of it
+        params = make_params([(5,), (3, 2)])
+    optimizer, reference = run_beside_torch(params, backend)
+    with torch.inference_mode():
+        step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
+
+
+def test_a_schedule_that_was_put_there_in_inference_mode(backend: str) -> None:
+    optimizer, _ = run_beside_torch(make_params([(5,), (3, 4)]), backend, lr=SCHEDULE)
+    saved = copy.deepcopy(optimizer.state_dict())
+    with torch.inference_mode():
+        optimizer.param_groups[0]["lr"] = WSD(2, None, 5, 1e-2)
+        optimizer.step()
+    optimizer.begin_decay()
+    with pytest.warns(UserWarning, match="stable_steps"):
+        optimizer.load_state_dict(saved)
+    torch.testing.assert_close(optimizer.state_dict()["state"], saved["state"], rtol=0, atol=0)

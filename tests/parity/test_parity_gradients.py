@@ -122,7 +122,7 @@ def test_a_parameter_that_is_not_dense(layout: str) -> None:
     torch="no error: for a parameter that has grown, memory past the gradient is read",
     nexus="`RuntimeError` that names the parameter",
     why="there is no right update",
-    also=("test_tensor_list.py::test_a_gradient_of_another_device_is_refused",),
+    also=("test_tensor_list.py::test_a_gradient_that_cannot_be_read_is_refused",),
 )
 def test_a_gradient_of_another_shape() -> None:
     def step(make: Make) -> torch.Tensor:
@@ -169,7 +169,7 @@ def test_a_gradient_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype
     "a sparse gradient",
     torch="`RuntimeError` that names `SparseAdam`",
     nexus="same",
-    also=("test_tensor_list.py::test_sparse_gradients_are_refused",),
+    also=("test_tensor_list.py::test_a_gradient_that_cannot_be_read_is_refused",),
 )
 def test_a_sparse_gradient() -> None:
     def step(make: Make) -> None:
@@ -279,7 +279,7 @@ def test_parameters_that_share_memory() -> None:
     torch="is left alone, has no state before its first gradient, and its count stands still",
     nexus="same",
     also=(
-        "test_tensor_changes.py::test_gradients_that_come_and_go",
+        "test_counters.py::test_each_parameter_counts_its_own_updates",
         "test_faults.py::test_a_parameter_frozen_and_unfrozen_in_mid_run",
     ),
 )
@@ -330,7 +330,7 @@ def test_0_dim_and_empty_parameters(shapes: list[tuple[int, ...]]) -> None:
     nexus="same, unless `skip_nonfinite=True`",
     why="the option lets such a step change nothing",
     also=(
-        "test_adamw.py::test_nan_and_infinity_reach_the_parameters_as_in_torch",
+        "test_adamw.py::test_values_at_the_edge_go_where_torchs_go",
         "test_counters.py::test_a_step_that_is_not_finite_changes_nothing",
     ),
 )

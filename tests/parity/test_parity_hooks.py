@@ -87,7 +87,6 @@ def test_step_hooks() -> None:
     "`zero_grad()` and `zero_grad(set_to_none=False)`",
     torch="gradients are gone; gradients are zeros, in place",
     nexus="same",
-    also=("test_tensor_changes.py::test_zero_grad_both_ways",),
 )
 def test_zero_grad() -> None:
     def run(make: Make) -> torch.optim.Optimizer:

@@ -169,7 +169,7 @@ def test_a_rate_of_zero() -> None:
     "when state is made, its names and shapes",
     torch="in the first step with a gradient: `step`, `exp_avg`, `exp_avg_sq`, with `amsgrad` `max_exp_avg_sq`",
     nexus="same",
-    also=("test_torch_cases.py::test_no_state_is_empty",),
+    also=("test_torch_cases.py::test_no_state_before_a_gradient_and_none_is_empty_after",),
 )
 @pytest.mark.parametrize("amsgrad", [False, True])
 def test_state_is_made_in_the_first_step(amsgrad: bool) -> None:

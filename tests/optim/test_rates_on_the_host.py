@@ -1,4 +1,4 @@
-"""A rate on the CPU for parameters that are elsewhere: "elsewhere" is the meta device here, the CPU again, or a GPU."""
+"""A rate on the CPU for parameters elsewhere: on the meta device, on the CPU again, or on a GPU."""
 
 from __future__ import annotations
 

@@ -11,10 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from references import PARAMS as TOLERANCE
 from references import (
     Float64AdamW,
-    assert_close,
     assert_same_run,
     copies,
     make_params,
@@ -22,9 +20,8 @@ from references import (
     snapshot,
     step_both,
 )
-from side_by_side import state_of, train
+from side_by_side import train
 from torch import Tensor
-from torch.optim.lr_scheduler import ConstantLR, ExponentialLR, LinearLR, LRScheduler, PolynomialLR, StepLR
 
 from nexus.optim import FusedAdamW
 
@@ -132,72 +129,6 @@ def test_every_error_input_is_an_error() -> None:
     assert seen - OF_CUDA == ALLOWED | set(WORDS)
 
 
-# What test_optim.py does.
-
-
-SCHEDULERS: list[list[Callable[[Any], LRScheduler]]] = [
-    [lambda o: StepLR(o, gamma=0.9, step_size=10), lambda o: LinearLR(o, start_factor=0.4, total_iters=4)],
-    [lambda o: ExponentialLR(o, gamma=0.9), lambda o: ConstantLR(o, factor=0.4, total_iters=4)],
-    [lambda o: PolynomialLR(o, power=0.9, total_iters=4), lambda o: ExponentialLR(o, gamma=0.9)],
-]
-
-
-@pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize("makers", SCHEDULERS, ids=range(len(SCHEDULERS)))
-def test_it_goes_the_right_direction_with_schedulers(
-    makers: list[Callable[[Any], LRScheduler]], as_tensor: bool
-) -> None:
-    for maximize in (False, True):
-        weight, bias = make_params([(10, 5), (10,)])
-        data = torch.randn(5)
-        lr: Any = torch.tensor(0.01) if as_tensor else 0.01
-        optimizer = FusedAdamW([weight, bias], lr=lr, maximize=maximize)
-        schedulers = [make(optimizer) for make in makers]
-        losses = []
-        for _ in range(20):
-            optimizer.zero_grad()
-            loss = (weight.mv(data) + bias).pow(2).sum()
-            loss.backward()
-            losses.append(loss.item())
-            optimizer.step()
-            for scheduler in schedulers:
-                scheduler.step()
-        assert (losses[-1] > losses[0]) == maximize
-        assert not as_tensor or optimizer.param_groups[0]["lr"] is lr
-
-
-def test_complex_parameters_are_refused_and_their_real_view_is_taken(backend: str) -> None:
-    # torch steps view_as_real of them; here that view is for the caller to make, as the error says.
-    whole = torch.randn(5, 5, dtype=torch.complex64)
-    with pytest.raises(TypeError, match=r"optimize torch.view_as_real\(p\)"):
-        FusedAdamW([torch.nn.Parameter(whole.clone())], backend=backend)
-    expected = torch.nn.Parameter(whole.clone())
-    peer = torch.optim.AdamW([expected], lr=1e-2, foreach=False)
-    own = torch.view_as_real(whole.clone()).requires_grad_()
-    optimizer = FusedAdamW([own], lr=1e-2, backend=backend)
-    for _ in range(3):
-        grad = torch.randn_like(whole)
-        expected.grad, own.grad = grad, torch.view_as_real(grad)
-        peer.step()
-        optimizer.step()
-    assert_close(own, torch.view_as_real(expected), TOLERANCE[torch.float32])
-
-
-def test_no_state_before_a_gradient_and_none_is_empty_after(backend: str) -> None:
-    for _, options in cases():
-        params = make_params([(3, 2), (4,)])
-        before = copies(params)
-        optimizer = FusedAdamW(params, backend=backend, **options)
-        optimizer.step()
-        assert same_bits(before, params)
-        assert not optimizer.state
-        train(optimizer, 1)
-        names = {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if options.get("amsgrad") else set())
-        for state in optimizer.state.values():
-            assert set(state) == names
-            assert all(value.numel() for value in state.values())
-
-
 # State dicts.
 
 
@@ -297,19 +228,3 @@ def test_names_come_from_the_state_dict_if_it_has_them(named_before: bool, named
     train(after, 1)
     assert after.param_groups[0].get("param_names") == peer.param_groups[0].get("param_names")
     assert after.param_groups[0]["lr"] == 0.5
-
-
-# Overflow, as GradScaler hands it over.
-
-
-def test_it_does_not_step_if_found_inf(backend: str) -> None:
-    for _, options in cases():
-        _, optimizer = trained(backend, **options)
-        before = snapshot(optimizer)
-        optimizer.grad_scale, optimizer.found_inf = torch.full((1,), 2.0), torch.ones(1)
-        for _ in range(2):
-            optimizer.step()
-        assert same_bits(before, snapshot(optimizer))
-        optimizer.found_inf = torch.zeros(1)
-        optimizer.step()
-        assert int(state_of(optimizer)["step"]) == 4

@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from cases import BLOCK, DTYPES, FEW_SHAPES, OPTIONS, SHAPES
 from references import (
-    PARAMS,
     Float64AdamW,
-    assert_close,
     assert_same_run,
     copies,
     make_grads,
     make_params,
+    run_beside_torch,
     set_grads,
+    step_both,
 )
 from torch import Tensor
 
@@ -26,7 +27,9 @@ DIFFERENT_GRADS = 11  # which then come again
 dtypes = pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES, ids=lambda dtype: str(dtype).removeprefix("torch."))
 
 
-def run(params: list[Tensor], grad_dtype: torch.dtype, options: dict[str, Any], backends: tuple[str, ...]) -> None:
+def run(
+    params: Sequence[Tensor], grad_dtype: torch.dtype | None, options: dict[str, Any], backends: tuple[str, ...]
+) -> None:
     """All backends and the reference side by side."""
     options = {"lr": 1e-2, **options}
     reference = Float64AdamW(params, **options)
@@ -60,16 +63,7 @@ def test_every_option_equals_torch(
 
 def test_every_dtype_in_one_optimizer_equals_torch(backends: tuple[str, ...]) -> None:
     params = [param for dtype, _ in DTYPES[:4] for param in make_params([(33,), (), (BLOCK + 3,)], dtype)]
-    reference = Float64AdamW(params, lr=1e-2, max_grad_norm=1.0)
-    runs = [FusedAdamW(copies(params), lr=1e-2, max_grad_norm=1.0, backend=name) for name in backends]
-    for _ in range(STEPS):
-        grads = make_grads(params)
-        reference.step(grads)
-        for optimizer in runs:
-            set_grads(optimizer.param_groups[0]["params"], [grad.clone() for grad in grads])
-            optimizer.step()
-    for optimizer in runs:
-        assert_same_run(optimizer, reference, optimizer.backend)
+    run(params, None, {"max_grad_norm": 1.0}, backends)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -114,56 +108,39 @@ def test_the_comparison_notices(change: dict[str, Any] | None, dtype: torch.dtyp
 @pytest.mark.parametrize("lr", [1e-6, 1e-5])
 def test_a_small_decay_is_not_lost_to_rounding(backend: str, lr: float) -> None:
     params = [torch.nn.Parameter(torch.rand(4096) * 1.5 + 0.5)]
-    options = {"lr": lr, "weight_decay": 0.01}
-    reference, optimizer = Float64AdamW(params, **options), FusedAdamW(copies(params), backend=backend, **options)
+    optimizer, reference = run_beside_torch(params, backend, steps=0, lr=lr, weight_decay=0.01)
     for _ in range(300):
-        grads = [torch.randn(4096)]
-        set_grads(optimizer.param_groups[0]["params"], grads)
-        reference.step(grads)
-        optimizer.step()
-    bias = (optimizer.param_groups[0]["params"][0].double() - reference.params[0]).detach().mean()
+        step_both(optimizer, reference, steps=1, grads=[torch.randn(4096)])
+    bias = (params[0].double() - reference.params[0]).detach().mean()
     # 1 - 1e-8 is 1 in float32, and 1 - 1e-7 is 1 - 1.19e-7.
     assert abs(float(bias)) < 0.02 * 300 * lr * 0.01
 
 
-@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
-def test_an_infinite_parameter_stays_infinite(backend: str, weight_decay: float) -> None:
-    params = [torch.nn.Parameter(torch.tensor([-torch.inf, 1.0, torch.inf, torch.nan]))]
-    optimizer = FusedAdamW(params, weight_decay=weight_decay, backend=backend)
-    reference = Float64AdamW(params, weight_decay=weight_decay)
-    for _ in range(3):
-        grads = [torch.ones(4)]
-        set_grads(params, grads)
-        optimizer.step()
-        reference.step(grads)
-    assert_same_run(optimizer, reference)
+# Values at the edge: parameters, gradients, options.
+BEYOND = [-torch.inf, 1.0, torch.inf, torch.nan]
+ONES = [1.0] * 4
+EDGES: dict[str, tuple[list[float], list[float], dict[str, Any]]] = {
+    "infinite parameters": (BEYOND, ONES, {}),
+    "infinite parameters without decay": (BEYOND, ONES, {"weight_decay": 0.0}),
+    "gradients that are not finite": (ONES, BEYOND, {}),
+    "gradients that are not finite, amsgrad": (ONES, BEYOND, {"amsgrad": True}),
+    "a norm that is infinite": (ONES, [1.0, 2.0, torch.inf, 3.0], {"max_grad_norm": 1.0}),
+    "a norm that is NaN": (ONES, [1.0, 2.0, torch.nan, 3.0], {"max_grad_norm": 1.0}),
+    "a norm of zero": (ONES, [0.0] * 4, {"max_grad_norm": 1.0}),
+    "rate and gradient of zero": (ONES, [0.0] * 4, {"lr": 0.0}),  # pytorch#186444
+    "a gradient of zero without decay": (ONES, [0.0] * 4, {"weight_decay": 0.0}),
+}
 
 
-def test_lr_zero_with_a_zero_second_moment_gives_no_nan(backend: str) -> None:  # pytorch#186444
-    params = make_params([(5,)])
-    before = params[0].detach().clone()
-    optimizer = FusedAdamW(params, lr=0.0, eps=1e-8, backend=backend)
-    for _ in range(3):
-        set_grads(params, [torch.zeros(5)])
-        optimizer.step()
-    assert torch.equal(params[0], before)
-
-
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_nan_and_infinity_reach_the_parameters_as_in_torch(backend: str, amsgrad: bool) -> None:
-    params = make_params([(40,)])
-    reference = Float64AdamW(params, amsgrad=amsgrad)
-    optimizer = FusedAdamW(copies(params), amsgrad=amsgrad, backend=backend)
+@pytest.mark.parametrize(("values", "grad", "options"), EDGES.values(), ids=list(EDGES))
+def test_values_at_the_edge_go_where_torchs_go(
+    backend: str, values: list[float], grad: list[float], options: dict[str, Any]
+) -> None:
+    params = [*copies([torch.tensor(values)]), *make_params([(40,)])]
+    optimizer, reference = run_beside_torch(params, backend, steps=0, **options)
     for _ in range(5):
-        grads = make_grads(params)
-        grads[0][3], grads[0][17], grads[0][39] = torch.nan, torch.inf, -torch.inf
-        set_grads(optimizer.param_groups[0]["params"], grads)
-        reference.step(grads)
-        optimizer.step()
-    (param,) = optimizer.param_groups[0]["params"]
-    assert int(param.isnan().sum()) == 3
-    state = optimizer.state[param]
-    for name, expected in reference.state(0).items():
-        if name != "step":
-            assert_close(state[name], expected, PARAMS[torch.float32], name)
-    assert_close(param, reference.params[0], PARAMS[torch.float32], "parameter")
+        step_both(optimizer, reference, steps=1, grads=[torch.tensor(grad), torch.zeros(40)])
+    assert_same_run(optimizer, reference)
+    assert int(optimizer.skipped_steps) == 0  # which is for skip_nonfinite
+    if not any(grad) and (options.get("lr") == 0.0 or options.get("weight_decay") == 0.0):
+        assert params[0].tolist() == values

@@ -10,18 +10,14 @@ import torch
 from references import (
     LAYOUT_SHAPE,
     LAYOUTS,
-    Float64AdamW,
     assert_same_run,
-    copies,
     make_grads,
     make_params,
+    moment_dtype,
     run_beside_torch,
-    set_grads,
     step_both,
 )
 from torch import Tensor
-
-from nexus.optim import FusedAdamW
 
 SENTINEL = 12345.0
 
@@ -48,10 +44,8 @@ def swap_tensors(param: Tensor, new: Tensor) -> None:
 @pytest.mark.parametrize("swap", [swap_data, swap_set, swap_tensors])
 @pytest.mark.parametrize("layout", ["contiguous", "transposed", "sliced"])
 def test_swapped_storage_is_followed(backend: str, layout: str, swap: Callable[[Tensor, Tensor], None]) -> None:
-    start = make_params([LAYOUT_SHAPE, (7,)])
-    params = copies(start)
-    optimizer, reference = FusedAdamW(params, lr=1e-2, backend=backend), Float64AdamW(start, lr=1e-2)
-    step_both(optimizer, reference)
+    params = make_params([LAYOUT_SHAPE, (7,)])
+    optimizer, reference = run_beside_torch(params, backend)
     for _ in range(2):  # the second time, from one such storage to the next
         old = params[0].data
         new = LAYOUTS[layout](old.clone())
@@ -61,16 +55,6 @@ def test_swapped_storage_is_followed(backend: str, layout: str, swap: Callable[[
         step_both(optimizer, reference)
         assert params[0].data_ptr() == address
         assert (old == SENTINEL).all()
-    assert_same_run(optimizer, reference)
-
-
-def test_parameters_moved_to_shared_memory(backend: str) -> None:
-    module = torch.nn.Linear(3, 4)
-    params = list(module.parameters())
-    optimizer, reference = run_beside_torch(params, backend)
-    module.share_memory()
-    step_both(optimizer, reference)
-    assert params[0].is_shared()
     assert_same_run(optimizer, reference)
 
 
@@ -84,17 +68,12 @@ def test_a_model_that_changes_its_dtype_takes_its_moments_along(backend: str, dt
     with torch.no_grad():
         for expected, param in zip(reference.params, params, strict=True):
             expected.copy_(param)
-    for param in params:
-        param.grad = None
-    moments = {param: dict(optimizer.state[param]) for param in params}
-    set_grads(params, make_grads(params))
-    optimizer.step()
-    reference.step([param.grad for param in params])
+            param.grad = None
+    step_both(optimizer, reference, steps=1)
     for param in params:
         assert param.dtype == dtype
-        expected_dtype = torch.float64 if dtype == torch.float64 else torch.float32
-        assert optimizer.state[param]["exp_avg"].dtype == expected_dtype
-        assert optimizer.state[param]["exp_avg"].shape == moments[param]["exp_avg"].shape
+        assert optimizer.state[param]["exp_avg"].dtype == moment_dtype(dtype)
+        assert optimizer.state[param]["exp_avg"].shape == param.shape
     if dtype != torch.float64:  # there, moments that were rounded to float32 go on
         step_both(optimizer, reference)
         assert_same_run(optimizer, reference)
@@ -150,54 +129,16 @@ def as_transposed(param: Tensor, grad: Tensor) -> None:
 CHANGES = [new_storage, in_place, swapped_data, freed_and_new, accumulated, set_anew, as_transposed]
 
 
-@pytest.mark.parametrize("change", CHANGES)
-def test_gradients_are_read_where_they_are(backend: str, change: Callable[[Tensor, Tensor], None]) -> None:
+def test_gradients_are_read_where_they_are(backend: str) -> None:
     params = make_params([(6, 7), (3, 2)])
     optimizer, reference = run_beside_torch(params, backend)
-    for _ in range(3):
+    for change in [change for change in CHANGES for _ in range(2)] * 2:
         grads = make_grads(params)
         for param, grad in zip(params, grads, strict=True):
             change(param, grad)
         reference.step(grads)
         optimizer.step()
-    assert_same_run(optimizer, reference)
-
-
-def test_all_changes_of_a_gradient_in_turn(backend: str) -> None:
-    params = make_params([(6, 7), (3, 2)])
-    optimizer, reference = run_beside_torch(params, backend)
-    for change in CHANGES * 2:
-        grads = make_grads(params)
-        for param, grad in zip(params, grads, strict=True):
-            change(param, grad)
-        reference.step(grads)
-        optimizer.step()
-    assert_same_run(optimizer, reference)
-
-
-@pytest.mark.parametrize("set_to_none", [True, False])
-def test_zero_grad_both_ways(backend: str, set_to_none: bool) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 1))
-    params = list(module.parameters())
-    optimizer, reference = FusedAdamW(params, backend=backend), Float64AdamW(params)
-    for _ in range(4):
-        optimizer.zero_grad(set_to_none=set_to_none)
-        module(torch.randn(5, 3)).square().sum().backward()
-        reference.step([param.grad for param in params])
-        optimizer.step()
-    assert_same_run(optimizer, reference)
-
-
-def test_gradients_that_come_and_go(backend: str) -> None:
-    params = make_params([(5,), (3, 2), (0,), (), (40,)])
-    reference, optimizer = Float64AdamW(params), FusedAdamW(params, backend=backend)
-    for step in range(40):
-        grads = [grad if (step * 7 + 3 * i) % (i + 2) else None for i, grad in enumerate(make_grads(params))]
-        set_grads(params, grads)
-        optimizer.step()
-        reference.step(grads)
-    assert len({int(optimizer.state[param]["step"]) for param in params}) > 2
-    assert_same_run(optimizer, reference)
+        assert_same_run(optimizer, reference, change.__name__)
 
 
 def test_gradients_are_not_kept_alive(backend: str) -> None:
@@ -248,18 +189,6 @@ def test_moments_that_do_not_fit_are_refused(backend: str, name: str, value: obj
     with pytest.raises(ValueError, match=words):
         optimizer.step()
     assert torch.equal(params[0], before)
-
-
-def test_state_that_is_cleared_begins_anew(backend: str) -> None:
-    params = make_params([(6, 7), (5,)])
-    optimizer, _ = run_beside_torch(params, backend)
-    old = [value for state in optimizer.state.values() for value in state.values()]
-    copies_of_old = [value.clone() for value in old]
-    optimizer.state.clear()
-    reference = Float64AdamW(params, lr=1e-2)
-    step_both(optimizer, reference)
-    assert_same_run(optimizer, reference)
-    assert all(torch.equal(a, b) for a, b in zip(old, copies_of_old, strict=True))
 
 
 def test_state_moved_to_shared_memory(backend: str) -> None:

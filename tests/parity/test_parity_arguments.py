@@ -36,10 +36,7 @@ pytestmark = of_this_torch
     "differentiable, fused`",
     nexus="the same, and by keyword `max_grad_norm, skip_nonfinite, backend, norm_group`",
     why="what torch does around the step is done within it",
-    also=(
-        "test_torch_cases.py::test_its_defaults_are_torchs",
-        "test_torch_cases.py::test_every_error_input_is_an_error",
-    ),
+    also=("test_torch_cases.py::test_every_error_input_is_an_error",),
 )
 def test_the_arguments_are_torchs_and_four_more() -> None:
     both(lambda make: make([param(1)], 1e-3, (0.9, 0.999), 1e-8, 1e-2, False, maximize=False, foreach=None))

@@ -6,11 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from references import make_grads, make_params, set_grads
-from side_by_side import Make, assert_same, both, of_this_torch, params_of, train
+from references import make_params
+from side_by_side import Make, both, fused_torch, of_this_torch, params_of, same_of_both, state_of, train
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils._python_dispatch import TorchDispatchMode
+
+from nexus.optim import FusedAdamW
 
 pytestmark = of_this_torch
 
@@ -24,26 +26,12 @@ pytestmark = of_this_torch
     also=("test_arguments.py::test_parameters_that_cannot_be_optimized",),
 )
 def test_wrapped_parameters() -> None:
-    def run(make: Make) -> Any:
-        param = torch.nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
-        optimizer = make([param], lr=0.1)
-        param.grad = TwoTensor(torch.ones(3), torch.ones(3))
-        optimizer.step()
-        return param
-
-    made: list[Any] = []
-
-    def run_or_refuse(make: Make) -> str:
-        try:
-            made.append(run(make))
-        except TypeError as error:
-            return str(error)
-        return "taken"
-
-    torchs, ours = both(run_or_refuse)
-    assert torchs == "taken"
-    assert not torch.equal(made[0].a, torch.ones(3))
-    assert "TwoTensor; FusedAdamW takes plain tensors and DTensors of such" in ours
+    param = torch.nn.Parameter(TwoTensor(torch.ones(3), torch.ones(3)))
+    param.grad = TwoTensor(torch.ones(3), torch.ones(3))
+    fused_torch([param], lr=0.1).step()
+    assert not torch.equal(param.a, torch.ones(3))
+    with pytest.raises(TypeError, match="TwoTensor; FusedAdamW takes plain tensors and DTensors of such"):
+        FusedAdamW([param])
 
 
 @pytest.mark.parity(
@@ -53,17 +41,17 @@ def test_wrapped_parameters() -> None:
     nexus="same",
     also=("test_meta.py::test_memory_is_estimated_with_fake_tensors",),
 )
-def test_fake_tensors() -> None:
-    def run(make: Make) -> list[tuple[torch.Size, torch.dtype]]:
-        with FakeTensorMode():
-            optimizer = make([torch.nn.Parameter(torch.ones(3, 4))])
-            params_of(optimizer)[0].grad = torch.ones(3, 4)
-            optimizer.step()
-            state = optimizer.state[params_of(optimizer)[0]]
-        return [(state[name].shape, state[name].dtype) for name in ("exp_avg", "exp_avg_sq")]
-
-    first, second = both(run)
-    assert first == second == [(torch.Size([3, 4]), torch.float32)] * 2
+@same_of_both
+def test_fake_tensors(make: Make) -> object:
+    with FakeTensorMode():
+        param = torch.nn.Parameter(torch.ones(3, 4))
+        optimizer = make([param])
+        param.grad = torch.ones(3, 4)
+        optimizer.step()
+        state = state_of(optimizer)
+    found = [(state[name].shape, state[name].dtype) for name in ("exp_avg", "exp_avg_sq")]
+    assert found == [(torch.Size([3, 4]), torch.float32)] * 2
+    return found
 
 
 @pytest.mark.parity(
@@ -103,19 +91,15 @@ def test_what_a_dispatch_mode_sees() -> None:
     nexus="same",
     also=("test_gradients.py::test_gradients_of_every_origin",),
 )
-def test_clipping_before_the_step() -> None:
-    def run(make: Make) -> tuple[torch.optim.Optimizer, float]:
-        optimizer = make(make_params([(3, 4), (5,)], torch.float64), lr=0.1)
-        params = params_of(optimizer)
-        for _ in range(3):
-            set_grads(params, make_grads(params))
-            norm = torch.nn.utils.clip_grad_norm_(params, 0.5)
-            optimizer.step()
-        return optimizer, float(norm)
-
-    (first, norm), (second, ours) = both(run)
-    assert norm == ours
-    assert_same(first, second)
+@same_of_both
+def test_clipping_before_the_step(make: Make) -> object:
+    optimizer = make(make_params([(3, 4), (5,)], torch.float64), lr=0.1)
+    norms: list[torch.Tensor] = []
+    optimizer.register_step_pre_hook(
+        lambda *_: norms.append(torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.5))
+    )
+    train(optimizer)
+    return optimizer, norms
 
 
 @pytest.mark.parity(
@@ -125,18 +109,14 @@ def test_clipping_before_the_step() -> None:
     nexus="same",
     also=("test_drop_in_schedulers.py::test_averaged_models",),
 )
-def test_an_averaged_model() -> None:
-    def run(make: Make) -> tuple[torch.optim.Optimizer, torch.Tensor]:
-        model = torch.nn.Linear(3, 2, dtype=torch.float64)
-        optimizer, average = make(model.parameters(), lr=0.1), torch.optim.swa_utils.AveragedModel(model)
-        for _ in range(3):
-            train(optimizer, 1)
-            average.update_parameters(model)
-        return optimizer, average.module.weight.detach()
-
-    (first, torchs), (second, ours) = both(run)
-    assert_same(first, second)
-    torch.testing.assert_close(ours, torchs, rtol=1e-14, atol=1e-14)
+@same_of_both
+def test_an_averaged_model(make: Make) -> object:
+    model = torch.nn.Linear(3, 2, dtype=torch.float64)
+    optimizer, average = make(model.parameters(), lr=0.1), torch.optim.swa_utils.AveragedModel(model)
+    for _ in range(3):
+        train(optimizer, 1)
+        average.update_parameters(model)
+    return optimizer, average.module.weight.detach()
 
 
 @pytest.mark.parity(
@@ -146,21 +126,16 @@ def test_an_averaged_model() -> None:
     nexus="same",
     also=("test_shared_memory.py::test_steps_of_another_process_are_seen_and_counted",),
 )
-def test_shared_memory() -> None:
-    def run(make: Make) -> tuple[torch.optim.Optimizer, bool]:
-        model = torch.nn.Linear(3, 2, dtype=torch.float64).share_memory()
-        optimizer = make(model.parameters(), lr=0.1)
-        train(optimizer)
-        optimizer.add_param_group({"params": torch.nn.Linear(3, 2, dtype=torch.float64).parameters()})
-        for param in params_of(optimizer):
-            param.share_memory_()
-        train(optimizer)
-        return optimizer, all(param.is_shared() for param in params_of(optimizer))
-
-    (first, torchs), (second, ours) = both(run)
-    assert torchs
-    assert ours
-    assert_same(first, second)
+@same_of_both
+def test_shared_memory(make: Make) -> object:
+    optimizer = make(torch.nn.Linear(3, 2, dtype=torch.float64).share_memory().parameters(), lr=0.1)
+    train(optimizer)
+    optimizer.add_param_group({"params": torch.nn.Linear(3, 2, dtype=torch.float64).parameters()})
+    for param in params_of(optimizer):
+        param.share_memory_()
+    train(optimizer)
+    assert all(param.is_shared() for param in params_of(optimizer))
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -170,20 +145,17 @@ def test_shared_memory() -> None:
     nexus="same",
     also=("test_state.py::test_state_is_made_for_the_parameters_whatever_the_defaults",),
 )
-def test_defaults() -> None:
-    def run(make: Make) -> tuple[torch.optim.Optimizer, tuple[str, torch.dtype]]:
-        optimizer = make(make_params([(3,)], torch.float64), lr=0.1)
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            for _ in range(3):
-                params_of(optimizer)[0].grad = torch.ones(3, dtype=torch.float64)
-                with torch.device("meta"):
-                    optimizer.step()
-        finally:
-            torch.set_default_dtype(torch.float32)
-        moment = optimizer.state[params_of(optimizer)[0]]["exp_avg"]
-        return optimizer, (moment.device.type, moment.dtype)
-
-    (first, torchs), (second, ours) = both(run)
-    assert torchs == ours == ("cpu", torch.float64)
-    assert_same(first, second)
+@same_of_both
+def test_defaults(make: Make) -> object:
+    optimizer = make(make_params([(3,)], torch.float64), lr=0.1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for _ in range(3):
+            params_of(optimizer)[0].grad = torch.ones(3, dtype=torch.float64)
+            with torch.device("meta"):
+                optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    moment = state_of(optimizer)["exp_avg"]
+    assert (moment.device.type, moment.dtype) == ("cpu", torch.float64)
+    return optimizer

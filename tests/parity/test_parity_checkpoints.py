@@ -44,7 +44,7 @@ def kept(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     "`torch.load(weights_only=True)` reads it",
     nexus="the same, and `nexus_format`, a number",
     why="a checkpoint of a later release is refused and not misread",
-    also=("test_torch_cases.py::test_saved_and_loaded_by_weights_only",),
+    also=("test_torch_cases.py::test_what_is_carried_over_goes_on_the_same",),
 )
 def test_what_a_state_dict_holds() -> None:
     def seen(make: Make) -> list[Any]:
@@ -167,7 +167,7 @@ def test_a_tensor_rate_on_saving() -> None:
     why="a dict may be loaded twice",
     also=(
         "test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",
-        "test_torch_cases.py::test_a_state_dict_is_deterministic_and_is_not_changed_by_a_load",
+        "test_torch_cases.py::test_what_is_carried_over_goes_on_the_same",
     ),
 )
 def test_moments_on_loading() -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from references import make_params
-from side_by_side import Make, assert_same, both, of_this_torch, param, params_of, state_of, train
+from side_by_side import Make, both, of_this_torch, param, params_of, same_of_both, state_of, train
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 pytestmark = of_this_torch
@@ -20,29 +20,26 @@ pytestmark = of_this_torch
     nexus="same",
     also=("test_hooks.py::test_a_closure_may_return_anything_and_run_under_any_mode",),
 )
-def test_closures() -> None:
-    def run(make: Make) -> tuple[torch.optim.Optimizer, list[Any]]:
-        own = make_params([(3,)], torch.float64)[0]
-        optimizer, seen = make([own], lr=0.1), []
+@same_of_both
+def test_closures(make: Make) -> object:
+    own = make_params([(3,)], torch.float64)[0]
+    optimizer = make([own], lr=0.1)
+    seen: list[Any] = []
 
-        def closure() -> torch.Tensor:
-            seen.append((torch.is_grad_enabled(), own.detach().tolist()))
-            optimizer.zero_grad()
-            loss = own.square().sum()
-            loss.backward()
-            return loss
+    def closure() -> torch.Tensor:
+        seen.append((torch.is_grad_enabled(), own.detach().tolist()))
+        optimizer.zero_grad()
+        loss = own.square().sum()
+        loss.backward()
+        return loss
 
-        start = own.detach().clone()
-        with torch.no_grad():
-            loss = optimizer.step(closure)
-        assert seen == [(True, start.tolist())]
-        assert torch.equal(loss, start.square().sum())
-        assert optimizer.step() is None
-        return optimizer, seen
-
-    (first, torchs), (second, ours) = both(run)
-    assert torchs == ours
-    assert_same(first, second)
+    start = own.detach().clone()
+    with torch.no_grad():
+        loss = optimizer.step(closure)
+    assert seen == [(True, start.tolist())]
+    assert torch.equal(loss, start.square().sum())
+    assert optimizer.step() is None
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -52,31 +49,30 @@ def test_closures() -> None:
     nexus="same",
     also=("test_hooks.py::test_a_pre_hook_may_change_the_arguments",),
 )
-def test_step_hooks() -> None:
-    def run(make: Make) -> list[tuple[str, bool]]:
-        own = param(2)
-        optimizer, calls = make([own], lr=0.1), []
-        own.grad = torch.ones_like(own)
+@same_of_both
+def test_step_hooks(make: Make) -> object:
+    own = param(2)
+    optimizer = make([own], lr=0.1)
+    own.grad = torch.ones_like(own)
+    calls: list[tuple[str, bool]] = []
 
-        def hook(name: str) -> Any:
-            return lambda each, args, kwargs: calls.append((name, own[0].item() < 1)) if each is optimizer else None
+    def hook(name: str) -> Any:
+        return lambda each, args, kwargs: calls.append((name, own[0].item() < 1)) if each is optimizer else None
 
-        optimizer.register_step_post_hook(hook("own after"))
-        optimizer.register_step_pre_hook(hook("own before"))
-        handles = [
-            register_optimizer_step_post_hook(hook("all after")),
-            register_optimizer_step_pre_hook(hook("all before")),
-        ]
-        try:
-            optimizer.step()
-        finally:
-            for handle in handles:
-                handle.remove()
-        return calls
-
-    first, second = both(run)
-    assert first == second
-    assert second == [("all before", False), ("own before", False), ("own after", True), ("all after", True)]
+    handles = [
+        optimizer.register_step_post_hook(hook("own after")),
+        optimizer.register_step_pre_hook(hook("own before")),
+        register_optimizer_step_post_hook(hook("all after")),
+        register_optimizer_step_pre_hook(hook("all before")),
+    ]
+    try:
+        optimizer.step()
+    finally:
+        for handle in handles:
+            handle.remove()
+    optimizer.step()
+    assert calls == [("all before", False), ("own before", False), ("own after", True), ("all after", True)]
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -84,26 +80,22 @@ def test_step_hooks() -> None:
     "`zero_grad()` and `zero_grad(set_to_none=False)`",
     torch="gradients are gone; gradients are zeros, in place",
     nexus="same",
-    also=("test_tensor_changes.py::test_zero_grad_both_ways",),
 )
-def test_zero_grad() -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        optimizer = make(make_params([(3,)], torch.float64), lr=0.1)
-        own = params_of(optimizer)[0]
-        train(optimizer)
-        grad = own.grad
-        optimizer.zero_grad(set_to_none=False)
-        assert own.grad is grad
-        assert not grad.any()
-        optimizer.step()  # which counts, and decays
-        optimizer.zero_grad()
-        assert own.grad is None
-        optimizer.step()  # which does not
-        return optimizer
-
-    first, second = both(run)
-    assert_same(first, second)
-    assert int(state_of(second)["step"]) == 4
+@same_of_both
+def test_zero_grad(make: Make) -> object:
+    optimizer = make(make_params([(3,)], torch.float64), lr=0.1)
+    own = params_of(optimizer)[0]
+    train(optimizer)
+    grad = own.grad
+    optimizer.zero_grad(set_to_none=False)
+    assert own.grad is grad
+    assert not grad.any()
+    optimizer.step()  # which counts, and decays
+    optimizer.zero_grad()
+    assert own.grad is None
+    optimizer.step()  # which does not
+    assert int(state_of(optimizer)["step"]) == 4
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -121,9 +113,7 @@ def test_the_range_in_the_profiler() -> None:
             train(optimizer, steps=2)
         return [(each.key, each.count) for each in profile.key_averages() if each.key.startswith("Optimizer.step")]
 
-    first, second = both(ranges)
-    assert first == [("Optimizer.step#AdamW.step", 2)]
-    assert second == [("Optimizer.step#FusedAdamW.step", 2)]
+    assert both(ranges) == ([("Optimizer.step#AdamW.step", 2)], [("Optimizer.step#FusedAdamW.step", 2)])
 
 
 @pytest.mark.parity(
@@ -132,7 +122,6 @@ def test_the_range_in_the_profiler() -> None:
     torch="the class's name, and a line for each option of each group, in order of the alphabet",
     nexus="same, with its own options",
     why="those of torch's implementations are not there",
-    also=("test_torch_cases.py::test_it_can_be_printed",),
 )
 def test_repr() -> None:
     first, second = both(lambda make: repr(make([param(1)], lr=0.25)).splitlines())

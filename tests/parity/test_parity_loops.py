@@ -10,12 +10,14 @@ import torch.distributed as dist
 from references import make_grads, make_params, set_grads
 from side_by_side import (
     Make,
+    assert_found_the_same,
     assert_same,
     both,
     fused_torch,
     of_this_torch,
     param,
     params_of,
+    same_of_both,
     state_of,
     train,
 )
@@ -34,19 +36,16 @@ pytestmark = of_this_torch
     nexus="same",
     also=("test_rates_torch.py::test_float_tensor_and_schedule_in_turn",),
 )
-def test_kinds_of_rates() -> None:
+@same_of_both
+def test_kinds_of_rates(make: Make) -> object:
     rates = [0.1, 1, torch.tensor(0.2), torch.tensor([0.3], dtype=torch.float64), 0.0, 0.05]
-
-    def run(make: Make) -> torch.optim.Optimizer:
-        assert all(make([param(1)], lr=rate).param_groups[0]["lr"] is rate for rate in rates)
-        optimizer = make(make_params([(5,)], torch.float64))
-        for rate in rates:
-            optimizer.param_groups[0]["lr"] = rate
-            train(optimizer, steps=2)
-            assert optimizer.param_groups[0]["lr"] is rate
-        return optimizer
-
-    assert_same(*both(run))
+    assert all(make([param(1)], lr=rate).param_groups[0]["lr"] is rate for rate in rates)
+    optimizer = make(make_params([(5,)], torch.float64))
+    for rate in rates:
+        optimizer.param_groups[0]["lr"] = rate
+        train(optimizer, steps=2)
+        assert optimizer.param_groups[0]["lr"] is rate
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -56,17 +55,15 @@ def test_kinds_of_rates() -> None:
     nexus="same",
     also=("test_rates_torch.py::test_a_tensor_rate_is_read_at_every_step",),
 )
-def test_tensor_rates_are_read_at_each_step() -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        lr, decay = (torch.tensor(value, dtype=torch.float64) for value in (0.01, 0.1))
-        optimizer = make(make_params([(5,)], torch.float64), lr=lr, weight_decay=decay)
-        for step in range(5):
-            lr.fill_(0.01 * (step + 1))
-            decay.mul_(1.5)
-            train(optimizer, steps=1)
-        return optimizer
-
-    assert_same(*both(run))
+@same_of_both
+def test_tensor_rates_are_read_at_each_step(make: Make) -> object:
+    lr, decay = (torch.tensor(value, dtype=torch.float64) for value in (0.01, 0.1))
+    optimizer = make(make_params([(5,)], torch.float64), lr=lr, weight_decay=decay)
+    for step in range(5):
+        lr.fill_(0.01 * (step + 1))
+        decay.mul_(1.5)
+        train(optimizer, steps=1)
+    return optimizer
 
 
 SCHEDULERS: dict[str, Any] = {
@@ -87,22 +84,18 @@ SCHEDULERS: dict[str, Any] = {
 )
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_torchs_schedulers(name: str, as_tensor: bool) -> None:
-    def run(make: Make) -> tuple[torch.optim.Optimizer, list[float]]:
-        rate: Any = torch.tensor(0.05, dtype=torch.float64) if as_tensor else 0.05
-        optimizer = make(make_params([(5,)], torch.float64), lr=rate)
-        scheduler, rates = SCHEDULERS[name](optimizer), []
-        for _ in range(8):
-            train(optimizer, steps=1)
-            scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
-            rates.append(float(optimizer.param_groups[0]["lr"]))
-        assert (optimizer.param_groups[0]["lr"] is rate) == as_tensor
-        return optimizer, rates
-
-    (first, torchs), (second, ours) = both(run)
-    assert torchs == ours
-    assert len(set(ours)) > 2
-    assert_same(first, second)
+@same_of_both
+def test_torchs_schedulers(make: Make, name: str, as_tensor: bool) -> object:
+    rate: Any = torch.tensor(0.05, dtype=torch.float64) if as_tensor else 0.05
+    optimizer = make(make_params([(5,)], torch.float64), lr=rate)
+    scheduler, rates = SCHEDULERS[name](optimizer), []
+    for _ in range(8):
+        train(optimizer, steps=1)
+        scheduler.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        rates.append(float(optimizer.param_groups[0]["lr"]))
+    assert (optimizer.param_groups[0]["lr"] is rate) == as_tensor
+    assert len(set(rates)) > 2
+    return optimizer, rates
 
 
 @pytest.mark.parity(
@@ -146,23 +139,20 @@ def test_a_schedule_as_a_rate() -> None:
     nexus="same",
     also=("test_clipping.py::test_found_inf_and_grad_scale_of_any_shape",),
 )
-def test_scales_and_overflows() -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        optimizer = make(make_params([(5,), ()], torch.float64), lr=0.1)
-        assert optimizer._step_supports_amp_scaling
-        optimizer.grad_scale = torch.tensor(4.0)
-        for step in range(6):
-            optimizer.found_inf = torch.tensor(float(step in (0, 3)))
-            before = [each.detach().clone() for each in params_of(optimizer)]
-            set_grads(params_of(optimizer), [4 * grad for grad in make_grads(params_of(optimizer))])
-            optimizer.step()
-            same = all(torch.equal(one, other) for one, other in zip(before, params_of(optimizer), strict=True))
-            assert same == (step in (0, 3))
-        return optimizer
-
-    first, second = both(run)
-    assert_same(first, second)
-    assert int(state_of(second)["step"]) == 4
+@same_of_both
+def test_scales_and_overflows(make: Make) -> object:
+    optimizer = make(make_params([(5,), ()], torch.float64), lr=0.1)
+    assert optimizer._step_supports_amp_scaling
+    optimizer.grad_scale = torch.tensor(4.0)
+    params = params_of(optimizer)
+    for step in range(6):
+        optimizer.found_inf = torch.tensor(float(step in (0, 3)))
+        before = [each.tolist() for each in params]
+        set_grads(params, [4 * grad for grad in make_grads(params)])
+        optimizer.step()
+        assert ([each.tolist() for each in params] == before) == (step in (0, 3))
+    assert int(state_of(optimizer)["step"]) == 4
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -174,17 +164,17 @@ def test_scales_and_overflows() -> None:
     also=("test_clipping.py::test_found_inf_and_grad_scale_of_any_shape",),
 )
 def test_a_found_inf_of_one_dimension() -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
+    def run(make: Make) -> int:
         optimizer = make([param(3)], lr=0.1)
         optimizer.grad_scale, optimizer.found_inf = torch.ones(1), torch.zeros(1)
         train(optimizer, steps=1)
         optimizer.found_inf.fill_(1.0)
         train(optimizer, steps=1)
-        return optimizer
+        return int(state_of(optimizer)["step"])
 
     with pytest.raises(RuntimeError, match=r"output with shape \[\] doesn't match the broadcast shape \[1\]"):
         run(fused_torch)
-    assert int(state_of(run(FusedAdamW))["step"]) == 1
+    assert run(FusedAdamW) == 1
 
 
 @pytest.mark.parity(
@@ -241,10 +231,9 @@ def test_dtensors() -> None:
 
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
-        first, second = both(run)
+        assert_found_the_same(*both(run))
     finally:
         dist.destroy_process_group()
-    torch.testing.assert_close(second, first, rtol=1e-14, atol=1e-14)
 
 
 @pytest.mark.parity(
@@ -261,10 +250,7 @@ def test_asking_for_the_state_before_the_first_step() -> None:
     def counted(make: Make) -> tuple[set[int], bool]:
         module = torch.nn.Linear(2, 2)
         before = module.weight.detach().clone()
-        optimizer = make(module.parameters())
-        saved = get_optimizer_state_dict(module, optimizer)
+        saved = get_optimizer_state_dict(module, make(module.parameters()))
         return {int(state["step"]) for state in saved["state"].values()}, torch.equal(module.weight, before)
 
-    first, second = both(counted)
-    assert first == ({1}, True)
-    assert second == ({0}, True)
+    assert both(counted) == (({1}, True), ({0}, True))

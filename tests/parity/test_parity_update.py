@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, copies, make_grads, make_params, set_grads
-from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
+from references import Float64AdamW, copies, make_grads, make_params, moment_dtype, set_grads
+from side_by_side import Make, both, fused_torch, of_this_torch, param, params_of, same_of_both, state_of, train
 
 from nexus.optim import FusedAdamW
 
 pytestmark = of_this_torch
+DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parity(
@@ -29,26 +30,11 @@ pytestmark = of_this_torch
     [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}, {"eps": 1.0}, {"eps": 0.0}],
     ids=str,
 )
-def test_float64_runs_are_the_same(options: dict[str, Any]) -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        optimizer = make(make_params([(600,), (7, 3), ()], torch.float64), lr=1e-2, **options)
-        train(optimizer, steps=20)
-        return optimizer
-
-    assert_same(*both(run))
-
-
-def off_from_float64(make: Make, dtype: torch.dtype, steps: int = 50) -> float:
-    """The largest difference of parameters about 1, whose decay is by a factor close to 1."""
-    start = make_params([(2000,)], dtype)
-    own = copies(start)
-    optimizer, reference = make(own, lr=1e-2, weight_decay=0.1), Float64AdamW(start, lr=1e-2, weight_decay=0.1)
-    for _ in range(steps):
-        grads = make_grads(start)
-        set_grads(own, grads)
-        optimizer.step()
-        reference.step(grads)
-    return (own[0].double() - reference.params[0]).abs().max().item()
+@same_of_both
+def test_float64_runs_are_the_same(make: Make, options: dict[str, Any]) -> object:
+    optimizer = make(make_params([(600,), (7, 3), ()], torch.float64), lr=1e-2, **options)
+    train(optimizer, steps=20)
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -60,7 +46,19 @@ def off_from_float64(make: Make, dtype: torch.dtype, steps: int = 50) -> float:
     also=("test_adamw.py::test_a_small_decay_is_not_lost_to_rounding",),
 )
 def test_float32_runs_stay_close_to_float64() -> None:
-    first, second = both(lambda make: off_from_float64(make, torch.float32))
+    def off(make: Make) -> float:
+        """The largest difference of parameters about 1, whose decay is by a factor close to 1."""
+        start = make_params([(2000,)])
+        own = copies(start)
+        optimizer, reference = make(own, lr=1e-2, weight_decay=0.1), Float64AdamW(start, lr=1e-2, weight_decay=0.1)
+        for _ in range(50):
+            grads = make_grads(start)
+            set_grads(own, grads)
+            optimizer.step()
+            reference.step(grads)
+        return (own[0].double() - reference.params[0]).abs().max().item()
+
+    first, second = both(off)
     assert second < first / 2
     assert second < 1e-6
 
@@ -79,8 +77,7 @@ def test_a_small_decay() -> None:
         plain = copies(own)
         pair = make(own, lr=1e-6, weight_decay=0.01), make(plain, lr=1e-6, weight_decay=0.0)
         for _ in range(100):
-            grad = torch.randn(4096)
-            own[0].grad, plain[0].grad = grad, grad
+            own[0].grad = plain[0].grad = torch.randn(4096)
             for optimizer in pair:
                 optimizer.step()
         return (plain[0].double() - own[0].double()).mean().item()
@@ -102,9 +99,9 @@ def test_a_small_decay() -> None:
 def test_the_second_moment_of_a_bfloat16_parameter() -> None:
     def second_moment(make: Make) -> float:
         own = param(8, dtype=torch.bfloat16)
+        own.grad = torch.full_like(own, 0.1)
         optimizer = make([own])
         for _ in range(2000):
-            own.grad = torch.full_like(own, 0.1)
             optimizer.step()
         return state_of(optimizer)["exp_avg_sq"][0].item()
 
@@ -123,22 +120,16 @@ def test_the_second_moment_of_a_bfloat16_parameter() -> None:
     also=("test_adamw.py::test_every_dtype_in_one_optimizer_equals_torch",),
 )
 def test_all_dtypes_in_one_optimizer() -> None:
-    dtypes = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-
-    def run(make: Make) -> torch.optim.Optimizer:
-        optimizer = make([param(3, dtype=dtype) for dtype in dtypes], lr=0.25, weight_decay=0.0, eps=0.0)
+    def run(make: Make) -> list[torch.dtype]:
+        optimizer = make([param(3, dtype=dtype) for dtype in DTYPES], lr=0.25, weight_decay=0.0, eps=0.0)
         for own in params_of(optimizer):
             own.grad = torch.ones_like(own)
         optimizer.step()
-        return optimizer
-
-    found = both(run)
-    for optimizer in found:
         assert [own.tolist() for own in params_of(optimizer)] == [[0.75] * 3] * 4
         assert [int(state_of(optimizer, index)["step"]) for index in range(4)] == [1] * 4
-    first, second = ([state_of(each, index)["exp_avg"].dtype for index in range(4)] for each in found)
-    assert first == list(dtypes)
-    assert second == [torch.float32, torch.float64, torch.float32, torch.float32]
+        return [state_of(optimizer, index)["exp_avg"].dtype for index in range(4)]
+
+    assert both(run) == (list(DTYPES), [moment_dtype(dtype) for dtype in DTYPES])
 
 
 @pytest.mark.parity(
@@ -146,19 +137,16 @@ def test_all_dtypes_in_one_optimizer() -> None:
     "a step at `lr=0`",
     torch="changes moments and count, and no parameter",
     nexus="same",
-    also=("test_adamw.py::test_lr_zero_with_a_zero_second_moment_gives_no_nan",),
+    also=("test_adamw.py::test_values_at_the_edge_go_where_torchs_go",),
 )
-def test_a_rate_of_zero() -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        optimizer = make([param(3)], lr=0.0)
-        train(optimizer, steps=2)
-        return optimizer
-
-    first, second = both(run)
-    assert_same(first, second)
-    assert params_of(second)[0].tolist() == [1.0] * 3
-    assert int(state_of(second)["step"]) == 2
-    assert state_of(second)["exp_avg"].all()
+@same_of_both
+def test_a_rate_of_zero(make: Make) -> object:
+    optimizer = make([param(3)], lr=0.0)
+    train(optimizer, steps=2)
+    assert params_of(optimizer)[0].tolist() == [1.0] * 3
+    assert int(state_of(optimizer)["step"]) == 2
+    assert state_of(optimizer)["exp_avg"].all()
+    return optimizer
 
 
 # State.
@@ -169,21 +157,16 @@ def test_a_rate_of_zero() -> None:
     "when state is made, its names and shapes",
     torch="in the first step with a gradient: `step`, `exp_avg`, `exp_avg_sq`, with `amsgrad` `max_exp_avg_sq`",
     nexus="same",
-    also=("test_torch_cases.py::test_no_state_is_empty",),
 )
 @pytest.mark.parametrize("amsgrad", [False, True])
-def test_state_is_made_in_the_first_step(amsgrad: bool) -> None:
-    def run(make: Make) -> list[dict[str, tuple[int, ...]]]:
-        optimizer = make([param(2, 3), param(4)], amsgrad=amsgrad)
-        before = {len(optimizer.state), len(optimizer.state_dict()["state"])}
-        assert before == {0}
-        train(optimizer, steps=1)
-        states = (state_of(optimizer, index) for index in range(2))
-        return [{name: tuple(value.shape) for name, value in state.items()} for state in states]
-
-    first, second = both(run)
-    assert first == second
-    assert set(second[0]) == {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+@same_of_both
+def test_state_is_made_in_the_first_step(make: Make, amsgrad: bool) -> object:
+    optimizer = make([param(2, 3), param(4)], amsgrad=amsgrad)
+    assert {len(optimizer.state), len(optimizer.state_dict()["state"])} == {0}
+    train(optimizer, steps=1)
+    states = [state_of(optimizer, index) for index in range(2)]
+    assert set(states[0]) == {"step", "exp_avg", "exp_avg_sq"} | ({"max_exp_avg_sq"} if amsgrad else set())
+    return [{name: tuple(value.shape) for name, value in state.items()} for state in states]
 
 
 @pytest.mark.parity(
@@ -193,16 +176,14 @@ def test_state_is_made_in_the_first_step(amsgrad: bool) -> None:
     nexus="float32 for half precision, the parameter's otherwise",
     why="in bfloat16 a second moment stands still: `beta2` of 0.999 changes it by less than half its last place",
 )
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_dtypes_of_moments(dtype: torch.dtype) -> None:
     def dtypes(make: Make) -> set[torch.dtype]:
         optimizer = make([param(3, dtype=dtype)], amsgrad=True)
         train(optimizer, steps=1)
         return {value.dtype for name, value in state_of(optimizer).items() if name != "step"}
 
-    first, second = both(dtypes)
-    assert first == {dtype}
-    assert second == {torch.float64 if dtype == torch.float64 else torch.float32}
+    assert both(dtypes) == ({dtype}, {torch.float64 if dtype == torch.float64 else torch.float32})
 
 
 @pytest.mark.parity(
@@ -222,9 +203,7 @@ def test_the_count_of_steps() -> None:
         train(optimizer, steps=3)
         return step.dtype, step.shape, int(state_of(optimizer)["step"])
 
-    first, second = both(count)
-    assert first == (torch.float32, torch.Size([]), 2**24)
-    assert second == (torch.float64, torch.Size([]), 2**24 + 2)
+    assert both(count) == ((torch.float32, torch.Size([]), 2**24), (torch.float64, torch.Size([]), 2**24 + 2))
 
 
 @pytest.mark.parity(
@@ -258,21 +237,18 @@ def test_amsgrad_is_switched_on() -> None:
     nexus="same",
     also=(
         "test_tensor_changes.py::test_swapped_storage_is_followed",
-        "test_tensor_changes.py::test_state_that_is_cleared_begins_anew",
         "test_parity_groups.py::test_groups_by_hand",
     ),
 )
-def test_changes_by_the_user_are_followed() -> None:
-    def run(make: Make) -> list[torch.optim.Optimizer]:
-        swapped, cleared, shortened = (make(make_params([(5,), (3,)], torch.float64), lr=0.1) for _ in range(3))
-        for optimizer in (swapped, cleared, shortened):
-            train(optimizer)
-        params_of(swapped)[0].data = torch.full((5,), 7.0, dtype=torch.float64)
-        cleared.state.clear()
-        shortened.param_groups[0]["params"].pop(0)
-        for optimizer in (swapped, cleared, shortened):
-            train(optimizer)
-        return [swapped, cleared, shortened]
-
-    for first, second in zip(*both(run), strict=True):
-        assert_same(first, second)
+@same_of_both
+def test_changes_by_the_user_are_followed(make: Make) -> object:
+    found = [make(make_params([(5,), (3,)], torch.float64), lr=0.1) for _ in range(3)]
+    for optimizer in found:
+        train(optimizer)
+    swapped, cleared, shortened = found
+    params_of(swapped)[0].data = torch.full((5,), 7.0, dtype=torch.float64)
+    cleared.state.clear()
+    shortened.param_groups[0]["params"].pop(0)
+    for optimizer in found:
+        train(optimizer)
+    return found

@@ -10,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus.backends.devices import total_everywhere
 from nexus.backends.extension import extension
 from nexus.backends.extension import unavailable as why_no_extension
 from nexus.backends.interface import DevicePlan, Plan
 from nexus.backends.records import address, layout, state_values
+from nexus.backends.sharding import total_everywhere
 from nexus.backends.watched import WatchedRunner, make_list
 
 __all__ = ["DEVICE_TYPES", "NAME", "CudaRunner", "detail", "evaluate", "runner", "unavailable"]

@@ -9,15 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import IntEnum
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, TypeAlias
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
 
-from nexus.backends import shards
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
+from nexus.backends import sharding
 
 
 class Change(IntEnum):
@@ -76,7 +73,7 @@ class TensorEntry:
     @property
     def param(self) -> Tensor:
         """What a kernel updates."""
-        return shards.local(self.original).detach() if self.param_buffer is None else self.param_buffer
+        return sharding.local(self.original).detach() if self.param_buffer is None else self.param_buffer
 
     @property
     def grad(self) -> Tensor | None:
@@ -84,7 +81,7 @@ class TensorEntry:
         grad = self.original.grad
         if grad is None:
             return None
-        return shards.local(grad) if self.grad_buffer is None else self.grad_buffer
+        return sharding.local(grad) if self.grad_buffer is None else self.grad_buffer
 
     @property
     def staged(self) -> bool:
@@ -95,14 +92,14 @@ class TensorEntry:
         """Copy into the buffers, before a step."""
         grad = self.original.grad
         if grad is not None and self.param_buffer is not None:
-            self.param_buffer.copy_(shards.local(self.original).detach())
+            self.param_buffer.copy_(sharding.local(self.original).detach())
         if grad is not None and self.grad_buffer is not None:
-            self.grad_buffer.copy_(shards.spread_as(grad, self.original))
+            self.grad_buffer.copy_(sharding.spread_as(grad, self.original))
 
     def put_back(self) -> None:
         """Copy out of the parameter's buffer, after a step."""
         if self.original.grad is not None and self.param_buffer is not None:
-            shards.local(self.original).detach().copy_(self.param_buffer)
+            sharding.local(self.original).detach().copy_(self.param_buffer)
 
 
 @dataclass
@@ -167,15 +164,6 @@ class DevicePlan:
 
 
 @dataclass
-class NormPart:
-    """Parameters whose squares are to be added up over the same processes for the global norm."""
-
-    groups: tuple[ProcessGroup, ...]  # sums are added up over each of these, one after the other
-    device: torch.device
-    entries: list[TensorEntry]
-
-
-@dataclass
 class Plan:
     """What one step works on. `parameters` has them all, in the order of the groups.
 
@@ -185,7 +173,7 @@ class Plan:
 
     parameters: list[tuple[Tensor, TensorEntry | None]]
     devices: dict[torch.device, DevicePlan]
-    norm_parts: list[NormPart] = field(default_factory=list)
+    norm_parts: list[sharding.NormPart] = field(default_factory=list)
 
 
 class Runner(Protocol):

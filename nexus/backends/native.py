@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus.backends.devices import total_everywhere
 from nexus.backends.extension import extension, unavailable
 from nexus.backends.interface import Plan
 from nexus.backends.records import address, layout, state_values
+from nexus.backends.sharding import total_everywhere
 from nexus.backends.watched import WatchedRunner, make_list
 
 __all__ = ["DEVICE_TYPES", "NAME", "NativeRunner", "detail", "evaluate", "runner", "unavailable"]

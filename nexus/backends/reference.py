@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus.backends import shards
-from nexus.backends.devices import total_everywhere
+from nexus.backends import sharding
 from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, Ring, TensorEntry
+from nexus.backends.sharding import total_everywhere
 from nexus.segments import Curve
 
 NAME = "reference"
@@ -98,7 +98,7 @@ class ReferenceRunner:
             _step_device(plan, grad_scale, found_inf)
             for entry in plan.entries:
                 entry.put_back()
-                if shards.is_spread(entry.original):  # its part knows nothing of the versions of the whole
+                if sharding.is_spread(entry.original):  # its part knows nothing of the versions of the whole
                     torch.autograd.graph.increment_version(entry.original.detach())
 
 

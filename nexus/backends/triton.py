@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus.backends.devices import total_everywhere
 from nexus.backends.extension import extension
 from nexus.backends.extension import unavailable as why_no_extension
 from nexus.backends.interface import DevicePlan, Plan
 from nexus.backends.records import address, state_values
+from nexus.backends.sharding import total_everywhere
 from nexus.backends.triton_tables import (
     CHUNK_ELEMENTS,
     COEFFICIENTS,

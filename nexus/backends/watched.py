@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, UntypedStorage
 
-from nexus.backends import shards
+from nexus.backends import sharding
 from nexus.backends.interface import STATE_NAMES, Change, Plan, Rate, TensorEntry
 from nexus.backends.records import DTYPES, address, group_values, layout, tensor_values
 
@@ -74,7 +74,7 @@ class WatchedRunner:
                     watched.param_buffer is not None,
                     watched.grad_buffer is not None,
                     address(watched.grad_buffer),
-                    shards.placements(param),
+                    sharding.placements(param),
                 )
         for device_plan in plan.devices.values():
             for tensor in (device_plan.state.skipped, device_plan.state.grad_norm):  # which users are given

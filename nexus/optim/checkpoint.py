@@ -18,13 +18,12 @@ from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import shown
 from nexus.backends.interface import STATE_NAMES
-from nexus.backends.shards import local
-from nexus.optim import fitting, tensor_list
+from nexus.backends.sharding import local, respread
+from nexus.optim import fitting, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
-from nexus.optim.param_group import SCHEDULABLE, SETTING_NAMES, ParamGroup
-from nexus.optim.shards import respread
-from nexus.optim.tensor_list import MOMENTS
+from nexus.optim.groups import SCHEDULABLE, SETTING_NAMES, ParamGroup
+from nexus.optim.state import MOMENTS, check_unshared, complete_states, is_complete, is_shared
 from nexus.schedule_edits import saved_form
 from nexus.schedules import Schedule
 
@@ -106,7 +105,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     for group, saved in pairs:
         amsgrad = bool(saved.get("amsgrad", group["amsgrad"]))
         for key in saved["params"]:
-            if tensor_list.is_trained(params[key]):
+            if parameters.is_trained(params[key]):
                 fitting.check_state(states.get(key), params[key], key, amsgrad=amsgrad)
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
@@ -119,15 +118,15 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     names = {id(param): name for _, param, name in engine.named_parameters(optimizer.param_groups)}
     others = {}  # keys of others in the state, copied before anything is written
     for key, param in params.items():
-        tensor_list.check_unshared(own.get(param), param, names[id(param)])
+        check_unshared(own.get(param), param, names[id(param)])
         state = states.get(key) or {}
-        kept = () if not tensor_list.is_trained(param) else STATE_NAMES  # of what is frozen, all stays as it is
+        kept = () if not parameters.is_trained(param) else STATE_NAMES  # of what is frozen, all stays as it is
         others[key] = {name: _copied(value, param) for name, value in state.items() if name not in kept}
     for left in [each for each in own if not isinstance(each, Tensor) or own.get(each) is None]:
         del own[left]
     for key, param in params.items():
         present, saved = own.pop(param, None), states.get(key)
-        if tensor_list.is_trained(param):
+        if parameters.is_trained(param):
             state = _loaded_state(param, present, saved, names[id(param)], in_place=in_place)
         else:
             state = None if saved is None else {}
@@ -157,9 +156,9 @@ def _loaded_state(
 ) -> dict[str, Any] | None:
     """The state of a parameter after a load: what was saved, in new tensors or in those that must stay."""
     kept = {}
-    if tensor_list.is_complete(present):
+    if is_complete(present):
         streams = {name: present[name] for name in STATE_NAMES if name in present}
-        if in_place or any(isinstance(each, Tensor) and tensor_list.is_shared(each) for each in streams.values()):
+        if in_place or any(isinstance(each, Tensor) and is_shared(each) for each in streams.values()):
             kept = streams
     if not saved:
         for value in kept.values():
@@ -168,7 +167,7 @@ def _loaded_state(
     if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
         kept = {}  # of the shape that the parameter had before
     del present  # what is not kept is freed before its successor is made
-    tensor_list.complete_states([(kept, param, where, "max_exp_avg_sq" in saved)])
+    complete_states([(kept, param, where, "max_exp_avg_sq" in saved)])
     kept["step"].fill_(float(saved["step"]))
     for name in MOMENTS:
         if name in saved:

@@ -15,10 +15,11 @@ from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import estimate, reference
 from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
-from nexus.optim import onlookers, tensor_list
+from nexus.backends.sharding import is_zero_everywhere, norm_parts
+from nexus.optim import onlookers, parameters
+from nexus.optim.groups import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
 from nexus.optim.history import History
-from nexus.optim.param_group import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
-from nexus.optim.shards import is_zero_everywhere, norm_parts
+from nexus.optim.state import complete_states, is_complete, is_idle, make_entry
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
 
@@ -139,12 +140,12 @@ class Engine:
         """A plan of settled groups, once all that a step works on is there and fits."""
         groups = attributes["param_groups"]
         self._check_once(groups)
-        named = [each for each in self.named_parameters(groups) if tensor_list.is_trained(each[1])]
+        named = [each for each in self.named_parameters(groups) if parameters.is_trained(each[1])]
         for _, param, name in named:
-            tensor_list.check_parameter(param, name)
-            tensor_list.check_gradient(param, name)
-        tensor_list.check_memory([(name, param) for _, param, name in named])
-        tensor_list.check_sharing([(name, param) for _, param, name in named if param.grad is not None])
+            parameters.check_parameter(param, name)
+            parameters.check_gradient(param, name)
+        parameters.check_memory([(name, param) for _, param, name in named])
+        parameters.check_sharing([(name, param) for _, param, name in named if param.grad is not None])
         self.release_state()
         self._init_states(attributes)
         states = attributes["state"]
@@ -158,9 +159,9 @@ class Engine:
         self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
         entries: dict[Tensor, TensorEntry] = {}
         for index, param, name in named:
-            if tensor_list.is_complete(states.get(param)) and not tensor_list.is_idle(param, states[param]):
+            if is_complete(states.get(param)) and not is_idle(param, states[param]):
                 amsgrad = groups[index]["amsgrad"]
-                entry = tensor_list.make_entry(param, states[param], index, amsgrad=amsgrad, where=name)
+                entry = make_entry(param, states[param], index, amsgrad=amsgrad, where=name)
                 devices[param.device].entries.append(entry)
                 entries[param] = entry
         every = [param for group in groups for param in group["params"]]
@@ -191,15 +192,15 @@ class Engine:
         states, groups, starting = attributes["state"], attributes["param_groups"], []
         for index, param, name in self.named_parameters(groups):
             state = states.get(param)
-            if param.is_meta or not (param.grad is not None or tensor_list.is_complete(state)):
+            if param.is_meta or not (param.grad is not None or is_complete(state)):
                 continue
             if state is None:
                 state = states[param] = {}
             elif not isinstance(state, dict):
                 raise TypeError(f"{name}: its state must be a dict, got {shown(state)}; del optimizer.state[p]")
-            if tensor_list.is_trained(param):
+            if parameters.is_trained(param):
                 starting.append((state, param, name, groups[index]["amsgrad"]))
-        tensor_list.complete_states(starting)
+        complete_states(starting)
 
     def _fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
         plan.groups = [
@@ -231,7 +232,7 @@ class Engine:
     def _settle_group(self, group: ParamGroup, users: Counter[Schedule], device: torch.device) -> None:
         """Settle one group. `users` counts how many settings each schedule drives; `device` is for an empty group."""
         group.check_outputs()
-        on = (param.device for param in group["params"] if tensor_list.is_trained(param) and not param.is_meta)
+        on = (param.device for param in group["params"] if parameters.is_trained(param) and not param.is_meta)
         device = next(on, device)
         for name in SCHEDULABLE:
             assigned, before = isinstance(group[name], Schedule), group[f"{name}_schedule"]
@@ -316,7 +317,7 @@ def devices_of(attributes: Attributes) -> list[torch.device]:
     """On which the parameters are, at least one."""
     # What is on the meta device is to come to another: until then it is nowhere.
     params = [param for group in attributes["param_groups"] for param in group["params"] if not param.is_meta]
-    params = [param for param in params if tensor_list.is_trained(param)] or params
+    params = [param for param in params if parameters.is_trained(param)] or params
     return list(dict.fromkeys(param.device for param in params)) or [torch.device("cpu")]
 
 

@@ -10,9 +10,10 @@ from torch import Tensor
 
 from nexus import schedule_edits
 from nexus.arguments import MAX_STEP, check_count, shown
-from nexus.backends.shards import local
-from nexus.optim import tensor_list
-from nexus.optim.param_group import OF_ALL, SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
+from nexus.backends.sharding import local
+from nexus.optim import parameters
+from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
+from nexus.optim.state import MOMENTS
 from nexus.schedules import Schedule
 
 FORMAT = 1
@@ -68,7 +69,7 @@ def checked_groups(groups: list[ParamGroup], state_dict: dict[str, Any]) -> list
 
 
 def _is_a_parameters(state: object) -> bool:
-    return isinstance(state, dict) and any(name in state for name in tensor_list.MOMENTS)
+    return isinstance(state, dict) and any(name in state for name in MOMENTS)
 
 
 def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
@@ -180,7 +181,7 @@ def check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
                 f"{where}: {name} must be dense, of floating point and not on meta, got {moment.dtype}, "
                 f"{moment.layout} on {moment.device}. {remedy}"
             )
-        if tensor_list.is_freed(local(moment)):
+        if parameters.is_freed(local(moment)):
             raise ValueError(f"{where}: {name} has no memory: its storage was freed. {remedy}")
         wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
         if name != "exp_avg" and bool((wide < 0).any()):

@@ -17,10 +17,10 @@ from torch.optim.optimizer import Optimizer
 from nexus import backends
 from nexus.arguments import shown
 from nexus.backends.interface import Backend, StepState
-from nexus.optim import checkpoint, onlookers, tensor_list
+from nexus.optim import checkpoint, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
+from nexus.optim.groups import ParamGroup, check_group, check_torch_options
 from nexus.optim.history import History
-from nexus.optim.param_group import ParamGroup, check_group, check_torch_options
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Schedule
 
@@ -261,8 +261,8 @@ class FusedAdamW(Optimizer):
         else:
             param_group["params"] = added["params"]  # a generator that was given is at its end
         for i, param in enumerate(added["params"]):
-            if tensor_list.is_trained(param):
-                tensor_list.check_parameter(param, f"parameter {i} of group {count}")
+            if parameters.is_trained(param):
+                parameters.check_parameter(param, f"parameter {i} of group {count}")
         groups.append(added)
         if self._new_params is not None:  # the constructor asks the rest of all groups at once
             self._new_params.update(map(id, tensors))

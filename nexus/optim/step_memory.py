@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from nexus.backends.shards import local
+from nexus.backends.sharding import local
 from nexus.optim.engine import attributes_of, engine_of
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nexus.arguments import shown
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
-from nexus.optim.param_group import SETTING_NAMES, ParamGroup
+from nexus.optim.groups import SETTING_NAMES, ParamGroup
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from nexus.arguments import shown
-from nexus.backends.shards import local
+from nexus.backends.sharding import local
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.training.gradients import Gradients

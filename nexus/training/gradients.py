@@ -14,7 +14,7 @@ from enum import Enum, auto
 import torch
 from torch import Tensor
 
-from nexus.backends.shards import local
+from nexus.backends.sharding import local
 
 
 class Role(Enum):

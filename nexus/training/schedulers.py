@@ -27,7 +27,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nexus.arguments import check_count, check_number, shown
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, engine_of
-from nexus.optim.param_group import OWN_SCHEDULE
+from nexus.optim.groups import OWN_SCHEDULE
 from nexus.schedule_edits import edited, resumed, saved_form
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 from nexus.training.device_rates import DeviceRates

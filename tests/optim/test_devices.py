@@ -7,7 +7,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nexus.backends import reference
-from nexus.backends.devices import total_everywhere
+from nexus.backends.sharding import total_everywhere
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Cosine
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from nexus.backends.interface import DevicePlan, Plan
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
-from nexus.optim.param_group import ParamGroup, settings_of
+from nexus.optim.groups import ParamGroup, settings_of
 
 RATES = (0.25, 0.0, 0.5)
 

@@ -1,18 +1,55 @@
-"""DTensors as parameters: checks, their state, and over which processes their squares are to be added up."""
+"""Parameters that are spread over processes: their parts, their state, and sums over devices and processes.
+
+`torch.distributed` is not imported here before the first tensor of its own comes along.
+"""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-from nexus.backends.interface import NormPart, TensorEntry
-from nexus.backends.shards import is_spread, local, placements
+from torch.nn import Parameter
+from typing_extensions import TypeIs
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.tensor import DTensor
+
+    from nexus.backends.interface import TensorEntry
+
+
+def is_spread(tensor: Tensor | None) -> TypeIs[DTensor]:
+    """Whether a tensor is a DTensor: each process holds a part of it, or a copy."""
+    if type(tensor) is Tensor or type(tensor) is Parameter:  # most are, and this is asked often
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    kind = getattr(module, "DTensor", None)
+    return kind is not None and isinstance(tensor, kind)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """What this process holds of a tensor: of a DTensor its part, and of any other all."""
+    if not is_spread(tensor):
+        return tensor
+    part: Tensor = tensor._local_tensor
+    wait = getattr(part, "wait", None)  # of a collective that may be under way
+    return part if wait is None else wait()
+
+
+def placements(tensor: Tensor) -> tuple[object, ...] | None:
+    """How a DTensor is spread over the dimensions of its mesh; None for any other tensor."""
+    return tensor.placements if is_spread(tensor) else None
+
+
+@torch.no_grad()
+def spread_as(tensor: Tensor, like: Tensor) -> Tensor:
+    """What this process holds of a DTensor once it is spread as `like` is: a collective, where it is not yet."""
+    if is_spread(tensor) and is_spread(like):
+        tensor = tensor.redistribute(placements=like.placements)
+    return local(tensor).detach()
 
 
 def check_spread(param: DTensor, where: str) -> None:
@@ -84,6 +121,15 @@ def respread(saved: Tensor, param: Tensor) -> Tensor:
     return local(distribute_tensor(saved, param.device_mesh, param.placements, src_data_rank=None))
 
 
+@dataclass
+class NormPart:
+    """Parameters whose squares are to be added up over the same processes for the global norm."""
+
+    groups: tuple[ProcessGroup, ...]  # sums are added up over each of these, one after the other
+    device: torch.device
+    entries: list[TensorEntry]
+
+
 def norm_parts(
     parameters: list[tuple[Tensor, TensorEntry | None]], norm_group: ProcessGroup | None = None
 ) -> list[NormPart]:
@@ -122,6 +168,66 @@ def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:
         for dim, placement in enumerate(param.placements)
         if not placement.is_replicate() and mesh.size(dim) > 1
     )
+
+
+def total_everywhere(
+    sums: list[Tensor], parts: list[NormPart] | None = None, found_inf: Tensor | None = None
+) -> Tensor | None:
+    """Replace each device's sum, a 0-dim tensor, by that of all devices. Enqueued, in a fixed order.
+
+    Where there are `parts`, by that of all devices of all processes. Returns `found_inf`, of all processes too.
+    """
+    if len(sums) > 1:
+        on_devices = [part.clone() for part in sums]
+        for total in sums:
+            on_device = [part.to(total.device, non_blocking=True) for part in on_devices]
+            total.copy_(torch.stack(on_device).sum())
+    return _total_over_ranks(sums, parts, found_inf) if parts else found_inf
+
+
+def _total_over_ranks(sums: list[Tensor], parts: list[NormPart], found_inf: Tensor | None) -> Tensor | None:
+    """Add up squares over the processes that hold the parameters, and let all of them skip a step if one does.
+
+    Args:
+        sums: of the squares in this process, on each of its devices; 0-dim float64. All get the total.
+        parts: of the parameters, the same on all processes.
+        found_inf: not 0 where a gradient in this process is not finite; None if nobody has looked.
+
+    Returns:
+        `found_inf` of all processes. Work is only enqueued where the process groups' backends do so.
+    """
+    if not sums and found_inf is None:
+        return None
+    from torch.distributed import all_reduce
+
+    with torch.no_grad():
+        device = sums[0].device if sums else parts[0].device
+        rest = sums[0].clone() if sums else torch.zeros((), dtype=torch.float64, device=device)
+        found = torch.zeros_like(rest)
+        if found_inf is not None:
+            found = (found_inf.detach().to(device, non_blocking=True).reshape(()) != 0).to(torch.float64)
+        totals: list[Tensor] = []
+        for part in reversed(parts):  # what is left in the end is the first part's, the largest
+            own = rest
+            if sums and part is not parts[0]:
+                own = _sum_of_squares(part, device)
+                rest = torch.where(own.isfinite(), rest - own, rest)  # an infinity stays one
+            total = torch.stack((own, found))
+            for group in part.groups:
+                all_reduce(total, group=group)
+            totals.append(total)
+        squares, founds = torch.stack(totals).sum(0)
+        for device_sum in sums:
+            device_sum.copy_(squares, non_blocking=True)
+        return None if found_inf is None else (founds != 0).to(torch.float32)
+
+
+def _sum_of_squares(part: NormPart, device: torch.device) -> Tensor:
+    grads = [grad.detach() for grad in (entry.grad for entry in part.entries) if grad is not None and grad.numel()]
+    if not grads:
+        return torch.zeros((), dtype=torch.float64, device=device)
+    norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
+    return torch.stack([norm.to(device, non_blocking=True) for norm in norms]).square().sum()
 
 
 def is_zero_everywhere(tensors: list[Tensor], parts: list[NormPart]) -> bool:

@@ -39,12 +39,6 @@ class CpuTensorList : public WatchedList {
     watch_.release_gradients();
   }
 
-  void traffic(int threads) {
-    if (!step_.traffic(threads)) {
-      throw std::invalid_argument("only a list of float32 tensors without amsgrad can be measured");
-    }
-  }
-
   void use_instruction_set(const std::string& name) {
     const cpu::Kernels* kernels = cpu::kernels(name.c_str());
     if (kernels == nullptr) {
@@ -121,8 +115,6 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("set_state", &CpuTensorList::set_state)
       .def("sum_of_squares", &CpuTensorList::sum_of_squares)
       .def("step", &CpuTensorList::step)
-      .def("traffic", &CpuTensorList::traffic, "The loads and stores of step() alone; no value changes.",
-           py::call_guard<py::gil_scoped_release>())
       .def("use_instruction_set", &CpuTensorList::use_instruction_set);
 #ifdef NEXUS_CUDA
   nexus::define_cuda(m);

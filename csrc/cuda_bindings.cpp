@@ -71,13 +71,6 @@ class CudaTensorList : public WatchedList {
   // Whether a graph may have captured a step.
   bool has_captured() const { return !captured_.empty(); }
 
-  void traffic(size_t index, Address stream) {
-    if (!devices_.at(index)->traffic(stream_at(stream))) {
-      throw std::invalid_argument(
-          "only a list of float32 or of bfloat16 tensors, without amsgrad, can be measured");
-    }
-  }
-
  private:
   std::vector<std::unique_ptr<cuda::DeviceList>> devices_;
   std::vector<std::unique_ptr<cuda::DeviceTable>> captured_;
@@ -115,9 +108,7 @@ void define_cuda(py::module_& m) {
       .def("sum_of_squares", &CudaTensorList::sum_of_squares, release())
       .def("step", &CudaTensorList::step, release())
       .def("update_captured", &CudaTensorList::update_captured, release())
-      .def("has_captured", &CudaTensorList::has_captured)
-      .def("traffic", &CudaTensorList::traffic, release(),
-           "The loads and stores of step() alone; no value changes.");
+      .def("has_captured", &CudaTensorList::has_captured);
 }
 
 }  // namespace nexus

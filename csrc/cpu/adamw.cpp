@@ -191,31 +191,11 @@ double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t coun
   return squares.total();
 }
 
-typedef uint32_t Bits __attribute__((may_alias));
-
-// The compiler does not know that `nothing` is 0: it can drop no load and no store.
-void rewrite(Bits* __restrict__ param, const Bits* __restrict__ grad, Bits* __restrict__ exp_avg,
-             Bits* __restrict__ exp_avg_sq, int64_t n, const Bits nothing) {
-  for (int64_t i = 0; i < n; ++i) {
-    const Bits none = grad[i] & nothing;
-    param[i] ^= none;
-    exp_avg[i] ^= none;
-    exp_avg_sq[i] ^= none;
-  }
-}
-
-void traffic(const TensorRecord& tensor, int64_t begin, int64_t count) {
-  static const volatile Bits nothing = 0;
-  rewrite(static_cast<Bits*>(tensor.param) + begin, static_cast<const Bits*>(tensor.grad) + begin,
-          static_cast<Bits*>(tensor.exp_avg) + begin, static_cast<Bits*>(tensor.exp_avg_sq) + begin, count,
-          nothing);
-}
-
 }  // namespace
 
 #define NEXUS_STRING(x) #x
 #define NEXUS_NAME(x) NEXUS_STRING(x)
 extern const Kernels kernels;
-const Kernels kernels = {NEXUS_NAME(NEXUS_ISA), update<float>, update<double>, sum_of_squares, traffic};
+const Kernels kernels = {NEXUS_NAME(NEXUS_ISA), update<float>, update<double>, sum_of_squares};
 
 }  // namespace nexus::cpu::NEXUS_ISA

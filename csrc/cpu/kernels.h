@@ -12,8 +12,6 @@ struct Kernels {
   void (*update_double)(const TensorRecord&, const Coefficients<double>&, int64_t begin, int64_t count);
   // The sum of squares of elements [begin, begin + count) of a gradient, in float64.
   double (*sum_of_squares)(const void* grad, DType dtype, int64_t begin, int64_t count);
-  // The loads and stores of update_float on float32 streams, without its arithmetic: every value stays.
-  void (*traffic)(const TensorRecord&, int64_t begin, int64_t count);
 };
 
 // The best set that this processor has; with a name, that one, or null if it is not to be had.

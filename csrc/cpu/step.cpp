@@ -176,20 +176,4 @@ void Step::run(int threads) {
   });
 }
 
-bool Step::traffic(int threads) {
-  for (const TensorRecord& tensor : list_.tensors) {
-    if (tensor.param_dtype != DType::kFloat32 || tensor.grad_dtype != DType::kFloat32 ||
-        tensor.max_exp_avg_sq != nullptr) {
-      return false;
-    }
-  }
-  for_each_chunk(threads, [this](size_t, const Chunk& chunk) {
-    const TensorRecord& tensor = list_.tensors[static_cast<size_t>(chunk.tensor)];
-    if (tensor.grad != nullptr) {
-      kernels->traffic(tensor, chunk.begin, chunk.count);
-    }
-  });
-  return true;
-}
-
 }  // namespace nexus::cpu

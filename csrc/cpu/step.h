@@ -30,10 +30,6 @@ class Step {
   // updates every tensor.
   void run(int threads);
 
-  // Reads and writes back, unchanged, what run() reads and writes: the time that memory alone takes, to
-  // measure run() against. False, and nothing done, unless all streams are float32, without amsgrad.
-  bool traffic(int threads);
-
  private:
   // Shares that one thread takes before it helps the others. A cache line each.
   struct alignas(64) Region {

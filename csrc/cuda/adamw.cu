@@ -21,29 +21,6 @@ struct ArithmeticOf<double> {
   using type = double;
 };
 
-// What is done to an element.
-struct AdamW {
-  static constexpr bool kMayAmsgrad = true;
-  template <bool kAmsgrad, class T>
-  static __device__ void apply(T& param, T grad, T& m, T& v, T& largest_v, const Coefficients<T>& c) {
-    adamw<kAmsgrad>(param, grad, m, v, largest_v, c);
-  }
-};
-
-// Nothing, in a way that no compiler sees through: what it multiplies by is 1, and 0 for the gradient.
-struct Nothing {
-  static constexpr bool kMayAmsgrad = false;
-  template <bool kAmsgrad, class T>
-  static __device__ void apply(T& param, T grad, T& m, T& v, T& largest_v, const Coefficients<T>& c) {
-    param = c.decay * param + c.eps * grad;
-    m *= c.decay;
-    v *= c.decay;
-    if (kAmsgrad) {
-      largest_v *= c.decay;
-    }
-  }
-};
-
 // A chunk's part of every stream.
 template <class P, class G, class T>
 struct Streams {
@@ -60,18 +37,18 @@ __device__ bool all_aligned(const Streams<P, G, T>& s) {
          (!kAmsgrad || is_aligned(s.max_exp_avg_sq));
 }
 
-template <class Each, bool kAmsgrad, class P, class G, class T>
+template <bool kAmsgrad, class P, class G, class T>
 __device__ void update_one(const Streams<P, G, T>& s, int32_t i, const Coefficients<T>& c) {
   T param = as<T>(s.param[i]);
   T unused = 0;
-  Each::template apply<kAmsgrad>(param, as<T>(s.grad[i]), s.exp_avg[i], s.exp_avg_sq[i],
-                                 kAmsgrad ? s.max_exp_avg_sq[i] : unused, c);
+  adamw<kAmsgrad>(param, as<T>(s.grad[i]), s.exp_avg[i], s.exp_avg_sq[i],
+                  kAmsgrad ? s.max_exp_avg_sq[i] : unused, c);
   assign(s.param[i], param);
 }
 
 // A thread takes as many elements in a turn as fill 128 bits of its narrowest stream. What is narrower than
 // the arithmetic is read once a turn, the other streams in parts of 128 bits each: so few registers suffice.
-template <class Each, bool kAmsgrad, class P, class G, class T>
+template <bool kAmsgrad, class P, class G, class T>
 struct Turn {
   static constexpr bool kNarrowParam = sizeof(P) < sizeof(T);
   static constexpr bool kNarrowGrad = sizeof(G) < sizeof(T);
@@ -98,7 +75,7 @@ struct Turn {
 #pragma unroll
     for (int k = 0; k < kPart; ++k) {
       T param = as<T>(p[k]);
-      Each::template apply<kAmsgrad>(param, as<T>(g[k]), m[k], v[k], largest_v[k], c);
+      adamw<kAmsgrad>(param, as<T>(g[k]), m[k], v[k], largest_v[k], c);
       assign(p[k], param);
     }
     if constexpr (!kNarrowParam) {
@@ -130,9 +107,9 @@ struct Turn {
   }
 };
 
-template <class Each, bool kAmsgrad, class P, class G, class T>
+template <bool kAmsgrad, class P, class G, class T>
 __device__ void update_chunk(const Streams<P, G, T>& s, int32_t count, const Coefficients<T>& c) {
-  using Turn = Turn<Each, kAmsgrad, P, G, T>;
+  using Turn = Turn<kAmsgrad, P, G, T>;
   int32_t done = 0;
   if (all_aligned<kAmsgrad>(s)) {
     done = count / Turn::kElements * Turn::kElements;
@@ -144,7 +121,7 @@ __device__ void update_chunk(const Streams<P, G, T>& s, int32_t count, const Coe
   }
 #pragma unroll 1
   for (int32_t i = done + static_cast<int32_t>(threadIdx.x); i < count; i += kThreads) {
-    update_one<Each, kAmsgrad>(s, i, c);
+    update_one<kAmsgrad>(s, i, c);
   }
 }
 
@@ -158,7 +135,7 @@ struct Work {
   const CoefficientRow& row;
   const Chunk& chunk;
 
-  template <class Each, class P, class G>
+  template <class P, class G>
   __device__ void update() const {
     using T = typename ArithmeticOf<P>::type;
     const Coefficients<T> c = of_type(row, T());
@@ -167,10 +144,10 @@ struct Work {
                                       global(static_cast<T*>(record.exp_avg) + chunk.begin),
                                       global(static_cast<T*>(record.exp_avg_sq) + chunk.begin),
                                       global(static_cast<T*>(record.max_exp_avg_sq) + chunk.begin)};
-    if (Each::kMayAmsgrad && record.max_exp_avg_sq != nullptr) {
-      update_chunk<Each, true>(streams, chunk.count, c);
+    if (record.max_exp_avg_sq != nullptr) {
+      update_chunk<true>(streams, chunk.count, c);
     } else {
-      update_chunk<Each, false>(streams, chunk.count, c);
+      update_chunk<false>(streams, chunk.count, c);
     }
   }
 };
@@ -200,7 +177,7 @@ __device__ void update_block(const Table& table, const StepState& state, const U
 
 template <class P, class G>
 __global__ void __launch_bounds__(kThreads, kUniformBlocks) adamw_uniform(Table table, StepState state) {
-  update_block(table, state, [](const Work& work) { work.update<AdamW, P, G>(); });
+  update_block(table, state, [](const Work& work) { work.update<P, G>(); });
 }
 
 // Calls f with a value of the type that `dtype` names.
@@ -223,7 +200,7 @@ __device__ void with_type(DType dtype, const F& f) {
 __global__ void __launch_bounds__(kThreads, kAnyBlocks) adamw_any(Table table, StepState state) {
   update_block(table, state, [](const Work& work) {
     with_type(work.record.param_dtype, [&](auto p) {
-      with_type(work.record.grad_dtype, [&](auto g) { work.update<AdamW, decltype(p), decltype(g)>(); });
+      with_type(work.record.grad_dtype, [&](auto g) { work.update<decltype(p), decltype(g)>(); });
     });
   });
 }
@@ -257,18 +234,6 @@ Kernel kernel_for(DType param_dtype, DType grad_dtype) {
   }
 }
 
-template <class P>
-__global__ void __launch_bounds__(kThreads, kUniformBlocks) rewrite(Table table, CoefficientRow row) {
-  if (blockIdx.x >= table.chunk_count) {
-    return;
-  }
-  const Chunk chunk = table.chunks[blockIdx.x];
-  const TensorPointers pointers = table.pointers[chunk.tensor];
-  if (pointers.grad != nullptr) {
-    Work{table.tensors[chunk.tensor], pointers, row, chunk}.update<Nothing, P, P>();
-  }
-}
-
 }  // namespace
 
 void update(const Table& table, const StepState& state, cudaStream_t stream) {
@@ -279,19 +244,6 @@ void update(const Table& table, const StepState& state, cudaStream_t stream) {
 cudaError_t load_update(DType param_dtype, DType grad_dtype) {
   cudaFuncAttributes attributes;
   return cudaFuncGetAttributes(&attributes, kernel_for(param_dtype, grad_dtype));
-}
-
-bool traffic(const Table& table, cudaStream_t stream) {
-  CoefficientRow row = {};
-  row.as_float.decay = 1.0f;
-  if (table.param_dtype == DType::kFloat32 && table.grad_dtype == DType::kFloat32) {
-    launch("rewriting", rewrite<float>, table.chunk_count, stream, table, row);
-  } else if (table.param_dtype == DType::kBFloat16 && table.grad_dtype == DType::kBFloat16) {
-    launch("rewriting", rewrite<BFloat16>, table.chunk_count, stream, table, row);
-  } else {
-    return false;
-  }
-  return true;
 }
 
 std::string missing_code() {

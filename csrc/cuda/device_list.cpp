@@ -114,14 +114,4 @@ void DeviceList::update_captured(cudaStream_t stream) {
   }
 }
 
-bool DeviceList::traffic(cudaStream_t stream) {
-  for (const TensorRecord& tensor : contents_.tensors) {
-    if (tensor.max_exp_avg_sq != nullptr) {
-      return false;
-    }
-  }
-  const DeviceGuard guard(part_.device);
-  return cuda::traffic(current_table(stream), stream);
-}
-
 }  // namespace nexus::cuda

@@ -43,11 +43,6 @@ class DeviceList {
   // Gives the hyperparameters of this moment to the steps that were captured, too.
   void update_captured(cudaStream_t stream);
 
-  // Reads and writes back, unchanged, what step() reads and writes: the time that memory alone takes, to
-  // measure step() against. False, and nothing done, unless all parameters and gradients are float32, or all
-  // bfloat16, without amsgrad.
-  bool traffic(cudaStream_t stream);
-
  private:
   void read_groups();
   const Table& current_table(cudaStream_t stream);

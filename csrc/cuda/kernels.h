@@ -29,10 +29,6 @@ void prologue(const Table& table, const StepState& state, cudaStream_t stream);
 // Updates every tensor, and advances the counters: of all launches the only one that changes the optimizer.
 void update(const Table& table, const StepState& state, cudaStream_t stream);
 
-// The loads and stores of update() alone: no value changes, so long as all are finite. False, and nothing
-// done, unless all parameters and gradients are float32, or all are bfloat16. Of amsgrad it knows nothing.
-bool traffic(const Table& table, cudaStream_t stream);
-
 // A schedule's values at `steps`.
 void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out,
               cudaStream_t stream);

@@ -94,15 +94,6 @@ class CudaRunner(WatchedRunner):
         super().__init__(tensors)
         self._devices: list[DevicePlan] = []
 
-    def traffic(self) -> None:
-        """The loads and stores of a step alone: every value stays. For benchmarks, after a first step.
-
-        Raises:
-            ValueError: not all tensors are float32, and not all are bfloat16, or there is amsgrad.
-        """
-        for position, plan in enumerate(self._devices):
-            self._list.traffic(position, self.current_stream(plan.state.device)[1])
-
     def has_captured(self) -> bool:
         return bool(self._list.has_captured())
 

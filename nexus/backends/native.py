@@ -47,14 +47,6 @@ class NativeRunner(WatchedRunner):
         self._measures_norm = False
         self._sum_of_squares = 0
 
-    def traffic(self) -> None:
-        """The loads and stores of a step alone: every value stays. For benchmarks, after a first step.
-
-        Raises:
-            ValueError: not all streams are float32.
-        """
-        self._list.traffic(torch.get_num_threads())
-
     def _take_tensors(self, plan: Plan) -> None:
         self._list.divide()
         self._take_settings(plan)

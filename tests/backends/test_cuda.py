@@ -362,25 +362,6 @@ def test_clipping_cannot_be_switched_on_in_a_graph_without_a_norm(gpu: Shim) -> 
         optimizer.sync_hyperparameters()
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_traffic_changes_nothing(gpu: Shim, dtype: torch.dtype) -> None:
-    params = make_params([(5,), (CHUNK + 9,)], dtype)
-    optimizer = FusedAdamW(params, backend=NAME)
-    set_grads(params, make_grads(params))
-    optimizer.step()
-    before = snapshot(optimizer)
-    runner = optimizer._runner
-    assert isinstance(runner, Runner)
-    gpu.reset()
-    runner.traffic()
-    assert kernels(gpu) == ["rewrite"]
-    assert same_bits(before, snapshot(optimizer))
-    optimizer.param_groups[0]["amsgrad"] = True
-    optimizer._prepare()
-    with pytest.raises(ValueError, match="without amsgrad"):
-        runner.traffic()
-
-
 # Several devices, of which the second is of the shim's making: its tensors are the CPU's too.
 
 

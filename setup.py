@@ -33,8 +33,8 @@ def sources(pattern: str) -> list[str]:
 
 CPU_SOURCES = sources("csrc/cpu/*.cpp")
 CUDA_SOURCES = sources("csrc/cuda/*.cu") + sources("csrc/cuda/*.cpp")
-CUDA_MODULE_SOURCES = sources("csrc/cuda_bindings.cpp")
-MODULE_SOURCES = [source for source in sources("csrc/*.cpp") if source not in CUDA_MODULE_SOURCES]
+CUDA_MODULE_SOURCES = sources("csrc/python/cuda_module.cpp")
+MODULE_SOURCES = [source for source in sources("csrc/python/*.cpp") if source not in CUDA_MODULE_SOURCES]
 
 # Neither -ffast-math nor contraction: every instruction set is to give the numbers that the tests compare.
 # Nothing reads errno or floating-point traps, and without them loops vectorise.

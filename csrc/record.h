@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <type_traits>
+#include <vector>
 
 #include "host_device.h"
 
@@ -126,6 +127,12 @@ NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});
 NEXUS_RECORD(StepState, {F(completed), F(skipped), F(sum_of_squares), F(grad_norm), F(grad_scale),
                          F(found_inf), F(skip_nonfinite), F(history)});
 #undef F
+
+// All of an optimizer, as the host sees it: what a watch keeps up to date and every step reads.
+struct Records {
+  std::vector<TensorRecord> tensors;  // device by device
+  std::vector<Group> groups;          // every group once for each device, device by device
+};
 
 // Elements [begin, begin + count) of one tensor.
 struct Chunk {

@@ -54,7 +54,7 @@ class Backend:
         return "for tests"
 
     def runner(self, setting_names: tuple[str, ...]) -> Runner:
-        return Runner(make_list(extension().CudaTensorList, setting_names))
+        return Runner(make_list(extension().CudaRecords, setting_names))
 
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         steps = steps.contiguous()

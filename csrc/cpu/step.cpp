@@ -15,8 +15,8 @@ void Step::divide() {
   chunks_.clear();
   shares_.assign(1, 0);
   int64_t elements = 0;  // in the current share
-  for (size_t i = 0; i < list_.tensors.size(); ++i) {
-    const int64_t numel = list_.tensors[i].numel;
+  for (size_t i = 0; i < records_.tensors.size(); ++i) {
+    const int64_t numel = records_.tensors[i].numel;
     for (int64_t k = 0; k < chunk_count(numel); ++k) {
       chunks_.push_back(chunk_at(numel, k, static_cast<int32_t>(i)));
       elements += chunks_.back().count;
@@ -30,8 +30,8 @@ void Step::divide() {
     shares_.push_back(static_cast<int32_t>(chunks_.size()));
   }
   partial_sums_.assign(chunks_.size(), 0.0);
-  float_coefficients_.resize(list_.tensors.size());
-  double_coefficients_.resize(list_.tensors.size());
+  float_coefficients_.resize(records_.tensors.size());
+  double_coefficients_.resize(records_.tensors.size());
 }
 
 // Every thread begins with a region of its own, the same in every step, so that what its core has in its
@@ -72,7 +72,7 @@ void Step::for_each_chunk(int threads, const Work& work) {
 
 double Step::sum_of_squares(int threads) {
   for_each_chunk(threads, [this](size_t k, const Chunk& chunk) {
-    const TensorRecord& tensor = list_.tensors[static_cast<size_t>(chunk.tensor)];
+    const TensorRecord& tensor = records_.tensors[static_cast<size_t>(chunk.tensor)];
     partial_sums_[k] = tensor.grad == nullptr ? 0.0
                                               : kernels->sum_of_squares(tensor.grad, tensor.grad_dtype,
                                                                         chunk.begin, chunk.count);
@@ -86,7 +86,7 @@ double Step::sum_of_squares(int threads) {
 
 // Streams lie apart, and the processor's own prefetching begins anew with each chunk: it is given a start.
 void Step::fetch_ahead(const Chunk& chunk) const {
-  const TensorRecord& tensor = list_.tensors[static_cast<size_t>(chunk.tensor)];
+  const TensorRecord& tensor = records_.tensors[static_cast<size_t>(chunk.tensor)];
   const size_t item = item_size(tensor.param_dtype);
   for (const void* stream :
        {static_cast<const void*>(tensor.param), tensor.grad, static_cast<const void*>(tensor.exp_avg),
@@ -109,10 +109,10 @@ bool Step::prepare() {
   const int64_t t = *state.completed;
   const bool skip = skips(state);
   const auto evaluate = [&](int32_t group) {
-    return evaluated_row(state, list_.groups[static_cast<size_t>(group)], group, t, skip, grad_norm,
+    return evaluated_row(state, records_.groups[static_cast<size_t>(group)], group, t, skip, grad_norm,
                          grad_scale);
   };
-  const auto group_count = static_cast<int32_t>(list_.groups.size());
+  const auto group_count = static_cast<int32_t>(records_.groups.size());
   record_step(state.history, t, skip, state.sum_of_squares == nullptr ? NAN : grad_norm);
   if (skip) {
     for (int32_t i = 0; i < group_count; ++i) {
@@ -129,8 +129,8 @@ bool Step::prepare() {
   int32_t evaluated = 0;
   Coefficients<double> as_double = {};
   Coefficients<float> as_float = {};
-  for (size_t i = 0; i < list_.tensors.size(); ++i) {
-    const TensorRecord& tensor = list_.tensors[i];
+  for (size_t i = 0; i < records_.tensors.size(); ++i) {
+    const TensorRecord& tensor = records_.tensors[i];
     // Tensors come in the order of their groups. Every group is evaluated, also one that has none.
     for (; evaluated <= tensor.group; ++evaluated) {
       row = evaluate(evaluated);
@@ -161,7 +161,7 @@ void Step::run(int threads) {
   }
   for_each_chunk(threads, [this](size_t k, const Chunk& chunk) {
     const auto i = static_cast<size_t>(chunk.tensor);
-    const TensorRecord& tensor = list_.tensors[i];
+    const TensorRecord& tensor = records_.tensors[i];
     if (k + 1 < chunks_.size()) {
       fetch_ahead(chunks_[k + 1]);
     }

@@ -5,7 +5,7 @@
 #include <memory>
 #include <vector>
 
-#include "../host_list.h"
+#include "../hyperparameters.h"
 #include "kernels.h"
 
 namespace nexus::cpu {
@@ -14,7 +14,7 @@ namespace nexus::cpu {
 // nothing.
 class Step {
  public:
-  explicit Step(const HostList& list) : list_(list) {}
+  explicit Step(const Records& list) : records_(list) {}
 
   StepState state = {};
   const Kernels* kernels = cpu::kernels();
@@ -42,7 +42,7 @@ class Step {
   bool prepare();  // false: this step is skipped
   void fetch_ahead(const Chunk& chunk) const;
 
-  const HostList& list_;
+  const Records& records_;
   std::vector<Chunk> chunks_;
   std::vector<int32_t> shares_;  // shares_[i] .. shares_[i + 1] are the chunks of one unit of work
   std::unique_ptr<Region[]> regions_;

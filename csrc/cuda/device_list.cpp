@@ -40,9 +40,9 @@ DType common(const std::vector<TensorRecord>& tensors, const Get& get) {
 
 }  // namespace
 
-DeviceList::DeviceList(const HostList& list, const Part& part, std::unique_ptr<DeviceTable> table,
+DeviceList::DeviceList(const Records& list, const Part& part, std::unique_ptr<DeviceTable> table,
                        std::vector<std::unique_ptr<DeviceTable>>& captured)
-    : list_(list), part_(part), table_(std::move(table)), captured_(captured) {
+    : records_(list), part_(part), table_(std::move(table)), captured_(captured) {
   const auto first = list.tensors.begin() + part.first_tensor;
   contents_.tensors.assign(first, first + part.tensor_count);
   contents_.pointers.resize(contents_.tensors.size());
@@ -60,13 +60,13 @@ DeviceList::DeviceList(const HostList& list, const Part& part, std::unique_ptr<D
 
 void DeviceList::read_groups() {
   contents_.measures_norm = state.sum_of_squares != nullptr;
-  const auto first = list_.groups.begin() + part_.first_group;
+  const auto first = records_.groups.begin() + part_.first_group;
   contents_.groups.assign(first, first + part_.group_count);
 }
 
 const Table& DeviceList::current_table(cudaStream_t stream) {
   for (size_t i = 0; i < contents_.pointers.size(); ++i) {
-    const TensorRecord& tensor = list_.tensors[static_cast<size_t>(part_.first_tensor) + i];
+    const TensorRecord& tensor = records_.tensors[static_cast<size_t>(part_.first_tensor) + i];
     contents_.pointers[i] = {tensor.param, tensor.grad};
   }
   read_groups();

@@ -6,7 +6,7 @@
 #include <memory>
 #include <vector>
 
-#include "../host_list.h"
+#include "../hyperparameters.h"
 #include "device_table.h"
 
 namespace nexus::cuda {
@@ -26,7 +26,7 @@ struct Part {
 class DeviceList {
  public:
   // `captured` outlives this list, and any graph that was captured.
-  DeviceList(const HostList& list, const Part& part, std::unique_ptr<DeviceTable> table,
+  DeviceList(const Records& list, const Part& part, std::unique_ptr<DeviceTable> table,
              std::vector<std::unique_ptr<DeviceTable>>& captured);
 
   int device() const { return part_.device; }
@@ -47,7 +47,7 @@ class DeviceList {
   void read_groups();
   const Table& current_table(cudaStream_t stream);
 
-  const HostList& list_;
+  const Records& records_;
   Part part_;
   Contents contents_;
   std::unique_ptr<DeviceTable> table_;

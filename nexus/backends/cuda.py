@@ -28,7 +28,7 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     reason = why_no_extension()
     if reason is not None:
         return reason
-    if not hasattr(extension, "CudaTensorList"):
+    if not hasattr(extension, "CudaRecords"):
         failure = Path(__file__).parents[1] / "_native_cuda_failure.txt"
         why = failure.read_text().strip() if failure.is_file() else "it was built without NEXUS_CUDA"
         return f"the extension has no CUDA code: {why}"
@@ -67,7 +67,7 @@ def detail() -> str:
 
 def runner(setting_names: tuple[str, ...]) -> CudaRunner:
     """One for an optimizer."""
-    return CudaRunner(make_list(extension.CudaTensorList, setting_names))
+    return CudaRunner(make_list(extension.CudaRecords, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def detail() -> str:
 
 def runner(setting_names: tuple[str, ...]) -> NativeRunner:
     """One for an optimizer."""
-    return NativeRunner(make_list(extension.CpuTensorList, setting_names))
+    return NativeRunner(make_list(extension.CpuRecords, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:

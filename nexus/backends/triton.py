@@ -67,7 +67,7 @@ def detail() -> str:
 
 def runner(setting_names: tuple[str, ...]) -> TritonRunner:
     """One for an optimizer."""
-    return TritonRunner(make_list(extension.WatchedList, setting_names))
+    return TritonRunner(make_list(extension.WatchedRecords, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class WatchedRunner:
     """Binds plans to a list of the extension. What is done with the list is up to the subclass.
 
     Args:
-        tensors: a `_native.WatchedList`.
+        tensors: a `_native.WatchedRecords`.
     """
 
     name: str

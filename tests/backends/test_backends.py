@@ -76,7 +76,7 @@ class TestCuda:
         """That of a machine with a GPU."""
         cuda._unavailable_on.cache_clear()
         extension = SimpleNamespace(
-            CudaTensorList=None, cuda_architectures="sm_80 sm_90", cuda_missing_code=lambda index: ""
+            CudaRecords=None, cuda_architectures="sm_80 sm_90", cuda_missing_code=lambda index: ""
         )
         monkeypatch.setattr(cuda, "extension", extension)
         monkeypatch.setattr(torch.version, "cuda", "13.0")
@@ -94,7 +94,7 @@ class TestCuda:
         assert "the extension" in (cuda.unavailable() or "")
 
     def test_no_code(self, extension: SimpleNamespace) -> None:
-        del extension.CudaTensorList
+        del extension.CudaRecords
         assert (cuda.unavailable() or "").startswith("the extension has no CUDA code: ")
 
     def test_a_torch_without_cuda(self, extension: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -215,7 +215,7 @@ def test_without_a_compiler_the_build_goes_on_and_says_why(tree, place):
 
 
 def test_a_failed_compile_is_quoted(tree):
-    (tree / "csrc" / "bindings.cpp").write_text("#error not today\n")
+    (tree / "csrc" / "python" / "module.cpp").write_text("#error not today\n")
     result = run(tree, "setup.py", "build_ext", "--inplace")
     assert result.returncode == 0
     assert "not today" in (tree / "nexus" / REASON_FILE).read_text()

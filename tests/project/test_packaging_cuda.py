@@ -72,8 +72,8 @@ def tree(setup, tmp_path):
     for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, tmp_path)
     files = {
-        "csrc/bindings.cpp": MODULE,
-        "csrc/cuda_bindings.cpp": CUDA_MODULE,
+        "csrc/python/module.cpp": MODULE,
+        "csrc/python/cuda_module.cpp": CUDA_MODULE,
         "csrc/cuda/kernel.cu": KERNEL,
         "nexus/__init__.py": "__version__ = '0'\n",
     }
@@ -116,7 +116,7 @@ def test_kernels_are_compiled_by_nvcc_and_only_once(tree):
     assert answer(tree) == 42
     assert not (tree / "nexus" / CUDA_REASON_FILE).exists()
     assert len(calls(tree, "-c csrc/cuda/kernel.cu")) == 1
-    assert len(calls(tree, "-c csrc/cuda_bindings.cpp")) == 1
+    assert len(calls(tree, "-c csrc/python/cuda_module.cpp")) == 1
     assert "no work to do" in build(tree, WORKING_NVCC).stdout
     # With other flags nothing is current.
     assert build(tree, WORKING_NVCC, NEXUS_CUDA_ARCHS="sm_90").returncode == 0

@@ -12,7 +12,7 @@ bool is_used(PyObject* object, Py_ssize_t own) { return object != nullptr && Py_
 }  // namespace
 
 StateWatch::StateWatch(PyObject* names, int64_t storage_references, PyObject* count_users,
-                       int64_t storage_users, TensorReader reader)
+                       int64_t storage_users, Reader reader)
     : names_(names),
       storage_references_(storage_references),
       count_users_(count_users),

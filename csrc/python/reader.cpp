@@ -1,4 +1,4 @@
-#include "tensor_reader.h"
+#include "reader.h"
 
 #include <stdexcept>
 
@@ -45,8 +45,7 @@ DType dtype_of(uint8_t code, uint8_t bits, uint16_t lanes) {
 
 }  // namespace
 
-TensorReader::TensorReader(PyObject* exchange_api, PyObject* dtypes)
-    : dtypes_(dtypes), dtype_(interned("dtype")) {
+Reader::Reader(PyObject* exchange_api, PyObject* dtypes) : dtypes_(dtypes), dtype_(interned("dtype")) {
   auto* api = static_cast<DLPackExchangeAPI*>(PyCapsule_GetPointer(exchange_api, "dlpack_exchange_api"));
   PyErr_Clear();
   if (api == nullptr || api->major != 1) {
@@ -55,7 +54,7 @@ TensorReader::TensorReader(PyObject* exchange_api, PyObject* dtypes)
   exchange_ = api->dltensor_from_py_object;
 }
 
-bool TensorReader::describe(PyObject* tensor, Description& out) const {
+bool Reader::describe(PyObject* tensor, Description& out) const {
   DLTensor now;
   if (exchange_(tensor, &now) != 0) {
     PyErr_Clear();  // a sparse tensor, for one
@@ -73,7 +72,7 @@ bool TensorReader::describe(PyObject* tensor, Description& out) const {
   return true;
 }
 
-DType TensorReader::dtype(PyObject* tensor) const {
+DType Reader::dtype(PyObject* tensor) const {
   const Object dtype = Object::own(PyObject_GetAttr(tensor, dtype_.get()));
   PyErr_Clear();
   for (Py_ssize_t i = 0; i < PyTuple_GET_SIZE(dtypes_.get()); ++i) {

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "tensor_reader.h"
+#include "reader.h"
 
 namespace nexus {
 
@@ -18,7 +18,7 @@ class StateWatch {
   // `storage_references`: how many torch itself holds to the Python object of a storage, of which there is
   // one.
   StateWatch(PyObject* names, int64_t storage_references, PyObject* count_users, int64_t storage_users,
-             TensorReader reader);
+             Reader reader);
 
   // Takes the state as it is now for what is expected from here on. `attributes`: the optimizer's __dict__.
   void reset(PyObject* attributes);
@@ -79,7 +79,7 @@ class StateWatch {
   int64_t storage_references_;
   Object count_users_;
   int64_t storage_users_;
-  TensorReader reader_;
+  Reader reader_;
   Object state_name_, local_tensor_name_, storage_name_;
 
   Loose seen_{nullptr};

@@ -1,5 +1,6 @@
-#include "tensor_watch.h"
+#include "watch.h"
 
+#include <algorithm>
 #include <cmath>
 #include <stdexcept>
 #include <utility>
@@ -19,9 +20,31 @@ const char kEmptyGradient = 0;
 
 }  // namespace
 
-TensorWatch::TensorWatch(HostList& list, PyObject* setting_names, StateWatch state, PyObject* grad_descriptor,
-                         const TensorReader& reader)
-    : list_(list),
+std::pair<int64_t, int64_t> overlap(const std::vector<TensorRecord>& tensors) {
+  struct Range {
+    uintptr_t begin, end;
+    int64_t tensor;
+  };
+  std::vector<Range> ranges;
+  for (size_t i = 0; i < tensors.size(); ++i) {
+    const auto begin = reinterpret_cast<uintptr_t>(tensors[i].param);
+    const auto bytes = static_cast<uintptr_t>(tensors[i].numel) * item_size(tensors[i].param_dtype);
+    if (bytes > 0 && tensors[i].grad != nullptr) {
+      ranges.push_back({begin, begin + bytes, static_cast<int64_t>(i)});
+    }
+  }
+  std::sort(ranges.begin(), ranges.end(), [](const Range& a, const Range& b) { return a.begin < b.begin; });
+  for (size_t i = 1; i < ranges.size(); ++i) {
+    if (ranges[i].begin < ranges[i - 1].end) {
+      return {ranges[i - 1].tensor, ranges[i].tensor};
+    }
+  }
+  return {-1, -1};
+}
+
+Watch::Watch(Records& list, PyObject* setting_names, StateWatch state, PyObject* grad_descriptor,
+             const Reader& reader)
+    : records_(list),
       setting_names_(setting_names),
       grad_descriptor_(grad_descriptor),
       version_descriptor_(Object::own(
@@ -36,7 +59,7 @@ TensorWatch::TensorWatch(HostList& list, PyObject* setting_names, StateWatch sta
       placements_name_(interned("placements")),
       state_(std::move(state)) {}
 
-void TensorWatch::reset(PyObject* attributes) {
+void Watch::reset(PyObject* attributes) {
   groups_.clear();
   parameters_.clear();
   layouts_.clear();
@@ -60,7 +83,7 @@ void TensorWatch::reset(PyObject* attributes) {
   state_.reset(attributes);
 }
 
-void TensorWatch::reset_settings() {
+void Watch::reset_settings() {
   setting_tensors_.clear();
   for (GroupSnapshot& seen : groups_) {
     seen.version = 0;
@@ -71,14 +94,14 @@ void TensorWatch::reset_settings() {
   }
 }
 
-void TensorWatch::add_parameter(PyObject* param) {
+void Watch::add_parameter(PyObject* param) {
   parameters_.push_back(
       {Object(param), has_own_gradient(param), -1, false, false, {}, {}, 0, 0, 0, nullptr, {}, {}});
 }
 
-void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
-                                bool staged_grad, void* grad_buffer, PyObject* placements) {
-  const TensorRecord& entry = list_.tensors.at(static_cast<size_t>(record));
+void Watch::add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param,
+                          bool staged_grad, void* grad_buffer, PyObject* placements) {
+  const TensorRecord& entry = records_.tensors.at(static_cast<size_t>(record));
   Description now;
   const bool spread = placements != Py_None;
   const Object local = spread ? local_part(param, placements) : Object(param);
@@ -107,7 +130,7 @@ void TensorWatch::add_parameter(PyObject* param, int64_t record, PyObject* strea
   layouts_.insert(layouts_.end(), now.strides, now.strides + now.ndim);
 }
 
-TensorWatch::FixedTensor TensorWatch::fixed(PyObject* tensor) {
+Watch::FixedTensor Watch::fixed(PyObject* tensor) {
   Description now;
   if (!reader_.describe(tensor, now)) {
     throw std::invalid_argument("a tensor of the optimizer could not be read");
@@ -115,18 +138,18 @@ TensorWatch::FixedTensor TensorWatch::fixed(PyObject* tensor) {
   return {Object(tensor), now.data, Object()};
 }
 
-void TensorWatch::add_tensor(PyObject* tensor) { fixed_tensors_.push_back(fixed(tensor)); }
+void Watch::add_tensor(PyObject* tensor) { fixed_tensors_.push_back(fixed(tensor)); }
 
-void TensorWatch::add_setting_tensor(PyObject* tensor, bool written_by_steps) {
+void Watch::add_setting_tensor(PyObject* tensor, bool written_by_steps) {
   setting_tensors_.push_back(fixed(tensor));
   if (written_by_steps) {
     setting_tensors_.back().version = version(tensor);
   }
 }
 
-Object TensorWatch::version(PyObject* tensor) const { return from_getter(version_descriptor_, tensor); }
+Object Watch::version(PyObject* tensor) const { return from_getter(version_descriptor_, tensor); }
 
-int TensorWatch::traverse(visitproc visit, void* arg) const {
+int Watch::traverse(visitproc visit, void* arg) const {
   const auto each = [visit, arg](const Object& object) {
     return object.get() == nullptr ? 0 : visit(object.get(), arg);
   };
@@ -150,7 +173,7 @@ int TensorWatch::traverse(visitproc visit, void* arg) const {
   return stop != 0 ? stop : each(written_);
 }
 
-void TensorWatch::clear() {
+void Watch::clear() {
   // Taken out first: what dies may call back. From here on, refresh() asks for a new plan.
   const Object seen_groups = std::exchange(seen_groups_, {});
   const auto groups = std::exchange(groups_, {});
@@ -161,7 +184,7 @@ void TensorWatch::clear() {
   state_.clear();
 }
 
-bool TensorWatch::same_groups(PyObject* attributes) {
+bool Watch::same_groups(PyObject* attributes) {
   PyObject* groups = item(attributes, param_groups_name_.get());
   if (groups != seen_groups_.get() || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
     return false;
@@ -187,7 +210,7 @@ bool TensorWatch::same_groups(PyObject* attributes) {
   return true;
 }
 
-Change TensorWatch::same_settings() {
+Change Watch::same_settings() {
   Change change = in_place(setting_tensors_) ? Change::kNone : Change::kSettings;
   for (size_t i = 0; i < groups_.size(); ++i) {
     GroupSnapshot& seen = groups_[i];
@@ -200,13 +223,13 @@ Change TensorWatch::same_settings() {
       if (value == seen.settings[k].get()) {
         continue;
       }
-      const Rate& lr = list_.groups[i].lr;
+      const Rate& lr = records_.groups[i].lr;
       const bool plain = k == 0 && value != nullptr && lr.table == nullptr && lr.tensor == nullptr;
       if (plain && PyFloat_Check(value)) {  // what torch's schedulers write at every step; NumPy's, too
         const double number = PyFloat_AS_DOUBLE(value);
         if (std::isfinite(number) && number >= 0.0) {
-          for (size_t j = i; j < list_.groups.size(); j += groups_.size()) {  // on every device
-            list_.groups[j].lr.value = number;
+          for (size_t j = i; j < records_.groups.size(); j += groups_.size()) {  // on every device
+            records_.groups[j].lr.value = number;
           }
           seen.settings[k] = Object(value);
           continue;
@@ -221,7 +244,7 @@ Change TensorWatch::same_settings() {
   return change;
 }
 
-bool TensorWatch::in_place(const std::vector<FixedTensor>& tensors) {
+bool Watch::in_place(const std::vector<FixedTensor>& tensors) {
   Description now;
   for (const FixedTensor& tensor : tensors) {
     if (!reader_.describe(tensor.tensor.get(), now) || now.data != tensor.data) {
@@ -236,14 +259,14 @@ bool TensorWatch::in_place(const std::vector<FixedTensor>& tensors) {
   return true;
 }
 
-bool TensorWatch::has_own_gradient(PyObject* param) const {
+bool Watch::has_own_gradient(PyObject* param) const {
   const Object found =
       Object::own(PyObject_GetAttr(reinterpret_cast<PyObject*>(Py_TYPE(param)), grad_name_.get()));
   PyErr_Clear();
   return found.get() != grad_descriptor_.get() || !Py_IS_TYPE(found.get(), &PyGetSetDescr_Type);
 }
 
-Object TensorWatch::gradient(const Parameter& parameter) const {
+Object Watch::gradient(const Parameter& parameter) const {
   PyObject* param = parameter.tensor.get();
   if (parameter.own_gradient) {
     return Object::own(PyObject_GetAttr(param, grad_name_.get()));
@@ -252,7 +275,7 @@ Object TensorWatch::gradient(const Parameter& parameter) const {
 }
 
 // The part of a DTensor that is in this process; null where it is spread over the processes otherwise.
-Object TensorWatch::local_part(PyObject* tensor, PyObject* placements) const {
+Object Watch::local_part(PyObject* tensor, PyObject* placements) const {
   const Object spec = Object::own(PyObject_GetAttr(tensor, spec_name_.get()));
   const Object now =
       spec.get() == nullptr ? Object() : Object::own(PyObject_GetAttr(spec.get(), placements_name_.get()));
@@ -268,8 +291,7 @@ Object TensorWatch::local_part(PyObject* tensor, PyObject* placements) const {
 }
 
 // `strides`: the expected ones; null where any will do.
-bool TensorWatch::same_layout(const Parameter& parameter, const Description& now,
-                              const int64_t* strides) const {
+bool Watch::same_layout(const Parameter& parameter, const Description& now, const int64_t* strides) const {
   if (now.device != parameter.device || now.ndim != parameter.ndim) {
     return false;
   }
@@ -286,13 +308,13 @@ bool TensorWatch::same_layout(const Parameter& parameter, const Description& now
 }
 
 // DLPack does not tell a negated view, whose memory has the other sign.
-bool TensorWatch::is_negated(PyObject* tensor) const {
+bool Watch::is_negated(PyObject* tensor) const {
   const Object answer = Object::own(PyObject_CallMethodNoArgs(tensor, is_neg_name_.get()));
   PyErr_Clear();
   return answer.get() == Py_True;
 }
 
-bool TensorWatch::refresh_parameter(Parameter& parameter) {
+bool Watch::refresh_parameter(Parameter& parameter) {
   PyObject* param = parameter.tensor.get();
   Object grad = gradient(parameter);
   if (grad.get() == nullptr) {
@@ -303,7 +325,7 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
   if (parameter.record < 0) {
     return missing;
   }
-  TensorRecord& record = list_.tensors[static_cast<size_t>(parameter.record)];
+  TensorRecord& record = records_.tensors[static_cast<size_t>(parameter.record)];
   if (missing != (record.grad == nullptr)) {
     gradient_came_or_went_ = true;
   }
@@ -344,7 +366,7 @@ bool TensorWatch::refresh_parameter(Parameter& parameter) {
   return true;
 }
 
-void TensorWatch::release_state() {
+void Watch::release_state() {
   if (in_step_) {
     release_state_later_ = true;
   } else {
@@ -352,7 +374,7 @@ void TensorWatch::release_state() {
   }
 }
 
-void TensorWatch::release_gradients() {
+void Watch::release_gradients() {
   in_step_ = false;
   if (std::exchange(release_state_later_, false)) {
     state_.release();
@@ -362,11 +384,11 @@ void TensorWatch::release_gradients() {
   }
 }
 
-void TensorWatch::list_written() {
+void Watch::find_written() {
   std::vector<PyObject*> params;
   for (const Parameter& parameter : parameters_) {
     if (parameter.record >= 0 && !parameter.staged_param &&
-        list_.tensors[static_cast<size_t>(parameter.record)].grad != nullptr) {
+        records_.tensors[static_cast<size_t>(parameter.record)].grad != nullptr) {
       params.push_back(parameter.tensor.get());
     }
   }
@@ -378,7 +400,7 @@ void TensorWatch::list_written() {
   gradient_came_or_went_ = false;
 }
 
-Change TensorWatch::refresh(PyObject* attributes) {
+Change Watch::refresh(PyObject* attributes) {
   if (seen_groups_.get() == nullptr || !same_groups(attributes) || !state_.same(attributes) ||
       !in_place(fixed_tensors_)) {
     return Change::kTensors;
@@ -390,10 +412,10 @@ Change TensorWatch::refresh(PyObject* attributes) {
     }
   }
   if (param_moved_ || gradient_came_or_went_) {
-    if (list_.overlap().first >= 0) {
+    if (overlap(records_.tensors).first >= 0) {
       return Change::kTensors;
     }
-    list_written();
+    find_written();
   }
   in_step_ = true;
   return same_settings();

@@ -6,8 +6,8 @@
 
 #include <cstdint>
 
-#include "python_objects.h"
-#include "record.h"
+#include "../record.h"
+#include "objects.h"
 
 namespace nexus {
 
@@ -21,11 +21,11 @@ struct Description {
   const int64_t* strides;
 };
 
-class TensorReader {
+class Reader {
  public:
   // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__. `dtypes`: torch's four types, in the order of
   // DType.
-  TensorReader(PyObject* exchange_api, PyObject* dtypes);
+  Reader(PyObject* exchange_api, PyObject* dtypes);
 
   // False where the tensor is none that a kernel could take; no Python error is left behind.
   bool describe(PyObject* tensor, Description& out) const;

@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "cuda/device_list.h"
-#include "cuda/kernels.h"
-#include "watched_list.h"
+#include "../cuda/device_list.h"
+#include "../cuda/kernels.h"
+#include "watched_records.h"
 
 #ifndef NEXUS_CUDA_ARCHS
 #define NEXUS_CUDA_ARCHS ""
@@ -21,9 +21,9 @@ namespace {
 
 cudaStream_t stream_at(Address address) { return at<CUstream_st>(address); }
 
-class CudaTensorList : public WatchedList {
+class CudaRecords : public WatchedRecords {
  public:
-  using WatchedList::WatchedList;
+  using WatchedRecords::WatchedRecords;
 
   // (device, tensors, groups) of each device, in the order in which they were added. To be called once all
   // are.
@@ -44,7 +44,7 @@ class CudaTensorList : public WatchedList {
         table = std::make_unique<cuda::DeviceTable>(device);
       }
       const cuda::Part part = {device, first_tensor, tensors, first_group, groups};
-      devices_.push_back(std::make_unique<cuda::DeviceList>(list_, part, std::move(table), captured_));
+      devices_.push_back(std::make_unique<cuda::DeviceList>(records_, part, std::move(table), captured_));
       first_tensor += tensors;
       first_group += groups;
     }
@@ -102,15 +102,15 @@ void define_cuda(py::module_& m) {
   m.def("cuda_missing_code", &missing_code,
         "Why the CUDA kernels cannot run on a device, or an empty string.");
   m.def("cuda_evaluate", &evaluate, release());
-  py::class_<CudaTensorList, WatchedList>(m, "CudaTensorList", py::module_local(),
+  py::class_<CudaRecords, WatchedRecords>(m, "CudaRecords", py::module_local(),
                                           py::custom_type_setup(collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
-      .def("divide", &CudaTensorList::divide)
-      .def("fill_state", &CudaTensorList::fill_state)
-      .def("sum_of_squares", &CudaTensorList::sum_of_squares, release())
-      .def("step", &CudaTensorList::step, release())
-      .def("update_captured", &CudaTensorList::update_captured, release())
-      .def("has_captured", &CudaTensorList::has_captured);
+      .def("divide", &CudaRecords::divide)
+      .def("fill_state", &CudaRecords::fill_state)
+      .def("sum_of_squares", &CudaRecords::sum_of_squares, release())
+      .def("step", &CudaRecords::step, release())
+      .def("update_captured", &CudaRecords::update_captured, release())
+      .def("has_captured", &CudaRecords::has_captured);
 }
 
 }  // namespace nexus

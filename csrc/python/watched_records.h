@@ -10,7 +10,7 @@
 #include <utility>
 #include <vector>
 
-#include "tensor_watch.h"
+#include "watch.h"
 
 namespace nexus {
 
@@ -39,35 +39,35 @@ py::memoryview memory_of(const std::vector<Record>& records) {
 }
 
 // What the lists of all devices have in common: tensors and hyperparameters, watched.
-class WatchedList {
+class WatchedRecords {
  public:
   // For `state_names`, `storage_references`, `count_users` and `storage_users` see StateWatch.
-  WatchedList(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
-              const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
-              const py::object& exchange_api, const py::tuple& dtypes)
-      : WatchedList(setting_names, state_names, storage_references, count_users, storage_users,
-                    grad_descriptor, TensorReader(exchange_api.ptr(), dtypes.ptr())) {}
+  WatchedRecords(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
+                 const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
+                 const py::object& exchange_api, const py::tuple& dtypes)
+      : WatchedRecords(setting_names, state_names, storage_references, count_users, storage_users,
+                       grad_descriptor, Reader(exchange_api.ptr(), dtypes.ptr())) {}
 
   // `attributes`: the optimizer's __dict__.
   void begin(const py::dict& attributes) {
-    list_.tensors.clear();
-    list_.groups.clear();
+    records_.tensors.clear();
+    records_.groups.clear();
     watch_.reset(attributes.ptr());
   }
 
   // Every group, once for each device, device by device. Takes the hyperparameters as they are now for what
   // is expected from here on.
   void fill_groups(const py::bytes& block) {
-    list_.groups = records_in<Group>(block);
+    records_.groups = records_in<Group>(block);
     watch_.reset_settings();
   }
 
   // Device by device. Where the gradients are, refresh() fills in.
-  void fill_tensors(const py::bytes& block) { list_.tensors = records_in<TensorRecord>(block); }
+  void fill_tensors(const py::bytes& block) { records_.tensors = records_in<TensorRecord>(block); }
 
   // As refresh() has left them.
-  py::memoryview groups() const { return memory_of(list_.groups); }
-  py::memoryview tensors() const { return memory_of(list_.tensors); }
+  py::memoryview groups() const { return memory_of(records_.groups); }
+  py::memoryview tensors() const { return memory_of(records_.tensors); }
 
   void watch_parameter(const py::handle& param) { watch_.add_parameter(param.ptr()); }
 
@@ -85,7 +85,7 @@ class WatchedList {
 
   py::object written() const { return py::reinterpret_borrow<py::object>(watch_.written()); }
 
-  TensorWatch& watch() { return watch_; }
+  Watch& watch() { return watch_; }
 
   int refresh(const py::dict& attributes) { return static_cast<int>(watch_.refresh(attributes.ptr())); }
 
@@ -94,25 +94,25 @@ class WatchedList {
   void release_gradients() { watch_.release_gradients(); }
 
   // Two tensors with a gradient that share memory, by their indices, or (-1, -1).
-  std::pair<int64_t, int64_t> overlap() const { return list_.overlap(); }
+  std::pair<int64_t, int64_t> overlap() const { return nexus::overlap(records_.tensors); }
 
  private:
-  WatchedList(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
-              const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
-              const TensorReader& reader)
-      : watch_(list_, setting_names.ptr(),
+  WatchedRecords(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
+                 const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
+                 const Reader& reader)
+      : watch_(records_, setting_names.ptr(),
                StateWatch(state_names.ptr(), storage_references, count_users.ptr(), storage_users, reader),
                grad_descriptor.ptr(), reader) {}
 
  protected:
-  HostList list_;
-  TensorWatch watch_;
+  Records records_;
+  Watch watch_;
 };
 
 // Lets the garbage collector see what a list refers to.
-inline WatchedList* constructed(PyObject* self) {
+inline WatchedRecords* constructed(PyObject* self) {
   auto holder = reinterpret_cast<py::detail::instance*>(self)->get_value_and_holder();
-  return holder.holder_constructed() ? holder.value_ptr<WatchedList>() : nullptr;
+  return holder.holder_constructed() ? holder.value_ptr<WatchedRecords>() : nullptr;
 }
 
 inline void collect_garbage(PyHeapTypeObject* heap_type) {
@@ -120,11 +120,11 @@ inline void collect_garbage(PyHeapTypeObject* heap_type) {
   type->tp_flags |= Py_TPFLAGS_HAVE_GC;
   type->tp_traverse = [](PyObject* self, visitproc visit, void* arg) {
     Py_VISIT(Py_TYPE(self));
-    WatchedList* list = constructed(self);
+    WatchedRecords* list = constructed(self);
     return list == nullptr ? 0 : list->watch().traverse(visit, arg);
   };
   type->tp_clear = [](PyObject* self) {
-    if (WatchedList* list = constructed(self)) {
+    if (WatchedRecords* list = constructed(self)) {
       list->watch().clear();
     }
     return 0;

@@ -3,21 +3,21 @@
 #include <string>
 #include <vector>
 
-#include "cpu/parallel.h"
-#include "cpu/step.h"
-#include "watched_list.h"
+#include "../cpu/parallel.h"
+#include "../cpu/step.h"
+#include "watched_records.h"
 
 namespace nexus {
 
 #ifdef NEXUS_CUDA
-void define_cuda(py::module_& m);  // cuda_bindings.cpp
+void define_cuda(py::module_& m);  // cuda_module.cpp
 #endif
 
 namespace {
 
-class CpuTensorList : public WatchedList {
+class CpuRecords : public WatchedRecords {
  public:
-  using WatchedList::WatchedList;
+  using WatchedRecords::WatchedRecords;
 
   // To be called once all tensors are added.
   void divide() { step_.divide(); }
@@ -48,7 +48,7 @@ class CpuTensorList : public WatchedList {
   }
 
  private:
-  cpu::Step step_{list_};
+  cpu::Step step_{records_};
 };
 
 std::vector<std::string> instruction_sets() {
@@ -97,8 +97,8 @@ py::dict describe_records() {
 
 PYBIND11_MODULE(NEXUS_MODULE, m) {
   namespace py = pybind11;
-  using nexus::CpuTensorList;
-  using nexus::WatchedList;
+  using nexus::CpuRecords;
+  using nexus::WatchedRecords;
   m.doc() = "Kernels of nexus. Addresses are those of memory that the caller keeps alive.";
   m.def("evaluate", &nexus::evaluate, py::arg("table"), py::arg("rows"), py::arg("steps"), py::arg("count"),
         py::arg("out"));
@@ -110,32 +110,33 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
     return std::pair(chunk.begin, static_cast<int64_t>(chunk.count));
   });
   m.def("chunk_count", &nexus::chunk_count);
-  py::class_<WatchedList>(m, "WatchedList", py::module_local(), py::custom_type_setup(nexus::collect_garbage))
+  py::class_<WatchedRecords>(m, "WatchedRecords", py::module_local(),
+                             py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
-      .def("begin", &WatchedList::begin)
-      .def("fill_groups", &WatchedList::fill_groups)
-      .def("fill_tensors", &WatchedList::fill_tensors)
-      .def("groups", &WatchedList::groups)
-      .def("tensors", &WatchedList::tensors)
-      .def("watch_parameter", &WatchedList::watch_parameter)
-      .def("watch_entry", &WatchedList::watch_entry, py::arg("param"), py::arg("record"), py::arg("streams"),
-           py::arg("staged_param"), py::arg("staged_grad"), py::arg("grad_buffer"),
+      .def("begin", &WatchedRecords::begin)
+      .def("fill_groups", &WatchedRecords::fill_groups)
+      .def("fill_tensors", &WatchedRecords::fill_tensors)
+      .def("groups", &WatchedRecords::groups)
+      .def("tensors", &WatchedRecords::tensors)
+      .def("watch_parameter", &WatchedRecords::watch_parameter)
+      .def("watch_entry", &WatchedRecords::watch_entry, py::arg("param"), py::arg("record"),
+           py::arg("streams"), py::arg("staged_param"), py::arg("staged_grad"), py::arg("grad_buffer"),
            py::arg("placements") = py::none())
-      .def("watch_tensor", &WatchedList::watch_tensor)
-      .def("watch_setting_tensor", &WatchedList::watch_setting_tensor)
-      .def("written", &WatchedList::written, "The parameters that the next step writes to in place.")
-      .def("overlap", &WatchedList::overlap)
-      .def("refresh", &WatchedList::refresh)
-      .def("release_state", &WatchedList::release_state)
-      .def("release_gradients", &WatchedList::release_gradients);
-  py::class_<CpuTensorList, WatchedList>(m, "CpuTensorList", py::module_local(),
+      .def("watch_tensor", &WatchedRecords::watch_tensor)
+      .def("watch_setting_tensor", &WatchedRecords::watch_setting_tensor)
+      .def("written", &WatchedRecords::written, "The parameters that the next step writes to in place.")
+      .def("overlap", &WatchedRecords::overlap)
+      .def("refresh", &WatchedRecords::refresh)
+      .def("release_state", &WatchedRecords::release_state)
+      .def("release_gradients", &WatchedRecords::release_gradients);
+  py::class_<CpuRecords, WatchedRecords>(m, "CpuRecords", py::module_local(),
                                          py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
-      .def("divide", &CpuTensorList::divide)
-      .def("fill_state", &CpuTensorList::fill_state)
-      .def("sum_of_squares", &CpuTensorList::sum_of_squares)
-      .def("step", &CpuTensorList::step)
-      .def("use_instruction_set", &CpuTensorList::use_instruction_set);
+      .def("divide", &CpuRecords::divide)
+      .def("fill_state", &CpuRecords::fill_state)
+      .def("sum_of_squares", &CpuRecords::sum_of_squares)
+      .def("step", &CpuRecords::step)
+      .def("use_instruction_set", &CpuRecords::use_instruction_set);
 #ifdef NEXUS_CUDA
   nexus::define_cuda(m);
 #endif

@@ -6,23 +6,27 @@
 #include <Python.h>
 
 #include <cstdint>
+#include <utility>
 #include <vector>
 
-#include "host_list.h"
+#include "../record.h"
+#include "reader.h"
 #include "state_watch.h"
-#include "tensor_reader.h"
 
 namespace nexus {
 
 // Ordered: a higher value asks for more.
 enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
 
-class TensorWatch {
+// Two tensors with a gradient whose parameters share memory, or {-1, -1}. Threads would race on them.
+std::pair<int64_t, int64_t> overlap(const std::vector<TensorRecord>& tensors);
+
+class Watch {
  public:
   // `setting_names`: the keys of a group whose values are watched; the first is "lr". `grad_descriptor`:
   // torch's getter of Tensor.grad.
-  TensorWatch(HostList& list, PyObject* setting_names, StateWatch state, PyObject* grad_descriptor,
-              const TensorReader& reader);
+  Watch(Records& list, PyObject* setting_names, StateWatch state, PyObject* grad_descriptor,
+        const Reader& reader);
 
   // Forgets everything, and takes groups and state as they are now for what is expected from here on.
   // `attributes`: the optimizer's __dict__, which is not held: it owns this watch.
@@ -105,16 +109,16 @@ class TensorWatch {
   bool is_negated(PyObject* tensor) const;
   Object version(PyObject* tensor) const;
   bool has_own_gradient(PyObject* param) const;
-  void list_written();
+  void find_written();
   FixedTensor fixed(PyObject* tensor);
   Object gradient(const Parameter& parameter) const;
   Object local_part(PyObject* tensor, PyObject* placements) const;
 
-  HostList& list_;
+  Records& records_;
   Object setting_names_;
   Object grad_descriptor_;
   Object version_descriptor_;
-  TensorReader reader_;
+  Reader reader_;
   Object param_groups_name_, grad_name_, params_name_, is_neg_name_;
   Object local_tensor_name_, spec_name_, placements_name_;
 

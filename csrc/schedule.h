@@ -6,7 +6,7 @@
 //
 //     low + weight(position / length) * (high - low),    position = (t - start) mod length
 //
-// in the very order of operations of the Python oracle (nexus/schedules.py), so that both agree bit for bit.
+// in the very order of operations of the Python oracle (nexus/schedules), so that both agree bit for bit.
 // Steps are exact integers up to 2^53 and never pass through float32. Host and device; no torch.
 #pragma once
 
@@ -24,6 +24,8 @@ constexpr int64_t kSegmentColumns = 5;
 NEXUS_FN double curve_weight(Curve curve, double p) {
   constexpr double kHalfPi = 1.57079632679489661923;
   switch (curve) {
+    case Curve::kConstant:
+      return 1.0;
     case Curve::kRise:
       return p;
     case Curve::kLinear:
@@ -32,10 +34,8 @@ NEXUS_FN double curve_weight(Curve curve, double p) {
       return cos(kHalfPi * p) * cos(kHalfPi * p);
     case Curve::kSqrt:
       return 1.0 - sqrt(p);
-    case Curve::kConstant:
-      break;
   }
-  return 1.0;
+  return NAN;  // no curve: a table is refused before it gets here
 }
 
 // The schedule's value at step t >= 0. `table` holds `rows` rows of kSegmentColumns, starts in ascending

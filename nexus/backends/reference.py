@@ -16,7 +16,7 @@ from torch import Tensor
 from nexus.backends import sharding
 from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, Ring, TensorEntry
 from nexus.backends.sharding import total_everywhere
-from nexus.segments import Curve
+from nexus.schedules.curves import Curve
 
 NAME = "reference"
 DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
@@ -45,7 +45,7 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     curve, start, length, high, low = table.index_select(0, row.flatten()).view(*row.shape, table.shape[1]).unbind(-1)
     length_in_steps = length.to(torch.int64)
     p = ((steps - start.to(torch.int64)) % length_in_steps).to(torch.float64) / length
-    weight = torch.ones_like(p)
+    weight = torch.where(curve == Curve.CONSTANT, 1.0, torch.full_like(p, math.nan))
     weight = torch.where(curve == Curve.RISE, p, weight)
     weight = torch.where(curve == Curve.LINEAR, 1.0 - p, weight)
     weight = torch.where(curve == Curve.COSINE, torch.cos(0.5 * math.pi * p).square(), weight)

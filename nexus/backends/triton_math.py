@@ -11,8 +11,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nexus.segments import Curve, Segment
+from nexus.schedules.curves import Curve, Segment
 
+_CONSTANT = tl.constexpr(float(Curve.CONSTANT))
 _RISE = tl.constexpr(float(Curve.RISE))
 _LINEAR = tl.constexpr(float(Curve.LINEAR))
 _COSINE = tl.constexpr(float(Curve.COSINE))
@@ -23,9 +24,10 @@ _HALF_PI = tl.constexpr(1.57079632679489661923)
 
 @triton.jit
 def curve_weight(curve, p):
-    """The weight of a segment at `p = position / length`, both float64 blocks; 1 for a constant."""
+    """The weight of a segment at `p = position / length`, both float64 blocks; NaN where there is no such curve."""
     half = tl.cos(p * _HALF_PI)
-    weight = tl.where(curve == _RISE, p, 1.0)
+    weight = tl.where(curve == _CONSTANT, 1.0, float("nan"))
+    weight = tl.where(curve == _RISE, p, weight)
     weight = tl.where(curve == _LINEAR, 1.0 - p, weight)
     weight = tl.where(curve == _COSINE, half * half, weight)
     return tl.where(curve == _SQRT, 1.0 - tl.sqrt(p), weight)

@@ -24,8 +24,8 @@ from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import SCHEDULABLE, SETTING_NAMES, ParamGroup
 from nexus.optim.state import MOMENTS, check_unshared, complete_states, is_complete, is_shared
-from nexus.schedule_edits import saved_form
 from nexus.schedules import Schedule
+from nexus.schedules.edits import saved_form
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW

@@ -20,8 +20,8 @@ from nexus.optim import onlookers, parameters
 from nexus.optim.groups import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
 from nexus.optim.history import History
 from nexus.optim.state import complete_states, is_complete, is_idle, make_entry
-from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
+from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

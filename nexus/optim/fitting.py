@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus import schedule_edits
 from nexus.arguments import MAX_STEP, check_count, shown
 from nexus.backends.sharding import local
 from nexus.optim import parameters
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
 from nexus.optim.state import MOMENTS
 from nexus.schedules import Schedule
+from nexus.schedules import edits as schedule_edits
 
 FORMAT = 1
 """What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number."""

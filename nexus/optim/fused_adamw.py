@@ -21,8 +21,8 @@ from nexus.optim import checkpoint, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, check_group, check_torch_options
 from nexus.optim.history import History
-from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Schedule
+from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup

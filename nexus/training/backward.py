@@ -16,8 +16,8 @@ from nexus.arguments import shown
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
 from nexus.optim.groups import SETTING_NAMES, ParamGroup
-from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
+from nexus.schedules.table import ScheduleTable
 
 __all__ = ["StepInBackward", "step_in_backward"]
 

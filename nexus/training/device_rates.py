@@ -10,8 +10,8 @@ from torch import Tensor
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, devices_of
-from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
+from nexus.schedules.table import ScheduleTable
 
 
 class DeviceRates:

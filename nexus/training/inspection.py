@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 _NEXUS = str(Path(__file__).resolve().parents[1])
 _TORCH = str(Path(torch.__file__).resolve().parent)
 # What these do at a step is known to be captured as it should be.
-_EXEMPT = tuple(str(Path(_NEXUS) / name) for name in ("backends", "optim", "schedule_table.py"))
+_EXEMPT = tuple(str(Path(_NEXUS) / name) for name in ("backends", "optim", "schedules"))
 
 _EMPTY = {"aten::" + name for name in ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")}
 _COPIES = {"aten::_to_copy", "aten::copy_"}

@@ -28,8 +28,8 @@ from nexus.arguments import check_count, check_number, shown
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, engine_of
 from nexus.optim.groups import OWN_SCHEDULE
-from nexus.schedule_edits import edited, resumed, saved_form
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
+from nexus.schedules.edits import edited, resumed, saved_form
 from nexus.training.device_rates import DeviceRates
 
 __all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "FollowingScheduler", "WSDScheduler"]
@@ -320,7 +320,6 @@ class FollowingScheduler(LRScheduler):
 
     >>> import torch
     >>> from nexus.optim import FusedAdamW
-    from nexus.optim.engine import attributes_of, engine_of
     >>> from nexus.schedules import WSD
     >>> from nexus.training.schedulers import FollowingScheduler
     >>> weight = torch.nn.Parameter(torch.zeros(2))

@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nexus.backends import reference
 from nexus.backends.sharding import total_everywhere
-from nexus.schedule_table import ScheduleTable
 from nexus.schedules import WSD, Cosine
+from nexus.schedules.table import ScheduleTable
 
 
 def test_every_device_gets_the_sum_of_all() -> None:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from references import BACKENDS
 from schedule_cases import WHOLE, assert_equal_to_oracle, assert_within_rounding
 
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Schedule, evaluate
+from nexus import backends
+from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, Segment, evaluate
 
 
 @pytest.mark.parametrize("schedule", WHOLE, ids=repr)
@@ -36,6 +38,19 @@ def test_the_last_steps_of_ten_million_are_exact() -> None:
 def test_a_hundred_thousand_steps(backend: str, schedule: Schedule) -> None:
     oracle = torch.tensor([schedule(step) for step in range(100_001)], dtype=torch.float64)
     assert_within_rounding(evaluate(schedule, torch.arange(100_001), backend=backend), oracle)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_an_unknown_curve_is_refused_and_evaluators_make_nan_of_one(
+    backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unknown = max(Curve) + 1
+    rows = torch.tensor([(unknown, 0, 4, 1.0, 0.0), (Curve.CONSTANT, 8, 1, 0.5, 0.0)], dtype=torch.float64)
+    values = backends.select(backend, [rows.device]).evaluate(rows, torch.tensor([0, 3, 8]))
+    assert values.isnan().tolist() == [True, True, False]
+    monkeypatch.setattr(Constant, "segments", lambda self: (Segment(unknown, 0, 1, self.lr, 0.0),))
+    with pytest.raises(ValueError, match=f"unknown curve, {unknown}; it must be one of .*SQRT"):
+        evaluate(Constant(1.0), torch.tensor(1), backend=backend)
 
 
 # The interface.

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, Segment
-from nexus.segments import MAX_SEGMENTS, NEVER
+from nexus.schedules.curves import MAX_SEGMENTS, NEVER
 
 WEIGHTS = {
     Curve.CONSTANT: lambda p: 1.0,

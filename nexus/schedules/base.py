@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 from nexus.arguments import check_count, check_number, shown
-from nexus.segments import Segment
+from nexus.schedules.curves import Segment
 
 _Self = TypeVar("_Self", bound="Schedule")
 

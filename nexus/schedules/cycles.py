@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 from nexus.arguments import MAX_STEP
-from nexus.segments import MAX_SEGMENTS, NEVER
+from nexus.schedules.curves import MAX_SEGMENTS, NEVER
 
 
 class CycleRun(NamedTuple):

@@ -15,6 +15,7 @@ from nexus import backends
 from nexus.arguments import MAX_STEP, check_count
 from nexus.backends import reference
 from nexus.schedules import WSD, Schedule
+from nexus.schedules.curves import WEIGHTS
 
 _START, _LENGTH, _HIGH = 1, 2, 3  # columns of a table
 _STABLE, _DECAY, _DONE = 1, 2, 3  # rows of a lowered WSD
@@ -23,8 +24,17 @@ _STABLE, _DECAY, _DONE = 1, 2, 3  # rows of a lowered WSD
 
 
 def lower(schedule: Schedule, device: torch.device) -> Tensor:
-    """The segments as a float64 tensor of rows (curve, start, length, high, low)."""
-    return torch.tensor(schedule.segments(), dtype=torch.float64, device="cpu").to(device)
+    """The segments as a float64 tensor of rows (curve, start, length, high, low).
+
+    Raises:
+        ValueError: a row has an unknown curve. (The evaluators make NaN of one.)
+    """
+    segments = schedule.segments()
+    unknown = [segment.curve for segment in segments if segment.curve not in WEIGHTS]
+    if unknown:
+        known = ", ".join(f"{curve:d} ({curve.name})" for curve in WEIGHTS)
+        raise ValueError(f"{schedule!r} has a segment of an unknown curve, {unknown[0]!r}; it must be one of {known}")
+    return torch.tensor(segments, dtype=torch.float64, device="cpu").to(device)
 
 
 class ScheduleTable:

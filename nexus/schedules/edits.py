@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 
 from nexus.arguments import check_count, check_number, shown
 from nexus.schedules import WSD, Schedule
-from nexus.segments import NEVER
+from nexus.schedules.curves import NEVER
 
 S = TypeVar("S", bound=Schedule)
 

@@ -1,0 +1,61 @@
+r"""Learning-rate schedules as immutable values: the float64 oracle of every evaluator in this package.
+
+Convention, stated here once: `t` is the number of completed updates, from 0, and update `t` uses
+`schedule(t)`. That equals the usual loop `optimizer.step(); scheduler.step()` with torch's schedulers.
+
+A schedule says the same thing twice. Calling it is the closed form, written as its paper has it.
+`segments()` lowers it to the rows that the evaluators walk. The tests prove the two
+equal bit for bit, which is why every value is computed in one order of operations, in float64:
+`low + weight * (high - low)`, with `weight` a function of `p = position / length`.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from nexus.arguments import MAX_STEP
+from nexus.schedules.base import Schedule
+from nexus.schedules.constant import Constant
+from nexus.schedules.cosine import Cosine, CosineRestarts
+from nexus.schedules.curves import Curve, Segment
+from nexus.schedules.wsd import WSD
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = [
+    "MAX_STEP",
+    "WSD",
+    "Constant",
+    "Cosine",
+    "CosineRestarts",
+    "Curve",
+    "Schedule",
+    "Segment",
+    "evaluate",
+]
+
+
+def evaluate(
+    schedule: Schedule,
+    steps: torch.Tensor,
+    device: torch.device | str | None = None,
+    backend: str = "auto",
+) -> torch.Tensor:
+    """The rates at any steps, by the very evaluator that the optimizer's kernels use.
+
+    Args:
+        schedule: any `Schedule`.
+        steps: int64 tensor of any shape: numbers of completed updates, from 0 to 2**53.
+        device: where to evaluate; that of `steps` by default.
+        backend: a backend's name, or `"auto"` for the one that the optimizer would choose there.
+
+    Returns:
+        float64 tensor of the shape of `steps`.
+
+    Raises:
+        TypeError, ValueError: `steps` of another dtype or out of range, or an unknown backend.
+    """
+    from nexus.schedules.table import evaluate as run  # imports torch, which the oracle does not need
+
+    return run(schedule, steps, device, backend)

@@ -1,0 +1,158 @@
+"""Half-cosines: one, or many with warm restarts."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from nexus.arguments import check_count, check_number
+from nexus.schedules.base import Schedule
+from nexus.schedules.curves import Curve, Segment, between, checked_rates, start
+from nexus.schedules.cycles import cycle_runs, run_at
+
+
+@dataclass(frozen=True)
+class CosineRestarts(Schedule):
+    r"""Cosine annealing with warm restarts (SGDR), after a linear warm-up.
+
+    Cycle :math:`i` has :math:`T_i = \lfloor T_0 m^i \rfloor` updates, in integers, at most 2**62. With
+    :math:`u` the steps since the cycle began, in and after the warm-up of :math:`W` updates:
+
+    .. math::
+        \eta(t) = \begin{cases}
+        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_{min} + \frac12 (1 + \cos \frac{\pi u}{T_i}) (\eta_{peak} - \eta_{min}) & t \ge W
+        \end{cases}
+
+    Args:
+        peak_lr: the rate that each cycle starts from, above 0.
+        min_lr: the rate at step 0 of a warm-up and towards the end of a cycle, from 0 to `peak_lr`.
+        cycle_length: T_0, in updates, at least 1.
+        cycle_mult: m, at least 1; 1 or from about 1.0004 on.
+        warmup_steps: W, in updates.
+
+    Raises TypeError or ValueError that names the argument, what was given and what is allowed.
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
+
+    >>> schedule = CosineRestarts(peak_lr=1.0, cycle_length=4, cycle_mult=2.0)
+    >>> [round(schedule(step), 3) for step in (0, 2, 4, 8, 12)]
+    [1.0, 0.5, 1.0, 0.5, 1.0]
+    >>> schedule.cycle(8)
+    (1, 4, 8)
+    """
+
+    peak_lr: float
+    min_lr: float = 0.0
+    cycle_length: int = 10_000
+    cycle_mult: float = 1.0
+    warmup_steps: int = 0
+    _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
+
+    def __post_init__(self) -> None:
+        self._set(**checked_rates(self.peak_lr, self.min_lr))
+        self._set(cycle_length=check_count("cycle_length", self.cycle_length, low=1))
+        self._set(cycle_mult=check_number("cycle_mult", self.cycle_mult, low=1.0))
+        self._set(warmup_steps=check_count("warmup_steps", self.warmup_steps))
+        cycle_runs(self.cycle_length, self.cycle_mult)  # raises where there would be too many
+
+    def __call__(self, step: int) -> float:
+        """The rate that update `step` uses."""
+        step = check_count("step", step)
+        if step < self.warmup_steps:
+            return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
+        _, step_in_cycle, cycle_length = self.cycle(step)
+        return between(self.min_lr, self.peak_lr, Curve.COSINE, step_in_cycle / cycle_length)
+
+    def phase(self, step: int) -> str:
+        """The phase of update `step`: `"warmup"` or `"cosine"`."""
+        return "warmup" if check_count("step", step) < self.warmup_steps else "cosine"
+
+    def cycle(self, step: int) -> tuple[int, int, int]:
+        """Index of the cycle that update `step` is in, the step in that cycle, and the cycle's length.
+
+        In the warm-up that is `(-1, step, warmup_steps)`.
+        """
+        step = check_count("step", step)
+        if step < self.warmup_steps:
+            return -1, step, self.warmup_steps
+        step_of_cycles = step - self.warmup_steps
+        run = run_at(cycle_runs(self.cycle_length, self.cycle_mult), step_of_cycles)
+        repeat, step_in_cycle = divmod(step_of_cycles - run.start, run.length)
+        return run.first + repeat, step_in_cycle, run.length
+
+    def segments(self) -> tuple[Segment, ...]:
+        """The warm-up, then a row for each run of cycles of equal length."""
+        warmup = Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)
+        cycles = (
+            Segment(Curve.COSINE, start(self.warmup_steps + run.start), run.length, self.peak_lr, self.min_lr)
+            for run in cycle_runs(self.cycle_length, self.cycle_mult)
+        )
+        return (warmup, *cycles)
+
+
+@dataclass(frozen=True)
+class Cosine(Schedule):
+    r"""One half-cosine from the peak to the minimum, after a linear warm-up.
+
+    With :math:`W` the warm-up and :math:`N` the total, both in updates:
+
+    .. math::
+        \eta(t) = \begin{cases}
+        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_{min} + \frac12 (1 + \cos \pi \frac{t - W}{N - W}) (\eta_{peak} - \eta_{min}) & W \le t < N \\
+        \eta_{min} & t \ge N
+        \end{cases}
+
+    Args:
+        peak_lr: the rate at the end of the warm-up, above 0.
+        total_steps: N, in updates, the warm-up included; more than `warmup_steps`.
+        min_lr: the rate at step 0 of a warm-up and from `total_steps` on, from 0 to `peak_lr`.
+        warmup_steps: W, in updates.
+
+    Raises TypeError or ValueError that names the argument, what was given and what is allowed.
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983, with one cycle.
+
+    >>> schedule = Cosine(peak_lr=1.0, total_steps=10, warmup_steps=2)
+    >>> [round(schedule(step), 3) for step in (0, 1, 2, 6, 10, 11)]
+    [0.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+    """
+
+    peak_lr: float
+    total_steps: int
+    min_lr: float = 0.0
+    warmup_steps: int = 0
+    _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
+
+    def __post_init__(self) -> None:
+        self._set(**checked_rates(self.peak_lr, self.min_lr))
+        self._set(total_steps=check_count("total_steps", self.total_steps, low=1))
+        warmup = check_count("warmup_steps", self.warmup_steps)
+        if warmup >= self.total_steps:
+            raise ValueError(f"warmup_steps must be less than total_steps={self.total_steps}, got {warmup}")
+        self._set(warmup_steps=warmup)
+
+    def __call__(self, step: int) -> float:
+        """The rate that update `step` uses."""
+        step = check_count("step", step)
+        if step < self.warmup_steps:
+            return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
+        if step < self.total_steps:
+            p = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
+            return between(self.min_lr, self.peak_lr, Curve.COSINE, p)
+        return self.min_lr
+
+    def phase(self, step: int) -> str:
+        """The phase of update `step`: `"warmup"`, `"cosine"` or `"done"`."""
+        step = check_count("step", step)
+        if step < self.warmup_steps:
+            return "warmup"
+        return "cosine" if step < self.total_steps else "done"
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Three rows: rise, half-cosine, minimum."""
+        length = self.total_steps - self.warmup_steps
+        return (
+            Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
+            Segment(Curve.COSINE, self.warmup_steps, length, self.peak_lr, self.min_lr),
+            Segment(Curve.CONSTANT, self.total_steps, 1, self.min_lr, 0.0),
+        )

@@ -1,0 +1,133 @@
+"""Warmup-Stable-Decay."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+from nexus.arguments import check_count, shown
+from nexus.schedules.base import Schedule
+from nexus.schedules.curves import NEVER, Curve, Segment, between, checked_rates, start
+
+_DECAY_CURVES = {"linear": Curve.LINEAR, "cosine": Curve.COSINE, "sqrt": Curve.SQRT}
+
+
+@dataclass(frozen=True)
+class WSD(Schedule):
+    r"""Warmup-Stable-Decay.
+
+    With :math:`W, S, D` the lengths of the phases, :math:`f(p) = 1 - p` (`"linear"`),
+    :math:`(1 + \cos \pi p) / 2` (`"cosine"`) or :math:`1 - \sqrt p` (`"sqrt"`):
+
+    .. math::
+        \eta(t) = \begin{cases}
+        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_{peak} & W \le t < W + S \\
+        \eta_{min} + f(\frac{t - W - S}{D}) (\eta_{peak} - \eta_{min}) & W + S \le t < W + S + D \\
+        \eta_{min} & \text{after that}
+        \end{cases}
+
+    Args:
+        warmup_steps: W, in updates; 0 starts at the peak.
+        stable_steps: S, in updates; None keeps the peak until `begin_decay`.
+        decay_steps: D, in updates, at least 1.
+        peak_lr: the rate of the stable phase, above 0.
+        min_lr: the rate at step 0 and after the decay, from 0 to `peak_lr`.
+        decay_type: `"linear"`, `"cosine"` or `"sqrt"`.
+
+    Raises TypeError or ValueError that names the argument, what was given and what is allowed.
+    Sources: Hu et al. 2024 (MiniCPM), arXiv:2404.06395; the square-root decay: Hägele et al. 2024,
+    arXiv:2405.18392.
+
+    >>> schedule = WSD(warmup_steps=4, stable_steps=10, decay_steps=8, peak_lr=1.0)
+    >>> [schedule(step) for step in (0, 1, 4, 13, 14, 18, 22)]
+    [0.0, 0.25, 1.0, 1.0, 1.0, 0.5, 0.0]
+    >>> schedule.phase(18)
+    'decay'
+    """
+
+    warmup_steps: int
+    stable_steps: int | None
+    decay_steps: int
+    peak_lr: float
+    min_lr: float = 0.0
+    decay_type: str = "linear"
+    _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
+
+    def __post_init__(self) -> None:
+        self._set(warmup_steps=check_count("warmup_steps", self.warmup_steps))
+        if self.stable_steps is not None:
+            self._set(stable_steps=check_count("stable_steps", self.stable_steps, also="None (open-ended)"))
+        self._set(decay_steps=check_count("decay_steps", self.decay_steps, low=1))
+        self._set(**checked_rates(self.peak_lr, self.min_lr))
+        if not isinstance(self.decay_type, str) or self.decay_type not in _DECAY_CURVES:
+            error = ValueError if isinstance(self.decay_type, str) else TypeError
+            raise error(f"decay_type must be one of {tuple(_DECAY_CURVES)}, got {shown(self.decay_type)}")
+        self._set(decay_type=str(self.decay_type))
+
+    def __call__(self, step: int) -> float:
+        """The rate that update `step` uses."""
+        step = check_count("step", step)
+        if step < self.warmup_steps:
+            return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
+        if self.stable_steps is None or step < self.warmup_steps + self.stable_steps:
+            return self.peak_lr
+        decayed = step - self.warmup_steps - self.stable_steps
+        if decayed < self.decay_steps:
+            curve = _DECAY_CURVES[self.decay_type]
+            return between(self.min_lr, self.peak_lr, curve, decayed / self.decay_steps)
+        return self.min_lr
+
+    def phase(self, step: int) -> str:
+        """The phase of update `step`: `"warmup"`, `"stable"`, `"decay"` or `"done"`."""
+        step = check_count("step", step)
+        if step < self.warmup_steps:
+            return "warmup"
+        if self.stable_steps is None or step < self.warmup_steps + self.stable_steps:
+            return "stable"
+        return "decay" if step < self.warmup_steps + self.stable_steps + self.decay_steps else "done"
+
+    def segments(self) -> tuple[Segment, ...]:
+        """Four rows: rise, stable, decay, minimum; a phase of no length is a row that is never in force."""
+        decay, done = NEVER, NEVER
+        if self.stable_steps is not None:
+            decay = start(self.warmup_steps + self.stable_steps)
+            done = start(self.warmup_steps + self.stable_steps + self.decay_steps)
+        return (
+            Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
+            Segment(Curve.CONSTANT, self.warmup_steps, 1, self.peak_lr, 0.0),
+            Segment(_DECAY_CURVES[self.decay_type], decay, self.decay_steps, self.peak_lr, self.min_lr),
+            Segment(Curve.CONSTANT, done, 1, self.min_lr, 0.0),
+        )
+
+    def extend_stable(self, n: int) -> WSD:
+        """The schedule whose stable phase is `n` updates longer.
+
+        Raises:
+            ValueError: the schedule is open-ended (there is nothing to extend), or `n` is negative.
+        """
+        n = check_count("n", n)
+        if self.stable_steps is None:
+            raise ValueError("stable_steps is None: an open-ended stable phase has no end to extend")
+        return replace(self, stable_steps=self.stable_steps + n)
+
+    def begin_decay(self, step: int) -> WSD:
+        """The schedule whose decay begins at `step`, from the rate of that moment.
+
+        In the warm-up that rate becomes the peak; a decay that has begun is left as it is.
+
+        Raises:
+            ValueError: the rate at `step` is 0, so there is nothing to decay from.
+
+        >>> WSD(4, None, 8, peak_lr=1.0).begin_decay(10).stable_steps
+        6
+        """
+        step = check_count("step", step)
+        phase, rate = self.phase(step), self(step)
+        if phase == "stable":
+            return replace(self, stable_steps=step - self.warmup_steps)
+        if phase != "warmup":
+            return self
+        if rate == 0.0:
+            raise ValueError(f"step={step} has the rate 0: nothing to decay from; begin at a later step")
+        return replace(self, warmup_steps=step, stable_steps=0, peak_lr=rate)

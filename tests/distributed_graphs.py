@@ -17,11 +17,29 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils._pytree import tree_map
 
 from nexus.backends import cuda
-from nexus.training import graph_device
+from nexus.training.capture import device as graph_device
 
 
 class _Recorder(graphs_on_cpu._Recorder):
-    """Looks into DTensors, and lets a replay wait for its collectives, which no stream orders here."""
+    """Looks into DTensors, and lets a replay wait for its collectives, which no stream orders here.
+
+    A graph has memory of its own for what FSDP2 frees between steps: a replay brings that back.
+    """
+
+    def __init__(self, graph: graphs_on_cpu.Graph) -> None:
+        super().__init__(graph)
+        self.sizes: dict[int, tuple[torch.UntypedStorage, int]] = {}
+        graph.work.append(self.bring_back)
+
+    def keep(self, tensor: Tensor) -> None:
+        super().keep(tensor)
+        storage = tensor.untyped_storage()
+        self.sizes[storage._cdata] = storage, max(storage.nbytes(), self.sizes.get(storage._cdata, (storage, 0))[1])
+
+    def bring_back(self) -> None:
+        for storage, size in self.sizes.values():
+            if storage.nbytes() < size:
+                storage.resize_(size)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "__tensor_flatten__") for kind in types):

@@ -329,16 +329,17 @@ bool Watch::refresh_parameter(Parameter& parameter) {
   if (missing != (record.grad == nullptr)) {
     gradient_came_or_went_ = true;
   }
-  if (missing) {
-    record.grad = nullptr;
-    return true;
-  }
   const int64_t* strides = layouts_.data() + parameter.layout + parameter.ndim;
   const bool spread = parameter.placements.get() != nullptr;
   const Object local = spread ? local_part(param, parameter.placements.get()) : Object(param);
   Description now;
-  if (local.get() == nullptr || !reader_.describe(local.get(), now) || now.dtype != parameter.dtype ||
-      !same_layout(parameter, now, strides)) {
+  const bool readable = local.get() != nullptr && reader_.describe(local.get(), now);
+  if (missing) {  // so that it may be anything; where it is, who replays a graph wants to know
+    record.grad = nullptr;
+    record.param = readable && !parameter.staged_param ? now.data : record.param;
+    return true;
+  }
+  if (!readable || now.dtype != parameter.dtype || !same_layout(parameter, now, strides)) {
     return false;
   }
   if (!parameter.staged_param && record.param != now.data) {

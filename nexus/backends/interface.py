@@ -191,6 +191,9 @@ class Runner(Protocol):
     def forget(self) -> None:
         """Let `changed` ask for a new plan."""
 
+    def see(self) -> bytes | None:
+        """What `changed` has found: equal where tensors, gradients and settings are. None where that is not all."""
+
     def release_state(self) -> None:
         """Hold no reference to the optimizer's state until `changed` is asked again."""
 

@@ -67,6 +67,9 @@ class ReferenceRunner:
     def forget(self) -> None:
         """It remembers nothing."""
 
+    def see(self) -> None:
+        """It looks at everything in each step."""
+
     def release_state(self) -> None:
         for plan in self._plan.devices.values():
             for entry in plan.entries:

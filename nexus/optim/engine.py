@@ -83,10 +83,23 @@ class Engine:
         """Let graphs that have captured a step see what has changed since."""
         if self.runner is None:
             return  # no step has been made, let alone captured
-        change = self.runner.changed(attributes)
+        self.follow_changes(attributes)
+        self.runner.update_captured()
+
+    def follow_changes(self, attributes: Attributes) -> None:
+        """Do now what the next step would find to renew, if there was one before."""
+        change = Change.NONE if self.runner is None else self.runner.changed(attributes)
         if change:
             self.prepare(attributes, change)
-        self.runner.update_captured()
+
+    def see(self, attributes: Attributes) -> bytes | None:
+        """Equal to what this was before, if all that a step works on is where it was and the settings are the same.
+
+        None where not all of it can be told so quickly.
+        """
+        if self.runner is None or self.runner.changed(attributes):
+            return None
+        return self.runner.see()
 
     def release_state(self) -> None:
         """Look at all of the state in the next step, and hold nothing of it until then: it is in a user's hands."""
@@ -293,11 +306,8 @@ class Engine:
         return self.skip_nonfinite or any(group["max_grad_norm"] is not None for group in groups)
 
     def named_parameters(self, groups: list[ParamGroup]) -> Iterator[tuple[int, Tensor, str]]:
-        """(index of the group, parameter, its name in an error)."""
-        for index, group in enumerate(groups):
-            names = group.get("param_names", ())
-            for i, param in enumerate(group["params"]):  # of which some may have been added by hand
-                yield index, param, f"parameter {names[i] if i < len(names) else i} of group {index}"
+        """See `nexus.optim.parameters.named_parameters`."""
+        return parameters.named_parameters(groups)
 
 
 def engine_of(optimizer: FusedAdamW) -> Engine:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy
@@ -125,3 +128,11 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
         size <= 1 or a_stride == b_stride
         for size, a_stride, b_stride in zip(a.shape, a.stride(), b.stride(), strict=True)
     )
+
+
+def named_parameters(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor, str]]:
+    """(index of the group, parameter, its name in an error)."""
+    for index, group in enumerate(groups):
+        names = group.get("param_names", ())
+        for i, param in enumerate(group["params"]):  # of which some may have been added by hand
+            yield index, param, f"parameter {names[i] if i < len(names) else i} of group {index}"

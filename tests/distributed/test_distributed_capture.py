@@ -161,11 +161,11 @@ def changed_between_replays(change: Callable[[Tensor], None]) -> None:
 
     with distributed_graphs.graphs():
         step = capture_train_step(train_step, optimizer)
-        for index in range(2):
+        for index in range(4):
             step(*map(my_rows, batch(index)))
         change(model.first.weight)
         with pytest.raises(RuntimeError, match=CHANGES[change]):
-            step(*map(my_rows, batch(2)))
+            step(*map(my_rows, batch(4)))
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -19,7 +19,8 @@ from references import same_bits
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
-from nexus.training import capture_train_step, graph_device
+from nexus.training import capture_train_step
+from nexus.training.capture import device as graph_device
 
 
 @pytest.fixture
@@ -65,51 +66,38 @@ def test_eager_steps_equal_plain_ones(name: str, backend: str) -> None:
 
 def test_the_order_of_things(graphs: Graphs) -> None:
     world = World(NAME, captured=True)
-    inner, calls = plain_step(world), []
+    inner = plain_step(world)
 
     def train_step(x: Tensor, y: Tensor) -> Tensor:
-        calls.append("run")
         graphs.events.append("run")
         return inner(x, y)
 
-    step = world.step(train_step, warmup=4)
-    step(*world.batch(0))
-    first = [
-        "random state",
-        "side stream",
-        *["run"] * 4,
-        "main stream",
-        "set random state",
-        "capture",
-        "run",
-        "set random state",
+    train(world, world.step(train_step, warmup=4), 6)
+    assert graphs.events == [
+        *["side stream", "run", "main stream"] * 4,
+        *["random state", "capture", "run", "set random state", "replay"],
         "replay",
     ]
-    assert graphs.events == first
-    step(*world.batch(1))
-    assert graphs.events == [*first, "replay"]
 
 
-def test_nothing_is_left_of_warm_up_and_capture(graphs: Graphs) -> None:
+def test_a_capture_trains_nothing(graphs: Graphs) -> None:
     world = World(NAME, captured=True)
     replays = []
     step = world.step(plain_step(world))
-    before = world.state()
+    train(world, step, 3)
+    before = world.state(), world.gradients()
     graphs_capture = graphs.capture
 
     def capture(run: Any) -> Any:
         graph, result = graphs_capture(run)
-        graph.replay = lambda: replays.append(world.state())
+        graph.replay = lambda: replays.append((world.state(), world.gradients()))
         return graph, result
 
     graphs.capture = capture  # type: ignore[method-assign]
-    step(*world.batch(0))
-    state = dict(world.optimizer.state)
-    assert all(not value.any() for moments in state.values() for value in moments.values())  # new, and zero
-    (now,) = replays
-    moments = 3 * len(list(world.model.parameters()))
-    buffers = len(world.model.state_dict())
-    assert same_bits(now[:buffers] + now[buffers + moments :], before)
+    step(*world.batch(3))
+    ((state, gradients),) = replays
+    assert same_bits(state, before[0])
+    assert same_gradients(gradients, before[1])
 
 
 # Inputs and outputs.
@@ -118,6 +106,8 @@ def test_nothing_is_left_of_warm_up_and_capture(graphs: Graphs) -> None:
 def test_inputs_are_copied_and_outputs_are_overwritten(graphs: Graphs) -> None:
     world = World(NAME, captured=True)
     step, cloning = world.step(plain_step(world)), world.step(plain_step(world), clone_outputs=True)
+    for each in (step, cloning):
+        train(world, each, 3)
     first = step(*world.batch(0))
     kept = first.clone()
     second = step(*world.batch(1))
@@ -138,7 +128,7 @@ def test_one_graph_for_each_kind_of_inputs(graphs: Graphs) -> None:
         (world.loss(x, x[:, :1]) * float(factor)).backward()  # type: ignore[arg-type]
         world.optimizer.step()
 
-    step = world.step(train_step)
+    step = world.step(train_step, warmup=2)
     x = torch.randn(6, 4)
     alike = [lambda: step(x), lambda: step(torch.randn(6, 4))]
     others = [
@@ -150,7 +140,7 @@ def test_one_graph_for_each_kind_of_inputs(graphs: Graphs) -> None:
         lambda: step(x, factor=1),
         lambda: step(x, names=("a",)),
     ]
-    for count, calls in ((1, alike), *((index + 2, [call, call]) for index, call in enumerate(others))):
+    for count, calls in ((1, alike * 2), *((index + 2, [call] * 3) for index, call in enumerate(others))):
         for call in calls:
             assert call() is None
         assert step.graph_count == count
@@ -160,18 +150,18 @@ def test_the_oldest_graph_is_dropped_and_this_is_said_once(graphs: Graphs) -> No
     ends = []
     for captured in (False, True):
         world = World(NAME, captured)
-        step = world.step(plain_step(world), max_graphs=2)
+        step = world.step(plain_step(world), max_graphs=2, warmup=2)
         with warnings.catch_warnings(record=True) as said:
             warnings.simplefilter("always")
-            for index, size in enumerate((3, 4, 3, 5, 3, 4)):
+            for index, size in enumerate((3, 3, 4, 3, 4, 4, 5, 5, 5, 3, 3, 3, 5)):
                 step(*world.batch(index, size))
         ends.append(world.state())
     (warning,) = said
-    assert "max_graphs=2 kinds: the graph that was made first is dropped" in str(warning.message)
+    assert "max_graphs=2 kinds: what was captured first is dropped" in str(warning.message)
     assert warning.category is RuntimeWarning
     assert warning.filename == __file__
     assert step.graph_count == 2
-    assert graphs.events.count("capture") == 5  # 3 and 4 again
+    assert graphs.events.count("capture") == 4  # 3 again
     assert same_bits(*ends)
 
 
@@ -180,16 +170,30 @@ def test_reset_captures_anew(graphs: Graphs) -> None:
     for captured in (False, True):
         world = World(NAME, captured)
         step = world.step(plain_step(world))
-        train(world, step, 2)
+        train(world, step, 5)
         world.optimizer.add_param_group({"params": [torch.ones(3)]})  # which needs no gradient
         if captured:
             with pytest.raises(
                 RuntimeError, match="has 7 parameters, and had 6 when its step was captured: call reset"
             ):
-                train(world, step, 1, first=2)
+                train(world, step, 1, first=5)
             step.reset()
-        train(world, step, 2, first=2)
+        train(world, step, 5, first=5)
         ends.append(world.state())
+    assert graphs.events.count("capture") == 2
+    assert same_bits(*ends)
+
+
+def test_a_group_that_is_added_before_the_capture_begins_the_plain_steps_anew(graphs: Graphs) -> None:
+    ends = []
+    for captured in (False, True):
+        world = World(NAME, captured)
+        step = world.step(plain_step(world))
+        train(world, step, 3)
+        world.optimizer.add_param_group({"params": [torch.ones(3)]})
+        train(world, step, 5, first=3)
+        ends.append(world.state())
+    assert graphs.events[: graphs.events.index("capture")].count("side stream") == 6
     assert same_bits(*ends)
 
 
@@ -217,14 +221,14 @@ def test_no_warning_in_the_documented_use(graphs: Graphs) -> None:
     world = World(NAME, captured=True)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        train(world, world.step(plain_step(world)), 3)
+        train(world, world.step(plain_step(world)), 5)
     assert isinstance(world.optimizer, FusedAdamW)
 
 
 def test_arguments() -> None:
     world = World("native", captured=False)
     for options, error, text in (
-        ({"warmup": 2}, ValueError, "warmup must be an int from 3"),
+        ({"warmup": 1}, ValueError, "warmup must be an int from 2, got 1 .*makes the state.*Leave it out for 3"),
         ({"warmup": 3.0}, TypeError, "warmup must be an int"),
         ({"max_graphs": 0}, ValueError, "max_graphs must be an int from 1"),
         ({"clone_outputs": 1}, TypeError, "clone_outputs must be a bool"),

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from nexus.training.graph_device import CudaGraphs, graph_device
+from nexus.training.capture.device import CudaGraphs, graph_device
 
 
 class Cuda:

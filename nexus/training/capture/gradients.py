@@ -35,24 +35,21 @@ class Gradients:
     def __init__(self, named: list[tuple[str, Tensor]]) -> None:
         self._names = [name for name, _ in named]
         self._params = [param for _, param in named]
-        self._before = [param.grad for param in self._params]
+        self._before: list[Tensor | None] = [None] * len(named)
         self._places: list[Tensor | None] = [None] * len(named)
-        self._roles = [Role.REPLACED] * len(named)
+        self._roles: list[Role | None] = [None] * len(named)  # None: not seen yet
+        self._missing: list[str] = []
         self._fetched: list[tuple[int, Tensor, Tensor | None]] = []
         self._left: list[tuple[Tensor, Tensor | None]] = []
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
-        """Find out what becomes of gradients in a run of the step; it sees those that are there, or zeros."""
-        probes = [
-            torch.zeros_like(param) if grad is None else grad.detach().clone()
-            for param, grad in zip(self._params, self._before, strict=True)
-        ]
-        versions = [_versions(probe) for probe in probes]
+        """See what becomes of the gradients in a plain run of the step."""
+        self._before = [param.grad for param in self._params]
+        versions = [None if grad is None else _versions(grad) for grad in self._before]
         computed: set[int] = set()
         hooks = []
-        for index, (param, probe) in enumerate(zip(self._params, probes, strict=True)):
-            param.grad = probe
+        for index, param in enumerate(self._params):
             register = param.register_post_accumulate_grad_hook
             hooks.append(register(_noting(computed, index)))  # type: ignore[no-untyped-call]
         try:
@@ -61,18 +58,18 @@ class Gradients:
             for hook in hooks:
                 hook.remove()
         self._missing = []
-        for index, (param, probe) in enumerate(zip(self._params, probes, strict=True)):
-            now, before = param.grad, self._before[index]
-            if now is probe:
-                self._roles[index] = Role.KEPT
-                self._places[index] = probe if before is None else before
-            elif _versions(probe) != versions[index]:
-                self._roles[index] = Role.CONSUMED
-            if index not in computed and before is None and (now is None or now is probe):
+        for index, (param, before) in enumerate(zip(self._params, self._before, strict=True)):
+            if before is not None:
+                self._roles[index] = _role(before, versions[index], param.grad)
+            elif param.grad is None and index in computed:
+                self._roles[index] = (
+                    Role.CONSUMED
+                )  # if it is dropped at the start, too, the graph sees none either way
+            elif param.grad is None:
                 self._missing.append(self._names[index])
 
     def refusal(self) -> str | None:
-        """Why a graph could not do what the step that was watched does."""
+        """Why a graph could not do what the step that was watched has done."""
         if self._missing:
             rest = f" and {len(self._missing) - 1} more have" if len(self._missing) > 1 else " has"
             return (
@@ -85,25 +82,37 @@ class Gradients:
                 return f"{name} has a gradient before the step, {_CONSUMED}"
         return None
 
-    def restore(self) -> None:
-        """Let every parameter have the gradient that it had at first."""
-        for param, grad in zip(self._params, self._before, strict=True):
-            param.grad = grad
+    @contextlib.contextmanager
+    def captured(self) -> Iterator[None]:
+        """Let the run that is captured see gradients in their places, or none; afterwards, all is as it was.
 
-    def before_capture(self) -> None:
-        """Leave what the graph is to see: gradients in their places, or none."""
-        for param, place in zip(self._params, self._places, strict=True):
-            param.grad = place
-
-    def after_capture(self) -> None:
-        """Note where the graph leaves the gradients."""
-        for index, (param, role, place) in enumerate(zip(self._params, self._roles, self._places, strict=True)):
-            if role is not Role.REPLACED:
-                self._fetched.append((index, param, place))
-            if role is not Role.KEPT:
-                self._left.append((param, param.grad))
-        self.restore()
-        self._before = []
+        Raises:
+            RuntimeError: the step adds to a gradient and then drops it.
+        """
+        self._before = [param.grad for param in self._params]
+        self._places = [None] * len(self._params)
+        for index, (param, role) in enumerate(zip(self._params, self._roles, strict=True)):
+            if role in (None, Role.KEPT):
+                self._places[index] = torch.zeros_like(param) if param.grad is None else param.grad
+            param.grad = self._places[index]
+        versions = [None if place is None else _versions(place) for place in self._places]
+        self._fetched, self._left = [], []
+        try:
+            yield
+            for index, (param, place) in enumerate(zip(self._params, self._places, strict=True)):
+                role = self._roles[index]
+                if place is not None:
+                    role = _role(place, versions[index], param.grad)
+                    if role is Role.CONSUMED:
+                        raise RuntimeError(f"{self._names[index]} has a gradient before the step, {_CONSUMED}")
+                if role is not Role.REPLACED:
+                    self._fetched.append((index, param, place))
+                if role is not Role.KEPT:
+                    self._left.append((param, param.grad))
+        finally:
+            for param, grad in zip(self._params, self._before, strict=True):
+                param.grad = grad
+            self._before = []
 
     def fetch(self) -> None:
         """Bring what the parameters have now to where the graph looks for it; before each replay.
@@ -134,6 +143,12 @@ _CONSUMED = (
     "and the step adds to it and then sets it to None: a graph that has dropped a gradient would not see the next. "
     "To accumulate gradients, clear them by zero_grad(set_to_none=False); if it is left from before, clear it first"
 )
+
+
+def _role(before: Tensor, versions: tuple[int, int] | None, now: Tensor | None) -> Role:
+    if now is before:
+        return Role.KEPT
+    return Role.REPLACED if _versions(before) == versions else Role.CONSUMED
 
 
 def _versions(tensor: Tensor) -> tuple[int, int]:

@@ -12,12 +12,12 @@ from torch.optim import Optimizer
 from nexus.arguments import shown
 from nexus.backends.sharding import local
 from nexus.optim import FusedAdamW
-from nexus.optim.engine import engine_of
-from nexus.training.gradients import Gradients
-from nexus.training.graph_device import Graph
-from nexus.training.safety import named_parameters
+from nexus.optim.engine import attributes_of, engine_of
+from nexus.optim.parameters import named_parameters
+from nexus.training.capture.device import Graph
+from nexus.training.capture.gradients import Gradients
+from nexus.training.capture.signature import Outputs
 from nexus.training.schedulers import ScheduleScheduler
-from nexus.training.signature import Outputs
 
 
 class CapturedGraph:
@@ -47,62 +47,76 @@ class CapturedGraph:
         self._outputs = outputs
         self._gradients = gradients
         self._advances = advances
-        self._named = named_parameters(optimizer)
+        self._named = [(name, param) for _, param, name in named_parameters(optimizer.param_groups)]
         self._params = [param for _, param in self._named]
         self._addresses = _addresses(self._params)
         self._options = list(_options(optimizer))
-        self._tables = (
-            engine_of(optimizer).runner if isinstance(optimizer, FusedAdamW) else None
-        )  # which the graph reads
-
-    def check_unchanged(self) -> None:
-        """See that what the graph points to is there, and let it know what has changed.
-
-        Raises:
-            RuntimeError: parameters were added, taken away or moved, or an option was changed that is a number in
-                the graph.
-        """
-        params = [param for group in self._optimizer.param_groups for param in group["params"]]
-        if len(params) != len(self._named):
-            raise RuntimeError(
-                f"the optimizer has {len(params)} parameters, and had {len(self._named)} when its step was captured: "
-                "call reset() on the captured step, and the next call captures anew"
-            )
-        if _addresses(params) != self._addresses or not all(map(is_, params, self._params)):
-            for (name, known), param, address in zip(self._named, params, self._addresses, strict=True):
-                if param is known and local(param).data_ptr() == address:
-                    continue
-                raise RuntimeError(
-                    f"{name} is not where it was when the step was captured: write to it in place, or call "
-                    "reset() on the captured step, and the next call captures anew"
-                )
-        if isinstance(self._optimizer, FusedAdamW):
-            for group in self._optimizer.param_groups:
-                group.check_outputs()
-        options = list(_options(self._optimizer))
-        if len(options) == len(self._options) and all(
-            now[2] is then[2] for now, then in zip(options, self._options, strict=True)
-        ):
-            return
-        if isinstance(self._optimizer, FusedAdamW):
-            _refuse_changes(self._options, options, ("amsgrad",))
-            self._optimizer.sync_hyperparameters()
-        else:
-            _refuse_changes(self._options, options)
-        self._options = options
+        # The graph reads its tables.
+        self._runner = engine_of(optimizer).runner if isinstance(optimizer, FusedAdamW) else None
+        self._seen: bytes | None = None  # after the last replay
 
     def replay(self, inputs: list[Tensor]) -> Outputs:
-        """Run the step once, on these inputs. Enqueues work; reads nothing back."""
+        """Run the step once, on these inputs. Enqueues work; reads nothing back.
+
+        Raises:
+            RuntimeError: parameters were added, taken away or moved, an option was changed that is a number in the
+                graph, or a gradient is there that the graph cannot see. Nothing is run.
+        """
+        seen = self._see()
+        is_as_seen = seen is not None and seen == self._seen
+        if not is_as_seen:
+            self._check_parameters()
+            self._check_options()
+            self._gradients.fetch()
         for scheduler in self._advances:
             scheduler.before_replay()
         for static, given in zip(self._inputs, inputs, strict=True):
             static.copy_(given, non_blocking=True)
-        self._gradients.fetch()
         self._graph.replay()
-        self._gradients.leave()
+        if not is_as_seen:
+            self._gradients.leave()
+            self._seen = self._see()
         for scheduler, steps in self._advances.items():
             scheduler.after_replay(steps)
         return self._outputs
+
+    def _see(self) -> bytes | None:
+        """What parameters, gradients and hyperparameters are, as far as the compiled watch sees all of it."""
+        if not isinstance(self._optimizer, FusedAdamW):
+            return None
+        return engine_of(self._optimizer).see(attributes_of(self._optimizer))
+
+    def _check_parameters(self) -> None:
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
+        if len(params) != len(self._named):
+            raise RuntimeError(
+                f"the optimizer has {len(params)} parameters, and had {len(self._named)} when its step was captured: "
+                "call reset() on the captured step, and it is captured anew"
+            )
+        if _addresses(params) == self._addresses and all(map(is_, params, self._params)):
+            return
+        for (name, known), param, address in zip(self._named, params, self._addresses, strict=True):
+            if param is not known or local(param).data_ptr() != address:
+                raise RuntimeError(
+                    f"{name} is not where it was when the step was captured: write to it in place, or call "
+                    "reset() on the captured step, and it is captured anew"
+                )
+
+    def _check_options(self) -> None:
+        """Let the graph know what has changed."""
+        options = list(_options(self._optimizer))
+        is_same = len(options) == len(self._options) and all(
+            now[2] is then[2] for now, then in zip(options, self._options, strict=True)
+        )
+        if isinstance(self._optimizer, FusedAdamW):
+            for group in self._optimizer.param_groups:
+                group.check_outputs()
+            if not is_same:
+                _refuse_changes(self._options, options, ("amsgrad",))
+                self._optimizer.sync_hyperparameters()
+        elif not is_same:
+            _refuse_changes(self._options, options)
+        self._options = options
 
 
 def _addresses(params: list[Tensor]) -> list[int]:
@@ -127,5 +141,5 @@ def _refuse_changes(
         if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old):
             raise RuntimeError(
                 f"group {index}'s {key!r} was changed from {shown(old)} to {shown(value)}, and the graph holds what "
-                "it was: call reset() on the captured step, and the next call captures anew"
+                "it was: call reset() on the captured step, and it is captured anew"
             )

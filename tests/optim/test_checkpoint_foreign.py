@@ -98,8 +98,7 @@ def test_adams_moments_without_weight_decay() -> None:
         train(optimizer)
         return optimizer
 
-    first, second = both(run)
-    assert_same(first, second)
+    assert_same(*both(run))
     run(fused_torch, 0.5)
     with pytest.raises(ValueError, match=r"is not AdamW's.*those of an Adam do if it had no weight decay"):
         run(FusedAdamW, 0.5)
@@ -220,5 +219,4 @@ def test_a_state_dict_is_the_live_state() -> None:
         assert int(state_of(optimizer)["step"]) == 103
         return optimizer
 
-    first, second = both(run)
-    assert_same(first, second)
+    assert_same(*both(run))

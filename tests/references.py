@@ -215,24 +215,36 @@ def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
         param.grad = grad
 
 
-def step_both(optimizer: FusedAdamW, reference: Float64AdamW, steps: int = 3) -> None:
-    """Some steps of both, on the same gradients."""
+def step_both(
+    optimizer: FusedAdamW, reference: Float64AdamW, steps: int = 3, grads: Sequence[Tensor | None] | None = None
+) -> None:
+    """Some steps of both, on the same gradients: those that are given, or random ones."""
     params = [param for group in optimizer.param_groups for param in group["params"]]
     for _ in range(steps):
-        grads = make_grads(params)
-        set_grads(params, grads)
-        reference.step(grads)
+        given = make_grads(params) if grads is None else grads
+        set_grads(params, given)
+        reference.step(given)
+        optimizer.step()
+
+
+def backward_both(optimizer: FusedAdamW, reference: Float64AdamW, loss: Callable[[], Tensor], steps: int = 3) -> None:
+    """Some steps of both, on the gradients of a loss."""
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss().backward()
+        reference.step([param.grad for group in optimizer.param_groups for param in group["params"]])
         optimizer.step()
 
 
 def run_beside_torch(
-    params: Sequence[Tensor], backend: str, steps: int = 3, **options: Any
+    params: Sequence[Tensor] | Sequence[dict[str, Any]], backend: str, steps: int = 3, **options: Any
 ) -> tuple[FusedAdamW, Float64AdamW]:
-    """An optimizer over `params` themselves and the reference, after some steps."""
+    """An optimizer over `params` themselves, or groups of them, and the reference, after some steps."""
     options = {"lr": 1e-2, **options}
-    pair = FusedAdamW(params, backend=backend, **options), Float64AdamW(params, **options)
-    step_both(*pair, steps=steps)
-    return pair
+    reference = Float64AdamW(params, **options)
+    optimizer = FusedAdamW(params, backend=backend, **options)
+    step_both(optimizer, reference, steps=steps)
+    return optimizer, reference
 
 
 def bits(tensor: Tensor) -> Tensor:

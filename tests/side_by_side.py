@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
@@ -79,6 +80,35 @@ def assert_same(first: Optimizer, second: Optimizer) -> None:
                 assert int(value) == int(states[1][name])
             else:
                 assert_close(states[1][name], value, MOMENT[value.dtype], name)
+
+
+def assert_found_the_same(first: Any, second: Any) -> None:
+    """Of what a run returns: optimizers, tensors, other values, and lists of them."""
+    assert isinstance(first, Optimizer) or type(first) is type(second)
+    if isinstance(first, Optimizer):
+        assert_same(first, second)
+    elif isinstance(first, (list, tuple)):
+        for one, other in zip(first, second, strict=True):
+            assert_found_the_same(one, other)
+    elif isinstance(first, torch.Tensor):
+        torch.testing.assert_close(second, first, rtol=1e-14, atol=1e-14)
+    else:
+        assert first == second
+
+
+def same_of_both(run: Callable[..., object]) -> Callable[..., None]:
+    """A test that `run(make, ...)` returns the same for torch's optimizer and for nexus's."""
+
+    @functools.wraps(run)
+    def test(**given: Any) -> None:
+        assert_found_the_same(*both(functools.partial(run, **given)))
+
+    signature = inspect.signature(run)
+    del test.__wrapped__  # type: ignore[attr-defined]
+    test.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what pytest is to give
+        parameters=list(signature.parameters.values())[1:], return_annotation=None
+    )
+    return test
 
 
 def errors(observe: Callable[[Make], object], kinds: Sequence[type[Exception]] = (Exception,)) -> tuple[str, str]:

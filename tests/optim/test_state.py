@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, run_beside_torch, set_grads
+from references import (
+    Float64AdamW,
+    assert_same_run,
+    copies,
+    make_grads,
+    make_params,
+    run_beside_torch,
+    same_bits,
+    set_grads,
+)
 from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
 from torch import Tensor
 from torch.optim import Optimizer
@@ -92,9 +101,6 @@ def test_edits(edit: Edit, backend: str) -> None:
     assert_same(*both(run, backend))
 
 
-# References that are kept.
-
-
 def one_step(backend: str, size: int = 6, value: float = 1.0) -> tuple[Tensor, FusedAdamW]:
     """A parameter and its optimizer, after a step with a gradient of `value`."""
     weight = param(size)
@@ -103,6 +109,20 @@ def one_step(backend: str, size: int = 6, value: float = 1.0) -> tuple[Tensor, F
     optimizer.step()
     return weight, optimizer
 
+
+@pytest.mark.parametrize(
+    "edit", ["an empty dict", "cleared", "popped", "all of it cleared", "__setstate__", "clones"]
+)
+def test_nothing_is_written_to_state_that_is_gone(backend: str, edit: str) -> None:
+    weight, optimizer = one_step(backend)
+    gone = list(optimizer.state[weight].values())
+    kept = [value.clone() for value in gone]
+    EDITS[edit](optimizer, weight, param(1))
+    optimizer.step()
+    assert same_bits(gone, kept)
+
+
+# References that are kept.
 
 HELD: dict[str, tuple[Callable[[FusedAdamW, Tensor], Any], Callable[[Any, Tensor], Tensor]]] = {
     "the state": (lambda o, p: o.state, lambda held, p: held[p]["exp_avg"]),

@@ -51,7 +51,7 @@ def test_wrapped_parameters() -> None:
     "a model under `FakeTensorMode`, for an estimate of its memory",
     torch="makes the state, of fake tensors",
     nexus="same",
-    also=("test_meta.py::test_memory_is_estimated_with_fake_tensors",),
+    also=("test_onlookers.py::test_an_estimate_of_memory_is_the_real_steps",),
 )
 def test_fake_tensors() -> None:
     def run(make: Make) -> list[tuple[torch.Size, torch.dtype]]:

@@ -51,7 +51,6 @@ def loaded(make: Make, saved: dict[str, Any], **options: Any) -> torch.optim.Opt
     "`torch.load(weights_only=True)` reads it",
     nexus="the same, and `nexus_format`, a number",
     why="a checkpoint of a later release is refused and not misread",
-    also=("test_torch_cases.py::test_saved_and_loaded_by_weights_only",),
 )
 def test_what_a_state_dict_holds() -> None:
     def seen(make: Make) -> list[Any]:
@@ -167,10 +166,7 @@ def test_a_tensor_rate_on_saving() -> None:
     torch="replaced; where dtypes agree, by the very tensors of the dict, which the next step then changes",
     nexus="replaced, by copies; written in place where a step in a graph points to them",
     why="a dict may be loaded twice",
-    also=(
-        "test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",
-        "test_torch_cases.py::test_a_state_dict_is_deterministic_and_is_not_changed_by_a_load",
-    ),
+    also=("test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",),
 )
 def test_moments_on_loading() -> None:
     def seen(make: Make) -> tuple[bool, bool]:

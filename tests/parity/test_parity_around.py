@@ -144,7 +144,7 @@ def test_an_averaged_model() -> None:
     "parameters in shared memory (`model.share_memory()`), before or after the optimizer is made",
     torch="are updated where they are",
     nexus="same",
-    also=("test_shared_memory.py::test_steps_of_another_process_are_seen_and_counted",),
+    also=("test_workers.py::test_steps_of_another_process_are_seen_and_counted",),
 )
 def test_shared_memory() -> None:
     def run(make: Make) -> tuple[torch.optim.Optimizer, bool]:

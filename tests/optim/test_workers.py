@@ -1,8 +1,9 @@
-"""Parameters and state in memory that processes share, as asynchronous workers (Hogwild, A3C) have it."""
+"""Workers: parameters and state in memory that processes share (Hogwild, A3C), and several threads."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ from side_by_side import Make, both, of_this_torch, param, train
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
+from nexus.schedules import Cosine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Tensor]
@@ -41,7 +43,7 @@ def shared(weight: Tensor, dtype: torch.dtype = torch.float64) -> State:
     nexus="same, if the count is float64; a float32 one, which would have to be replaced by a private copy, is "
     "`TypeError`",
     why="float32 sticks at 2**24",
-    also=("test_shared_memory.py::test_a_shared_state_that_does_not_fit_is_named",),
+    also=("test_workers.py::test_a_shared_state_that_does_not_fit_is_named",),
 )
 @of_this_torch
 def test_state_in_shared_memory() -> None:
@@ -142,3 +144,52 @@ def test_steps_of_another_process_are_seen_and_counted(way: str) -> None:
     take_steps(optimizer, rounds[5:])
     assert same_bits(snapshot(optimizer), snapshot(alone))
     assert_same_run(optimizer, reference)
+
+
+# Threads.
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_two_optimizers_on_two_threads(backend: str) -> None:
+    torch.set_num_threads(2)
+    start = [make_params([(40_000,), (7,)]) for _ in range(2)]
+    rounds = [[make_grads(own) for _ in range(8)] for own in start]
+
+    def run(which: int, found: dict[int, list[Tensor]]) -> None:
+        own = copies(start[which])
+        optimizer = FusedAdamW(own, lr=Cosine(0.1, 20), max_grad_norm=1.0, backend=backend)
+        for grads in rounds[which]:
+            set_grads(own, grads)
+            optimizer.step()
+        found[which] = snapshot(optimizer)
+
+    expected: dict[int, list[Tensor]] = {}
+    for which in range(2):
+        run(which, expected)
+    found: dict[int, list[Tensor]] = {}
+    threads = [threading.Thread(target=run, args=(which, found)) for which in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=120)
+    assert all(same_bits(expected[which], found[which]) for which in range(2))
+
+
+def test_other_threads_may_read_the_state_in_the_middle_of_a_step() -> None:
+    weight, done = param(300_000, dtype=torch.float32), threading.Event()
+    optimizer, seen = FusedAdamW([weight], lr=0.1), []
+    weight.grad = torch.ones_like(weight)
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(len(optimizer.state_dict()["state"]))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    for _ in range(50):
+        optimizer.step()
+    done.set()
+    thread.join()
+    assert seen
+    assert int(optimizer.state[weight]["step"]) == 50
+    assert (weight == weight[0]).all()

@@ -1,4 +1,4 @@
-"""What is done to a model around its optimizer: converted, replaced, under grad modes, made on the meta device."""
+"""What is done to a model around its optimizer: converted, under grad modes, made on the meta device."""
 
 from __future__ import annotations
 
@@ -20,26 +20,11 @@ from references import (
     snapshot,
     step_both,
 )
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
 SCHEDULE = WSD(2, 20, 5, 1e-2)
-
-
-def test_replaced_parameters_are_left_alone_as_by_torch(backend: str) -> None:
-    module = torch.nn.Linear(3, 2)
-    params = list(module.parameters())
-    optimizer, reference = run_beside_torch(params, backend)
-    module.weight = torch.nn.Parameter(torch.ones(2, 3))
-    for _ in range(2):
-        optimizer.zero_grad()
-        module(torch.randn(4, 3)).square().sum().backward()
-        reference.step([param.grad for param in params])
-        optimizer.step()
-    assert (module.weight == 1).all()
-    assert_same_run(optimizer, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -60,19 +45,6 @@ def test_a_model_is_converted_between_two_steps(backend: str, swaps: bool, dtype
                 expected.state(index)[name].copy_(optimizer.state[param][name])
     step_both(optimizer, expected)
     assert_same_run(optimizer, expected)
-
-
-def test_parameters_that_become_parts_of_one_vector(backend: str) -> None:
-    module = torch.nn.Linear(3, 2)
-    optimizer, reference = run_beside_torch(list(module.parameters()), backend)
-    vector = parameters_to_vector(module.parameters()).detach().clone() * 2
-    vector_to_parameters(vector, module.parameters())
-    with torch.no_grad():
-        for param in reference.params:
-            param.mul_(2)
-    step_both(optimizer, reference)
-    assert_same_run(optimizer, reference)
-    assert torch.equal(vector, parameters_to_vector(module.parameters()))  # written in place
 
 
 # Grad modes.

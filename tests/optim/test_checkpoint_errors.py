@@ -181,12 +181,9 @@ def test_a_dict_that_does_not_fit_is_named_and_changes_nothing(
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(SCHEDULE(3))
 
 
-@pytest.mark.parametrize(
-    "case", [case for case in BAD if re.search("/state/1|lr_schedule", case[0])], ids=lambda c: c[0]
-)
-def test_what_is_bad_can_be_left_out(case: tuple[str, Any, str]) -> None:
-    """A state, whose parameter then begins anew, or schedules, of which the present ones then go on."""
-    path, value, _ = case
+@pytest.mark.parametrize(("path", "value"), [case[:2] for case in BAD if re.search("/state/1|lr_sch", case[0])])
+def test_what_is_bad_can_be_left_out(path: str, value: Any) -> None:
+    """A state, whose parameter then begins anew, or the schedules, where the present ones then go on."""
     saved = spoiled(copy.deepcopy(make(lr=SCHEDULE, steps=7).state_dict()), path, value)
     if "state" in path:
         del saved["state"][1]

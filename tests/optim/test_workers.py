@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -155,24 +156,18 @@ def test_two_optimizers_on_two_threads(backend: str) -> None:
     start = [make_params([(40_000,), (7,)]) for _ in range(2)]
     rounds = [[make_grads(own) for _ in range(8)] for own in start]
 
-    def run(which: int, found: dict[int, list[Tensor]]) -> None:
+    def run(which: int) -> list[Tensor]:
         own = copies(start[which])
         optimizer = FusedAdamW(own, lr=Cosine(0.1, 20), max_grad_norm=1.0, backend=backend)
         for grads in rounds[which]:
             set_grads(own, grads)
             optimizer.step()
-        found[which] = snapshot(optimizer)
+        return snapshot(optimizer)
 
-    expected: dict[int, list[Tensor]] = {}
-    for which in range(2):
-        run(which, expected)
-    found: dict[int, list[Tensor]] = {}
-    threads = [threading.Thread(target=run, args=(which, found)) for which in range(2)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(timeout=120)
-    assert all(same_bits(expected[which], found[which]) for which in range(2))
+    expected = [run(0), run(1)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, range(2), timeout=120))
+    assert all(same_bits(*pair) for pair in zip(expected, found, strict=True))
 
 
 def test_other_threads_may_read_the_state_in_the_middle_of_a_step() -> None:

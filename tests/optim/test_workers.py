@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from references import (
+    BACKENDS,
     Float64AdamW,
     assert_same_run,
     copies,
@@ -20,7 +21,6 @@ from references import (
     same_bits,
     set_grads,
     snapshot,
-    tensors_where_it_runs,
 )
 from side_by_side import Make, both, of_this_torch, param, train
 from torch import Tensor
@@ -85,12 +85,12 @@ MISFITS: dict[str, tuple[torch.dtype, Callable[[State], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)  # memory of a GPU is not shared so
 @pytest.mark.parametrize(("dtype", "spoil", "words"), MISFITS.values(), ids=MISFITS)
 def test_a_shared_state_that_does_not_fit_is_named(
     backend: str, dtype: torch.dtype, spoil: Callable[[State], Any], words: str
 ) -> None:
-    with tensors_where_it_runs(backend):
-        weight = param(3, dtype=dtype)
+    weight = param(3, dtype=dtype)
     optimizer = FusedAdamW([weight], backend=backend)
     own = shared(weight)
     spoil(own)

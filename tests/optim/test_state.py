@@ -68,6 +68,7 @@ EDITS: dict[str, Edit] = {
     "a count's .data": lambda o, p, q: setattr(o.state[p]["step"], "data", torch.full_like(o.state[p]["step"], 5.0)),
     "set_": lambda o, p, q: o.state[p]["exp_avg_sq"].set_(torch.full_like(p, 0.3).detach()),
     "swap_tensors": lambda o, p, q: torch.utils.swap_tensors(o.state[p]["exp_avg"], torch.full_like(p, 0.3).detach()),
+    "moved to shared memory": lambda o, p, q: [value.share_memory_() for value in o.state[p].values()],
     "memory freed and brought back": resize_and_refill,
     "halved": halve,
 }

@@ -174,7 +174,8 @@ def test_moments_on_loading() -> None:
         before, there = copy.deepcopy(saved), state_of(optimizer)["exp_avg"]
         optimizer.load_state_dict(saved)
         train(optimizer)
-        unchanged = torch.equal(saved["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+        unchanged = same_bits(*(list(each["state"][0].values()) for each in (saved, before)))
+        assert saved["param_groups"] == before["param_groups"]
         return state_of(optimizer)["exp_avg"] is there, unchanged
 
     assert both(seen) == ((False, False), (False, True))

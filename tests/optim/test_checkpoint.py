@@ -5,9 +5,8 @@ from __future__ import annotations
 import copy
 import io
 import itertools
-import math
 import pickle
-import warnings
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +24,7 @@ from references import (
     set_grads,
     snapshot,
 )
-from side_by_side import fused_torch
+from side_by_side import fused_torch, params_of, state_of
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
@@ -33,10 +32,11 @@ from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 
 SHAPES = [(5,), (3, 4), ()]
+SAVED = WSD(5, 10, 12, 0.1)
 
 
 def run(optimizer: torch.optim.Optimizer, rounds: list[list[Tensor]]) -> None:
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     for grads in rounds:
         set_grads(params, [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)])
         optimizer.step()
@@ -130,39 +130,28 @@ RESUMED: dict[str, Callable[[], dict[str, Any]]] = {
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
     backend: str, name: str, decays: bool, dtype: torch.dtype
 ) -> None:
-    start, rounds = make_params(SHAPES, dtype), make_rounds(30)
-
-    def begin() -> FusedAdamW:
-        own = copies(start)
-        options = RESUMED[name]()
+    def begin(start: list[torch.nn.Parameter]) -> FusedAdamW:
+        own, options = copies(start), RESUMED[name]()
         scale = 0.5 if isinstance(options["lr"], Schedule) else 1.0
         groups = [{"params": own[:1]}, {"params": own[1:], "lr_scale": scale}]
         return FusedAdamW(groups, backend=backend, **options)
 
-    def run_until_13(optimizer: FusedAdamW) -> None:
+    start, rounds = make_params(SHAPES, dtype), make_rounds(30)
+    whole, interrupted = begin(start), begin(start)
+    for optimizer in (whole, interrupted):
         run(optimizer, rounds[:8])
         if decays:
             optimizer.begin_decay()
         run(optimizer, rounds[8:13])
-
-    whole = begin()
-    run_until_13(whole)
-    interrupted = begin()
-    run_until_13(interrupted)
-    saved = written_and_read(interrupted.state_dict())
-    resumed = begin()
-    with torch.no_grad():
-        for group, other in zip(resumed.param_groups, interrupted.param_groups, strict=True):
-            for param, value in zip(group["params"], other["params"], strict=True):
-                param.copy_(value)
-    resumed.load_state_dict(saved)
+    resumed = begin(params_of(interrupted))
+    resumed.load_state_dict(written_and_read(interrupted.state_dict()))
     for optimizer in (whole, resumed):
         run(optimizer, rounds[13:])
     assert same_bits(snapshot(whole), snapshot(resumed))
     rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in (whole, resumed)]
     assert rates[0] == rates[1]
     if dtype == torch.bfloat16:
-        assert resumed.state[resumed.param_groups[0]["params"][0]]["exp_avg"].dtype == torch.float32
+        assert state_of(resumed)["exp_avg"].dtype == torch.float32
 
 
 def test_extended_and_ended_runs_resume(backend: str) -> None:
@@ -278,14 +267,13 @@ COPIES: dict[str, Callable[[FusedAdamW], FusedAdamW]] = {
 
 @pytest.mark.parametrize("copied", COPIES.values(), ids=COPIES)
 @pytest.mark.parametrize("steps", [0, 4])
-@pytest.mark.parametrize("lr", [0.1, WSD(2, None, 5, 0.1)], ids=["float", "schedule"])
 def test_a_copied_optimizer_goes_on_the_same(
-    backend: str, copied: Callable[[FusedAdamW], FusedAdamW], steps: int, lr: Any
+    backend: str, copied: Callable[[FusedAdamW], FusedAdamW], steps: int
 ) -> None:
-    groups = [{"params": make_params(SHAPES), "lr_scale": 0.5 if isinstance(lr, Schedule) else 1.0}]
+    groups, lr = [{"params": make_params(SHAPES), "lr_scale": 0.5}], WSD(2, None, 5, 0.1)
     optimizer = FusedAdamW(groups, lr=lr, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
     run(optimizer, make_rounds(steps))
-    if steps and isinstance(lr, Schedule):
+    if steps:
         optimizer.begin_decay()
     handle = optimizer.register_step_post_hook(of_the_original)
     other = copied(optimizer)
@@ -303,33 +291,27 @@ def test_a_copied_optimizer_goes_on_the_same(
 # Schedules that differ.
 
 
-def test_every_difference_of_the_schedule_is_said(backend: str) -> None:
-    first = FusedAdamW(make_params(SHAPES), lr=WSD(5, 10, 12, 0.1), backend=backend)
+DIFFERENT: dict[str, tuple[Any, list[str], float]] = {
+    "numbers": (
+        WSD(5, 11, 12, 0.2),
+        [r"lr_schedule.peak_lr was 0\.1", "lr_schedule.stable_steps was 10"],
+        WSD(5, 11, 12, 0.2)(6),  # the counter is the saved one
+    ),
+    "kind": (Cosine(0.1, 100), ["lr_schedule.type was 'WSD' in the checkpoint and is 'C"], Cosine(0.1, 100)(6)),
+    "none": (0.3, [r"lr was driven by a schedule, WSD.*lr=WSD\(\.\.\.\) to go on"], SAVED(5)),
+}
+
+
+@pytest.mark.parametrize(("lr", "said", "rate"), DIFFERENT.values(), ids=DIFFERENT)
+def test_every_difference_of_the_schedule_is_said(backend: str, lr: Any, said: list[str], rate: float) -> None:
+    first = FusedAdamW(make_params(SHAPES), lr=SAVED, backend=backend)
     run(first, make_rounds(6))
-    second = FusedAdamW(make_params(SHAPES), lr=WSD(5, 11, 12, 0.2), backend=backend)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
+    second = FusedAdamW(make_params(SHAPES), lr=lr, backend=backend)
+    with pytest.warns(UserWarning, match="lr") as caught:
         second.load_state_dict(first.state_dict())
-    assert sorted(str(warning.message).split(" in the checkpoint")[0] for warning in caught) == [
-        "lr_schedule.peak_lr was 0.1",
-        "lr_schedule.stable_steps was 10",
-    ]
+    told = sorted(str(warning.message) for warning in caught)
+    assert all(re.search(words, message) for words, message in zip(said, told, strict=True))
     assert all(warning.filename == __file__ for warning in caught)
     assert float(second.param_groups[0]["lr"]) == float(first.param_groups[0]["lr"])  # the rate last used
     run(second, make_rounds(1))
-    assert float(second.param_groups[0]["lr"]) == WSD(5, 11, 12, 0.2)(6)  # the counter is the saved one
-    third = FusedAdamW(make_params(SHAPES), lr=Cosine(0.1, 100), backend=backend)
-    with pytest.warns(UserWarning, match="lr_schedule.type was 'WSD' in the checkpoint and is 'Cosine' now"):
-        third.load_state_dict(first.state_dict())
-    fourth = FusedAdamW(make_params(SHAPES), lr=0.3, backend=backend)
-    with pytest.warns(UserWarning, match=r"lr was driven by a schedule, WSD.*lr=WSD\(\.\.\.\) to go on"):
-        fourth.load_state_dict(first.state_dict())
-    assert fourth.param_groups[0]["lr"] == WSD(5, 10, 12, 0.1)(5)
-
-
-def test_the_same_schedule_is_loaded_without_a_word(backend: str) -> None:
-    first = FusedAdamW(make_params(SHAPES), lr=WSD(5, 10, 12, 0.1), backend=backend)
-    run(first, make_rounds(6))
-    second = FusedAdamW(make_params(SHAPES), lr=WSD(5, 10, 12, 0.1), backend=backend)
-    second.load_state_dict(first.state_dict())  # a warning would be an error here
-    assert math.isclose(float(second.param_groups[0]["lr"]), 0.1)
+    assert float(second.param_groups[0]["lr"]) == pytest.approx(rate, rel=1e-15)

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from references import make_grads, make_params, set_grads
-from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
+from side_by_side import (
+    Make,
+    assert_same,
+    both,
+    fused_torch,
+    of_this_torch,
+    param,
+    params_of,
+    same_of_both,
+    state_of,
+    train,
+)
 from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
@@ -98,8 +109,7 @@ def test_adams_moments_without_weight_decay() -> None:
         train(optimizer)
         return optimizer
 
-    first, second = both(run)
-    assert_same(first, second)
+    assert_same(*both(run))
     run(fused_torch, 0.5)
     with pytest.raises(ValueError, match=r"is not AdamW's.*those of an Adam do if it had no weight decay"):
         run(FusedAdamW, 0.5)
@@ -128,24 +138,21 @@ def with_extras(make: Make) -> Optimizer:
     also=("test_checkpoint_foreign.py::test_what_a_wrapper_has_saved_comes_back",),
 )
 @of_this_torch
-def test_what_was_not_saved_is_gone() -> None:
-    def run(make: Make) -> Any:
-        plain = make([param(3), param(4)], lr=0.1)
-        train(plain)
-        saved = copy.deepcopy(plain.state_dict())
-        saved["state"].pop(1)
-        optimizer = with_extras(make)
-        optimizer.load_state_dict(saved)
-        keys = [sorted(state) for state in optimizer.state.values()]
-        schedulers = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
-        left = schedulers & set(optimizer.param_groups[0])
-        torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
-        train(optimizer)
-        return keys, left, optimizer.param_groups[0]["lr"], optimizer
-
-    first, second = both(run)
-    assert first[:3] == second[:3] == ([["exp_avg", "exp_avg_sq", "step"]], set(), 0.1)
-    assert_same(first[3], second[3])
+@same_of_both
+def test_what_was_not_saved_is_gone(make: Make) -> object:
+    plain = make([param(3), param(4)], lr=0.1)
+    train(plain)
+    saved = copy.deepcopy(plain.state_dict())
+    saved["state"].pop(1)
+    optimizer = with_extras(make)
+    optimizer.load_state_dict(saved)
+    assert [sorted(state) for state in optimizer.state.values()] == [["exp_avg", "exp_avg_sq", "step"]]
+    schedulers = {"initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum"}
+    assert schedulers.isdisjoint(optimizer.param_groups[0])
+    torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0)
+    train(optimizer)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    return optimizer
 
 
 def test_what_a_wrapper_has_saved_comes_back(backend: str) -> None:
@@ -182,23 +189,20 @@ def test_what_a_wrapper_has_saved_comes_back(backend: str) -> None:
     also=("test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",),
 )
 @of_this_torch
-def test_a_state_dict_that_was_taken_keeps_its_values() -> None:
-    def run(make: Make) -> list[Optimizer]:
-        """Two optimizers that exchange their states, as PyTorch's test of ZeroRedundancyOptimizer does."""
-        first, second = (make([param(3)], lr=rate) for rate in (0.1, 0.2))
-        train(first, 2)
-        train(second, 3)
-        of_first, of_second = first.state_dict(), second.state_dict()
-        values = copy.deepcopy(of_first)
-        first.load_state_dict(of_second)
-        torch.testing.assert_close(of_first["state"], values["state"], rtol=0, atol=0)
-        second.load_state_dict(of_first)
-        train(first)
-        train(second)
-        return [first, second]
-
-    for pair in zip(*both(run), strict=True):
-        assert_same(*pair)
+@same_of_both
+def test_a_state_dict_that_was_taken_keeps_its_values(make: Make) -> object:
+    """Two optimizers that exchange their states, as PyTorch's test of ZeroRedundancyOptimizer does."""
+    first, second = (make([param(3)], lr=rate) for rate in (0.1, 0.2))
+    train(first, 2)
+    train(second, 3)
+    of_first, of_second = first.state_dict(), second.state_dict()
+    values = copy.deepcopy(of_first)
+    first.load_state_dict(of_second)
+    torch.testing.assert_close(of_first["state"], values["state"], rtol=0, atol=0)
+    second.load_state_dict(of_first)
+    train(first)
+    train(second)
+    return [first, second]
 
 
 @pytest.mark.parity(
@@ -208,17 +212,14 @@ def test_a_state_dict_that_was_taken_keeps_its_values() -> None:
     nexus="same",
 )
 @of_this_torch
-def test_a_state_dict_is_the_live_state() -> None:
-    def run(make: Make) -> Optimizer:
-        optimizer = make([param(3), param(4)], lr=0.1)
-        train(optimizer)
-        saved = optimizer.state_dict()
-        saved["state"][0]["step"].fill_(100.0)
-        saved["state"][0]["exp_avg"].zero_()
-        saved["state"][1]["exp_avg_sq"] = torch.full((4,), 0.5, dtype=DTYPE)
-        train(optimizer)
-        assert int(state_of(optimizer)["step"]) == 103
-        return optimizer
-
-    first, second = both(run)
-    assert_same(first, second)
+@same_of_both
+def test_a_state_dict_is_the_live_state(make: Make) -> object:
+    optimizer = make([param(3), param(4)], lr=0.1)
+    train(optimizer)
+    saved = optimizer.state_dict()
+    saved["state"][0]["step"].fill_(100.0)
+    saved["state"][0]["exp_avg"].zero_()
+    saved["state"][1]["exp_avg_sq"] = torch.full((4,), 0.5, dtype=DTYPE)
+    train(optimizer)
+    assert int(state_of(optimizer)["step"]) == 103
+    return optimizer

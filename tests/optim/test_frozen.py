@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from references import make_grads, make_params, set_grads
-from side_by_side import Make, assert_same, both, param, train
+from side_by_side import Make, assert_same, both, param, same_of_both, train
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import return_and_correct_aliasing
@@ -137,20 +137,18 @@ FREED: dict[str, Callable[[], Tensor]] = {
     nexus="same, as it was saved, in its types",
     why="a later thaw goes on with it",
 )
-def test_the_state_of_what_is_frozen_is_loaded_as_it_was_saved(kind: str) -> None:
-    def run(make: Make) -> Optimizer:
-        weight, other = make_params([(4,), (3,)], torch.float64)
-        optimizer = make([weight, other], lr=0.1)
-        train(optimizer, 2)
-        kept, saved = weight.data, copy.deepcopy(optimizer.state_dict())
-        weight.requires_grad_(False)
-        weight.grad = None
-        weight.data = FREED[kind]()
-        if make is FusedAdamW or kind == "freed":  # torch makes the moments integers
-            optimizer.load_state_dict(saved)
-        weight.data = kept
-        weight.requires_grad_(True)
-        train(optimizer, 2)
-        return optimizer
-
-    assert_same(*both(run))
+@same_of_both
+def test_the_state_of_what_is_frozen_is_loaded_as_it_was_saved(make: Make, kind: str) -> object:
+    weight, other = make_params([(4,), (3,)], torch.float64)
+    optimizer = make([weight, other], lr=0.1)
+    train(optimizer, 2)
+    kept, saved = weight.data, copy.deepcopy(optimizer.state_dict())
+    weight.requires_grad_(False)
+    weight.grad = None
+    weight.data = FREED[kind]()
+    if make is FusedAdamW or kind == "freed":  # torch makes the moments integers
+        optimizer.load_state_dict(saved)
+    weight.data = kept
+    weight.requires_grad_(True)
+    train(optimizer, 2)
+    return optimizer

@@ -54,34 +54,24 @@ def test_a_closure_may_return_anything_and_run_under_any_mode(
 def test_what_a_hook_or_a_closure_changes_is_in_force_at_once(backend: str, where: str) -> None:
     params = make_params(SHAPES)
     optimizer, reference = run_beside_torch(params, backend)
-    changes: list[dict[str, Any]] = [
-        {"lr": 0.1},
-        {"betas": (0.5, 0.7)},
-        {"weight_decay": 0.4},
-        {"eps": 0.1},
-        {"lr": 0.2},
-    ]
-    for change in changes:
-        grads = make_grads(params)
+    registers = {"pre-hook": optimizer.register_step_pre_hook, "post-hook": optimizer.register_step_post_hook}
+    for change in ({"lr": 0.1}, {"betas": (0.5, 0.7)}, {"weight_decay": 0.4}, {"eps": 0.1}, {"lr": 0.2}):
+        first, second = make_grads(params), make_grads(params)
 
-        def apply(*_: Any, change: dict[str, Any] = change, grads: list[Tensor] = grads) -> None:
+        def apply(*_: Any, change: dict[str, Any] = change, grads: list[Tensor] = second) -> None:
             optimizer.param_groups[0].update(change)
-            if where != "post-hook":
-                set_grads(params, [grad * 2 for grad in grads])
+            set_grads(params, grads)
 
-        set_grads(params, grads)
+        set_grads(params, first)
         if where == "post-hook":
-            reference.step(grads)
+            reference.step(first)
         reference.optimizer.param_groups[0].update(change)
         if where != "post-hook":
-            reference.step([grad * 2 for grad in grads])
-        if where == "closure":
-            optimizer.step(apply)
-            continue
-        register = optimizer.register_step_pre_hook if where == "pre-hook" else optimizer.register_step_post_hook
-        handle = register(apply)
-        optimizer.step()
-        handle.remove()
+            reference.step(second)
+        handle = registers[where](apply) if where in registers else None
+        optimizer.step(None if handle else apply)
+        if handle:
+            handle.remove()
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from references import make_grads, make_params, set_grads
-from side_by_side import Make, both, of_this_torch, param, params_of, train
+from side_by_side import Make, both, of_this_torch, param, params_of, same_of_both, train
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from nexus.optim import FusedAdamW
@@ -86,22 +86,20 @@ def test_a_step_allocates_nothing(options: dict[str, Any]) -> None:
     also=("test_memory.py::test_what_is_dropped_is_freed_at_once",),
 )
 @of_this_torch
-def test_what_is_deleted_is_freed() -> None:
-    def run(make: Make) -> list[bool]:
-        optimizer = make([param(30), param(40)], lr=0.1)
-        train(optimizer)
-        params = params_of(optimizer)
-        storages = [weakref.ref(optimizer.state[each]["exp_avg"].untyped_storage()) for each in params]
-        weights = [weakref.ref(each) for each in params]
-        seen = [ref() is None for ref in storages]
-        del optimizer.state[params.pop(0)]
-        seen += [ref() is None for ref in storages]
-        train(optimizer)  # makes anew
-        del optimizer, params
-        return seen + [ref() is None for ref in (*storages, *weights)]
-
-    first, second = both(run)
-    assert first == second == [False, False, True, False, True, True, True, True]
+@same_of_both
+def test_what_is_deleted_is_freed(make: Make) -> object:
+    optimizer = make([param(30), param(40)], lr=0.1)
+    train(optimizer)
+    params = params_of(optimizer)
+    storages = [weakref.ref(optimizer.state[each]["exp_avg"].untyped_storage()) for each in params]
+    weights = [weakref.ref(each) for each in params]
+    assert [ref() is None for ref in storages] == [False, False]
+    del optimizer.state[params.pop(0)]
+    assert [ref() is None for ref in storages] == [True, False]
+    train(optimizer)  # makes anew
+    del optimizer, params
+    assert [ref() for ref in (*storages, *weights)] == [None] * 4
+    return None
 
 
 def test_what_is_deleted_in_the_middle_of_a_step_is_held_to_its_end() -> None:

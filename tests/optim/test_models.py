@@ -1,4 +1,4 @@
-"""What is done to a model around its optimizer: converted, replaced, and steps under grad modes."""
+"""What is done to a model around its optimizer: converted, under grad modes, made on the meta device."""
 
 from __future__ import annotations
 
@@ -10,33 +10,21 @@ import pytest
 import torch
 from references import (
     Float64AdamW,
+    assert_same_parameter,
     assert_same_run,
     make_grads,
     make_params,
     run_beside_torch,
+    same_bits,
     set_grads,
+    snapshot,
     step_both,
 )
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
 SCHEDULE = WSD(2, 20, 5, 1e-2)
-
-
-def test_replaced_parameters_are_left_alone_as_by_torch(backend: str) -> None:
-    module = torch.nn.Linear(3, 2)
-    params = list(module.parameters())
-    optimizer, reference = run_beside_torch(params, backend)
-    module.weight = torch.nn.Parameter(torch.ones(2, 3))
-    for _ in range(2):
-        optimizer.zero_grad()
-        module(torch.randn(4, 3)).square().sum().backward()
-        reference.step([param.grad for param in params])
-        optimizer.step()
-    assert (module.weight == 1).all()
-    assert_same_run(optimizer, reference)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -48,28 +36,14 @@ def test_a_model_is_converted_between_two_steps(backend: str, swaps: bool, dtype
     assert [new is old for new, old in zip(module.parameters(), params, strict=True)] == [True] * 2
     optimizer.zero_grad()
     # The update goes on from float32 moments and parameters, whatever it is made in from now on.
-    expected = copy.deepcopy(reference)
-    for index, param in enumerate(params):
-        expected.dtypes[index] = dtype
-        with torch.no_grad():
-            expected.params[index].copy_(param)
-            for name in ("exp_avg", "exp_avg_sq"):
-                expected.state(index)[name].copy_(optimizer.state[param][name])
-    step_both(optimizer, expected)
-    assert_same_run(optimizer, expected)
-
-
-def test_parameters_that_become_parts_of_one_vector(backend: str) -> None:
-    module = torch.nn.Linear(3, 2)
-    optimizer, reference = run_beside_torch(list(module.parameters()), backend)
-    vector = parameters_to_vector(module.parameters()).detach().clone() * 2
-    vector_to_parameters(vector, module.parameters())
+    reference.dtypes = [dtype] * 2
     with torch.no_grad():
-        for param in reference.params:
-            param.mul_(2)
+        for index, param in enumerate(params):
+            reference.params[index].copy_(param)
+            for name in ("exp_avg", "exp_avg_sq"):
+                reference.state(index)[name].copy_(optimizer.state[param][name])
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
-    assert torch.equal(vector, parameters_to_vector(module.parameters()))  # written in place
 
 
 # Grad modes.
@@ -77,10 +51,11 @@ def test_parameters_that_become_parts_of_one_vector(backend: str) -> None:
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("lr", [0.01, SCHEDULE], ids=["float", "schedule"])
-@pytest.mark.parametrize("layout", ["contiguous", "sliced"])
-def test_steps_under_a_grad_mode_and_without(backend: str, mode: Callable[[], Any], lr: Any, layout: str) -> None:
-    params = make_params([(6, 4), (5,)])
-    if layout == "sliced":  # is updated through a copy
+@pytest.mark.parametrize("made", ["as usual", "sliced", "in inference mode"])
+def test_steps_under_a_grad_mode_and_without(backend: str, mode: Callable[[], Any], lr: Any, made: str) -> None:
+    with torch.inference_mode(made == "in inference mode"):  # torch's AdamW cannot update these outside of it
+        params = make_params([(6, 4), (5,)])
+    if made == "sliced":  # is updated through a copy
         params[0] = torch.nn.Parameter(torch.randn(6, 8)[:, ::2])
     optimizer = FusedAdamW(params, lr=lr, amsgrad=True, max_grad_norm=1.0, backend=backend)
     reference = Float64AdamW(params, lr=lr, amsgrad=True, max_grad_norm=1.0)
@@ -98,16 +73,8 @@ def test_steps_under_a_grad_mode_and_without(backend: str, mode: Callable[[], An
         if count == 4:
             optimizer.load_state_dict(saved := optimizer.state_dict())
     assert_same_run(optimizer, reference)
-    params[1].square().sum().backward()  # parameters are still autograd's
-
-
-def test_parameters_that_were_made_in_inference_mode(backend: str) -> None:
-    with torch.inference_mode():  # torch's AdamW cannot update them outside of it
-        params = make_params([(5,), (3, 2)])
-    optimizer, reference = run_beside_torch(params, backend)
-    with torch.inference_mode():
-        step_both(optimizer, reference)
-    assert_same_run(optimizer, reference)
+    if made != "in inference mode":
+        params[1].square().sum().backward()  # parameters are still autograd's
 
 
 def test_a_schedule_that_was_put_there_in_inference_mode(backend: str) -> None:
@@ -120,3 +87,81 @@ def test_a_schedule_that_was_put_there_in_inference_mode(backend: str) -> None:
     with pytest.warns(UserWarning, match="stable_steps"):
         optimizer.load_state_dict(saved)
     torch.testing.assert_close(optimizer.state_dict()["state"], saved["state"], rtol=0, atol=0)
+
+
+# Parameters without memory, on the meta device.
+
+
+OPTIONS: dict[str, Any] = {"lr": SCHEDULE, "max_grad_norm": 1.0}
+
+
+def meta_module() -> torch.nn.Module:
+    with torch.device("meta"):
+        return torch.nn.Linear(3, 2)
+
+
+def test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory(backend: str, swaps: bool) -> None:
+    module = meta_module()
+    early = FusedAdamW(module.parameters(), backend=backend, **OPTIONS)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
+        early.step()
+    before = list(module.parameters())
+    module.to_empty(device=torch.empty(()).device)
+    assert [new is old for new, old in zip(module.parameters(), before, strict=True)] == [swaps] * 2
+    module.reset_parameters()
+    if not swaps:  # to_empty() has made other parameters. torch then trains nothing, without a word
+        module(torch.ones(4, 3)).sum().backward()
+        with pytest.raises(RuntimeError, match=r"make the optimizer after it"):
+            early.step()
+        early = FusedAdamW(module.parameters(), backend=backend, **OPTIONS)
+    reference = Float64AdamW(list(module.parameters()), **OPTIONS)
+    step_both(early, reference, 12)
+    assert_same_run(early, reference)
+
+
+def test_what_stays_on_meta_is_left_alone_as_by_torch(backend: str) -> None:
+    own = make_params([(3,), (4, 2)])
+    elsewhere = torch.nn.Parameter(torch.zeros(5, device="meta"))  # another stage's of a pipeline
+    optimizer = FusedAdamW([elsewhere, *own], backend=backend, **OPTIONS)
+    reference = Float64AdamW(own, **OPTIONS)
+    compiled = torch.compile(lambda: optimizer.step(), backend="aot_eager")
+    for step in [optimizer.step] * 3 + [compiled] * 2:
+        grads = make_grads(own)
+        set_grads(own, grads)
+        reference.step(grads)
+        step()
+    for index, param in enumerate(own):
+        assert_same_parameter(optimizer, param, reference, index)
+    assert elsewhere not in optimizer.state
+    elsewhere.grad = torch.zeros_like(elsewhere)
+    before = snapshot(optimizer)
+    with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
+        optimizer.step()
+    assert same_bits(before[1:], snapshot(optimizer)[1:])
+
+
+def test_a_load_before_there_is_memory_is_refused(backend: str) -> None:
+    saved, _ = run_beside_torch(list(torch.nn.Linear(3, 2).parameters()), backend)
+    optimizer = FusedAdamW(meta_module().parameters(), backend=backend)
+    with pytest.raises(ValueError, match=r"state\[0\] .* meta device: give the model memory"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+
+
+@pytest.mark.parametrize("swaps", [True], indirect=True)
+def test_parameters_that_went_to_meta_and_came_back(backend: str, swaps: bool) -> None:
+    module = torch.nn.Linear(3, 2)
+    optimizer, reference = run_beside_torch(list(module.parameters()), backend)
+    values = [param.detach().clone() for param in module.parameters()]
+    optimizer.zero_grad()
+    module.to("meta")
+    module(torch.ones(4, 3, device="meta")).sum().backward()
+    with pytest.raises(RuntimeError, match="meta"):
+        optimizer.step()
+    module.to_empty(device=values[0].device)
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for param, value in zip(module.parameters(), values, strict=True):
+            param.copy_(value)
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)

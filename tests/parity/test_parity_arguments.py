@@ -19,6 +19,7 @@ from side_by_side import (
     of_this_torch,
     param,
     params_of,
+    same_of_both,
     state_of,
     train,
 )
@@ -27,6 +28,8 @@ from torch.optim import lr_scheduler
 from nexus.optim import FusedAdamW
 
 pytestmark = of_this_torch
+
+NUMBERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 
 
 @pytest.mark.parity(
@@ -43,6 +46,8 @@ def test_the_arguments_are_torchs_and_four_more() -> None:
     torchs, ours = (inspect.signature(kind).parameters for kind in (torch.optim.AdamW, FusedAdamW))
     shared = [(each.name, each.kind, each.default) for each in torchs.values()]
     assert [(each.name, each.kind, each.default) for each in ours.values()][: len(shared)] == shared
+    torchs_defaults, our_defaults = both(lambda make: make([param(1)]).defaults)
+    assert our_defaults.items() >= {name: torchs_defaults[name] for name in NUMBERS}.items()
     assert list(ours)[len(shared) :] == ["max_grad_norm", "skip_nonfinite", "backend", "norm_group"]
 
 
@@ -188,21 +193,19 @@ def test_betas_that_are_tensors() -> None:
     nexus="same: the tensor is read at the next step",
     why="the group keeps a pair of floats, in which no change goes unnoticed",
 )
-def test_momenta_that_are_tensors(scheduler: str) -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        optimizer = make([param(3)], lr=0.1)
-        momenta = {"base_momentum": torch.tensor(0.85), "max_momentum": torch.tensor(0.95)}
-        own = (
-            lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12, **momenta)
-            if scheduler == "OneCycleLR"
-            else lr_scheduler.CyclicLR(optimizer, 0.05, 0.2, step_size_up=3, **momenta)
-        )
-        for _ in range(10):
-            train(optimizer, 1)
-            own.step()
-        return optimizer
-
-    assert_same(*both(run))
+@same_of_both
+def test_momenta_that_are_tensors(make: Make, scheduler: str) -> object:
+    optimizer = make([param(3)], lr=0.1)
+    momenta = {"base_momentum": torch.tensor(0.85), "max_momentum": torch.tensor(0.95)}
+    own = (
+        lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12, **momenta)
+        if scheduler == "OneCycleLR"
+        else lr_scheduler.CyclicLR(optimizer, 0.05, 0.2, step_size_up=3, **momenta)
+    )
+    for _ in range(10):
+        train(optimizer, 1)
+        own.step()
+    return optimizer
 
 
 @pytest.mark.parity(

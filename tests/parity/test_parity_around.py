@@ -39,7 +39,7 @@ def test_wrapped_parameters() -> None:
     "a model under `FakeTensorMode`, for an estimate of its memory",
     torch="makes the state, of fake tensors",
     nexus="same",
-    also=("test_meta.py::test_memory_is_estimated_with_fake_tensors",),
+    also=("test_onlookers.py::test_an_estimate_of_memory_is_the_real_steps",),
 )
 @same_of_both
 def test_fake_tensors(make: Make) -> object:
@@ -124,7 +124,7 @@ def test_an_averaged_model(make: Make) -> object:
     "parameters in shared memory (`model.share_memory()`), before or after the optimizer is made",
     torch="are updated where they are",
     nexus="same",
-    also=("test_shared_memory.py::test_steps_of_another_process_are_seen_and_counted",),
+    also=("test_workers.py::test_steps_of_another_process_are_seen_and_counted",),
 )
 @same_of_both
 def test_shared_memory(make: Make) -> object:

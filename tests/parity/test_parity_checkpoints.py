@@ -37,6 +37,13 @@ def kept(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return copy.deepcopy(optimizer.state_dict())
 
 
+def loaded(make: Make, saved: dict[str, Any], **options: Any) -> torch.optim.Optimizer:
+    """An optimizer that has trained, and then loads."""
+    optimizer = trained(make, **options)
+    optimizer.load_state_dict(saved)
+    return optimizer
+
+
 @pytest.mark.parity(
     "State dicts",
     "what a state dict holds",
@@ -88,16 +95,15 @@ def test_the_dtype_of_steps_that_are_saved() -> None:
 def test_options_come_from_the_state_dict() -> None:
     options: dict[str, Any] = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}
 
-    def loaded(make: Make, older: bool) -> dict[str, Any]:
+    def options_loaded(make: Make, older: bool) -> dict[str, Any]:
         saved = kept(trained(make, **options, amsgrad=not older, maximize=not older))
         if older:
             del saved["param_groups"][0]["amsgrad"], saved["param_groups"][0]["maximize"]
-        optimizer = trained(make, steps=0)
-        optimizer.load_state_dict(saved)
-        return {name: optimizer.param_groups[0][name] for name in (*options, "amsgrad", "maximize")}
+        group = loaded(make, saved).param_groups[0]
+        return {name: group[name] for name in (*options, "amsgrad", "maximize")}
 
     for older in (False, True):
-        first, second = both(lambda make, older=older: loaded(make, older))
+        first, second = both(lambda make, older=older: options_loaded(make, older))
         assert first == second == {**options, "amsgrad": not older, "maximize": not older}
 
 
@@ -112,13 +118,10 @@ def test_options_come_from_the_state_dict() -> None:
 def test_a_load_takes_over_no_implementation() -> None:
     saved = kept(trained(lambda params, **options: torch.optim.AdamW(params, foreach=True, **options)))
     saved["param_groups"][0]["capturable"] = True  # as of a run on a GPU
-    peer, optimizer = trained(fused_torch), trained(FusedAdamW)
-    backend = optimizer.backend
-    for each in (peer, optimizer):
-        each.load_state_dict(saved)
+    peer, optimizer = both(lambda make: loaded(make, saved))
     assert [peer.param_groups[0][name] for name in ("fused", "foreach", "capturable")] == [None, True, True]
     assert {"fused", "foreach", "capturable"}.isdisjoint(optimizer.param_groups[0])
-    assert optimizer.backend == backend
+    assert optimizer.backend == "native"
 
 
 @pytest.mark.parity(
@@ -134,9 +137,8 @@ def test_a_tensor_rate_on_loading(saved_as: str) -> None:
     def seen(make: Make) -> tuple[bool, float]:
         saved = kept(trained(make, lr=torch.tensor(0.5) if saved_as == "tensor" else 0.5))
         rate = torch.tensor(0.125)
-        optimizer = trained(make, lr=rate)
-        optimizer.load_state_dict(saved)
-        return optimizer.param_groups[0]["lr"] is rate, float(optimizer.param_groups[0]["lr"])
+        now = loaded(make, saved, lr=rate).param_groups[0]["lr"]
+        return now is rate, float(now)
 
     assert both(seen) == ((False, 0.5), (True, 0.5))
 
@@ -176,7 +178,8 @@ def test_moments_on_loading() -> None:
         before, there = copy.deepcopy(saved), state_of(optimizer)["exp_avg"]
         optimizer.load_state_dict(saved)
         train(optimizer)
-        unchanged = torch.equal(saved["state"][0]["exp_avg"], before["state"][0]["exp_avg"])
+        unchanged = same_bits(*(list(each["state"][0].values()) for each in (saved, before)))
+        assert saved["param_groups"] == before["param_groups"]
         return state_of(optimizer)["exp_avg"] is there, unchanged
 
     assert both(seen) == ((False, False), (False, True))
@@ -195,12 +198,12 @@ def test_float32_moments_of_bfloat16_parameters() -> None:
     for state in saved["state"].values():
         state.update(exp_avg=state["exp_avg"].float(), exp_avg_sq=state["exp_avg_sq"].float())
 
-    def loaded(make: Make) -> torch.Tensor:
+    def moment(make: Make) -> torch.Tensor:
         optimizer = make(make_params([(5,), (2, 3)], torch.bfloat16))
         optimizer.load_state_dict(copy.deepcopy(saved))
         return state_of(optimizer)["exp_avg"]
 
-    first, second = both(loaded)
+    first, second = both(moment)
     assert first.dtype == torch.bfloat16
     assert same_bits([second], [saved["state"][0]["exp_avg"]])
 
@@ -221,10 +224,8 @@ def test_float32_moments_of_bfloat16_parameters() -> None:
 )
 def test_groups_that_do_not_fit(shapes: list[list[int]], torchs: str, ours: str) -> None:
     groups = [{"params": [param(*shape)]} for shape in shapes]
-    first, second = errors(lambda make: make(groups).load_state_dict(kept(trained(make))))
-    assert first.startswith("ValueError: loaded state dict")
+    first, second = errors(lambda make: make(groups).load_state_dict(kept(trained(make))), [ValueError])
     assert torchs in first
-    assert second.startswith("ValueError: ")
     assert ours in second
 
 
@@ -237,19 +238,16 @@ def test_groups_that_do_not_fit(shapes: list[list[int]], torchs: str, ours: str)
     also=("test_checkpoint_errors.py::test_a_dict_that_does_not_fit_is_named_and_changes_nothing",),
 )
 def test_moments_that_do_not_fit() -> None:
-    def load(make: Make, optimizer: torch.optim.Optimizer) -> None:
+    def run(make: Make) -> torch.optim.Optimizer:
         saved = kept(trained(make))
         saved["state"][1]["exp_avg"] = torch.zeros(7, dtype=torch.float64)
-        optimizer.load_state_dict(saved)
+        return loaded(make, saved)
 
-    peer, optimizer = trained(fused_torch), trained(FusedAdamW)
-    load(fused_torch, peer)
+    peer = run(fused_torch)
     train(peer)
     assert state_of(peer, 1)["exp_avg"].shape == (7,)
-    before = snapshot(optimizer)
     with pytest.raises(ValueError, match=r"state\[1\] of the loaded .*exp_avg must be of shape \(2, 3\)"):
-        load(FusedAdamW, optimizer)
-    assert same_bits(before, snapshot(optimizer))
+        run(FusedAdamW)
 
 
 @pytest.mark.parity(
@@ -263,8 +261,7 @@ def test_moments_that_do_not_fit() -> None:
 def test_another_optimizers_state() -> None:
     sgd = kept(trained(lambda params, **options: torch.optim.SGD(params, momentum=0.9, **options)))
     nadam = kept(trained(torch.optim.NAdam))
-    peer = trained(fused_torch)
-    peer.load_state_dict(nadam)
+    peer = loaded(fused_torch, nadam)
     train(peer)
     assert int(state_of(peer)["step"]) == 6
     peer = trained(fused_torch)
@@ -273,7 +270,7 @@ def test_another_optimizers_state() -> None:
     assert "momentum" in peer.param_groups[0]
     for saved in (sgd, nadam):
         with pytest.raises(ValueError, match="not AdamW's"):
-            trained(FusedAdamW).load_state_dict(saved)
+            loaded(FusedAdamW, saved)
 
 
 @pytest.mark.parity(
@@ -304,8 +301,7 @@ def test_a_load_that_fails() -> None:
 )
 def test_a_state_dict_without_state(backend: str) -> None:
     def run(make: Make) -> tuple[int, torch.optim.Optimizer]:
-        optimizer = trained(make)
-        optimizer.load_state_dict(kept(trained(make, steps=0)))
+        optimizer = loaded(make, kept(trained(make, steps=0)))
         left = len(optimizer.state)
         train(optimizer)
         return left, optimizer

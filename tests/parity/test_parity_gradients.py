@@ -231,8 +231,8 @@ def test_parameters_that_no_kernel_can_update() -> None:
     why="nobody means to train nothing. Where `to_empty()` keeps the parameters "
     "(`set_swap_module_params_on_conversion`), both train them",
     also=(
-        "test_meta.py::test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory",
-        "test_meta.py::test_what_stays_on_meta_is_left_alone_as_by_torch",
+        "test_models.py::test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory",
+        "test_models.py::test_what_stays_on_meta_is_left_alone_as_by_torch",
     ),
 )
 def test_memory_after_the_optimizer() -> None:

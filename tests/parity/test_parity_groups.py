@@ -9,7 +9,19 @@ import numpy
 import pytest
 import torch
 from references import make_grads, make_params, set_grads
-from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
+from side_by_side import (
+    Make,
+    assert_found_the_same,
+    assert_same,
+    both,
+    fused_torch,
+    of_this_torch,
+    param,
+    params_of,
+    same_of_both,
+    state_of,
+    train,
+)
 from torch import nn
 from torch.optim import Optimizer
 
@@ -114,15 +126,12 @@ def train_alike(*optimizers: Optimizer, steps: int) -> None:
     nexus="same",
     also=("test_tensor_list.py::test_an_empty_group_and_one_without_gradients",),
 )
-def test_an_empty_group() -> None:
-    def run(make: Make) -> Optimizer:
-        optimizer = make([{"params": []}, {"params": [param(3)]}, {"params": []}], lr=0.1)
-        train(optimizer)
-        return optimizer
-
-    first, second = both(run)
-    assert len(second.param_groups) == len(first.param_groups) == 3
-    assert_same(first, second)
+@same_of_both
+def test_an_empty_group(make: Make) -> object:
+    optimizer = make([{"params": []}, {"params": [param(3)]}, {"params": []}], lr=0.1)
+    train(optimizer)
+    assert len(optimizer.param_groups) == 3
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -132,14 +141,12 @@ def test_an_empty_group() -> None:
     nexus="same",
     also=("test_torch_cases.py::test_names_come_from_the_state_dict_if_it_has_them",),
 )
-def test_names_and_other_keys() -> None:
-    def seen(make: Make) -> list[Any]:
-        optimizer = make([{"params": list(nn.Linear(2, 2).named_parameters()), "mine": "x"}])
-        kept = [optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]]
-        return [[group["param_names"], group["mine"]] for group in kept]
-
-    first, second = both(seen)
-    assert first == second == [[["weight", "bias"], "x"]] * 2
+@same_of_both
+def test_names_and_other_keys(make: Make) -> object:
+    optimizer = make([{"params": list(nn.Linear(2, 2).named_parameters()), "mine": "x"}])
+    for group in (optimizer.param_groups[0], optimizer.state_dict()["param_groups"][0]):
+        assert (group["param_names"], group["mine"]) == (["weight", "bias"], "x")
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -219,9 +226,7 @@ def test_groups_by_hand(edit: Edit, named: bool, backend: str) -> None:
         optimizer.state_dict()
         return optimizer, everything
 
-    (first, theirs), (second, ours) = both(run, backend)
-    assert_same(first, second)
-    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-14)  # also those that are in no group
+    assert_found_the_same(*both(run, backend))  # also parameters that are in no group
 
 
 def with_grads(params: list[nn.Parameter]) -> list[tuple[nn.Parameter, torch.Tensor]]:

@@ -1,15 +1,18 @@
-"""Parameters and state in memory that processes share, as asynchronous workers (Hogwild, A3C) have it."""
+"""Workers: parameters and state in memory that processes share (Hogwild, A3C), and several threads."""
 
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.multiprocessing as mp
 from references import (
+    BACKENDS,
     Float64AdamW,
     assert_same_run,
     copies,
@@ -18,12 +21,12 @@ from references import (
     same_bits,
     set_grads,
     snapshot,
-    tensors_where_it_runs,
 )
 from side_by_side import Make, both, of_this_torch, param, train
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
+from nexus.schedules import Cosine
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Tensor]
@@ -41,7 +44,7 @@ def shared(weight: Tensor, dtype: torch.dtype = torch.float64) -> State:
     nexus="same, if the count is float64; a float32 one, which would have to be replaced by a private copy, is "
     "`TypeError`",
     why="float32 sticks at 2**24",
-    also=("test_shared_memory.py::test_a_shared_state_that_does_not_fit_is_named",),
+    also=("test_workers.py::test_a_shared_state_that_does_not_fit_is_named",),
 )
 @of_this_torch
 def test_state_in_shared_memory() -> None:
@@ -82,12 +85,12 @@ MISFITS: dict[str, tuple[torch.dtype, Callable[[State], Any], str]] = {
 }
 
 
+@pytest.mark.parametrize("backend", BACKENDS)  # memory of a GPU is not shared so
 @pytest.mark.parametrize(("dtype", "spoil", "words"), MISFITS.values(), ids=MISFITS)
 def test_a_shared_state_that_does_not_fit_is_named(
     backend: str, dtype: torch.dtype, spoil: Callable[[State], Any], words: str
 ) -> None:
-    with tensors_where_it_runs(backend):
-        weight = param(3, dtype=dtype)
+    weight = param(3, dtype=dtype)
     optimizer = FusedAdamW([weight], backend=backend)
     own = shared(weight)
     spoil(own)
@@ -142,3 +145,46 @@ def test_steps_of_another_process_are_seen_and_counted(way: str) -> None:
     take_steps(optimizer, rounds[5:])
     assert same_bits(snapshot(optimizer), snapshot(alone))
     assert_same_run(optimizer, reference)
+
+
+# Threads.
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_two_optimizers_on_two_threads(backend: str) -> None:
+    torch.set_num_threads(2)
+    start = [make_params([(40_000,), (7,)]) for _ in range(2)]
+    rounds = [[make_grads(own) for _ in range(8)] for own in start]
+
+    def run(which: int) -> list[Tensor]:
+        own = copies(start[which])
+        optimizer = FusedAdamW(own, lr=Cosine(0.1, 20), max_grad_norm=1.0, backend=backend)
+        for grads in rounds[which]:
+            set_grads(own, grads)
+            optimizer.step()
+        return snapshot(optimizer)
+
+    expected = [run(0), run(1)]
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(run, range(2), timeout=120))
+    assert all(same_bits(*pair) for pair in zip(expected, found, strict=True))
+
+
+def test_other_threads_may_read_the_state_in_the_middle_of_a_step() -> None:
+    weight, done = param(300_000, dtype=torch.float32), threading.Event()
+    optimizer, seen = FusedAdamW([weight], lr=0.1), []
+    weight.grad = torch.ones_like(weight)
+
+    def read() -> None:
+        while not done.is_set():
+            seen.append(len(optimizer.state_dict()["state"]))
+
+    thread = threading.Thread(target=read, daemon=True)
+    thread.start()
+    for _ in range(50):
+        optimizer.step()
+    done.set()
+    thread.join()
+    assert seen
+    assert int(optimizer.state[weight]["step"]) == 50
+    assert (weight == weight[0]).all()

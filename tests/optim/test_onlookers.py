@@ -235,19 +235,6 @@ def test_a_trace_does_not_lose_the_update(backend: str) -> None:
         train(optimizer, 1)
 
 
-def test_modes_that_only_watch_may_watch() -> None:
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    ours, plain = (kind([param(3)], lr=0.1) for kind in (FusedAdamW, torch.optim.AdamW))
-    for optimizer in (ours, plain):
-        torch.manual_seed(0)
-        with Mode():
-            train(optimizer)
-    assert_same(plain, ours)
-
-
 # Estimates of memory.
 
 

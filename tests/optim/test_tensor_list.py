@@ -58,16 +58,6 @@ def test_an_empty_group_and_one_without_gradients(backend: str, empty: int) -> N
     assert params[2] not in optimizer.state
 
 
-def test_nothing_at_all_to_update(backend: str) -> None:
-    params = make_params([(5,)])
-    optimizer = FusedAdamW(params, backend=backend, max_grad_norm=1.0)
-    before = copies(params)
-    optimizer.step()
-    assert same_bits(before, params)
-    assert not optimizer.state
-    assert float(optimizer.grad_norm) == 0.0
-
-
 def test_twenty_one_thousand_parameters() -> None:
     count = 21_000
     start = torch.randn(count, 2)

@@ -133,7 +133,8 @@ def test_a_training_step_is_compiled_once(backend: str, options: dict[str, Any])
 @pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # of what Inductor imports
 def test_inductor(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config, "cpp_cache_precompile_headers", False)  # longer than it saves here
+    for setting, value in (("cpp_cache_precompile_headers", False), ("compile_threads", 1)):  # for few small kernels
+        monkeypatch.setattr(torch._inductor.config, setting, value)
     eager, compiled = (trained(compiler, lr=SCHEDULE) for compiler in (None, "inductor"))
     # Inductor's tanh and its sums round otherwise: 3e-7 was measured.
     torch.testing.assert_close(compiled, eager, rtol=2e-6, atol=2e-6)

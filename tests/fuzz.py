@@ -15,13 +15,12 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from references import MOMENT, MOMENTS, PARAMS, Float64AdamW, assert_close, moment_dtype, set_grads
+from references import BACKENDS, Float64AdamW, assert_same_parameter, set_grads
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 
-BACKENDS = ("native", "reference", "cuda on cpu")
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((), (0,), (1,), (7,), (31,), (257,), (3, 0), (5, 13), (2, 3, 5), (4, 3, 2, 5), (511,), (64, 9), (16_411,))
 
@@ -71,19 +70,14 @@ class Case:
         return self.dice.choice(LAYOUTS)(values) if values.dim() else values
 
     def schedule(self, peak: float) -> Schedule:
-        warmup = self.dice.choice((0, 1, 3))
-        return self.dice.choice(
+        dice = self.dice
+        warmup = dice.choice((0, 1, 3))
+        decay_type = dice.choice(("linear", "cosine", "sqrt"))
+        return dice.choice(
             (
-                WSD(
-                    warmup,
-                    self.dice.choice((0, 4)),
-                    5,
-                    peak,
-                    peak / 10,
-                    self.dice.choice(("linear", "cosine", "sqrt")),
-                ),
+                WSD(warmup, dice.choice((0, 4)), 5, peak, peak / 10, decay_type),
                 Cosine(peak, 9 + warmup, 0.0, warmup),
-                CosineRestarts(peak, 0.0, 4, self.dice.choice((1.0, 1.5)), warmup),
+                CosineRestarts(peak, 0.0, 4, dice.choice((1.0, 1.5)), warmup),
                 Constant(peak),
             )
         )
@@ -122,17 +116,16 @@ class Case:
     def step(self) -> None:
         grads = self.gradients()
         there = [grad for grad in grads if grad is not None and grad.numel()]
-        if self.skip and there and self.dice.random() < 0.2:
+        spoils = bool(self.skip and there and self.dice.random() < 0.2)
+        if spoils:
             spoiled = self.dice.choice(there)
             spoiled[(0,) * spoiled.dim()] = self.dice.choice((torch.inf, -torch.inf, torch.nan))
             self.skipped += 1
-            set_grads(self.params, grads)
-            self.optimizer.step()
-            return
-        self.reference.step(grads)
+        else:
+            self.reference.step(grads)
         set_grads(self.params, grads)
         self.optimizer.step()
-        if self.limit is not None:
+        if self.limit is not None and not spoils:
             norm = self.optimizer.grad_norm
             assert norm is not None
             torch.testing.assert_close(norm, self.reference.grad_norm, rtol=1e-12, atol=0.0, check_dtype=False)
@@ -188,19 +181,11 @@ class Case:
     def check(self) -> None:
         assert int(self.optimizer.skipped_steps) == self.skipped
         for index, param in enumerate(self.params):
-            what = f"parameter {index} {tuple(param.shape)} {param.dtype}"
-            assert_close(param, self.reference.params[index], PARAMS[param.dtype], what)
-            state, expected = self.optimizer.state.get(param, {}), self.reference.state(index)
-            if state and not expected and self.skipped:  # its only gradients were those of skipped steps
-                assert not any(value.any() for value in state.values()), what
-                continue
-            assert set(state) == set(expected), what
-            for name in MOMENTS:
-                if name in state:
-                    assert state[name].dtype == moment_dtype(param.dtype), what
-                    assert_close(state[name], expected[name], MOMENT[state[name].dtype], f"{what} {name}")
-            if "step" in state:
-                assert int(state["step"]) == int(expected["step"]), what
+            state = self.optimizer.state.get(param, {})
+            if state and not self.reference.state(index) and self.skipped:  # its only gradients were of skipped steps
+                assert not any(value.any() for value in state.values()), index
+                del self.optimizer.state[param]
+            assert_same_parameter(self.optimizer, param, self.reference, index)
 
 
 def as_float(group: dict[str, Any]) -> dict[str, Any]:

@@ -8,7 +8,6 @@ import pytest
 import torch
 from references import make_grads, make_params, same_bits, snapshot
 from torch import Tensor
-from worlds import Worlds
 
 from nexus.optim import FusedAdamW
 
@@ -46,17 +45,8 @@ def products(offset: int, dtype: torch.dtype) -> Iterator[Tensor]:
         yield from (x @ weight.T, grad @ weight, grad.T @ x, weight @ x[0])
 
 
-def products_have_the_same_bits() -> None:
+def test_alignment_changes_no_bit_of_a_matrix_product() -> None:
+    """Where this fails, so may every test that compares two runs of a model; see conftest.py."""
     for dtype in (torch.float32, torch.float64):
         expected = list(products(0, dtype))
         assert all(same_bits(list(products(offset, dtype)), expected) for offset in OFFSETS)
-
-
-def test_alignment_changes_no_bit_of_a_matrix_product() -> None:
-    """Where this fails, so may every test that compares two runs of a model; see conftest.py."""
-    products_have_the_same_bits()
-
-
-@pytest.mark.xdist_group("distributed")
-def test_nor_in_the_processes_of_a_world(worlds: Worlds) -> None:
-    worlds(2).run(products_have_the_same_bits)

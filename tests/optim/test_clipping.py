@@ -32,7 +32,7 @@ def norm_of(grads: list[Tensor | None]) -> float:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("max_norm", [1e-3, 1.0, 30.0, 1e9, math.inf])
+@pytest.mark.parametrize("max_norm", [1e-3, 30.0, math.inf])
 def test_the_norm_is_that_of_all_gradients(backend: str, dtype: torch.dtype, max_norm: float) -> None:
     params = make_params([(600,), (), (0,), (3, 5)], dtype)
     optimizer = FusedAdamW(params, max_grad_norm=max_norm, backend=backend)

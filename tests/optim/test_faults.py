@@ -140,39 +140,6 @@ def test_an_exception_around_the_update_leaves_it_made_once_or_not_at_all(backen
     assert_same_run(optimizer, reference)
 
 
-def test_an_exception_in_a_backward_pass_leaves_the_other_gradients(backend: str) -> None:
-    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-    optimizer, reference = run_beside_torch(list(module.parameters()), backend, steps=0)
-
-    def failing() -> Tensor:
-        handle = module[0].weight.register_hook(raising)
-        with pytest.raises(KeyError, match="in a hook"):
-            module(torch.randn(5, 3)).square().sum().backward()
-        handle.remove()
-        assert module[0].weight.grad is None
-        return torch.zeros((), requires_grad=True)  # a step is made with what there is
-
-    for loss in (lambda: module(torch.randn(5, 3)).square().sum(), failing) * 3:
-        backward_both(optimizer, reference, loss, steps=1)
-    assert int(optimizer.state[module[0].weight]["step"]) == 3
-    assert_same_run(optimizer, reference)
-
-
-def test_a_hook_of_a_state_dict_that_fails_changes_nothing(backend: str) -> None:
-    params = make_params([(5,)])
-    optimizer, _ = run_beside_torch(params, backend)
-    other = FusedAdamW(copies(params), backend=backend)
-    before = snapshot(other)
-    handle = other.register_load_state_dict_pre_hook(raising)
-    with pytest.raises(KeyError, match="in a hook"):
-        other.load_state_dict(optimizer.state_dict())
-    assert same_bits(before, snapshot(other))
-    assert other.param_groups[0]["lr"] == 1e-3
-    handle.remove()
-    other.load_state_dict(optimizer.state_dict())
-    assert other.param_groups[0]["lr"] == 1e-2
-
-
 # A process that is killed while it saves, as docs/optimizer.md shows it. What nexus has to do with it: a state dict
 # that loads is a whole one, and a run that goes on from it is the run that was not killed.
 

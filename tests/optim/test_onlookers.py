@@ -33,14 +33,13 @@ def clip(params: list[nn.Parameter]) -> None:
 
 def subclass(make: Make, params: list[nn.Parameter]) -> Optimizer:
     """As fairseq's, detectron2's and Avalanche's."""
-    kind: Any = FusedAdamW if make(params).__class__ is FusedAdamW else torch.optim.AdamW
+    made = make(params)
 
-    class Clipping(kind):  # type: ignore[misc]
+    class Clipping(type(made)):  # type: ignore[misc]
         def step(self, closure: Any = None) -> Any:
             clip(params)
             return super().step(closure)
 
-    made = make(params)
     made.__class__ = Clipping
     return made
 
@@ -51,29 +50,18 @@ def pre_hook(make: Make, params: list[nn.Parameter]) -> Optimizer:
     return optimizer
 
 
-def method_put_in_its_place(make: Make, params: list[nn.Parameter]) -> Optimizer:
+def in_place_of_step(make: Make, params: list[nn.Parameter], with_its_names: bool) -> Optimizer:
     optimizer = make(params)
+    if with_its_names:
+        torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # whose wrapper of step() is wrapped in turn
     step = optimizer.step
 
-    def clip_then_step(self: Optimizer, closure: Any = None) -> Any:
+    def clip_then_step(*args: Any) -> Any:
         clip(params)
-        return step(closure)
+        return step()
 
-    optimizer.step = types.MethodType(clip_then_step, optimizer)  # type: ignore[method-assign]
-    return optimizer
-
-
-def wrapped_with_its_names(make: Make, params: list[nn.Parameter]) -> Optimizer:
-    optimizer = make(params)
-    torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # whose wrapper of step() is wrapped in turn
-    step = optimizer.step
-
-    @functools.wraps(step)
-    def clip_then_step(*args: Any, **kwargs: Any) -> Any:
-        clip(params)
-        return step(*args, **kwargs)
-
-    optimizer.step = clip_then_step  # type: ignore[method-assign]
+    method = types.MethodType(clip_then_step, optimizer)
+    optimizer.step = functools.wraps(step)(clip_then_step) if with_its_names else method  # type: ignore[method-assign]
     return optimizer
 
 
@@ -94,8 +82,8 @@ class Wrapper:
 WATCHES: dict[str, Watch] = {
     "a subclass": subclass,
     "a hook": pre_hook,
-    "a method put in its place": method_put_in_its_place,
-    "a function with the names of step": wrapped_with_its_names,
+    "a method put in its place": functools.partial(in_place_of_step, with_its_names=False),
+    "a function with the names of step": functools.partial(in_place_of_step, with_its_names=True),
     "a wrapper": lambda make, params: Wrapper(make(params), params),
 }
 
@@ -123,11 +111,10 @@ def scaled_run(make: Make, watch: Watch) -> list[Tensor]:
     torch="sees them scaled, silently: clips far too much. Right without `fused=True`",
     nexus="sees them unscaled, and an overflow is skipped before it",
     why="users come from both",
-    also=("test_onlookers.py::test_gradients_are_unscaled_for_who_looks_at_them",),
 )
 @of_this_torch
-def test_clipping_before_the_update(watch: Watch) -> None:
-    plain, ours = beside_plain(lambda make: scaled_run(make, watch), "native")
+def test_clipping_before_the_update(watch: Watch, backend: str) -> None:
+    plain, ours = beside_plain(lambda make: scaled_run(make, watch), backend)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     fused, _ = both(lambda make: scaled_run(make, watch))
     if watch is not WATCHES["a wrapper"]:  # there, the overflow makes everything NaN
@@ -135,38 +122,24 @@ def test_clipping_before_the_update(watch: Watch) -> None:
     assert not torch.allclose(fused[0], plain[0], rtol=1e-4, equal_nan=True)
 
 
-@pytest.mark.parametrize("watch", WATCHES.values(), ids=WATCHES)
-def test_gradients_are_unscaled_for_who_looks_at_them(watch: Watch, backend: str) -> None:
-    plain, ours = beside_plain(lambda make: scaled_run(make, watch), backend)
-    torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
-
-
-def test_a_hook_for_all_optimizers_counts() -> None:
-    seen: list[float] = []
-
-    def look(optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        seen.append(float(params_of(optimizer)[0].grad[0]))
-
-    handle = register_optimizer_step_pre_hook(look)
-    try:
-        weight = param(2)
-        optimizer = FusedAdamW([weight])
-        scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
-        scaler.scale((weight * 3.0).sum()).backward()
-        scaler.step(optimizer)
-    finally:
-        handle.remove()
-    assert seen == [3.0]
-
-
-def test_who_does_not_look_leaves_unscaling_to_the_update() -> None:
+def gradient_that_is_seen(hook: bool) -> float:
+    """Of 3, under a scale of 64: by a hook for all optimizers, or after the step."""
     weight = param(2)
-    optimizer = FusedAdamW([weight], lr=0.1)
+    optimizer = FusedAdamW([weight])
     torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps step()
+    seen: list[float] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(float(weight.grad[0]))) if hook else None
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale((weight * 3.0).sum()).backward()
     scaler.step(optimizer)
-    assert float(weight.grad[0]) == 3.0 * 64
+    if handle is not None:
+        handle.remove()
+    return seen[0] if hook else float(weight.grad[0])
+
+
+def test_only_who_looks_makes_a_scaler_unscale_before_the_update() -> None:
+    assert gradient_that_is_seen(hook=True) == 3.0
+    assert gradient_that_is_seen(hook=False) == 3.0 * 64
 
 
 # Hooks.
@@ -200,7 +173,6 @@ def test_a_subclass_may_have_names_of_its_own() -> None:
             self._step += 1
             return super().step(closure)
 
-    torch.manual_seed(0)
     ours, plain = Noam([param(3)]), torch.optim.AdamW([param(3)], lr=0.1)
     for optimizer in (ours, plain):
         torch.manual_seed(0)
@@ -261,19 +233,6 @@ def test_a_trace_does_not_lose_the_update(backend: str) -> None:
         assert params_of(optimizer)[0].tolist() == values
         assert len(optimizer.state) == trained
         train(optimizer, 1)
-
-
-def test_modes_that_only_watch_may_watch() -> None:
-    class Mode(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            return func(*args, **(kwargs or {}))
-
-    ours, plain = (kind([param(3)], lr=0.1) for kind in (FusedAdamW, torch.optim.AdamW))
-    for optimizer in (ours, plain):
-        torch.manual_seed(0)
-        with Mode():
-            train(optimizer)
-    assert_same(plain, ours)
 
 
 # Estimates of memory.

@@ -58,16 +58,6 @@ def test_an_empty_group_and_one_without_gradients(backend: str, empty: int) -> N
     assert params[2] not in optimizer.state
 
 
-def test_nothing_at_all_to_update(backend: str) -> None:
-    params = make_params([(5,)])
-    optimizer = FusedAdamW(params, backend=backend, max_grad_norm=1.0)
-    before = copies(params)
-    optimizer.step()
-    assert same_bits(before, params)
-    assert not optimizer.state
-    assert float(optimizer.grad_norm) == 0.0
-
-
 def test_twenty_one_thousand_parameters() -> None:
     count = 21_000
     start = torch.randn(count, 2)
@@ -99,19 +89,12 @@ def test_every_layout_of_parameter_and_gradient(backend: str, layout: str, grad_
     assert params[0].is_contiguous() == (layout in ("contiguous", "offset", "as_strided"))
     for step in range(6):
         grads = make_grads(start)
-        if step != 3:  # another layout comes in between
+        if step == 2:  # an expanded gradient and another layout come in between
+            grads[0] = grads[0][:1, :, :1].expand(LAYOUT_SHAPE)
+        elif step != 3:
             grads[0] = LAYOUTS[grad_layout](grads[0])
         step_both(optimizer, reference, steps=1, grads=grads)
         assert params[0].stride() == LAYOUTS[layout](start[0].detach()).stride()
-    assert_same_run(optimizer, reference)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_an_expanded_gradient(backend: str, dtype: torch.dtype) -> None:
-    optimizer, reference = run_beside_torch(make_params([(4, 5), (3,)], dtype), backend)
-    for step in range(5):
-        grads = [torch.full((1, 5), 1.0 + step, dtype=dtype).expand(4, 5), torch.ones((), dtype=dtype).expand(3)]
-        step_both(optimizer, reference, steps=1, grads=grads)
     assert_same_run(optimizer, reference)
 
 

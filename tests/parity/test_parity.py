@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
-import subprocess
-import sys
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import parity_table
 import pytest
 import torch
 from parity_table import THEMES, complaints, page, rows
+from side_by_side import fused_torch, param
 
 from nexus.optim import FusedAdamW
 
@@ -98,62 +98,46 @@ def test_a_marker_without_its_words_is_an_error(old: str, tmp_path: Path) -> Non
         rows(tmp_path)
 
 
-WATCHED = """
-import pytest, torch
-from nexus.optim import FusedAdamW
-row = pytest.mark.parity("Copies", "a behaviour", torch="one thing", nexus="same")
-param = torch.nn.Parameter(torch.zeros(1))
+class Item:
+    """A test, as pytest hands it to a hook."""
 
-@row
-def test_both():
-    torch.optim.AdamW([param], fused=True)
-    FusedAdamW([param])
+    name = "test_x"
 
-@row
-def test_torch_alone():
-    torch.optim.AdamW([param], fused=True)
+    def __init__(self, has_a_row: bool) -> None:
+        self.has_a_row = has_a_row
 
-@row
-def test_nexus_alone():
-    FusedAdamW([param])
-
-@row
-def test_torch_that_is_not_fused():
-    torch.optim.AdamW([param])
-    FusedAdamW([param])
-
-def test_without_a_row():
-    pass
-"""
+    def get_closest_marker(self, name: str) -> str | None:
+        return name if self.has_a_row else None
 
 
-def test_a_row_whose_test_leaves_an_optimizer_out_fails(tmp_path: Path) -> None:
-    (tmp_path / "conftest.py").write_text("from parity_table import pytest_runtest_call\n", "utf-8")
-    (tmp_path / "test_watched.py").write_text(WATCHED, "utf-8")
-    options = ["-q", "-p", "no:cacheprovider", "--rootdir", str(tmp_path)]
-    path = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
-    result = subprocess.run(
-        [sys.executable, "-m", "pytest", *options, str(tmp_path)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        cwd=tmp_path,
-        env={**os.environ, "PYTHONPATH": path},
-    )
-    failed = set(re.findall(r"^FAILED test_watched\.py::(\w+)", result.stdout, re.MULTILINE))
-    assert failed == {"test_torch_alone", "test_nexus_alone", "test_torch_that_is_not_fused"}, result.stdout
-    assert "3 failed, 2 passed" in result.stdout
-    for test, missing in (("torch", "FusedAdamW"), ("nexus", "torch.optim.AdamW(fused=True)")):
-        assert f"test_{test}_alone has a row in docs/parity.md and never makes {missing}" in result.stdout
+TORCH, NEXUS = "torch.optim.AdamW(fused=True)", "FusedAdamW"
+# what a test makes -> what is missing
+MADE: dict[str, tuple[list[Callable[[Any], object]], str | None]] = {
+    "both": ([fused_torch, FusedAdamW], None),
+    "torch alone": ([fused_torch], NEXUS),
+    "nexus alone": ([FusedAdamW], TORCH),
+    "torch that is not fused": ([torch.optim.AdamW, FusedAdamW], TORCH),
+    "none": ([], f"{NEXUS} or {TORCH}"),
+}
+
+
+@pytest.mark.parametrize(("makers", "missing"), MADE.values(), ids=MADE)
+def test_a_row_whose_test_leaves_an_optimizer_out_fails(
+    makers: list[Callable[[Any], object]], missing: str | None
+) -> None:
+    before = torch.optim.AdamW.__init__, FusedAdamW.__init__
+    for has_a_row in (True, False):
+        hook: Any = parity_table.pytest_runtest_call(Item(has_a_row))  # type: ignore[arg-type]
+        next(hook)
+        for make in makers:
+            make([param(1)])
+        words = re.escape(f"test_x has a row in docs/parity.md and never makes {missing}") + "$"
+        fails = has_a_row and missing is not None
+        with pytest.raises(AssertionError if fails else StopIteration, match=words if fails else None):
+            hook.send(None)
+        assert (torch.optim.AdamW.__init__, FusedAdamW.__init__) == before
 
 
 def test_this_session_watches_the_tests_of_rows(request: pytest.FixtureRequest) -> None:
     plugins = request.config.pluginmanager.get_plugins()
     assert any(getattr(each, "pytest_runtest_call", None) is parity_table.pytest_runtest_call for each in plugins)
-
-
-def test_watching_leaves_the_optimizers_as_they_were() -> None:
-    before = torch.optim.AdamW.__init__, FusedAdamW.__init__
-    with pytest.raises(AssertionError, match="never makes FusedAdamW or torch"), parity_table.both_are_made("a test"):
-        assert (torch.optim.AdamW.__init__, FusedAdamW.__init__) != before
-    assert (torch.optim.AdamW.__init__, FusedAdamW.__init__) == before

@@ -75,8 +75,10 @@ def test_what_a_dispatch_mode_sees() -> None:
     def run(make: Make) -> list[str]:
         optimizer = make(make_params([(3,)]))
         train(optimizer, 1)
+        before = params_of(optimizer)[0].tolist()
         with Seen() as seen:
             optimizer.step()
+        assert params_of(optimizer)[0].tolist() != before
         return seen.names
 
     first, second = both(run)

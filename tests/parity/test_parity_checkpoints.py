@@ -51,7 +51,7 @@ def loaded(make: Make, saved: dict[str, Any], **options: Any) -> torch.optim.Opt
     "`torch.load(weights_only=True)` reads it",
     nexus="the same, and `nexus_format`, a number",
     why="a checkpoint of a later release is refused and not misread",
-    also=("test_torch_cases.py::test_what_is_carried_over_goes_on_the_same",),
+    also=("test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",),
 )
 def test_what_a_state_dict_holds() -> None:
     def seen(make: Make) -> list[Any]:

@@ -81,7 +81,7 @@ def test_a_gradient_of_other_strides(layout: str) -> None:
     torch="wrong without a word: it reads memory past the one element there is",
     nexus="right, through a copy of the gradient",
     why="a gradient that is set by hand may have any strides",
-    also=("test_tensor_list.py::test_an_expanded_gradient",),
+    also=("test_tensor_list.py::test_every_layout_of_parameter_and_gradient",),
 )
 def test_an_expanded_gradient() -> None:
     def first_moment(make: Make) -> Tensor:

@@ -38,7 +38,8 @@ pytestmark = of_this_torch
 )
 @same_of_both
 def test_kinds_of_rates(make: Make) -> object:
-    rates = [0.1, 1, torch.tensor(0.2), torch.tensor([0.3], dtype=torch.float64), 0.0, 0.05]
+    tensors = [torch.tensor(0.2), torch.tensor([0.3], dtype=torch.float64), torch.full((1, 1, 1), 0.4)]
+    rates = [0.1, 1, *tensors, 0.0, 0.05]
     assert all(make([param(1)], lr=rate).param_groups[0]["lr"] is rate for rate in rates)
     optimizer = make(make_params([(5,)], torch.float64))
     for rate in rates:

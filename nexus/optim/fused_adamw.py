@@ -17,6 +17,7 @@ from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import reference
 from nexus.backends.interface import Backend, Change, Plan, Runner, StepState
+from nexus.integrations import distributed_checkpoint
 from nexus.optim import checkpoint, onlookers, tensor_list
 from nexus.optim.history import History, history_of
 from nexus.optim.param_group import ParamGroup, check_group, check_torch_options
@@ -186,7 +187,7 @@ class FusedAdamW(PlannedOptimizer):
         change = Change.TENSORS if runner is None else runner.changed(self.__dict__)
         if runner is None or change:
             self._tidy_groups()
-            if not self.state and self._only_makes_state():
+            if not self.state and distributed_checkpoint.is_among_callers(sys._getframe()):
                 self._init_states()
                 return
             runner = self._prepare(change)

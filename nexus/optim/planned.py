@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, cast
@@ -19,7 +18,7 @@ from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, 
 from nexus.optim import tensor_list
 from nexus.optim.history import History
 from nexus.optim.param_group import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
-from nexus.optim.shards import is_zero_everywhere, norm_parts
+from nexus.optim.shards import norm_parts
 from nexus.schedule_table import ScheduleTable
 from nexus.schedules import Schedule
 
@@ -126,24 +125,6 @@ class PlannedOptimizer(Optimizer):
         every = [param for group in self.param_groups for param in group["params"]]
         trained = [(param, entries.get(param)) for _, param, _ in named]
         return Plan([(param, entries.get(param)) for param in every], devices, norm_parts(trained, self._norm_group))
-
-    def _only_makes_state(self) -> bool:
-        """Whether this step is `torch.distributed.checkpoint`'s, which is to make the state and change nothing.
-
-        To that end it sets every rate to 0, whatever drives it, and every gradient to zeros. Asked where there is no
-        state yet.
-        """
-        if "torch.distributed.checkpoint.state_dict" not in sys.modules:
-            return False
-        for group in self.param_groups:
-            lr = group["lr"]
-            is_number = lr.device.type == "cpu" if isinstance(lr, Tensor) else isinstance(lr, float)
-            if lr is group.outputs.get("lr") or not is_number or float(lr) != 0.0:
-                return False
-        params = [param for group in self.param_groups for param in group["params"] if param.requires_grad]
-        grads = [param.grad for param in params if param.grad is not None]
-        parts = norm_parts([(param, None) for param in params], self._norm_group)
-        return len(grads) == len(params) and is_zero_everywhere(grads, parts)
 
     def _init_states(self) -> None:
         """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""

@@ -122,14 +122,3 @@ def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:
         for dim, placement in enumerate(param.placements)
         if not placement.is_replicate() and mesh.size(dim) > 1
     )
-
-
-def is_zero_everywhere(tensors: list[Tensor], parts: list[NormPart]) -> bool:
-    """Whether tensors hold nothing but zeros, in all processes that hold parts of them. Waits for the answer."""
-    count = sum(int(local(tensor).count_nonzero()) for tensor in tensors)
-    for part in parts:
-        for group in part.groups:
-            counts = torch.tensor(count, device=part.device)
-            torch.distributed.all_reduce(counts, group=group)
-            count = int(counts)
-    return count == 0

@@ -77,6 +77,35 @@ def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (model(x) - y).square().mean()
 
 
+def train(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    start: int,
+    stop: int,
+    rows: Callable[[Tensor], Tensor] = my_rows,
+) -> None:
+    """Each step on the rows of its batch that are this process's."""
+    param = next(model.parameters())
+    for step in range(start, stop):
+        optimizer.zero_grad()
+        loss_of(model, *map(rows, batch(step, param.dtype, param.device.type))).backward()
+        optimizer.step()
+
+
+def train_alone(alone: torch.nn.Module, steps: int, **options: Any) -> Float64AdamW:
+    """Train in float64 torch, in one process and on whole batches; the parameters are those of the reference."""
+    reference = Float64AdamW(list(alone.parameters()), **options)
+    device = reference.params[0].device.type
+    for step in range(steps):
+        alone.zero_grad()
+        loss_of(alone, *batch(step, torch.float64, device)).backward()
+        reference.step([param.grad for param in alone.parameters()])
+        with torch.no_grad():
+            for param, value in zip(alone.parameters(), reference.params, strict=True):
+                param.copy_(value)
+    return reference
+
+
 def follow_one_process(
     model: torch.nn.Module,
     optimizer: torch.optim.Optimizer,
@@ -86,19 +115,9 @@ def follow_one_process(
     tolerance: float = 1e-10,
     **options: Any,
 ) -> Float64AdamW:
-    """Train `model` on its rows of each batch, and beside it `alone`, in float64, on all of them; compare the two."""
-    of = next(model.parameters())
-    reference = Float64AdamW(list(alone.parameters()), **OPTIONS, **options)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, *map(rows, batch(step, of.dtype, of.device.type))).backward()
-        optimizer.step()
-        alone.zero_grad()
-        loss_of(alone, *batch(step, torch.float64, of.device.type)).backward()
-        reference.step([param.grad for param in alone.parameters()])
-        with torch.no_grad():
-            for param, value in zip(alone.parameters(), reference.params, strict=True):
-                param.copy_(value)
+    """Train `model` on its rows of each batch, and `alone`, in float64, on all of them; compare the two."""
+    train(model, optimizer, 0, steps, rows)
+    reference = train_alone(alone, steps, **OPTIONS, **options)
     for (name, param), expected in zip(model.named_parameters(), reference.params, strict=True):
         torch.testing.assert_close(
             whole(param).detach().double(),

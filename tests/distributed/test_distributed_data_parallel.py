@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import OPTIONS, SCHEDULE, Net, batch, follow_one_process, loss_of, my_rows, same_on_all_ranks
+from distributed_cases import OPTIONS, SCHEDULE, Net, follow_one_process, same_on_all_ranks, train
 from references import Float64AdamW, make_grads, make_params, same_bits
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -78,12 +78,6 @@ def read_back(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def zero_resumes(scheduled: bool) -> None:
-    def train(model: torch.nn.Module, optimizer: Any, start: int, stop: int) -> None:
-        for step in range(start, stop):
-            optimizer.zero_grad()
-            loss_of(model, *map(my_rows, batch(step, torch.float64))).backward()
-            optimizer.step()
-
     lr = SCHEDULE if scheduled else 0.01
     whole, resumed = make_ddp(), make_ddp()
     first, second = make_zero(whole, lr=lr), make_zero(resumed, lr=lr)
@@ -114,8 +108,7 @@ def test_a_run_with_zero_resumes(worlds: Worlds, scheduled: bool) -> None:
 def zeros_own_load_of_a_schedule() -> None:
     model = make_ddp()
     first, second = make_zero(model), make_zero(model)
-    loss_of(model, *map(my_rows, batch(0, torch.float64))).backward()
-    first.step()
+    train(model, first, 0, 1)
     first.consolidate_state_dict(to=0)
     everything: list[Any] = [first.state_dict() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(everything)

@@ -25,6 +25,7 @@ from distributed_cases import (
     same_on_all_ranks,
     set_spread_grads,
     spread,
+    train,
     whole,
 )
 from references import BACKENDS, Float64AdamW, make_grads, make_params
@@ -280,9 +281,7 @@ def nothing_is_made_anew() -> None:
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
     plans = []
     for step in range(4):
-        optimizer.zero_grad()
-        loss_of(model, *map(my_rows, batch(step))).backward()
-        optimizer.step()
+        train(model, optimizer, step, step + 1)
         plans.append(optimizer._plan)
     assert plans[1] is plans[2] is plans[3]
 

@@ -196,6 +196,7 @@ class Changing(Regression):
 
     def on_train_batch_end(self, *args: Any) -> None:
         wrapper = self.optimizers()
+        assert wrapper is not self.trainer.optimizers[0]
         if self.global_step == 3:
             wrapper.param_groups[0]["lr"] = LATER
         if self.global_step == 6:

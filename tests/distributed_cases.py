@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -74,6 +75,58 @@ def my_rows(tensor: Tensor) -> Tensor:
 
 def loss_of(model: torch.nn.Module, x: Tensor, y: Tensor) -> Tensor:
     return (model(x) - y).square().mean()
+
+
+def train(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    start: int,
+    stop: int,
+    rows: Callable[[Tensor], Tensor] = my_rows,
+) -> None:
+    """Each step on the rows of its batch that are this process's."""
+    param = next(model.parameters())
+    for step in range(start, stop):
+        optimizer.zero_grad()
+        loss_of(model, *map(rows, batch(step, param.dtype, param.device.type))).backward()
+        optimizer.step()
+
+
+def train_alone(alone: torch.nn.Module, steps: int, **options: Any) -> Float64AdamW:
+    """Train in float64 torch, in one process and on whole batches; the parameters are those of the reference."""
+    reference = Float64AdamW(list(alone.parameters()), **options)
+    device = reference.params[0].device.type
+    for step in range(steps):
+        alone.zero_grad()
+        loss_of(alone, *batch(step, torch.float64, device)).backward()
+        reference.step([param.grad for param in alone.parameters()])
+        with torch.no_grad():
+            for param, value in zip(alone.parameters(), reference.params, strict=True):
+                param.copy_(value)
+    return reference
+
+
+def follow_one_process(
+    model: torch.nn.Module,
+    optimizer: torch.optim.Optimizer,
+    alone: torch.nn.Module,
+    rows: Callable[[Tensor], Tensor] = my_rows,
+    steps: int = 10,
+    tolerance: float = 1e-10,
+    **options: Any,
+) -> Float64AdamW:
+    """Train `model` on its rows of each batch, and `alone`, in float64, on all of them; compare the two."""
+    train(model, optimizer, 0, steps, rows)
+    reference = train_alone(alone, steps, **OPTIONS, **options)
+    for (name, param), expected in zip(model.named_parameters(), reference.params, strict=True):
+        torch.testing.assert_close(
+            whole(param).detach().double(),
+            expected.detach(),
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda m, n=name: f"{n}: {m}",
+        )
+    return reference
 
 
 def assert_follows(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:

@@ -228,14 +228,3 @@ def _sum_of_squares(part: NormPart, device: torch.device) -> Tensor:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
     return torch.stack([norm.to(device, non_blocking=True) for norm in norms]).square().sum()
-
-
-def is_zero_everywhere(tensors: list[Tensor], parts: list[NormPart]) -> bool:
-    """Whether tensors hold nothing but zeros, in all processes that hold parts of them. Waits for the answer."""
-    count = sum(int(local(tensor).count_nonzero()) for tensor in tensors)
-    for part in parts:
-        for group in part.groups:
-            counts = torch.tensor(count, device=part.device)
-            torch.distributed.all_reduce(counts, group=group)
-            count = int(counts)
-    return count == 0

@@ -15,7 +15,8 @@ from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import estimate, reference
 from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
-from nexus.backends.sharding import is_zero_everywhere, norm_parts
+from nexus.backends.sharding import norm_parts
+from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
 from nexus.optim.groups import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
 from nexus.optim.history import History
@@ -73,7 +74,7 @@ class Engine:
         change = Change.TENSORS if runner is None else runner.changed(attributes)
         if runner is None or change:
             _tidy(attributes)
-            if not attributes["state"] and self._only_makes_state(attributes):
+            if not attributes["state"] and distributed_checkpoint.is_among_callers(sys._getframe()):
                 self._init_states(attributes)
                 return
             runner = self.prepare(attributes, change)
@@ -180,25 +181,6 @@ class Engine:
         every = [param for group in groups for param in group["params"]]
         trained = [(param, entries.get(param)) for _, param, _ in named]
         return Plan([(param, entries.get(param)) for param in every], devices, norm_parts(trained, self.norm_group))
-
-    def _only_makes_state(self, attributes: Attributes) -> bool:
-        """Whether this step is `torch.distributed.checkpoint`'s, which is to make the state and change nothing.
-
-        To that end it sets every rate to 0, whatever drives it, and every gradient to zeros. Asked where there is no
-        state yet.
-        """
-        if "torch.distributed.checkpoint.state_dict" not in sys.modules:
-            return False
-        groups = attributes["param_groups"]
-        for group in groups:
-            lr = group["lr"]
-            is_number = lr.device.type == "cpu" if isinstance(lr, Tensor) else isinstance(lr, float)
-            if lr is group.outputs.get("lr") or not is_number or float(lr) != 0.0:
-                return False
-        params = [param for group in groups for param in group["params"] if param.requires_grad]
-        grads = [param.grad for param in params if param.grad is not None]
-        parts = norm_parts([(param, None) for param in params], self.norm_group)
-        return len(grads) == len(params) and is_zero_everywhere(grads, parts)
 
     def _init_states(self, attributes: Attributes) -> None:
         """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""

@@ -11,6 +11,8 @@ import torch
 import torch.optim.optimizer as torch_optimizer
 from torch._C._functorch import TransformType, peek_interpreter_stack
 
+from nexus.integrations import accelerate
+
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
@@ -37,9 +39,8 @@ def sees_gradients_first(optimizer: FusedAdamW, asking: FrameType) -> bool:
         asking: the frame of who asks `_step_supports_amp_scaling`.
     """
     step = optimizer.__dict__.get("step")
-    if getattr(step, "__module__", None) == "accelerate.optimizer":
-        # It takes a step for skipped if GradScaler does not call it, so GradScaler decides. float16 gradients are
-        # left to the update, since GradScaler refuses to unscale them.
+    if accelerate.is_watched(step):
+        # So GradScaler decides. float16 gradients are left to the update, since GradScaler refuses to unscale them.
         grads = [param.grad for group in optimizer.param_groups for param in group["params"]]
         return not any(grad is not None and grad.dtype == torch.float16 for grad in grads)
     if type(optimizer).step not in _own_steps or not (step is None or _steps_alone(step)):

@@ -1,21 +1,28 @@
-"""torch.distributed.checkpoint: what is saved by one number of processes goes on in another."""
+"""torch.distributed.checkpoint: each way to save an optimizer, and to go on with another number of processes."""
 
 from __future__ import annotations
 
 import copy
+import functools
 import os
 import re
+import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from distributed_cases import SCHEDULE as WITH_END
 from distributed_cases import Net, batch, loss_of, make_fsdp, my_rows, whole
-from references import MOMENT, assert_close
+from references import MOMENT, assert_close, same_bits
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
     set_optimizer_state_dict,
@@ -50,14 +57,21 @@ def alone() -> Net:
     return Net().to(DTYPE)
 
 
+def new_model(device: str = "cpu") -> Net:
+    return make_fsdp(DTYPE, device) if dist.is_initialized() else alone().to(device)
+
+
+def rows_of(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    return my_rows if isinstance(model.first.weight, DTensor) else lambda tensor: tensor
+
+
 def train(model: torch.nn.Module, optimizer: FusedAdamW, start: int, stop: int) -> None:
     device = next(model.parameters()).device.type
     for step in range(start, stop):
         if step == DECAY and isinstance(optimizer.param_groups[0].get("lr_schedule"), WSD):
             optimizer.begin_decay()
         optimizer.zero_grad()
-        rows = my_rows if isinstance(model.first.weight, DTensor) else (lambda tensor: tensor)
-        loss_of(model, *map(rows, batch(step, DTYPE, device))).backward()
+        loss_of(model, *map(rows_of(model), batch(step, DTYPE, device))).backward()
         optimizer.step()
 
 
@@ -88,61 +102,64 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
-def save(folder: Path, lr: float | Schedule, device: str = "cpu") -> None:
-    model = make_fsdp(DTYPE, device)
+def go_on(
+    loaded: Path | None,
+    saved: Path | None,
+    start: int,
+    stop: int,
+    *,
+    lr: float | Schedule = SCHEDULE,
+    flat: bool = False,
+    device: str = "cpu",
+) -> dict[str, Tensor]:
+    """Some steps between two checkpoints on disk. Returns what is there after them."""
+    options = StateDictOptions(flatten_optimizer_state_dict=flat)
+    model = new_model(device)
     optimizer = make_optimizer(model, lr)
-    train(model, optimizer, 0, STOP)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-
-
-def load(model: torch.nn.Module, optimizer: FusedAdamW, folder: Path) -> None:
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    state = {"model": model_state, "optimizer": optimizer_state}
-    dcp.load(state, checkpoint_id=folder)
-    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
-
-
-def resume(folder: Path, lr: float | Schedule, device: str = "cpu") -> None:
-    model = make_fsdp(DTYPE, device)
-    with torch.no_grad():
+    if loaded is not None:
+        with torch.no_grad():
+            for param in model.parameters():
+                param.zero_()  # what is not loaded is seen
+        of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+        state = {"model": of_model, "optimizer": of_optimizer}
+        dcp.load(state, checkpoint_id=loaded)
+        set_state_dict(
+            model,
+            optimizer,
+            model_state_dict=state["model"],
+            optim_state_dict=state["optimizer"],
+            options=options,
+        )
         for param in model.parameters():
-            param.zero_()  # what is not loaded is seen
-    optimizer = make_optimizer(model, lr)
-    load(model, optimizer, folder)
-    assert all(isinstance(optimizer.state[param]["exp_avg"], DTensor) for param in model.parameters())
-    train(model, optimizer, STOP, END)
-    assert_same(snapshot(model, optimizer), uninterrupted(lr, device=device))
+            assert type(optimizer.state[param]["exp_avg"]) is type(param.data)
+    train(model, optimizer, start, stop)
+    if saved is not None:
+        of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
+        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=saved)
+    return snapshot(model, optimizer)
 
 
-@pytest.mark.parametrize("lr", [SCHEDULE, 0.01], ids=["schedule", "float"])
-def test_saved_by_three_processes_goes_on_in_two_in_one_and_in_three(
-    worlds: Worlds, tmp_path: Path, lr: float | Schedule
+@pytest.mark.parametrize(
+    ("sizes", "lr", "flat"),
+    [
+        ((3, 2, 1), SCHEDULE, False),
+        ((3, 2, 1), SCHEDULE, True),
+        ((3, 3, 2), 0.01, False),
+        ((3, 1), 0.01, False),
+        ((1, 2), SCHEDULE, False),
+    ],
+)
+def test_what_some_processes_have_saved_others_go_on_with(
+    worlds: Worlds, tmp_path: Path, sizes: tuple[int, ...], lr: float | Schedule, flat: bool
 ) -> None:
-    worlds(3).run(save, tmp_path, lr)
-    for size in (2, 3):
-        worlds(size).run(resume, tmp_path, lr)
-    model = alone()
-    with torch.no_grad():
-        for param in model.parameters():
-            param.zero_()
-    optimizer = make_optimizer(model, lr)
-    load(model, optimizer, tmp_path)
-    train(model, optimizer, STOP, END)
-    assert_same(snapshot(model, optimizer), uninterrupted(lr))
-
-
-def save_alone(folder: Path) -> None:
-    model = alone()
-    optimizer = make_optimizer(model)
-    train(model, optimizer, 0, STOP)
-    model_state, optimizer_state = get_state_dict(model, optimizer)
-    dcp.save({"model": model_state, "optimizer": optimizer_state}, checkpoint_id=folder)
-
-
-def test_saved_by_one_process_goes_on_in_two(worlds: Worlds, tmp_path: Path) -> None:
-    save_alone(tmp_path)
-    worlds(2).run(resume, tmp_path, SCHEDULE)
+    stops = [0, 5, 10, END] if len(sizes) == 3 else [0, STOP, END]
+    run = functools.partial(go_on, lr=lr, flat=flat)
+    folders = [None, *(tmp_path / str(stop) for stop in stops[1:-1]), None]
+    for index, size in enumerate(sizes):
+        arguments = (*folders[index : index + 2], *stops[index : index + 2])
+        found = worlds(size).run(run, *arguments) if size > 1 else [run(*arguments)]
+    for snapshot_of_rank in found:
+        assert_same(snapshot_of_rank, uninterrupted(lr))
 
 
 def before_the_first_step(folder: Path) -> None:
@@ -165,19 +182,112 @@ def test_asking_for_the_state_before_the_first_step_changes_nothing(worlds: Worl
 
 
 def a_first_step_at_rate_zero_counts() -> None:
-    """Of rank 1, every gradient is zero; it must not take a step for one that makes the state alone."""
+    """Also over gradients of zeros, and where rank 1 has not imported what asks for the state, which rank 0 has."""
     model = make_fsdp(DTYPE)
-    optimizer = make_optimizer(model, 0.0)
+    optimizer = FusedAdamW(model.parameters(), lr=0.0)
     for param in model.parameters():
         param.grad = torch.zeros_like(param)
-        if dist.get_rank() == 0:
-            param.grad.to_local().fill_(1.0)
-    optimizer.step()
+    with mock.patch.dict(sys.modules):
+        if dist.get_rank() == 1:
+            del sys.modules["torch.distributed.checkpoint.state_dict"]
+        optimizer.step()
     assert {int(optimizer.state[param]["step"]) for param in model.parameters()} == {1}
 
 
 def test_a_first_step_at_rate_zero_is_a_step(worlds: Worlds) -> None:
     worlds(2).run(a_first_step_at_rate_zero_counts)
+
+
+# Each way in which torch gathers or spreads a state dict.
+
+WAYS: dict[str, dict[str, bool]] = {
+    "nested": {},
+    "nested, on the CPU": {"cpu_offload": True},
+    "flat": {"flatten_optimizer_state_dict": True},
+    "flat, on the CPU": {"flatten_optimizer_state_dict": True, "cpu_offload": True},
+    "whole": {"full_state_dict": True},
+}
+FROM_RANK_0: dict[str, dict[str, bool]] = {
+    "from rank 0": {"full_state_dict": True, "broadcast_from_rank0": True},
+    "from rank 0, on the CPU": {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": True},
+}
+
+
+def saved_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: StateDictOptions) -> dict[str, Any]:
+    saved = copy.deepcopy(get_optimizer_state_dict(model, optimizer, options=options))
+    return {} if options.broadcast_from_rank0 and dist.get_rank() > 0 else saved
+
+
+def goes_on_bit_for_bit(way: dict[str, bool]) -> None:
+    options = StateDictOptions(**way)
+    model = new_model()
+    optimizer = make_optimizer(model)
+    train(model, optimizer, 0, STOP)  # the decay has begun
+    saved, start = saved_by(model, optimizer, options), get_model_state_dict(model)
+    resumed = new_model()
+    resumed.load_state_dict(start)
+    train(model, optimizer, STOP, END)
+    expected = snapshot(model, optimizer)
+    other = make_optimizer(resumed)
+    set_optimizer_state_dict(resumed, other, saved, options=options)
+    train(resumed, other, STOP, END)
+    found = snapshot(resumed, other)
+    assert list(found) == list(expected)
+    assert same_bits(list(found.values()), list(expected.values()))
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_run_of_one_process_goes_on_bit_for_bit(way: str) -> None:
+    goes_on_bit_for_bit(WAYS[way])
+
+
+@pytest.mark.parametrize("way", {**WAYS, **FROM_RANK_0})
+def test_a_run_of_two_processes_goes_on_bit_for_bit(worlds: Worlds, way: str) -> None:
+    worlds(2).run(goes_on_bit_for_bit, {**WAYS, **FROM_RANK_0}[way])
+
+
+def make(kind: str, model: torch.nn.Module) -> torch.optim.Optimizer:
+    if kind == "nexus":
+        return FusedAdamW(model.parameters(), lr=WITH_END, weight_decay=0.1)
+    return torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+
+
+def train_either(model: Net, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
+    for step in range(start, stop):
+        if not isinstance(optimizer, FusedAdamW):
+            optimizer.param_groups[0]["lr"] = WITH_END(step)
+        optimizer.zero_grad()
+        loss_of(model, *map(rows_of(model), batch(step, DTYPE))).backward()
+        optimizer.step()
+
+
+def other_class_goes_on(first: str, second: str, way: dict[str, bool]) -> None:
+    options = StateDictOptions(**way)
+    expected = new_model()
+    train_either(expected, make("torch", expected), 0, END)
+    model = new_model()
+    optimizer = make(first, model)
+    train_either(model, optimizer, 0, STOP)
+    saved = saved_by(model, optimizer, options)
+    optimizer.zero_grad()  # with gradients there, torch does not make the state that it loads into
+    other = make(second, model)
+    if options.flatten_optimizer_state_dict:  # torch looks for every option of the class that loads
+        saved = {**get_optimizer_state_dict(model, other, options=options), **saved}
+    set_optimizer_state_dict(model, other, saved, options=options)
+    train_either(model, other, STOP, END)
+    for param, wanted in zip(model.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(whole(param), whole(wanted), rtol=1e-12, atol=1e-12)
+    assert {float(state["step"]) for state in other.state.values()} == {END}
+    assert float(other.param_groups[0]["lr"]) == WITH_END(END - 1)
+
+
+@pytest.mark.parametrize("way", ["nested", "flat", "from rank 0, on the CPU"])
+@pytest.mark.parametrize(("first", "second"), [("torch", "nexus"), ("nexus", "torch")])
+def test_torchs_adamw_and_nexus_go_on_from_each_other(worlds: Worlds, first: str, second: str, way: str) -> None:
+    chosen = {**WAYS, **FROM_RANK_0}[way]
+    worlds(2).run(other_class_goes_on, first, second, chosen)
+    if way in WAYS:
+        other_class_goes_on(first, second, chosen)
 
 
 def whole_states() -> None:

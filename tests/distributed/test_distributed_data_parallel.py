@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import OPTIONS, SCHEDULE, Net, batch, loss_of, my_rows, same_on_all_ranks
+from distributed_cases import OPTIONS, SCHEDULE, Net, follow_one_process, same_on_all_ranks, train
 from references import Float64AdamW, make_grads, make_params, same_bits
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -22,35 +22,19 @@ from nexus.optim.engine import engine_of
 pytestmark = pytest.mark.xdist_group("distributed")
 
 
-def train_beside_one_process(
-    model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, device: str = "cpu"
-) -> None:
+def alone(device: str = "cpu") -> Net:
     torch.manual_seed(1)
-    alone = Net().double().to(device)
-    reference = Float64AdamW(list(alone.parameters()), **OPTIONS)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, *map(my_rows, batch(step, torch.float64, device))).backward()
-        optimizer.step()
-        alone.zero_grad()
-        loss_of(alone, *batch(step, torch.float64, device)).backward()
-        reference.step([param.grad for param in alone.parameters()])
-        with torch.no_grad():
-            for param, value in zip(alone.parameters(), reference.params, strict=True):
-                param.copy_(value)
-    for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(param.detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+    return Net().double().to(device)
 
 
 def make_ddp(device: str = "cpu", **options: Any) -> DistributedDataParallel:
-    torch.manual_seed(1)
-    return DistributedDataParallel(Net().double().to(device), **options)
+    return DistributedDataParallel(alone(device), **options)
 
 
 def ddp(bucket_view: bool, backend: str = "auto", device: str = "cpu") -> None:
     model = make_ddp(device, gradient_as_bucket_view=bucket_view)
     optimizer = FusedAdamW(model.parameters(), backend=backend, **OPTIONS)
-    train_beside_one_process(model, optimizer, 30, device)
+    follow_one_process(model, optimizer, alone(device), steps=30)
     assert not engine_of(optimizer).plan.norm_parts  # gradients are whole everywhere: no sum over processes
     assert same_on_all_ranks(optimizer.grad_norm, *(param.detach() for param in model.parameters()))
 
@@ -75,7 +59,7 @@ def make_zero(model: torch.nn.Module, *, bucket_view: bool = False, **options: A
 def zero(bucket_view: bool) -> None:
     model = make_ddp()
     optimizer = make_zero(model, bucket_view=bucket_view)
-    train_beside_one_process(model, optimizer, 20)
+    follow_one_process(model, optimizer, alone(), steps=20)
     assert optimizer.param_groups[0]["lr"].item() == pytest.approx(SCHEDULE(19), rel=1e-15)
     assert same_on_all_ranks(optimizer.optim.grad_norm, *(param.detach() for param in model.parameters()))
     held = sum(param.numel() for group in optimizer.optim.param_groups for param in group["params"])
@@ -95,12 +79,6 @@ def read_back(saved: dict[str, Any]) -> dict[str, Any]:
 
 
 def zero_resumes(scheduled: bool) -> None:
-    def train(model: torch.nn.Module, optimizer: Any, start: int, stop: int) -> None:
-        for step in range(start, stop):
-            optimizer.zero_grad()
-            loss_of(model, *map(my_rows, batch(step, torch.float64))).backward()
-            optimizer.step()
-
     lr = SCHEDULE if scheduled else 0.01
     whole, resumed = make_ddp(), make_ddp()
     first, second = make_zero(whole, lr=lr), make_zero(resumed, lr=lr)
@@ -131,8 +109,7 @@ def test_a_run_with_zero_resumes(worlds: Worlds, scheduled: bool) -> None:
 def zeros_own_load_of_a_schedule() -> None:
     model = make_ddp()
     first, second = make_zero(model), make_zero(model)
-    loss_of(model, *map(my_rows, batch(0, torch.float64))).backward()
-    first.step()
+    train(model, first, 0, 1)
     first.consolidate_state_dict(to=0)
     everything: list[Any] = [first.state_dict() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(everything)

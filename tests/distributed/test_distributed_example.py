@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import multiprocessing
 import os
 import re
 import resource
@@ -22,7 +21,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from worlds import Worlds
+from worlds import FORKS, Worlds
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
@@ -113,8 +112,7 @@ def killed_while_removing(rank: int, folder: Path) -> None:
 
 def exit_codes(function: Any, *arguments: tuple[Any, ...]) -> list[int | None]:
     """Of processes of their own, one for each tuple."""
-    context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=function, args=(rank, *rest)) for rank, rest in enumerate(arguments)]
+    processes = [FORKS.Process(target=function, args=(rank, *rest)) for rank, rest in enumerate(arguments)]
     for process in processes:
         process.start()
     for process in processes:

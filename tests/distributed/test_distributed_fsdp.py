@@ -15,6 +15,7 @@ from distributed_cases import (
     Net,
     assert_follows,
     batch,
+    follow_one_process,
     lone_group,
     loss_of,
     make_fsdp,
@@ -24,6 +25,7 @@ from distributed_cases import (
     same_on_all_ranks,
     set_spread_grads,
     spread,
+    train,
     whole,
 )
 from references import BACKENDS, Float64AdamW, make_grads, make_params
@@ -38,9 +40,6 @@ from nexus.optim.engine import engine_of
 from nexus.schedules import Cosine
 
 pytestmark = pytest.mark.xdist_group("distributed")
-
-ALL_BACKENDS = (*BACKENDS, "triton")
-
 
 # FSDP2.
 
@@ -70,14 +69,18 @@ def fsdp_follows_the_same_gradients(backend: str, steps: int, how: str = "plain"
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(SCHEDULE(steps - 1), rel=1e-15)
 
 
-@pytest.mark.parametrize("backend", ALL_BACKENDS)
-def test_fsdp_on_two_processes_follows_float64_torch_on_the_same_gradients(worlds: Worlds, backend: str) -> None:
-    worlds(2).run(fsdp_follows_the_same_gradients, backend, 4 if backend == "triton" else 30)
-
-
-@pytest.mark.parametrize("how", ["bfloat16", "offloaded"])
-def test_fsdp_with_a_policy_follows_float64_torch(worlds: Worlds, how: str) -> None:
-    worlds(3).run(fsdp_follows_the_same_gradients, "auto", 30, how)
+@pytest.mark.parametrize(
+    ("size", "backend", "steps", "how"),
+    [
+        *((2, backend, 4 if backend == "triton" else 30, "plain") for backend in (*BACKENDS, "triton")),
+        (3, "auto", 30, "bfloat16"),
+        (3, "auto", 30, "offloaded"),
+    ],
+)
+def test_fsdp_follows_float64_torch_on_the_same_gradients(
+    worlds: Worlds, size: int, backend: str, steps: int, how: str
+) -> None:
+    worlds(size).run(fsdp_follows_the_same_gradients, backend, steps, how)
 
 
 def moments_stay_beside_offloaded_parts() -> None:
@@ -101,32 +104,10 @@ def test_moments_are_on_the_device_of_offloaded_parts(worlds: Worlds) -> None:
 
 def fsdp_trains_as_one_process(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(1)
-    alone = Net().to(torch.float64)
-    if dtype == torch.float32:
-        alone.load_state_dict({name: value.double() for name, value in _float32_start().items()})
+    alone = Net().to(dtype).double()
     model = make_fsdp(dtype)
     optimizer = FusedAdamW(model.parameters(), eps=1e-3, **OPTIONS)
-    torchs = torch.optim.AdamW(alone.parameters(), lr=1.0, eps=1e-3, weight_decay=0.1, foreach=False)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(torchs, SCHEDULE)
-    for step in range(40):
-        optimizer.zero_grad()
-        loss_of(model, *map(my_rows, batch(step, dtype))).backward()
-        optimizer.step()
-        torchs.zero_grad()
-        loss_of(alone, *batch(step, torch.float64)).backward()
-        torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.7)
-        torchs.step()
-        scheduler.step()
-    for (name, param), expected in zip(model.named_parameters(), alone.parameters(), strict=True):
-        actual = param.full_tensor().double()
-        torch.testing.assert_close(
-            actual, expected.detach(), rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}"
-        )
-
-
-def _float32_start() -> dict[str, Tensor]:
-    torch.manual_seed(1)
-    return Net().state_dict()
+    follow_one_process(model, optimizer, alone, steps=40, tolerance=tolerance, eps=1e-3)
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -291,9 +272,7 @@ def nothing_is_made_anew() -> None:
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
     plans = []
     for step in range(4):
-        optimizer.zero_grad()
-        loss_of(model, *map(my_rows, batch(step))).backward()
-        optimizer.step()
+        train(model, optimizer, step, step + 1)
         plans.append(engine_of(optimizer).plan)
     assert plans[1] is plans[2] is plans[3]
 

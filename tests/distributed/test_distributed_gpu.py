@@ -9,8 +9,7 @@ import pytest
 import torch
 from distributed_cases import OPTIONS, SCHEDULE, batch, lone_group, loss_of, make_fsdp, my_rows
 from test_distributed_capture import captured_steps_equal_plain_ones
-from test_distributed_checkpoint import SCHEDULE as WITHOUT_END
-from test_distributed_checkpoint import resume, save
+from test_distributed_checkpoint import END, STOP, assert_same, go_on, uninterrupted
 from test_distributed_data_parallel import ddp
 from test_distributed_fsdp import fsdp_follows_the_same_gradients, one_process_sees_a_nan
 from test_distributed_meshes import tensor_parallel
@@ -56,9 +55,13 @@ def test_ddp_trains_as_one_process(world: World, backend: str) -> None:
     world.run(ddp, True, backend, "cuda")
 
 
+def goes_on_as_if_uninterrupted(folder: Path) -> None:
+    go_on(None, folder, 0, STOP, device="cuda")
+    assert_same(go_on(folder, None, STOP, END, device="cuda"), uninterrupted(device="cuda"))
+
+
 def test_a_checkpoint_goes_on(world: World, tmp_path: Path) -> None:
-    world.run(save, tmp_path, WITHOUT_END, "cuda")
-    world.run(resume, tmp_path, WITHOUT_END, "cuda")
+    world.run(goes_on_as_if_uninterrupted, tmp_path)
 
 
 @pytest.mark.parametrize("how", ["fsdp", "tensor parallel"])

@@ -11,15 +11,13 @@ from distributed_cases import (
     OPTIONS,
     Net,
     assert_follows,
-    batch,
+    follow_one_process,
     lone_group,
-    loss_of,
     my_rows,
     register,
     run_both,
     same_on_all_ranks,
     spread,
-    whole,
 )
 from references import BACKENDS, Float64AdamW, make_params
 from torch import Tensor
@@ -61,25 +59,13 @@ def test_what_is_replicated_along_a_dimension_is_counted_once(worlds: Worlds, in
     worlds(4).run(over_two_dimensions, inner)
 
 
-def follow_one_process(
-    model: torch.nn.Module, optimizer: FusedAdamW, alone: torch.nn.Module, rows: Callable[[Tensor], Tensor]
+def assert_trains_as_one_process(
+    model: torch.nn.Module,
+    optimizer: FusedAdamW,
+    alone: torch.nn.Module,
+    rows: Callable[[Tensor], Tensor] = my_rows,
 ) -> None:
-    """Ten steps, with the gradients of `alone` at the reference's parameters for the reference."""
-    reference = Float64AdamW(list(alone.parameters()), **OPTIONS)
-    device = reference.params[0].device.type
-    for step in range(10):
-        x, y = batch(step, torch.float64, device)
-        optimizer.zero_grad()
-        loss_of(model, rows(x), rows(y)).backward()
-        optimizer.step()
-        alone.zero_grad()
-        loss_of(alone, x, y).backward()
-        reference.step([param.grad for param in alone.parameters()])
-        with torch.no_grad():
-            for param, value in zip(alone.parameters(), reference.params, strict=True):
-                param.copy_(value)
-    for param, expected in zip(model.parameters(), reference.params, strict=True):
-        torch.testing.assert_close(whole(param).detach(), expected.detach(), rtol=1e-10, atol=1e-10)
+    reference = follow_one_process(model, optimizer, alone, rows)
     torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-10, atol=0.0)
 
 
@@ -98,7 +84,7 @@ def tensor_parallel(backend: str, device: str = "cpu") -> None:
     model = make_layers(device)
     parallelize_module(model, init_device_mesh(device, (dist.get_world_size(),)), TENSOR_PARALLEL)
     optimizer = FusedAdamW(model.parameters(), backend=backend, norm_group=lone_group(), **OPTIONS)
-    follow_one_process(model, optimizer, make_layers(device), lambda tensor: tensor)
+    assert_trains_as_one_process(model, optimizer, make_layers(device), lambda tensor: tensor)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -113,7 +99,7 @@ def hybrid_and_tensor_parallel() -> None:
     parallelize_module(model, mesh["tensor"], TENSOR_PARALLEL)
     fully_shard(model, mesh=mesh["data"])
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    follow_one_process(model, optimizer, make_layers(), lambda x: x[mesh["data"].get_local_rank() :: 2])
+    assert_trains_as_one_process(model, optimizer, make_layers(), lambda x: x[mesh["data"].get_local_rank() :: 2])
 
 
 @pytest.mark.slow
@@ -131,7 +117,7 @@ def hybrid_sharded(replicas: int) -> None:
     for module in (model.first, model.second, model):
         fully_shard(module, mesh=mesh)
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    follow_one_process(model, optimizer, alone, my_rows)
+    assert_trains_as_one_process(model, optimizer, alone)
     summed = [part.groups for part in engine_of(optimizer).plan.norm_parts]
     assert summed == ([(mesh.get_group("parts"),)] if shape[1] > 1 else [])  # a copy counts once
 

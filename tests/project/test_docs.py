@@ -96,31 +96,20 @@ def test_command(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_make_targets_exist(name: str) -> None:
+def test_what_a_page_names_exists(name: str) -> None:
+    """Targets of make, tests, links, pictures, and each path in backticks with a folder or a source file's suffix."""
+    text, folder = TEXTS[name], (ROOT / name).parent
     targets = set(re.findall(r"^([a-z.]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE))
-    for command in commands(TEXTS[name], "make "):
+    for command in commands(text, "make "):
         wanted = [word for word in shlex.split(command)[1:] if "=" not in word]
         assert set(wanted) <= targets, command
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_pytest_commands_name_tests_that_exist(name: str) -> None:
-    for command in commands(TEXTS[name], "python -m pytest"):
+    for command in commands(text, "python -m pytest"):
         for path in shlex.split(command)[3:]:
             assert list(ROOT.glob(path)), f"{command}: {path}"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_links_and_pictures_exist(name: str) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)", TEXTS[name]):
-        assert (ROOT / name).parent.joinpath(target).is_file(), target
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_named_files_exist(name: str) -> None:
-    """A path in backticks, with a folder or a suffix of a source file, is one of this repository's."""
-    for span in re.findall(r"`([\w./-]+(?:\.py|\.pyi|\.h|\.cpp|\.md|\.toml|/))`", TEXTS[name]):
-        places = (ROOT / span, ROOT / "csrc" / span, ROOT / "csrc" / "cpu" / span, (ROOT / name).parent / span)
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert folder.joinpath(target).is_file(), target
+    for span in re.findall(r"`([\w./-]+(?:\.py|\.pyi|\.h|\.cpp|\.md|\.toml|/))`", text):
+        places = (ROOT / span, ROOT / "csrc" / span, ROOT / "csrc" / "cpu" / span, folder / span)
         assert any(place.exists() for place in places), span
 
 

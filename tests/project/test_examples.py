@@ -49,6 +49,12 @@ def changed_lines(before: str, after: str) -> list[str]:
     return [line for line in difflib.ndiff(*codes) if line[:1] in "+-" and line[1:].strip()]
 
 
+def assert_prints(lines: list[str], name: str) -> None:
+    """What the README says, with numbers that are alike."""
+    assert len(lines) == len(printed_by(name))
+    assert all(map(close, lines, printed_by(name)))
+
+
 def diff_in_readme(before: str, after: str) -> list[str]:
     (block,) = re.findall(rf"^```diff\n\$ diff {before}.py {after}.py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
     return block.splitlines()
@@ -69,7 +75,7 @@ def test_three_reach_the_same_losses(capsys: pytest.CaptureFixture[str]) -> None
     assert losses[0][-1] < losses[0][0] / 2
     lines = capsys.readouterr().out.splitlines()
     for start in (0, 6, 12):
-        assert all(map(close, lines[start : start + 6], printed_by("plain_torch")))
+        assert_prints(lines[start : start + 6], "plain_torch")
 
 
 def test_longer_decays_of_one_stable_phase_end_lower(capsys: pytest.CaptureFixture[str]) -> None:
@@ -78,9 +84,7 @@ def test_longer_decays_of_one_stable_phase_end_lower(capsys: pytest.CaptureFixtu
     assert len(losses) == 6
     assert losses == sorted(losses, reverse=True)
     assert losses[-1] < 0.75 * losses[0]
-    lines = capsys.readouterr().out.splitlines()
-    assert all(map(close, lines, printed_by("branch_decays")))
-    assert len(lines) == len(printed_by("branch_decays"))
+    assert_prints(capsys.readouterr().out.splitlines(), "branch_decays")
 
 
 def test_the_ensemble_beats_its_members(capsys: pytest.CaptureFixture[str]) -> None:
@@ -88,9 +92,7 @@ def test_the_ensemble_beats_its_members(capsys: pytest.CaptureFixture[str]) -> N
     (accuracy, loss), members = found["ensemble"], found["scores"]
     assert len(members) == 6
     assert all(accuracy > member[0] and loss < member[1] - 0.005 for member in members)
-    lines = capsys.readouterr().out.splitlines()
-    assert all(map(close, lines, printed_by("snapshot_ensemble")))
-    assert len(lines) == len(printed_by("snapshot_ensemble"))
+    assert_prints(capsys.readouterr().out.splitlines(), "snapshot_ensemble")
 
 
 @pytest.mark.parametrize("name", NAMES)

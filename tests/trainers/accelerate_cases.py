@@ -11,8 +11,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from distributed_cases import SCHEDULE, Net, batch, loss_of
-from references import Float64AdamW
+from distributed_cases import SCHEDULE, Net, batch, loss_of, train_alone
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -92,15 +91,7 @@ def train(
 def trained_without(max_grad_norm: float | None, updates: int = UPDATES) -> list[Tensor]:
     """The parameters after float64 torch alone: one process, whole batches, no accelerate."""
     alone = make_model(torch.float64)
-    options = {"lr": SCHEDULE, "weight_decay": DECAY, "max_grad_norm": max_grad_norm}
-    reference = Float64AdamW(list(alone.parameters()), **options)
-    for step in range(updates):
-        alone.zero_grad()
-        loss_of(alone, *batch(step, torch.float64)).backward()
-        reference.step([param.grad for param in alone.parameters()])
-        with torch.no_grad():
-            for param, value in zip(alone.parameters(), reference.params, strict=True):
-                param.copy_(value)
+    train_alone(alone, updates, lr=SCHEDULE, weight_decay=DECAY, max_grad_norm=max_grad_norm)
     return [param.detach() for param in alone.parameters()]
 
 

@@ -18,7 +18,6 @@ from lightning_cases import (
     Configure,
     JsonLogger,
     Overflowing,
-    Rates,
     Regression,
     assert_same_float64_run,
     fit,
@@ -181,26 +180,6 @@ def test_two_optimizers_in_manual_optimization(tmp_path: Path) -> None:
         rows = module.histories[index].read()
         assert rows.step.tolist() == list(range(STEPS))
         assert rows.lr[:, 0].tolist() == pytest.approx([schedule(t) for t in range(STEPS)], rel=1e-15)
-
-
-def test_a_wrapper_edits_the_schedule_that_the_optimizer_follows(tmp_path: Path) -> None:
-    """Lightning's wrapper has the optimizer's methods, but what they assign to it stays its own."""
-    later = WSD(0, 30, 5, 0.2)
-
-    class Changing(Regression):
-        def on_train_batch_start(self, batch: Tensor, batch_idx: int) -> None:
-            wrapper = self.optimizers()
-            assert wrapper is not optimizer_of(self)
-            if self.global_step == 2:
-                wrapper.extend_stable(5)
-            if self.global_step == 5:
-                wrapper.param_groups[0]["lr"] = later
-                wrapper.begin_decay()
-
-    logger = JsonLogger()
-    fit(tmp_path, inside, Changing, logger=logger, callbacks=[Rates()])
-    expected = [SCHEDULE(t) for t in range(5)] + [later.begin_decay(5)(t) for t in range(5, STEPS)]
-    assert logger.column("lr/0") == pytest.approx(expected, rel=1e-15)
 
 
 def test_a_wrapper_that_has_loaded_and_synchronised_leaves_the_optimizer_as_it_should_be(tmp_path: Path) -> None:

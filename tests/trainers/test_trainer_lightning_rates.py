@@ -1,8 +1,9 @@
-"""nexus.training.lightning.LearningRateMonitor: the rates of Lightning's runs as floats, each that of its update."""
+"""`LearningRateMonitor` of nexus.integrations: the rates of Lightning's runs as floats, each that of its update."""
 
 from __future__ import annotations
 
 import csv
+import importlib
 import json
 import runpy
 import sys
@@ -31,11 +32,12 @@ from lightning_cases import (
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
+import nexus.training
 from nexus.backends import native
+from nexus.integrations import lightning as nexus_lightning
+from nexus.integrations.lightning import LearningRateMonitor
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine, CosineRestarts
-from nexus.training import lightning as nexus_lightning
-from nexus.training.lightning import LearningRateMonitor
 from nexus.training.schedulers import FollowingScheduler
 
 # Lightning asks torch's pytree for a class that torch 2.13 calls deprecated.
@@ -194,6 +196,7 @@ class Changing(Regression):
 
     def on_train_batch_end(self, *args: Any) -> None:
         wrapper = self.optimizers()
+        assert wrapper is not self.trainer.optimizers[0]
         if self.global_step == 3:
             wrapper.param_groups[0]["lr"] = LATER
         if self.global_step == 6:
@@ -305,5 +308,10 @@ def test_a_lightning_that_reads_groups_elsewhere_is_refused(monkeypatch: pytest.
         runpy.run_path(nexus_lightning.__file__)
 
 
-def test_nexus_training_leaves_lightning_alone() -> None:
-    assert "lightning" not in (Path(nexus_lightning.__file__).parent / "__init__.py").read_text("utf-8")
+def test_the_old_path_has_the_same_class() -> None:
+    assert importlib.import_module("nexus.training.lightning").LearningRateMonitor is LearningRateMonitor
+
+
+def test_no_package_imports_lightning_unasked() -> None:
+    for package in (nexus.training, nexus.integrations):
+        assert "lightning" not in Path(package.__file__).read_text("utf-8")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
+from nexus.schedules.curves import DECAYS
 
 BACKENDS = ("native", "reference", "cuda on cpu")
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -80,7 +81,7 @@ class Case:
                     5,
                     peak,
                     peak / 10,
-                    self.dice.choice(("linear", "cosine", "sqrt")),
+                    self.dice.choice(tuple(DECAYS)),
                 ),
                 Cosine(peak, 9 + warmup, 0.0, warmup),
                 CosineRestarts(peak, 0.0, 4, self.dice.choice((1.0, 1.5)), warmup),

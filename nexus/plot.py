@@ -13,16 +13,12 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from nexus.arguments import check_count
-from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
+from nexus.arguments import MAX_STEP, check_count
+from nexus.schedules import WSD, CosineRestarts, Schedule
+from nexus.schedules.curves import DECAYS
 
-# What `plot KIND` draws where nothing else is said.
-KINDS: dict[str, Schedule] = {
-    "wsd": WSD(warmup_steps=1000, stable_steps=7000, decay_steps=2000, peak_lr=1e-3),
-    "sgdr": CosineRestarts(peak_lr=1e-3, cycle_length=1000, cycle_mult=2.0, warmup_steps=500),
-    "cosine": Cosine(peak_lr=1e-3, total_steps=10_000, warmup_steps=1000),
-    "constant": Constant(lr=1e-3),
-}
+KINDS: dict[str, Schedule] = {kind._name: kind(**kind._plotted) for kind in Schedule._types.values() if kind._name}
+"""What `plot KIND` draws where nothing else is said."""
 HELP = {
     "warmup_steps": "updates of the linear rise",
     "stable_steps": "updates at the peak, or 'none' for an open end",
@@ -33,7 +29,7 @@ HELP = {
     "peak_lr": "the highest rate",
     "min_lr": "the lowest rate",
     "lr": "the rate",
-    "decay_type": "linear, cosine or sqrt",
+    "decay_type": ", ".join(DECAYS),
 }
 MAX_CYCLES = 12  # more are drawn as one phase
 MAX_POINTS = 4000
@@ -54,12 +50,12 @@ def default_steps(schedule: Schedule) -> int:
     if isinstance(schedule, CosineRestarts):
         step = schedule.warmup_steps
         for _ in range(4):
-            step += schedule.cycle(min(step, 2**53))[2]
-        return min(step, 2**53)
+            step += schedule.cycle(min(step, MAX_STEP))[2]
+        return min(step, MAX_STEP)
     if isinstance(schedule, WSD) and schedule.stable_steps is None:
-        return min(4 * (schedule.warmup_steps + schedule.decay_steps), 2**53)
+        return min(4 * (schedule.warmup_steps + schedule.decay_steps), MAX_STEP)
     end = schedule.segments()[-1].start
-    return min(end + max(1, end // 20), 2**53) if end else 1000
+    return min(end + max(1, end // 20), MAX_STEP) if end else 1000
 
 
 def spans(schedule: Schedule, steps: int) -> list[Span]:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
+from nexus.schedules.curves import DECAYS
 
 DTYPES = (torch.float32, torch.float32, torch.float64, torch.bfloat16, torch.float16)
 SHAPES = ((), (0,), (1,), (7,), (31,), (257,), (3, 0), (5, 13), (2, 3, 5), (4, 3, 2, 5), (511,), (64, 9), (16_411,))
@@ -72,7 +73,7 @@ class Case:
     def schedule(self, peak: float) -> Schedule:
         dice = self.dice
         warmup = dice.choice((0, 1, 3))
-        decay_type = dice.choice(("linear", "cosine", "sqrt"))
+        decay_type = dice.choice(tuple(DECAYS))
         return dice.choice(
             (
                 WSD(warmup, dice.choice((0, 4)), 5, peak, peak / 10, decay_type),

@@ -1,15 +1,25 @@
-"""Schedules and steps at which evaluators are compared with the oracle, and the comparison."""
+"""What each curve is, and the schedules and steps at which evaluators are compared with the oracle."""
 
 from __future__ import annotations
 
+import math
+
 import torch
 
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Schedule, evaluate
+from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
+from nexus.schedules.curves import DECAYS
+
+CURVES = {
+    Curve.CONSTANT: lambda p: 1.0,
+    Curve.RISE: lambda p: p,
+    Curve.LINEAR: lambda p: 1.0 - p,
+    Curve.COSINE: lambda p: (1.0 + math.cos(math.pi * p)) / 2.0,
+    Curve.SQRT: lambda p: 1.0 - math.sqrt(p),
+}
+"""The weight of each curve as its paper has it."""
 
 WHOLE = [
-    WSD(100, 300, 200, 1e-3, 1e-5),
-    WSD(100, 300, 200, 1e-3, 1e-5, "cosine"),
-    WSD(100, 300, 200, 1e-3, 1e-5, "sqrt"),
+    *(WSD(100, 300, 200, 1e-3, 1e-5, decay) for decay in DECAYS),
     WSD(0, 0, 1000, 1e-3),
     CosineRestarts(1e-3, 1e-6, 100, 1.0, 50),
     CosineRestarts(1e-3, 1e-6, 50, 1.1, 50),

@@ -21,6 +21,8 @@ class Schedule(ABC):
     `schedule(step)` is the rate, `0.1 * schedule` the same schedule with its rates multiplied.
     """
 
+    _name: ClassVar[str] = ""  # on the command line; without one, it is not drawn there
+    _plotted: ClassVar[dict[str, float]] = {}  # what is drawn there where nothing else is said
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
     _types: ClassVar[dict[str, type[Schedule]]] = {}
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__

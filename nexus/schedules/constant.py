@@ -24,6 +24,8 @@ class Constant(Schedule):
     """
 
     lr: float
+    _name: ClassVar[str] = "constant"
+    _plotted: ClassVar[dict[str, float]] = {"lr": 1e-3}
     _rates: ClassVar[tuple[str, ...]] = ("lr",)
 
     def __post_init__(self) -> None:

@@ -46,6 +46,13 @@ class CosineRestarts(Schedule):
     cycle_length: int = 10_000
     cycle_mult: float = 1.0
     warmup_steps: int = 0
+    _name: ClassVar[str] = "sgdr"
+    _plotted: ClassVar[dict[str, float]] = {
+        "peak_lr": 1e-3,
+        "cycle_length": 1000,
+        "cycle_mult": 2.0,
+        "warmup_steps": 500,
+    }
     _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:
@@ -121,6 +128,8 @@ class Cosine(Schedule):
     total_steps: int
     min_lr: float = 0.0
     warmup_steps: int = 0
+    _name: ClassVar[str] = "cosine"
+    _plotted: ClassVar[dict[str, float]] = {"peak_lr": 1e-3, "total_steps": 10_000, "warmup_steps": 1000}
     _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:

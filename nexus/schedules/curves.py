@@ -14,7 +14,7 @@ MAX_SEGMENTS = 65_536  # rows of one schedule
 
 
 class Curve(IntEnum):
-    """What a segment's weight is, at `p = position / length`. The numbers are those of csrc/schedule.h."""
+    """What a segment's weight is, at `p = position / length`. csrc/schedule.h has the same numbers."""
 
     CONSTANT = 0
     RISE = 1
@@ -38,6 +38,9 @@ WEIGHTS: dict[Curve, Callable[[float], float]] = {
     Curve.SQRT: lambda p: 1.0 - math.sqrt(p),
 }
 """The oracle of every evaluator's weight, in float64."""
+
+DECAYS = {"linear": Curve.LINEAR, "cosine": Curve.COSINE, "sqrt": Curve.SQRT}
+"""The curves from 1 to 0, by their names in arguments."""
 
 
 class Segment(NamedTuple):

@@ -7,9 +7,7 @@ from typing import ClassVar
 
 from nexus.arguments import check_count, shown
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import NEVER, Curve, Segment, between, checked_rates, start
-
-_DECAY_CURVES = {"linear": Curve.LINEAR, "cosine": Curve.COSINE, "sqrt": Curve.SQRT}
+from nexus.schedules.curves import DECAYS, NEVER, Curve, Segment, between, checked_rates, start
 
 
 @dataclass(frozen=True)
@@ -52,6 +50,13 @@ class WSD(Schedule):
     peak_lr: float
     min_lr: float = 0.0
     decay_type: str = "linear"
+    _name: ClassVar[str] = "wsd"
+    _plotted: ClassVar[dict[str, float]] = {
+        "warmup_steps": 1000,
+        "stable_steps": 7000,
+        "decay_steps": 2000,
+        "peak_lr": 1e-3,
+    }
     _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:
@@ -60,9 +65,9 @@ class WSD(Schedule):
             self._set(stable_steps=check_count("stable_steps", self.stable_steps, also="None (open-ended)"))
         self._set(decay_steps=check_count("decay_steps", self.decay_steps, low=1))
         self._set(**checked_rates(self.peak_lr, self.min_lr))
-        if not isinstance(self.decay_type, str) or self.decay_type not in _DECAY_CURVES:
+        if not isinstance(self.decay_type, str) or self.decay_type not in DECAYS:
             error = ValueError if isinstance(self.decay_type, str) else TypeError
-            raise error(f"decay_type must be one of {tuple(_DECAY_CURVES)}, got {shown(self.decay_type)}")
+            raise error(f"decay_type must be one of {tuple(DECAYS)}, got {shown(self.decay_type)}")
         self._set(decay_type=str(self.decay_type))
 
     def __call__(self, step: int) -> float:
@@ -74,7 +79,7 @@ class WSD(Schedule):
             return self.peak_lr
         decayed = step - self.warmup_steps - self.stable_steps
         if decayed < self.decay_steps:
-            curve = _DECAY_CURVES[self.decay_type]
+            curve = DECAYS[self.decay_type]
             return between(self.min_lr, self.peak_lr, curve, decayed / self.decay_steps)
         return self.min_lr
 
@@ -96,7 +101,7 @@ class WSD(Schedule):
         return (
             Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
             Segment(Curve.CONSTANT, self.warmup_steps, 1, self.peak_lr, 0.0),
-            Segment(_DECAY_CURVES[self.decay_type], decay, self.decay_steps, self.peak_lr, self.min_lr),
+            Segment(DECAYS[self.decay_type], decay, self.decay_steps, self.peak_lr, self.min_lr),
             Segment(Curve.CONSTANT, done, 1, self.min_lr, 0.0),
         )
 

@@ -22,7 +22,6 @@ from references import (
     set_grads,
     step_both,
 )
-from test_rates_torch import SCHEDULERS as TESTED
 from torch.optim import lr_scheduler, swa_utils
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn, update_bn
 
@@ -35,18 +34,26 @@ SHAPES = [(5,), (3, 4)]
 # Every scheduler that torch has.
 
 
-MORE: dict[str, Callable[[Any], Any]] = {
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1 / (1 + t)),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.9),
     "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, 0.5, total_iters=4),
     "LinearLR": lambda o: lr_scheduler.LinearLR(o, 0.1, total_iters=6),
     "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 12, power=2.0),
     "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [3, 4, 9], 0.5),
     "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda t: 1 - 0.5 / (t + 1)),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 5, eta_min=1e-3),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 4),
     "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
         [lr_scheduler.ConstantLR(o, 0.1, total_iters=3), lr_scheduler.ExponentialLR(o, 0.9)], optimizer=o
     ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, total_iters=4), lr_scheduler.CosineAnnealingLR(o, 20)], [4]
+    ),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.01, 0.1, 3, base_momentum=0.5, max_momentum=0.9),
     "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=16, base_momentum=0.5, max_momentum=0.9),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=2, factor=0.5),
     "SWALR": lambda o: swa_utils.SWALR(o, 0.09, anneal_epochs=5, anneal_strategy="linear"),
 }
 
@@ -58,51 +65,61 @@ def test_every_scheduler_of_torch_is_tested() -> None:
         for name, each in vars(module).items()
         if inspect.isclass(each) and issubclass(each, lr_scheduler.LRScheduler) and not name.endswith("LRScheduler")
     }
-    assert found == set(TESTED) | set(MORE)
+    assert found == set(SCHEDULERS)
 
 
 @pytest.mark.filterwarnings("ignore:.*epoch parameter in `scheduler.step:UserWarning")  # SequentialLR passes it
 @pytest.mark.parametrize("as_tensor", [False, True], ids=["float", "tensor"])
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_scheduler_drives_it_as_it_drives_torch_and_resumes(backend: str, name: str, as_tensor: bool) -> None:
     params = make_params(SHAPES)
-    rate: Any = torch.tensor(0.05, dtype=torch.float64) if as_tensor else 0.05
-    reference = Float64AdamW(params, lr=0.05)
-    own = copies(params)
-    optimizer = FusedAdamW(own, lr=rate, backend=backend)
-    schedulers = [MORE[name](optimizer), MORE[name](reference.optimizer)]
-    betas = set()
+    reference = Float64AdamW([{"params": [param]} for param in params])
+    plain = torch.optim.AdamW(
+        [{"params": reference.params[:1]}, {"params": reference.params[1:], "lr": 0.02}], lr=0.05, foreach=False
+    )
+    reference.optimizer = plain
+
+    def started(own: list[Any]) -> tuple[list[Any], FusedAdamW, Any]:
+        rates: list[Any] = [torch.tensor(rate, dtype=torch.float64) if as_tensor else rate for rate in (0.05, 0.02)]
+        groups = [{"params": own[:1]}, {"params": own[1:], "lr": rates[1]}]
+        optimizer = FusedAdamW(groups, lr=rates[0], backend=backend)
+        return rates, optimizer, SCHEDULERS[name](optimizer)
+
+    own, theirs = copies(params), SCHEDULERS[name](plain)
+    rates, optimizer, scheduler = started(own)
+    betas, used = set(), {0.05}
     for step in range(14):
         if step == 7:  # a new process
-            saved, of_scheduler = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(schedulers[0].state_dict())
+            saved, of_scheduler = copy.deepcopy(optimizer.state_dict()), copy.deepcopy(scheduler.state_dict())
             own = copies(own)
-            rate = torch.tensor(0.05, dtype=torch.float64) if as_tensor else 0.05
-            optimizer = FusedAdamW(own, lr=rate, backend=backend)
-            schedulers[0] = MORE[name](optimizer)
-            schedulers[0].load_state_dict(of_scheduler)
+            rates, optimizer, scheduler = started(own)
+            scheduler.load_state_dict(of_scheduler)
             optimizer.load_state_dict(saved)
         betas.add(optimizer.param_groups[0]["betas"])
         grads = make_grads(params)
         set_grads(own, grads)
+        set_grads(reference.params, [grad.double() for grad in grads])
         optimizer.step()
-        reference.step(grads)
-        for scheduler in schedulers:
-            scheduler.step()
-        assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(
-            reference.optimizer.param_groups[0]["lr"], 1e-12
-        )
-        assert optimizer.param_groups[0]["betas"] == reference.optimizer.param_groups[0]["betas"]
+        plain.step()
+        for each in (scheduler, theirs):
+            each.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        expected = [group["lr"] for group in plain.param_groups]
+        assert [float(group["lr"]) for group in optimizer.param_groups] == pytest.approx(expected, rel=1e-12)
+        assert optimizer.param_groups[0]["betas"] == plain.param_groups[0]["betas"]
+        used.add(expected[0])
+    assert len(used) > 1
     assert (len(betas) > 3) == (name in ("CyclicLR", "OneCycleLR"))
-    assert not as_tensor or optimizer.param_groups[0]["lr"] is rate
+    if as_tensor:
+        assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
     assert_same_run(optimizer, reference)
 
 
-@pytest.mark.parametrize("name", MORE)
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
 def test_no_scheduler_overwrites_a_schedule(backend: str, name: str) -> None:
     params = make_params(SHAPES)
     optimizer, reference = run_beside_torch(params, backend, lr=Cosine(0.1, 20))
-    with pytest.raises(RuntimeError, match=r"own schedule, Cosine\(.*Leave the scheduler out"):
-        MORE[name](optimizer)
+    with pytest.raises(RuntimeError, match=r"own schedule, Cosine\(.*Leave the scheduler out.*float lr"):
+        SCHEDULERS[name](optimizer)
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
 

@@ -1,19 +1,17 @@
-"""Rates as torch has them: floats, tensors, and torch's own schedulers."""
+"""Rates as torch has them: floats and tensors, and what is changed by hand."""
 
 from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, set_grads
-from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, Cosine
+from nexus.schedules import WSD
 
 
 def step(optimizer: FusedAdamW) -> None:
@@ -129,66 +127,6 @@ def test_a_rate_below_half_precision_is_not_rounded_to_it(backend: str) -> None:
         param.grad = torch.ones(3, dtype=torch.bfloat16)
         optimizer.step()
     assert torch.equal(param.detach(), torch.full((3,), -1.001e-3).bfloat16())
-
-
-# torch's schedulers, over a float.
-
-SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
-    "StepLR": lambda optimizer: lr_scheduler.StepLR(optimizer, 3, 0.5),
-    "LambdaLR": lambda optimizer: lr_scheduler.LambdaLR(optimizer, lambda t: 1 / (1 + t)),
-    "OneCycleLR": lambda optimizer: lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=25),
-    "CosineAnnealingWarmRestarts": lambda optimizer: lr_scheduler.CosineAnnealingWarmRestarts(optimizer, 4),
-    "ExponentialLR": lambda optimizer: lr_scheduler.ExponentialLR(optimizer, 0.9),
-    "CyclicLR": lambda optimizer: lr_scheduler.CyclicLR(optimizer, 0.01, 0.1, 5),
-    "SequentialLR": lambda optimizer: lr_scheduler.SequentialLR(
-        optimizer,
-        [lr_scheduler.LinearLR(optimizer, total_iters=4), lr_scheduler.CosineAnnealingLR(optimizer, 20)],
-        [4],
-    ),
-    "ReduceLROnPlateau": lambda optimizer: lr_scheduler.ReduceLROnPlateau(optimizer, patience=2, factor=0.5),
-    "SWALR": lambda optimizer: torch.optim.swa_utils.SWALR(optimizer, 0.09, anneal_epochs=5),
-}
-
-
-@pytest.mark.filterwarnings("ignore:.*epoch parameter in `scheduler.step:UserWarning")
-@pytest.mark.parametrize("make", SCHEDULERS.values(), ids=list(SCHEDULERS))
-@pytest.mark.parametrize("as_tensor", [False, True])
-def test_torchs_schedulers_drive_it_as_they_drive_torch(
-    backend: str, make: Callable[[torch.optim.Optimizer], Any], as_tensor: bool
-) -> None:
-    params = make_params([(5,), (3, 2)])
-    own = copies(params)
-    rates = [torch.tensor(rate, dtype=torch.float64) if as_tensor else rate for rate in (0.05, 0.02)]
-    optimizer = FusedAdamW([{"params": own[:1]}, {"params": own[1:], "lr": rates[1]}], lr=rates[0], backend=backend)
-    reference = Float64AdamW([{"params": params[:1]}, {"params": params[1:]}])
-    plain = torch.optim.AdamW(
-        [{"params": reference.params[:1]}, {"params": reference.params[1:], "lr": 0.02}], lr=0.05, foreach=False
-    )
-    reference.optimizer = plain
-    schedulers = [make(optimizer), make(plain)]
-    for _ in range(20):
-        grads = make_grads(params)
-        set_grads(own, grads)
-        set_grads(reference.params, [grad.double() for grad in grads])
-        optimizer.step()
-        plain.step()
-        for scheduler in schedulers:
-            scheduler.step(*([1.0] if isinstance(scheduler, lr_scheduler.ReduceLROnPlateau) else []))
-        now = [float(group["lr"]) for group in optimizer.param_groups]
-        assert now == pytest.approx([group["lr"] for group in plain.param_groups], rel=1e-12)
-    assert len({float(group["lr"]) for group in plain.param_groups} | {0.05}) > 1
-    if as_tensor:
-        assert all(group["lr"] is rate for group, rate in zip(optimizer.param_groups, rates, strict=True))
-    assert_same_run(optimizer, reference)
-
-
-@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
-def test_a_scheduler_over_a_schedule_is_refused(name: str) -> None:
-    optimizer = FusedAdamW(make_params([(2,)]), lr=Cosine(1.0, 10))
-    with pytest.raises(RuntimeError, match=r"own schedule, Cosine\(.*Leave the scheduler out.*float lr"):
-        SCHEDULERS[name](optimizer)
-    step(optimizer)
-    assert float(optimizer.param_groups[0]["lr"]) == 1.0
 
 
 # Hyperparameters that are changed by hand while training.

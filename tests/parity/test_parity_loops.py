@@ -81,7 +81,7 @@ SCHEDULERS: dict[str, Any] = {
     "torch's schedulers, over a float rate and over a tensor",
     torch="write `group['lr']`; a tensor is written in place",
     nexus="same",
-    also=("test_rates_torch.py::test_torchs_schedulers_drive_it_as_they_drive_torch",),
+    also=("test_drop_in_schedulers.py::test_a_scheduler_drives_it_as_it_drives_torch_and_resumes",),
 )
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
@@ -107,7 +107,7 @@ def test_torchs_schedulers(make: Make, name: str, as_tensor: bool) -> object:
     why="two drivers of one rate would overwrite each other",
     also=(
         "test_counters.py::test_the_first_and_last_update_of_every_phase_equal_torchs_loop",
-        "test_rates_torch.py::test_a_scheduler_over_a_schedule_is_refused",
+        "test_drop_in_schedulers.py::test_no_scheduler_overwrites_a_schedule",
     ),
 )
 def test_a_schedule_as_a_rate() -> None:

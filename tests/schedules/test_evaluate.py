@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from references import BACKENDS
-from schedule_cases import WHOLE, assert_equal_to_oracle, assert_within_rounding
+from schedule_cases import CURVES, WHOLE, assert_equal_to_oracle, assert_within_rounding
 
 from nexus import backends
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, Segment, evaluate
+from nexus.schedules.curves import DECAYS, WEIGHTS
 
 
 @pytest.mark.parametrize("schedule", WHOLE, ids=repr)
@@ -27,8 +28,8 @@ def test_the_last_steps_of_ten_million_are_exact() -> None:
     "schedule",
     [
         WSD(1000, 79_000, 20_000, 3e-4, 3e-6, "cosine"),
-        WSD(10, 50_000, 50_000, 1.0, decay_type="linear"),
-        WSD(0, 0, 100_000, 1.0, decay_type="sqrt"),
+        WSD(10, 50_000, 50_000, 1.0),
+        *(WSD(0, 0, 100_000, 1.0, decay_type=decay) for decay in DECAYS),
         CosineRestarts(1e-3, 1e-6, 1000, 1.5, 200),
         CosineRestarts(1e-3, cycle_length=997),
         Cosine(1e-3, 100_000, 1e-5, 2000),
@@ -40,7 +41,21 @@ def test_a_hundred_thousand_steps(backend: str, schedule: Schedule) -> None:
     assert_within_rounding(evaluate(schedule, torch.arange(100_001), backend=backend), oracle)
 
 
-@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+every_evaluator = pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+
+
+@every_evaluator
+def test_every_evaluator_knows_every_curve_by_the_same_number(backend: str) -> None:
+    assert list(CURVES) == list(Curve)
+    for curve, weight in CURVES.items():
+        expected = pytest.approx([weight(step / 64) for step in range(64)], rel=1e-12)
+        assert [WEIGHTS[curve](step / 64) for step in range(64)] == expected
+        rows = torch.tensor([Segment(curve, 0, 64, 1.0, 0.0)], dtype=torch.float64)
+        values = backends.select(backend, [rows.device]).evaluate(rows, torch.arange(64))
+        assert values.tolist() == expected
+
+
+@every_evaluator
 def test_an_unknown_curve_is_refused_and_evaluators_make_nan_of_one(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -49,7 +64,7 @@ def test_an_unknown_curve_is_refused_and_evaluators_make_nan_of_one(
     values = backends.select(backend, [rows.device]).evaluate(rows, torch.tensor([0, 3, 8]))
     assert values.isnan().tolist() == [True, True, False]
     monkeypatch.setattr(Constant, "segments", lambda self: (Segment(unknown, 0, 1, self.lr, 0.0),))
-    with pytest.raises(ValueError, match=f"unknown curve, {unknown}; it must be one of .*SQRT"):
+    with pytest.raises(ValueError, match=f"unknown curve, {unknown}; it must be one of .*{max(Curve).name}"):
         evaluate(Constant(1.0), torch.tensor(1), backend=backend)
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Schedule
+from nexus.schedules.curves import DECAYS
 
 GOOD = {
     WSD: {"warmup_steps": 10, "stable_steps": 20, "decay_steps": 30, "peak_lr": 1e-3, "min_lr": 1e-5},
@@ -122,7 +123,7 @@ def test_float_count_says_what_to_write() -> None:
     ("value", "error"), [("exp", ValueError), ("Linear", ValueError), (3, TypeError), (None, TypeError)]
 )
 def test_bad_decay_type(value, error) -> None:
-    allowed = re.escape(f"decay_type must be one of ('linear', 'cosine', 'sqrt'), got {value!r}")
+    allowed = re.escape(f"decay_type must be one of {tuple(DECAYS)}, got {value!r}")
     with pytest.raises(error, match=allowed):
         WSD(1, 2, 3, 1.0, decay_type=value)
 

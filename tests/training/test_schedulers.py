@@ -190,13 +190,6 @@ def test_cycle_info() -> None:
     assert [scheduler.get_phase(step) for step in (2, 3)] == ["warmup", "cosine"]
 
 
-def test_phases() -> None:
-    _, optimizer = make("AdamW")
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    edges = {2: "warmup", 3: "stable", 7: "stable", 8: "decay", 13: "decay", 14: "done"}
-    assert {step: scheduler.get_phase(step) for step in edges} == edges
-
-
 @each_optimizer
 def test_a_groups_scale(kind: str) -> None:
     model = Model()

@@ -120,7 +120,7 @@ def test_an_edit_that_fails_changes_nothing(kind: Callable[..., Optimizer]) -> N
 @pytest.mark.parametrize(
     ("scheduler", "arguments", "named"),
     [
-        *((WSDScheduler, {name: wrong}, name) for name in WSD_ARGS for wrong in (-1, NAN, "3", [1])),
+        *((WSDScheduler, {name: wrong}, name) for name in WSD_ARGS for wrong in (-1, "3")),
         (WSDScheduler, {"decay_steps": 0}, "decay_steps"),
         (WSDScheduler, {"min_lr": 1.0}, "min_lr"),
         (WSDScheduler, {"decay_type": "quadratic"}, "decay_type"),

@@ -18,8 +18,7 @@ constexpr bool kInPlace = std::is_same_v<Codec, T>;
 
 // The n elements of a stream from `begin` on, as T: where they are, or decoded into `buffer`.
 template <class T>
-__attribute__((noinline)) const T* decode(const void* stream, DType dtype, int64_t begin, int64_t n,
-                                          T* buffer) {
+const T* decode(const void* stream, DType dtype, int64_t begin, int64_t n, T* buffer) {
   return with_codec(dtype, [=](auto codec) -> const T* {
     using Codec = decltype(codec);
     const Codec* from = static_cast<const Codec*>(stream) + begin;

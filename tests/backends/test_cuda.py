@@ -205,6 +205,16 @@ def test_a_launch_that_fails_changes_nothing(gpu: Shim, nth: int) -> None:
     assert_same_run(optimizer, reference)
 
 
+def test_where_a_later_launch_of_a_mixed_update_fails_no_counter_moves(gpu: Shim) -> None:
+    optimizer = FusedAdamW(mixed_params(), backend=NAME)
+    set_grads(own_params(optimizer), make_grads(own_params(optimizer)))
+    optimizer.step()
+    gpu.fail(LAUNCH_FAILURE, 3)  # the prologue, then an update for each dtype
+    with pytest.raises(RuntimeError, match="nexus: the update failed"):
+        optimizer.step()
+    assert (completed(optimizer), int(optimizer.skipped_steps)) == (1, 0)
+
+
 def test_memory_that_cannot_be_had(gpu: Shim) -> None:
     params = make_params([(5,)])
     optimizer = FusedAdamW(params, backend=NAME)

@@ -43,7 +43,7 @@ CXX_FLAGS += "-fno-math-errno -fno-trapping-math"
 
 # These sources are compiled once for each instruction set, in a namespace named by NEXUS_ISA; one of them is
 # picked at run time. All others are compiled once, for the oldest processor.
-PER_ISA_SOURCES = ("csrc/cpu/adamw.cpp",)
+PER_ISA_SOURCES = ("csrc/cpu/update.cpp",)
 X86_ISA_FLAGS = {
     "avx2": "-mavx2 -mfma -mf16c",
     "avx512": "-mavx512f -mavx512bw -mavx512vl -mavx512dq -mfma -mf16c -mavx2 -mprefer-vector-width=512",

@@ -27,17 +27,6 @@ bool is_capturing(cudaStream_t stream) {
   return status != cudaStreamCaptureStatusNone;
 }
 
-// The one value that `get` has for all tensors, or kOther.
-template <class Get>
-DType common(const std::vector<TensorRecord>& tensors, const Get& get) {
-  for (const TensorRecord& tensor : tensors) {
-    if (get(tensor) != get(tensors.front())) {
-      return DType::kOther;
-    }
-  }
-  return tensors.empty() ? DType::kOther : get(tensors.front());
-}
-
 }  // namespace
 
 DeviceList::DeviceList(const Records& list, const Part& part, std::unique_ptr<DeviceTable> table,
@@ -52,9 +41,8 @@ DeviceList::DeviceList(const Records& list, const Part& part, std::unique_ptr<De
     tensor.place = static_cast<int32_t>(contents_.chunk_count);
     // One at least: the first chunk's block counts the tensor's steps.
     contents_.chunk_count += tensor.numel == 0 ? 1 : chunk_count(tensor.numel);
+    contents_.codecs.add(tensor.param_dtype, tensor.grad_dtype);
   }
-  contents_.param_dtype = common(contents_.tensors, [](const TensorRecord& t) { return t.param_dtype; });
-  contents_.grad_dtype = common(contents_.tensors, [](const TensorRecord& t) { return t.grad_dtype; });
   table_->forget();
 }
 
@@ -84,7 +72,7 @@ const Table& DeviceList::current_table(cudaStream_t stream) {
   const OutsideCapture outside;
   check(load_norm(), "loading the gradient norm");
   check(load_prologue(), "loading the prologue of a step");
-  check(load_update(contents_.param_dtype, contents_.grad_dtype), "loading the update");
+  check(load_update(contents_.codecs), "loading the update");
   const SideStream side;
   table->write(contents_, side.get());
   check(cudaStreamSynchronize(side.get()), "writing the table of a captured step");

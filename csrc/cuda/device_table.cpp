@@ -98,8 +98,7 @@ void DeviceTable::lay_out(const Contents& now) {
   table_.tensor_count = static_cast<int64_t>(now.tensors.size());
   table_.group_count = static_cast<int64_t>(now.groups.size());
   table_.chunk_count = now.chunk_count;
-  table_.param_dtype = now.param_dtype;
-  table_.grad_dtype = now.grad_dtype;
+  table_.codecs = now.codecs;
 }
 
 void DeviceTable::write(const Contents& now, cudaStream_t stream) {

@@ -41,8 +41,7 @@ struct Contents {
   std::vector<Group> groups;
   int64_t chunk_count = 0;
   bool measures_norm = false;
-  DType param_dtype = DType::kOther;  // of all tensors, or kOther, and so grad_dtype
-  DType grad_dtype = DType::kOther;
+  CodecPairs codecs;
 };
 
 class DeviceTable {

@@ -31,44 +31,31 @@ __device__ double block_sum(double value) {
 }
 
 template <class G>
+__device__ double square(const G& stored) {
+  double x;
+  load(&stored, &x, 1);
+  return x * x;
+}
+
+template <class G>
 __device__ double thread_sum(const G* grad, int32_t count) {
   constexpr int kElements = 16 / sizeof(G);
-  const bool whole_words = is_aligned(grad);
+  const bool aligned = is_aligned<kElements>(grad);
   double sum = 0.0;
   for (int32_t i = static_cast<int32_t>(threadIdx.x) * kElements; i < count; i += kThreads * kElements) {
-    if (whole_words && i + kElements <= count) {
-      G values[kElements];
-      load<kElements>(grad + i, values);
+    if (aligned && i + kElements <= count) {
+      const Pack<G, kElements> pack = fetch<kElements>(grad + i);
 #pragma unroll
       for (int k = 0; k < kElements; ++k) {
-        const double x = as<double>(values[k]);
-        sum += x * x;
+        sum += square(pack.elements[k]);
       }
     } else {
       for (int32_t k = i; k < i + kElements && k < count; ++k) {
-        const double x = as<double>(grad[k]);
-        sum += x * x;
+        sum += square(grad[k]);
       }
     }
   }
   return sum;
-}
-
-__device__ double thread_sum(const void* grad, DType dtype, int64_t begin, int32_t count) {
-  grad = global(grad);
-  switch (dtype) {
-    case DType::kFloat32:
-      return thread_sum(static_cast<const float*>(grad) + begin, count);
-    case DType::kFloat64:
-      return thread_sum(static_cast<const double*>(grad) + begin, count);
-    case DType::kBFloat16:
-      return thread_sum(static_cast<const BFloat16*>(grad) + begin, count);
-    case DType::kFloat16:
-      return thread_sum(static_cast<const Float16*>(grad) + begin, count);
-    case DType::kOther:
-      break;  // never reaches a list
-  }
-  return 0.0;
 }
 
 __global__ void __launch_bounds__(kThreads) sum_squares(Table table, double* out) {
@@ -77,7 +64,9 @@ __global__ void __launch_bounds__(kThreads) sum_squares(Table table, double* out
     const Chunk chunk = table.chunks[blockIdx.x];
     const void* grad = table.pointers[chunk.tensor].grad;
     if (grad != nullptr) {
-      sum = thread_sum(grad, table.tensors[chunk.tensor].grad_dtype, chunk.begin, chunk.count);
+      sum = with_codec(table.tensors[chunk.tensor].grad_dtype, [&](auto codec) {
+        return thread_sum(static_cast<const decltype(codec)*>(global(grad)) + chunk.begin, chunk.count);
+      });
     }
   }
   sum = block_sum(sum);

@@ -25,6 +25,28 @@ struct Header {
   uint32_t finished_sums;  // blocks of the norm that are done
 };
 
+// Which codecs the tensors have: pairs of a parameter's and its gradient's.
+class CodecPairs {
+ public:
+  void add(DType param, DType grad) {
+    pairs_ |= 1u << (static_cast<int>(param) * kCodecs + static_cast<int>(grad));
+  }
+
+  // Calls f(param, grad, is_last) for each pair; where there is no tensor, for one pair all the same.
+  template <class F>
+  void for_each(const F& f) const {
+    for (uint32_t left = pairs_ == 0 ? 1u : pairs_, pair = 0; left != 0; left >>= 1, ++pair) {
+      if (left % 2 != 0) {
+        f(static_cast<DType>(pair / kCodecs), static_cast<DType>(pair % kCodecs), left == 1);
+      }
+    }
+  }
+
+ private:
+  static constexpr int kCodecs = 4;  // of DType
+  uint32_t pairs_ = 0;
+};
+
 struct Table {
   const TensorRecord* tensors;
   const TensorPointers* pointers;
@@ -37,8 +59,7 @@ struct Table {
   CoefficientRow* coefficients;  // one a tensor
   double* partial_sums;          // one a chunk
   Header* header;
-  DType param_dtype;  // of all tensors, or kOther, and so grad_dtype
-  DType grad_dtype;
+  CodecPairs codecs;
 };
 
 }  // namespace nexus::cuda

@@ -68,9 +68,30 @@ def _history_row(count, rows, slots, width):
     return rows.to(tl.int64).to(tl.pointer_type(tl.float64)) + written % slots * width
 
 
+# The codecs: how a stream is stored is said in these three, and nowhere else in Triton.
+
+
 @triton.jit
 def _stream(address, begin, dtype: tl.constexpr):
     return (address + begin * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def _load(stream, i, count, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements `i` of a stream as T; those from `count` on are 0, which ALIGNED blocks have none of."""
+    if ALIGNED:  # in accesses of 128 bits
+        return tl.load(tl.multiple_of(stream + i, 16)).to(T)
+    else:
+        return tl.load(stream + i, mask=i < count, other=0.0).to(T)
+
+
+@triton.jit
+def _store(stream, i, count, elements, ALIGNED: tl.constexpr):
+    stored = elements.to(stream.dtype.element_ty)
+    if ALIGNED:
+        tl.store(tl.multiple_of(stream + i, 16), stored)
+    else:
+        tl.store(stream + i, stored, mask=i < count)
 
 
 @triton.jit
@@ -80,13 +101,12 @@ def _sum_chunk(address, begin, count, out, dtype: tl.constexpr, BLOCK: tl.conste
     total = tl.zeros((BLOCK,), tl.float64)
     offsets = tl.arange(0, BLOCK)
     offset = tl.zeros_like(count)
-    while offset < full:  # in accesses of 128 bits
-        g = tl.load(tl.multiple_of(grad + (offset + offsets), 16)).to(tl.float64)
+    while offset < full:
+        g = _load(grad, offset + offsets, count, tl.float64, True)
         total += g * g
         offset += BLOCK
     while offset < count:
-        i = offset + offsets
-        g = tl.load(grad + i, mask=i < count, other=0.0).to(tl.float64)
+        g = _load(grad, offset + offsets, count, tl.float64, False)
         total += g * g
         offset += BLOCK
     tl.store(out, tl.sum(total, axis=0))
@@ -223,32 +243,23 @@ def prologue(
 
 
 @triton.jit
-def _update_block(
-    params,
-    grads,
-    exp_avgs,
-    exp_avg_sqs,
-    max_exp_avg_sqs,
-    coefficients,
-    mask,
-    T: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-):
-    param = tl.load(params, mask=mask).to(T)
-    grad = tl.load(grads, mask=mask).to(T)
-    exp_avg = tl.load(exp_avgs, mask=mask)
-    exp_avg_sq = tl.load(exp_avg_sqs, mask=mask)
+def _update_block(streams, i, count, coefficients, T: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr):
+    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = streams
+    param = _load(params, i, count, T, ALIGNED)
+    grad = _load(grads, i, count, T, ALIGNED)
+    exp_avg = _load(exp_avgs, i, count, T, ALIGNED)
+    exp_avg_sq = _load(exp_avg_sqs, i, count, T, ALIGNED)
     max_exp_avg_sq = exp_avg_sq
     if AMSGRAD:
-        max_exp_avg_sq = tl.load(max_exp_avg_sqs, mask=mask)
+        max_exp_avg_sq = _load(max_exp_avg_sqs, i, count, T, ALIGNED)
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = adamw(
         param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRAD
     )
-    tl.store(params, param.to(params.dtype.element_ty), mask=mask)
-    tl.store(exp_avgs, exp_avg, mask=mask)
-    tl.store(exp_avg_sqs, exp_avg_sq, mask=mask)
+    _store(params, i, count, param, ALIGNED)
+    _store(exp_avgs, i, count, exp_avg, ALIGNED)
+    _store(exp_avg_sqs, i, count, exp_avg_sq, ALIGNED)
     if AMSGRAD:
-        tl.store(max_exp_avg_sqs, max_exp_avg_sq, mask=mask)
+        _store(max_exp_avg_sqs, i, count, max_exp_avg_sq, ALIGNED)
 
 
 @triton.jit
@@ -268,11 +279,13 @@ def _update_chunk(
     exp_avg_address = tl.load(record + 2)
     exp_avg_sq_address = tl.load(record + 3)
     max_address = tl.load(record + 4)
-    param = _stream(param_address, begin, PARAM)
-    grad = _stream(grad_address, begin, GRAD)
-    exp_avg = _stream(exp_avg_address, begin, T)
-    exp_avg_sq = _stream(exp_avg_sq_address, begin, T)
-    max_exp_avg_sq = _stream(max_address, begin, T)
+    streams = (
+        _stream(param_address, begin, PARAM),
+        _stream(grad_address, begin, GRAD),
+        _stream(exp_avg_address, begin, T),
+        _stream(exp_avg_sq_address, begin, T),
+        _stream(max_address, begin, T),
+    )
     # Chunks begin at multiples of 16 elements: a stream is aligned where its tensor is.
     addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address | max_address
     full = tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
@@ -288,33 +301,11 @@ def _update_chunk(
     )
     offsets = tl.arange(0, BLOCK)
     offset = tl.zeros_like(count)
-    while offset < full:  # in accesses of 128 bits
-        i = offset + offsets
-        _update_block(
-            tl.multiple_of(param + i, 16),
-            tl.multiple_of(grad + i, 16),
-            tl.multiple_of(exp_avg + i, 16),
-            tl.multiple_of(exp_avg_sq + i, 16),
-            tl.multiple_of(max_exp_avg_sq + i, 16),
-            coefficients,
-            None,
-            T,
-            AMSGRAD,
-        )
+    while offset < full:
+        _update_block(streams, offset + offsets, count, coefficients, T, AMSGRAD, True)
         offset += BLOCK
     while offset < count:
-        i = offset + offsets
-        _update_block(
-            param + i,
-            grad + i,
-            exp_avg + i,
-            exp_avg_sq + i,
-            max_exp_avg_sq + i,
-            coefficients,
-            i < count,
-            T,
-            AMSGRAD,
-        )
+        _update_block(streams, offset + offsets, count, coefficients, T, AMSGRAD, False)
         offset += BLOCK
 
 

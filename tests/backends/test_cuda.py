@@ -33,7 +33,6 @@ from nexus.schedules import WSD, Cosine
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 CHUNK = 16_384
-UPDATES = {"adamw_uniform", "adamw_any"}
 LAUNCH_FAILURE = 719
 CLIPPED = {"max_grad_norm": 1.0, "skip_nonfinite": True}
 
@@ -88,7 +87,7 @@ def test_one_update_for_any_mixture_of_dtypes(gpu: Shim) -> None:
     assert_same_run(optimizer, reference)
     gpu.reset()
     optimizer.step()
-    assert kernels(gpu) == ["sum_squares", "prepare", "adamw_any"]
+    assert kernels(gpu) == ["sum_squares", "prepare", *["adamw_uniform"] * len(DTYPES)]
 
 
 def test_pointers_travel_only_when_they_change(gpu: Shim) -> None:
@@ -205,6 +204,16 @@ def test_a_launch_that_fails_changes_nothing(gpu: Shim, nth: int) -> None:
     optimizer.step()
     reference.step(grads)
     assert_same_run(optimizer, reference)
+
+
+def test_where_a_later_launch_of_a_mixed_update_fails_no_counter_moves(gpu: Shim) -> None:
+    optimizer = FusedAdamW(mixed_params(), backend=NAME)
+    set_grads(own_params(optimizer), make_grads(own_params(optimizer)))
+    optimizer.step()
+    gpu.fail(LAUNCH_FAILURE, 3)  # the prologue, then an update for each dtype
+    with pytest.raises(RuntimeError, match="nexus: the update failed"):
+        optimizer.step()
+    assert (completed(optimizer), int(optimizer.skipped_steps)) == (1, 0)
 
 
 def test_memory_that_cannot_be_had(gpu: Shim) -> None:

@@ -169,7 +169,7 @@ def test_a_tensor_rate_on_saving() -> None:
     why="a dict may be loaded twice",
     also=(
         "test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",
-        "test_torch_cases.py::test_what_is_carried_over_goes_on_the_same",
+        "test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",
     ),
 )
 def test_moments_on_loading() -> None:

@@ -1,14 +1,11 @@
-// Loops over adamw.h on the CPU. This file is compiled once for each instruction set, as namespace NEXUS_ISA;
-// what it includes has internal linkage, so that no set's code is ever linked into another's.
+// The loops over elements on the CPU. This file is compiled once for each instruction set, as namespace
+// NEXUS_ISA; what it includes has internal linkage, so that no set's code is ever linked into another's.
 //
-// Elements are worked on in blocks that stay in the first-level cache. A stream that is stored in another
-// type than the arithmetic's is converted into a small buffer on the way in and back on the way out; the
-// others are read and written where they are.
-#ifdef __F16C__
-#include <immintrin.h>
-#endif
+// Elements are worked on in blocks that stay in the first-level cache: decoded, updated, encoded. A stream
+// that is stored in the type of the arithmetic is read and written where it is.
+#include <type_traits>
 
-#include "../half.h"
+#include "../codec.h"
 #include "kernels.h"
 
 namespace nexus::cpu::NEXUS_ISA {
@@ -16,81 +13,33 @@ namespace {
 
 constexpr int64_t kBlock = 512;
 
-template <class T, class Stored>
-void read(const Stored* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = static_cast<T>(from[i]);
-  }
-}
+template <class Codec, class T>
+constexpr bool kInPlace = std::is_same_v<Codec, T>;
 
+// The n elements of a stream from `begin` on, as T: where they are, or decoded into `buffer`.
 template <class T>
-void read(const BFloat16* from, T* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    to[i] = static_cast<T>(to_float(from[i]));
-  }
-}
-
-template <class T>
-void read(const Float16* from, T* to, int64_t n) {
-  int64_t i = 0;
-#ifdef __F16C__
-  if constexpr (sizeof(T) == sizeof(float)) {
-    for (; i + 8 <= n; i += 8) {
-      const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+const T* decode(const void* stream, DType dtype, int64_t begin, int64_t n, T* buffer) {
+  return with_codec(dtype, [=](auto codec) -> const T* {
+    using Codec = decltype(codec);
+    const Codec* from = static_cast<const Codec*>(stream) + begin;
+    if constexpr (kInPlace<Codec, T>) {
+      return from;
+    } else {
+      load(from, buffer, n);
+      return buffer;
     }
-  }
-#endif
-  for (; i < n; ++i) {
-    to[i] = static_cast<T>(to_float(from[i]));
-  }
+  });
 }
 
-void write(const float* from, BFloat16* to, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) {
-    from_float(from[i], to[i]);
-  }
-}
-
-void write(const float* from, Float16* to, int64_t n) {
-  int64_t i = 0;
-#ifdef __F16C__
-  for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
-  }
-#endif
-  for (; i < n; ++i) {
-    from_float(from[i], to[i]);
-  }
-}
-
-// The elements of a stream as T: where they are, or converted into `buffer`.
+// And back, unless they were updated where they are.
 template <class T>
-const T* as(const void* stream, DType dtype, int64_t begin, int64_t n, T* buffer) {
-  switch (dtype) {
-    case DType::kFloat32:
-      if constexpr (sizeof(T) == sizeof(float)) {
-        return static_cast<const float*>(stream) + begin;
-      }
-      read(static_cast<const float*>(stream) + begin, buffer, n);
-      return buffer;
-    case DType::kFloat64:
-      if constexpr (sizeof(T) == sizeof(double)) {
-        return static_cast<const double*>(stream) + begin;
-      }
-      read(static_cast<const double*>(stream) + begin, buffer, n);
-      return buffer;
-    case DType::kBFloat16:
-      read(static_cast<const BFloat16*>(stream) + begin, buffer, n);
-      return buffer;
-    case DType::kFloat16:
-      read(static_cast<const Float16*>(stream) + begin, buffer, n);
-      return buffer;
-    case DType::kOther:
-      break;  // never reaches a list
-  }
-  return buffer;
+void encode(const T* from, void* stream, DType dtype, int64_t begin, int64_t n) {
+  with_codec(dtype, [=](auto codec) {
+    using Codec = decltype(codec);
+    if constexpr (std::is_same_v<typename ArithmeticOf<Codec>::type, T> && !kInPlace<Codec, T>) {
+      store(from, static_cast<Codec*>(stream) + begin, n);
+    }
+  });
 }
 
 template <bool kAmsgrad, class T>
@@ -111,12 +60,13 @@ template <class T>
 void update(const TensorRecord& tensor, const Coefficients<T>& c, int64_t begin, int64_t count) {
   alignas(64) T param_buffer[kBlock];
   alignas(64) T grad_buffer[kBlock];
-  const bool in_place = tensor.param_dtype == DType::kFloat32 || tensor.param_dtype == DType::kFloat64;
-  const bool whole = in_place && tensor.grad_dtype == tensor.param_dtype;  // nothing to convert: one block
+  const auto in_place = [](auto codec) { return kInPlace<decltype(codec), T>; };
+  const bool whole = with_codec(tensor.param_dtype, in_place) && with_codec(tensor.grad_dtype, in_place);
   for (const int64_t end = begin + count; begin < end;) {
+    // Where nothing is to be decoded, all of it is one block.
     const int64_t n = whole || end - begin < kBlock ? end - begin : kBlock;
-    T* param = const_cast<T*>(as(tensor.param, tensor.param_dtype, begin, n, param_buffer));
-    const T* grad = as(tensor.grad, tensor.grad_dtype, begin, n, grad_buffer);
+    T* param = const_cast<T*>(decode(tensor.param, tensor.param_dtype, begin, n, param_buffer));
+    const T* grad = decode(tensor.grad, tensor.grad_dtype, begin, n, grad_buffer);
     T* exp_avg = static_cast<T*>(tensor.exp_avg) + begin;
     T* exp_avg_sq = static_cast<T*>(tensor.exp_avg_sq) + begin;
     if (tensor.max_exp_avg_sq != nullptr) {
@@ -125,13 +75,7 @@ void update(const TensorRecord& tensor, const Coefficients<T>& c, int64_t begin,
     } else {
       update_block<false>(param, grad, exp_avg, exp_avg_sq, static_cast<T*>(nullptr), n, c);
     }
-    if constexpr (sizeof(T) == sizeof(float)) {
-      if (tensor.param_dtype == DType::kBFloat16) {
-        write(param, static_cast<BFloat16*>(tensor.param) + begin, n);
-      } else if (tensor.param_dtype == DType::kFloat16) {
-        write(param, static_cast<Float16*>(tensor.param) + begin, n);
-      }
-    }
+    encode(param, tensor.param, tensor.param_dtype, begin, n);
     begin += n;
   }
 }
@@ -185,7 +129,7 @@ double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t coun
     alignas(64) float buffer[kBlock];
     for (const int64_t end = begin + count; begin < end; begin += kBlock) {
       const int64_t n = end - begin < kBlock ? end - begin : kBlock;
-      squares.add(as(grad, dtype, begin, n, buffer), n);
+      squares.add(decode(grad, dtype, begin, n, buffer), n);
     }
   }
   return squares.total();

@@ -1,0 +1,145 @@
+// How a stream is stored, said here and nowhere else. A codec is the type of what is stored of an element: it
+// has a load() to the type of the arithmetic, and a store() from it. float16 and bfloat16 are stored rounded
+// to nearest even, NaN stays NaN. Host and device; no torch.
+#pragma once
+
+#include <cstring>
+#ifdef __F16C__
+#include <immintrin.h>
+#endif
+
+#include "record.h"
+
+namespace nexus {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Float16 {
+  uint16_t bits;
+};
+
+// The type of the arithmetic on a parameter that is stored as `Codec`; its moments have that type too.
+template <class Codec>
+struct ArithmeticOf {
+  using type = float;
+};
+template <>
+struct ArithmeticOf<double> {
+  using type = double;
+};
+
+// The result of f for a value of the codec that `dtype` names.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class F>
+NEXUS_FN auto with_codec(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat64:
+      return f(double());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kFloat16:
+      return f(Float16());
+    case DType::kFloat32:
+    case DType::kOther:  // never reaches a list
+      break;
+  }
+  return f(float());
+}
+
+NEXUS_FN float float_of_bits(uint32_t bits) {
+  float value;
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+NEXUS_FN uint32_t bits_of_float(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+NEXUS_FN float decoded(float x) { return x; }
+NEXUS_FN double decoded(double x) { return x; }
+NEXUS_FN float decoded(BFloat16 x) { return float_of_bits(static_cast<uint32_t>(x.bits) << 16); }
+
+NEXUS_FN float decoded(Float16 x) {
+  // Shifted into place, the exponent is short by 112; a multiplication mends it, exactly, subnormals
+  // included.
+  const uint32_t sign = static_cast<uint32_t>(x.bits & 0x8000u) << 16;
+  const uint32_t magnitude = static_cast<uint32_t>(x.bits & 0x7fffu) << 13;
+  const float finite = float_of_bits(magnitude) * 0x1p112f;
+  const uint32_t special = magnitude | 0x7f800000u;  // infinities and NaNs
+  const uint32_t bits = (x.bits & 0x7c00u) == 0x7c00u ? special : bits_of_float(finite);
+  return float_of_bits(bits | sign);
+}
+
+NEXUS_FN void encode(float value, float& out) { out = value; }
+NEXUS_FN void encode(double value, double& out) { out = value; }
+
+NEXUS_FN void encode(float value, BFloat16& out) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
+  const uint32_t nan = (bits >> 16) | 0x40u;  // quiet, with the payload's upper bits
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+}
+
+NEXUS_FN void encode(float value, Float16& out) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t sign = (bits >> 16) & 0x8000u;
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  uint32_t half;
+  if (magnitude > 0x7f800000u) {  // NaN
+    half = 0x7e00u | ((magnitude >> 13) & 0x3ffu);
+  } else if (magnitude >= 0x477ff000u) {  // 65520 and above round to infinity
+    half = 0x7c00u;
+  } else if (magnitude < 0x38800000u) {  // below 2^-14: adding 0.5 lets the adder round to multiples of 2^-24
+    half = bits_of_float(float_of_bits(magnitude) + 0.5f) - bits_of_float(0.5f);
+  } else {
+    half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
+  }
+  out.bits = static_cast<uint16_t>(half | sign);
+}
+
+// n elements of a stream, as T, and back. Where n is a constant, they stay in registers.
+template <class Codec, class T>
+NEXUS_FN void load(const Codec* from, T* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = static_cast<T>(decoded(from[i]));
+  }
+}
+
+template <class Codec, class T>
+NEXUS_FN void store(const T* from, Codec* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    encode(from[i], to[i]);
+  }
+}
+
+#ifdef __F16C__  // the processor's own conversion, eight at a time
+NEXUS_FN void load(const Float16* from, float* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
+    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+  }
+  for (; i < n; ++i) {
+    to[i] = decoded(from[i]);
+  }
+}
+
+NEXUS_FN void store(const float* from, Float16* to, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+  }
+  for (; i < n; ++i) {
+    encode(from[i], to[i]);
+  }
+}
+#endif
+
+}  // namespace nexus

@@ -1,0 +1,185 @@
+// The update of every tensor: a block for each chunk, a launch for each pair of a parameter's and a
+// gradient's codec that occurs. Mostly that is one.
+#include "kernels.h"
+#include "launch.h"
+#include "streams.h"
+
+namespace nexus::cuda {
+namespace {
+
+// A chunk's part of every stream.
+template <class P, class G, class T>
+struct Streams {
+  P* param;
+  const G* grad;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;  // null without amsgrad
+};
+
+// Adjacent elements of every stream, as they are stored.
+template <bool kAmsgrad, int kCount, class P, class G, class T>
+struct Elements {
+  Pack<P, kCount> param;
+  Pack<G, kCount> grad;
+  Pack<T, kCount> exp_avg;
+  Pack<T, kCount> exp_avg_sq;
+  Pack<T, kAmsgrad ? kCount : 1> max_exp_avg_sq;
+
+  __device__ void fetch(const Streams<P, G, T>& s, int32_t i) {
+    param = cuda::fetch<kCount>(s.param + i);
+    grad = cuda::fetch<kCount>(s.grad + i);
+    exp_avg = cuda::fetch<kCount>(s.exp_avg + i);
+    exp_avg_sq = cuda::fetch<kCount>(s.exp_avg_sq + i);
+    if constexpr (kAmsgrad) {
+      max_exp_avg_sq = cuda::fetch<kCount>(s.max_exp_avg_sq + i);
+    }
+  }
+
+  __device__ void update(const Coefficients<T>& c) {
+    T p[kCount], g[kCount], m[kCount], v[kCount], largest_v[kCount] = {};
+    load(param.elements, p, kCount);
+    load(grad.elements, g, kCount);
+    load(exp_avg.elements, m, kCount);
+    load(exp_avg_sq.elements, v, kCount);
+    if constexpr (kAmsgrad) {
+      load(max_exp_avg_sq.elements, largest_v, kCount);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      adamw<kAmsgrad>(p[k], g[k], m[k], v[k], largest_v[k], c);
+    }
+    store(p, param.elements, kCount);
+    store(m, exp_avg.elements, kCount);
+    store(v, exp_avg_sq.elements, kCount);
+    if constexpr (kAmsgrad) {
+      store(largest_v, max_exp_avg_sq.elements, kCount);
+    }
+  }
+
+  __device__ void put(const Streams<P, G, T>& s, int32_t i) const {
+    cuda::put(param, s.param + i);
+    cuda::put(exp_avg, s.exp_avg + i);
+    cuda::put(exp_avg_sq, s.exp_avg_sq + i);
+    if constexpr (kAmsgrad) {
+      cuda::put(max_exp_avg_sq, s.max_exp_avg_sq + i);
+    }
+  }
+};
+
+// Elements [begin, end) of a chunk. A thread takes kTurns turns at a time, each of kCount adjacent elements,
+// and adjacent lanes take adjacent turns: an access of a warp covers whole sectors, whatever the codec. The
+// loads of all these turns stand before the first store, which none of them has to wait for.
+template <bool kAmsgrad, int kTurns, int kCount, class P, class G, class T>
+__device__ void update_range(const Streams<P, G, T>& s, int32_t begin, int32_t end,
+                             const Coefficients<T>& c) {
+  constexpr int32_t kStride = kThreads * kCount;  // from one turn to the next
+#pragma unroll 1
+  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x) * kCount; i < end; i += kTurns * kStride) {
+    Elements<kAmsgrad, kCount, P, G, T> turns[kTurns];
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      // A turn behind the end loads what the first does, so that no load waits for a branch.
+      turns[k].fetch(s, i + k * kStride < end ? i + k * kStride : i);
+    }
+#pragma unroll
+    for (int k = 0; k < kTurns; ++k) {
+      if (i + k * kStride < end) {
+        turns[k].update(c);
+        turns[k].put(s, i + k * kStride);
+      }
+    }
+  }
+}
+
+template <bool kAmsgrad, class P, class G, class T>
+__device__ void update_chunk(const Streams<P, G, T>& s, int32_t count, const Coefficients<T>& c) {
+  constexpr int kCount = 16 / sizeof(T);  // of the moments, 16 bytes
+  const bool aligned = is_aligned<kCount>(s.param) && is_aligned<kCount>(s.grad) &&
+                       is_aligned<kCount>(s.exp_avg) && is_aligned<kCount>(s.exp_avg_sq) &&
+                       is_aligned<kCount>(s.max_exp_avg_sq);
+  const int32_t whole = aligned ? count / kCount * kCount : 0;
+  update_range<kAmsgrad, 2, kCount>(s, 0, whole, c);
+  update_range<kAmsgrad, 4, 1>(s, whole, count, c);
+}
+
+__device__ const Coefficients<float>& of_type(const CoefficientRow& row, float) { return row.as_float; }
+__device__ const Coefficients<double>& of_type(const CoefficientRow& row, double) { return row.as_double; }
+
+// Blocks that share a multiprocessor: 4 leave a thread 64 registers, which suffice where no stream is
+// float64. Then 32 warps have their loads, 96 to 160 bytes a thread, on the way at once, which hides memory's
+// latency.
+template <class P, class G>
+constexpr int kBlocks = sizeof(P) == sizeof(double) || sizeof(G) == sizeof(double) ? 2 : 4;
+
+// The chunks of the tensors whose codecs are P and G. The one launch that `advances` moves the counters, too.
+template <class P, class G>
+__global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
+    adamw_uniform(Table table, StepState state, DType param_dtype, DType grad_dtype, bool advances) {
+  using T = typename ArithmeticOf<P>::type;
+  const bool skip = table.header->skip != 0;
+  if (advances && blockIdx.x == 0 && threadIdx.x == 0) {
+    ++*(skip ? state.skipped : state.completed);
+    advance(state.history);
+  }
+  if (skip || blockIdx.x >= table.chunk_count) {
+    return;
+  }
+  const Chunk chunk = table.chunks[blockIdx.x];
+  const TensorRecord& record = table.tensors[chunk.tensor];
+  const TensorPointers pointers = table.pointers[chunk.tensor];
+  if (pointers.grad == nullptr || record.param_dtype != param_dtype || record.grad_dtype != grad_dtype) {
+    return;
+  }
+  if (chunk.begin == 0 && threadIdx.x == 0) {
+    *global(record.step) += 1.0;
+  }
+  const Coefficients<T> c = of_type(table.coefficients[chunk.tensor], T());
+  Streams<P, G, T> streams = {global(static_cast<P*>(pointers.param) + chunk.begin),
+                              global(static_cast<const G*>(pointers.grad) + chunk.begin),
+                              global(static_cast<T*>(record.exp_avg) + chunk.begin),
+                              global(static_cast<T*>(record.exp_avg_sq) + chunk.begin), nullptr};
+  if (record.max_exp_avg_sq != nullptr) {
+    streams.max_exp_avg_sq = global(static_cast<T*>(record.max_exp_avg_sq) + chunk.begin);
+    update_chunk<true>(streams, chunk.count, c);
+  } else {
+    update_chunk<false>(streams, chunk.count, c);
+  }
+}
+
+using Kernel = void (*)(Table, StepState, DType, DType, bool);
+
+Kernel kernel_for(DType param_dtype, DType grad_dtype) {
+  return with_codec(param_dtype, [=](auto param) {
+    return with_codec(grad_dtype,
+                      [=](auto grad) -> Kernel { return adamw_uniform<decltype(param), decltype(grad)>; });
+  });
+}
+
+}  // namespace
+
+void update(const Table& table, const StepState& state, cudaStream_t stream) {
+  table.codecs.for_each([&](DType param, DType grad, bool is_last) {
+    launch("the update", kernel_for(param, grad), table.chunk_count, stream, table, state, param, grad,
+           is_last);
+  });
+}
+
+cudaError_t load_update(const CodecPairs& codecs) {
+  cudaError_t error = cudaSuccess;
+  codecs.for_each([&](DType param, DType grad, bool) {
+    cudaFuncAttributes attributes;
+    const cudaError_t failure = cudaFuncGetAttributes(&attributes, kernel_for(param, grad));
+    error = failure == cudaSuccess ? error : failure;
+  });
+  return error;
+}
+
+std::string missing_code() {
+  cudaFuncAttributes attributes;
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, adamw_uniform<float, float>);
+  cudaGetLastError();
+  return error == cudaSuccess ? std::string() : described(error);
+}
+
+}  // namespace nexus::cuda

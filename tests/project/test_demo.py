@@ -12,11 +12,11 @@ import pytest
 import torch
 
 pytest.importorskip("matplotlib")
-from gpt import checkpoint, cli, corpus, picture, session, train
+from gpt import DemoError, checkpoint, cli, corpus, picture, session, train
 from gpt.cli import main
 from gpt.model import GPT, GPTConfig
+from gpt.report import StepCost
 from gpt.run import RunConfig, Size, schedule_for
-from gpt.timing import StepCost
 from gpt.train import Training
 
 from nexus.schedules import WSD, Cosine, CosineRestarts
@@ -459,7 +459,7 @@ class TestParts:
 
     def test_no_library_to_read(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.undo()
-        with pytest.raises(corpus.CorpusError, match="0 bytes of Python source"):
+        with pytest.raises(DemoError, match="0 bytes of Python source"):
             corpus.load(torch.device("cpu"), tmp_path)
 
     def test_batches_depend_on_seed_and_step_alone(self, text: corpus.Corpus) -> None:
@@ -499,7 +499,7 @@ class TestParts:
         assert picture.smoothed([1.0, 2.0, 3.0, 8.0, 9.0], 3) == pytest.approx([1.0, 2.0, 13 / 3, 20 / 3, 8.5])
 
     def test_share(self) -> None:
-        assert StepCost(3.0, 1.0, 2.0).share(1.0) == 0.25
+        assert StepCost(3.0, 1.0, 2.0).of(1.0) == "25.00%  1000.000 ms"
 
 
 def test_info(capsys: pytest.CaptureFixture[str]) -> None:

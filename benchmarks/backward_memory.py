@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
 from benchmarks.cuda import Cuda
-from benchmarks.provenance import file_name, write_json
+from benchmarks.report import file_name, metadata, write_json
+from benchmarks.timing import PROCESSOR
 from nexus.optim import FusedAdamW
 from nexus.training import step_in_backward
 
@@ -69,9 +69,9 @@ def main() -> int:
         rows.append({"way": way, "peak_mib": round(measured, 1)})
         print(f"{way:<20} {measured:8.0f} MiB at the peak")
     if args.out is not None:
-        metadata = report.metadata(Cuda() if args.device == "cuda" else None)
-        name = file_name(metadata["date"], f"{metadata.get('gpu') or metadata['cpu']} backward memory")
-        content = {"metadata": metadata, "width": args.width, "layers": args.layers, "gradients_mib": gradients}
+        data = metadata(Cuda() if args.device == "cuda" else PROCESSOR)
+        name = file_name(data["date"], f"{data.get('gpu') or data['cpu']} backward memory")
+        content = {"metadata": data, "width": args.width, "layers": args.layers, "gradients_mib": gradients}
         write_json(args.out / name, {**content, "rows": rows})
         print(f"Rows: {args.out / name}")
     return 0

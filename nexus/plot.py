@@ -168,7 +168,7 @@ def name_phases(axes: Axes, schedule: Schedule, steps: int) -> None:
     """Colors the background of each phase of the first `steps` updates, and writes its name at the top."""
     for number, span in enumerate(spans(schedule, steps)):
         color = COLORS.get(span.name, CYCLE_COLORS[number % 2])
-        axes.axvspan(span.start, min(span.stop, steps - 1), color=color, alpha=0.16, linewidth=0)
+        axes.axvspan(span.start, span.stop, color=color, alpha=0.16, linewidth=0)
         share = (span.stop - span.start) / steps
         if share > 0.015:
             axes.text(

@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import report
 from benchmarks.cuda import Cuda
-from benchmarks.provenance import file_name, write_json
+from benchmarks.report import file_name, metadata, write_json
+from benchmarks.timing import PROCESSOR
 from nexus.optim import FusedAdamW
 from nexus.training import step_in_backward
 
@@ -32,7 +32,7 @@ def peak(way: str, device: str, width: int, layers: int) -> float:
     """MiB of parameters, gradients, moments and activations."""
     if device == "cuda":
         torch.cuda.init()
-    before = 0 if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = 0 if device == "cuda" else _resident_peak()
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(layers))).to(device)
     optimizer = FusedAdamW(model.parameters(), lr=1e-3)
     if way == "step_in_backward":
@@ -43,7 +43,16 @@ def peak(way: str, device: str, width: int, layers: int) -> float:
         optimizer.zero_grad()
     if device == "cuda":
         return torch.cuda.max_memory_allocated() / MIB
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (_resident_peak() - before) / 1024
+
+
+def _resident_peak() -> int:
+    """KiB. Not of getrusage(), which begins with the peak of the process that has started this one."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:  # no Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return int(status.partition("VmHWM:")[2].split()[0])
 
 
 def main() -> int:
@@ -69,9 +78,9 @@ def main() -> int:
         rows.append({"way": way, "peak_mib": round(measured, 1)})
         print(f"{way:<20} {measured:8.0f} MiB at the peak")
     if args.out is not None:
-        metadata = report.metadata(Cuda() if args.device == "cuda" else None)
-        name = file_name(metadata["date"], f"{metadata.get('gpu') or metadata['cpu']} backward memory")
-        content = {"metadata": metadata, "width": args.width, "layers": args.layers, "gradients_mib": gradients}
+        data = metadata(Cuda() if args.device == "cuda" else PROCESSOR)
+        name = file_name(data["date"], f"{data.get('gpu') or data['cpu']} backward memory")
+        content = {"metadata": data, "width": args.width, "layers": args.layers, "gradients_mib": gradients}
         write_json(args.out / name, {**content, "rows": rows})
         print(f"Rows: {args.out / name}")
     return 0

@@ -1,4 +1,4 @@
-"""What is timed: lists of shapes, the jobs that are done on them, and the optimizers that nexus is set beside."""
+"""What is timed: lists of shapes and the jobs done on them, models and their training steps, and beside whom."""
 
 from __future__ import annotations
 
@@ -9,12 +9,15 @@ from dataclasses import dataclass
 STEP = "step"
 STEP_SCHEDULE = "step + schedule"
 CLIP_STEP_SCHEDULE = "clip + step + schedule"
+EAGER, CAPTURED = "training step", "training step, captured"
 
 FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"  # ways to run torch.optim.AdamW
 CAPTURABLE = "fused, capturable"  # and a rate that is a tensor
 NEXUS_TRITON = "nexus in Triton"
 OPTIMI, TORCHAO, APEX = "torch-optimi", "torchao", "apex"
 COPY = "copy"  # that reads and writes as many bytes: what memory alone takes
+TORCH_LOOP, TORCH_FUSED_LOOP, TORCH_GRAPH = "torch loop", "torch loop, fused", "torch in a CUDA graph"
+NEXUS_EAGER = "nexus, not captured"
 
 CPU, CUDA = "cpu", "cuda"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"  # of parameters and gradients; the moments are float32
@@ -25,12 +28,12 @@ Shape = tuple[int, ...]
 
 @dataclass(frozen=True)
 class Case:
-    """A list of tensors, and what is done with them. `repeats` is the number of timed pairs."""
+    """A list of tensors, and what is done with them."""
 
     name: str
     title: str
     shapes: tuple[Shape, ...]
-    repeats: int
+    repeats: int  # timed pairs
     quick_repeats: int
     groups: int = 1  # above 1: the tensors are dealt out evenly, and each group has a rate of its own
     jobs: tuple[str, ...] = (STEP, CLIP_STEP_SCHEDULE)
@@ -45,9 +48,27 @@ class Case:
         """Of all tensors together."""
         return sum(map(math.prod, self.shapes))
 
-    def peers_on(self, device: str) -> tuple[str, ...]:
+    @property
+    def by_default(self) -> tuple[str, ...]:
+        """The devices on which it is timed without being asked for."""
+        return self.devices
+
+    @property
+    def tolerance(self) -> float:
+        """Of the parameters' difference. In float32, rounding of parameters that go a short way is a tenth of it.
+
+        In bfloat16, where peers' moments are of that type too, they were seen to differ by up to 0.035 in 200 steps.
+        """
+        return 0.1 if self.dtype == BFLOAT16 else 5e-3
+
+    def jobs_on(self, device: str) -> tuple[str, ...]:
+        """What is timed on this kind of device."""
+        return self.jobs
+
+    def peers_on(self, device: str, job: str) -> tuple[str, ...]:
         """Whom it is set beside on this kind of device."""
-        return self.cuda_peers if device == CUDA else self.peers
+        peers = self.cuda_peers if device == CUDA else self.peers
+        return (*peers, COPY) if self.memory_bound and job == STEP else peers
 
     def bytes_needed(self, device: str) -> int:
         """At most: parameter, gradient and two moments of two optimizers, and three temporaries of foreach.
@@ -63,6 +84,61 @@ class Case:
         """
         item = ITEM_SIZES[self.dtype]
         return self.elements * (3 * item + 4 * 4 + (item if job == CLIP_STEP_SCHEDULE else 0))
+
+
+MLP, DEMO_GPT, GPT2 = "mlp", "demo gpt", "gpt-2"  # models
+TRAINING_PEERS = {
+    (CPU, EAGER): (TORCH_LOOP, TORCH_FUSED_LOOP),
+    (CUDA, CAPTURED): (TORCH_LOOP, TORCH_GRAPH, NEXUS_EAGER),
+    (CUDA, EAGER): (TORCH_LOOP,),
+}
+"""Beside whom each job is timed on each kind of device: where there are no graphs, nothing is captured."""
+
+
+@dataclass(frozen=True)
+class TrainingCase:
+    """A model and its batches."""
+
+    name: str
+    title: str
+    model: str
+    repeats: int  # timed pairs
+    quick_repeats: int
+    loop_steps: int  # made in a row, for steps a second
+    gigabytes: int = 1  # of memory, at most: of two models with optimizers, activations and graphs
+    cuda_gigabytes: int = 1  # where the batches are larger
+    autocast: bool = False  # to bfloat16
+    by_default: tuple[str, ...] = (CPU, CUDA)  # elsewhere it has to be asked for by its name
+    devices = (CPU, CUDA)
+    groups = 1
+
+    @property
+    def dtype(self) -> str:
+        """In words."""
+        return "float32, autocast to bfloat16" if self.autocast else "float32"
+
+    @property
+    def tolerance(self) -> float:
+        """Of the losses' difference in the first steps. Rounding is a tenth of it or less."""
+        return 5e-2 if self.autocast else 5e-3
+
+    def jobs_on(self, device: str) -> tuple[str, ...]:
+        """What is timed on this kind of device."""
+        return tuple(job for kind, job in TRAINING_PEERS if kind == device)
+
+    def peers_on(self, device: str, job: str) -> tuple[str, ...]:
+        """Whom it is set beside on this kind of device."""
+        return TRAINING_PEERS[device, job]
+
+    def bytes_needed(self, device: str) -> int:
+        """At most."""
+        return (self.cuda_gigabytes if device == CUDA else self.gigabytes) * 10**9
+
+    def bytes_moved(self, job: str) -> None:
+        """Not counted."""
+
+
+AnyCase = Case | TrainingCase
 
 
 def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[Shape, ...]:
@@ -81,12 +157,28 @@ def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[
 
 
 _THIRD_PARTY = (FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON, OPTIMI, TORCHAO, APEX)
-_BILLION = gpt_shapes(layers=24, width=1792, vocabulary=50257, context=1024)
+_TINY, _SMALL = (64,), (1000,)
+_GPT, _DEEP = gpt_shapes(3, 128, 256, 256), gpt_shapes(12, 64, 256, 256)
+_GPT2, _BILLION = gpt_shapes(12, 768, 50257, 1024), gpt_shapes(24, 1792, 50257, 1024)
 
-# Those for a GPU alone come first: a run there may be cut short, and they say the most.
 CASES = {
     case.name: case
     for case in (
+        Case("tiny", "148 tensors of 64 elements", (_TINY,) * 148, 1000, 60),
+        Case("gpt", "byte-level GPT: 3 layers, width 128", _GPT, 500, 40),
+        Case("deep", "byte-level GPT: 12 layers, width 64", _DEEP, 500, 40),
+        Case("gpt2", "GPT-2 124M", _GPT2, 20, 4, peers=(FUSED, FOREACH), cuda_peers=_THIRD_PARTY, memory_bound=True),
+        Case(
+            "groups",
+            "100 groups, each with its own rate",
+            (_SMALL,) * 100,
+            repeats=500,
+            quick_repeats=40,
+            groups=100,
+            jobs=(STEP_SCHEDULE, CLIP_STEP_SCHEDULE),
+            peers=(FUSED, FOREACH),
+        ),
+        Case("many", "1000 tensors of 1,000 elements", (_SMALL,) * 1000, 150, 15, cuda_peers=_THIRD_PARTY),
         Case(
             "billion",
             "GPT of 1.02B parameters",
@@ -107,48 +199,24 @@ CASES = {
             dtype=BFLOAT16,
             devices=(CUDA,),
         ),
-        Case("tiny", "148 tensors of 64 elements", ((64,),) * 148, repeats=1000, quick_repeats=60),
-        Case(
-            "gpt",
-            "byte-level GPT: 3 layers, width 128",
-            gpt_shapes(layers=3, width=128, vocabulary=256, context=256),
-            repeats=500,
-            quick_repeats=40,
-        ),
-        Case(
-            "deep",
-            "byte-level GPT: 12 layers, width 64",
-            gpt_shapes(layers=12, width=64, vocabulary=256, context=256),
-            repeats=500,
-            quick_repeats=40,
-        ),
-        Case(
-            "gpt2",
-            "GPT-2 124M",
-            gpt_shapes(layers=12, width=768, vocabulary=50257, context=1024),
+    )
+}
+TRAINING_CASES = {
+    case.name: case
+    for case in (
+        TrainingCase("train-mlp", "MLP of 2 layers", MLP, 300, 20, 20),
+        TrainingCase("train-gpt", "the demo's GPT", DEMO_GPT, 30, 3, 10),
+        TrainingCase(
+            "train-gpt2",
+            "GPT-2 124M, autocast to bfloat16",
+            GPT2,
             repeats=20,
-            quick_repeats=4,
-            peers=(FUSED, FOREACH),
-            cuda_peers=_THIRD_PARTY,
-            memory_bound=True,
-        ),
-        Case(
-            "groups",
-            "100 groups, each with its own rate",
-            ((1000,),) * 100,
-            repeats=500,
-            quick_repeats=40,
-            groups=100,
-            jobs=(STEP_SCHEDULE, CLIP_STEP_SCHEDULE),
-            peers=(FUSED, FOREACH),
-        ),
-        Case(
-            "many",
-            "1000 tensors of 1,000 elements",
-            ((1000,),) * 1000,
-            repeats=150,
-            quick_repeats=15,
-            cuda_peers=_THIRD_PARTY,
+            quick_repeats=3,
+            loop_steps=4,
+            gigabytes=8,
+            cuda_gigabytes=50,
+            autocast=True,
+            by_default=(CUDA,),
         ),
     )
 }

@@ -10,12 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from benchmarks.cases import CASES, COPY, CPU, CUDA, Case
-from benchmarks.training_cases import TRAINING_CASES, TrainingCase
+from benchmarks.cases import CASES, COPY, CPU, CUDA, TRAINING_CASES, AnyCase, TrainingCase
+from benchmarks.rows import LeftOut, Results
 from nexus.arguments import Parser, whole_number
 
 if TYPE_CHECKING:
-    from benchmarks.report import Results
     from benchmarks.timing import Device
 
 HOST = "host"
@@ -54,17 +53,14 @@ def _run(args: argparse.Namespace) -> int:
     try:
         out, picture = _output(args.out), _output(args.picture)
         if picture is not None:
-            if picture.is_dir():
-                raise Refusal(f"--picture must be a file, and {picture} is a folder")
-            _check_matplotlib(args.case)
+            _check_picture(picture, args.case)
         return _bench(args, out, picture)
     except Refusal as refusal:
         print(f"python -m benchmarks: {refusal}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        print(
-            f"\nStopped; {'the cases before this one are' if args.out else 'nothing was'} written.", file=sys.stderr
-        )
+        written = "the cases before this one are" if args.out else "nothing was"
+        print(f"\nStopped; {written} written.", file=sys.stderr)
         return INTERRUPTED
 
 
@@ -78,13 +74,12 @@ def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> 
     threads_before = torch.get_num_threads()
     if args.threads is not None:
         torch.set_num_threads(args.threads)
-    results = report.Results(report.metadata(device))
+    results = Results(report.metadata(device))
     try:
         print(table.headline(results.metadata), flush=True)
         for before, case in zip([None, *cases], cases, strict=False):
             if type(before) is not type(case):
-                heading = table.training_heading if isinstance(case, TrainingCase) else table.heading
-                print("", heading(device.kind), sep="\n", flush=True)
+                print("", table.heading(device.kind, isinstance(case, TrainingCase)), sep="\n", flush=True)
             _measure(case, args, device, results)
             if out is not None:
                 report.write(out, results)  # the next case may take the process with it
@@ -100,23 +95,9 @@ def _bench(args: argparse.Namespace, out: Path | None, picture: Path | None) -> 
     return FAILED if any(left_out.failed for left_out in results.left_out) else 0
 
 
-def _draw(results: Results, picture: Path) -> None:
-    """The optimizer's steps, and beside it, in a picture of their own, whole training steps."""
-    from benchmarks.picture import draw
-
-    steps = [row for row in results.rows if row.case in CASES and row.peer != COPY]
-    training = [row for row in results.rows if row.case in TRAINING_CASES]
-    for rows, path in ((steps, picture), (training, picture.with_stem(f"{picture.stem}-training"))):
-        if rows:
-            draw(rows, results.metadata, path)
-            print(f"Picture: {path}")
-
-
-def _measure(case: Case | TrainingCase, args: argparse.Namespace, device: Device, results: Results) -> None:
+def _measure(case: AnyCase, args: argparse.Namespace, device: Device, results: Results) -> None:
     from benchmarks import table
     from benchmarks.measure import measure
-    from benchmarks.rows import LeftOut
-    from benchmarks.training import measure_training
 
     free, need = device.free_bytes(), case.bytes_needed(device.kind)
     if free is not None and free < need:
@@ -125,10 +106,7 @@ def _measure(case: Case | TrainingCase, args: argparse.Namespace, device: Device
         print(f"{case.name}: left out, {reason}", flush=True)
         return
     repeats = args.repeats or (case.quick_repeats if args.quick else case.repeats)
-    rows = (
-        measure_training(case, repeats, device) if isinstance(case, TrainingCase) else measure(case, repeats, device)
-    )
-    for row in rows:
+    for row in measure(case, repeats, device):
         if isinstance(row, LeftOut):
             results.left_out.append(row)
             print(table.left_out_line(row), file=sys.stderr if row.failed else sys.stdout, flush=True)
@@ -147,30 +125,43 @@ def _measure_host(args: argparse.Namespace, results: Results) -> None:
         print(table.host_line(row), flush=True)
 
 
+def _draw(results: Results, picture: Path) -> None:
+    """The optimizer's steps, and beside it, in a picture of their own, whole training steps."""
+    from benchmarks.picture import draw
+
+    steps = [row for row in results.rows if row.case in CASES and row.peer != COPY]
+    training = [row for row in results.rows if row.case in TRAINING_CASES]
+    for rows, path in ((steps, picture), (training, picture.with_stem(f"{picture.stem}-training"))):
+        if rows:
+            draw(rows, results.metadata, path)
+            print(f"Picture: {path}")
+
+
 def _device(wanted: str) -> Device:
-    from benchmarks import cuda
-    from benchmarks.timing import Cpu
+    from benchmarks import cuda, timing
 
     if wanted == CPU:
-        return Cpu()
+        return timing.PROCESSOR
     reason = cuda.unavailable()
     if reason is not None:
         raise Refusal(f"--device {CUDA} cannot be had: {reason}")
     return cuda.Cuda()
 
 
-def _cases(wanted: list[str] | None, device: str) -> list[Case | TrainingCase]:
+def _cases(wanted: list[str] | None, device: str) -> list[AnyCase]:
     """Those that were asked for, in that order; by default all that this kind of device has."""
     if wanted is None:
         training = [case for case in TRAINING_CASES.values() if device in case.by_default]
         steps = [case for case in CASES.values() if device in case.devices]
+        if device == CPU:
+            return [*steps, *training]
         # A run on a GPU may be cut short: what says the most comes first.
-        alone = [case for case in steps if device == CUDA and CPU not in case.devices]
-        others = [case for case in steps if case not in alone]
-        return [*alone, *training, *others] if device == CUDA else [*others, *training]
+        steps.sort(key=lambda case: CPU in case.devices)
+        alone = sum(CPU not in case.devices for case in steps)
+        return [*steps[:alone], *training, *steps[alone:]]
     if HOST in wanted and device != CPU:
         raise Refusal(f"--case {HOST} is about the CPU: add --device {CPU}")
-    every: dict[str, Case | TrainingCase] = {**CASES, **TRAINING_CASES}
+    every: dict[str, AnyCase] = {**CASES, **TRAINING_CASES}
     cases = [every[name] for name in dict.fromkeys(wanted) if name != HOST]
     for case in cases:
         if device not in case.devices:
@@ -191,10 +182,12 @@ def _output(name: str | None) -> Path | None:
     return path
 
 
-def _check_matplotlib(chosen: list[str] | None) -> None:
+def _check_picture(picture: Path, chosen: list[str] | None) -> None:
+    if picture.is_dir():
+        raise Refusal(f"--picture must be a file, and {picture} is a folder")
     if chosen == [HOST]:
         raise Refusal(f"--picture draws speed-ups, and --case {HOST} has none")
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:
-        raise Refusal(f"--picture needs matplotlib ({error}): pip install 'nexus-optim[demo]'") from error
+        raise Refusal(f"--picture needs matplotlib ({error}): pip install 'nexus-optim[plot]'") from error

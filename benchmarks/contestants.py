@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.cases import BFLOAT16, CLIP_STEP_SCHEDULE, NEXUS_TRITON, STEP, Case, Shape
+from benchmarks.cases import BFLOAT16, CLIP_STEP_SCHEDULE, COPY, NEXUS_TRITON, STEP, Case, Shape
 from benchmarks.peers import PEAK_LR, PEERS
+from benchmarks.timing import PROCESSOR, Device
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
@@ -21,7 +22,6 @@ MAX_DRAWN = 1 << 18  # random numbers of a tensor
 MAX_COPIED = 1 << 26  # float32 numbers at once: more than any cache holds
 MAX_GRAD_NORM = 1.0  # below the norm of every case's gradients, so that all are clipped
 SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
-HOST = torch.device("cpu")
 BFLOAT16_REMARK = "its moments are bfloat16, those of nexus float32"
 
 
@@ -30,17 +30,40 @@ class Contestant:
     """Something to be timed. `call` does the job; a CUDA graph does `in_graph`, and the host then `beside_graph`."""
 
     call: Callable[[], object]
-    params: list[Tensor]
-    first_before: Tensor  # the first parameter as it was
+    params: list[Tensor] = field(default_factory=list)
     in_graph: Callable[[], object] | None = None
     beside_graph: Callable[[], object] | None = None
     optimizer: FusedAdamW | None = None  # of this package's
     remark: str = ""
+    compared = "parameters"
+
+    def __post_init__(self) -> None:
+        self.first_before = self.params[0].clone() if self.params else None
 
     @property
     def backend(self) -> str:
         """Of this package's optimizer; empty for another's."""
         return "" if self.optimizer is None else self.optimizer.backend
+
+    def prepare(self) -> None:
+        """The first step, which allocates state."""
+        self.call()
+
+    def difference(self, other: Contestant) -> float | None:
+        """How far the parameters are from those of the other, as a share of the way that these have gone.
+
+        In float32 this is the largest difference over all parameters, and the largest way of the first. In bfloat16,
+        where a way is a few roundings long and the two sides' moments may be rounded differently, it is that of the
+        means over the first parameter. None where the other is a copy.
+        """
+        if other.first_before is None:
+            return None
+        if other.first_before.dtype == torch.bfloat16:
+            x, y, before = (tensor.float() for tensor in (self.params[0], other.params[0], other.first_before))
+            return float((x - y).abs().mean() / (y - before).abs().mean())
+        way = (other.params[0] - other.first_before).abs().max()
+        largest = max((x - y).abs().max() for x, y in zip(self.params, other.params, strict=True))
+        return float(largest / way)
 
 
 def warmup(step: int, scale: float = 1.0) -> float:
@@ -49,7 +72,7 @@ def warmup(step: int, scale: float = 1.0) -> float:
 
 
 def make_params(
-    shapes: tuple[Shape, ...], dtype: torch.dtype = torch.float32, device: torch.device = HOST
+    shapes: tuple[Shape, ...], dtype: torch.dtype = torch.float32, device: torch.device = PROCESSOR.where
 ) -> list[Tensor]:
     """Parameters with gradients, the same at every call."""
     generator = torch.Generator(device).manual_seed(0)
@@ -66,8 +89,8 @@ def _noise(shape: Shape, generator: torch.Generator) -> Tensor:
     return drawn.repeat(-(-numel // MAX_DRAWN))[:numel].view(shape)
 
 
-def _params_of(case: Case, device: torch.device) -> list[Tensor]:
-    return make_params(case.shapes, getattr(torch, case.dtype), device)
+def _params_of(case: Case, device: Device) -> list[Tensor]:
+    return make_params(case.shapes, getattr(torch, case.dtype), device.where)
 
 
 def rate_scale(index: int, groups: int) -> float:
@@ -87,19 +110,21 @@ def nexus_optimizer(case: Case, job: str, params: list[Tensor], backend: str = "
     return FusedAdamW(groups, max_grad_norm=clip, backend=backend)
 
 
-def nexus(case: Case, job: str, device: torch.device = HOST, backend: str = "auto") -> Contestant:
+def nexus(case: Case, job: str, device: Device = PROCESSOR, backend: str = "auto") -> Contestant:
     """The optimizer of this package."""
     params = _params_of(case, device)
     optimizer = nexus_optimizer(case, job, params, backend)
-    return Contestant(optimizer.step, params, params[0].clone(), optimizer.step, optimizer=optimizer)
+    return Contestant(optimizer.step, params, optimizer.step, optimizer=optimizer)
 
 
-def peer(case: Case, job: str, name: str, device: torch.device = HOST) -> Contestant:
-    """The optimizer that `name` stands for, with what the usual training loop calls around it."""
+def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contestant:
+    """The optimizer that `name` stands for, with what the usual training loop calls around it; or a copy."""
     if name == NEXUS_TRITON:
         return nexus(case, job, device, "triton")
+    if name == COPY:
+        return Contestant(copy(case, job, device))
     params = _params_of(case, device)
-    optimizer = PEERS[name].make([{"params": part} for part in _dealt(params, case.groups)], device)
+    optimizer = PEERS[name].make([{"params": part} for part in _dealt(params, case.groups)], device.where)
     scheduler = None if job == STEP else LambdaLR(optimizer, factors(case.groups))
 
     def clip_and_step() -> None:
@@ -115,7 +140,6 @@ def peer(case: Case, job: str, name: str, device: torch.device = HOST) -> Contes
     return Contestant(
         call=call,
         params=params,
-        first_before=params[0].clone(),
         in_graph=clip_and_step if PEERS[name].capturable else None,
         # A scheduler computes the rate on the host: a graph would hold that of one step for ever.
         beside_graph=None if scheduler is None else scheduler.step,
@@ -123,10 +147,10 @@ def peer(case: Case, job: str, name: str, device: torch.device = HOST) -> Contes
     )
 
 
-def copy(case: Case, job: str, device: torch.device = HOST) -> Callable[[], object]:
+def copy(case: Case, job: str, device: Device = PROCESSOR) -> Callable[[], object]:
     """A call that copies half of the bytes that the job moves: it reads and writes as many."""
     items = case.bytes_moved(job) // 2 // 4
-    source = torch.ones(min(items, MAX_COPIED), device=device)
+    source = torch.ones(min(items, MAX_COPIED), device=device.where)
     target = torch.ones_like(source)
     times, rest = divmod(items, source.numel())
 
@@ -141,21 +165,6 @@ def copy(case: Case, job: str, device: torch.device = HOST) -> Callable[[], obje
 def factors(groups: int) -> list[Callable[[int], float]]:
     """What `LambdaLR` takes: a function of the step for each group."""
     return [partial(warmup, scale=rate_scale(i, groups)) for i in range(groups)]
-
-
-def difference(a: Contestant, b: Contestant) -> float:
-    """How far two contestants' parameters are apart, as a share of the way that these have gone.
-
-    In float32 this is the largest difference over all parameters, and the largest way of the first. In bfloat16,
-    where a way is a few roundings long and the two sides' moments may be rounded differently, it is that of the
-    means over the first parameter.
-    """
-    if a.params[0].dtype == torch.bfloat16:
-        x, y, before = (tensor.float() for tensor in (a.params[0], b.params[0], b.first_before))
-        return float((x - y).abs().mean() / (y - before).abs().mean())
-    way = (b.params[0] - b.first_before).abs().max()
-    largest = max((x - y).abs().max() for x, y in zip(a.params, b.params, strict=True))
-    return float(largest / way)
 
 
 def _dealt(params: list[Tensor], groups: int) -> list[list[Tensor]]:

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.cases import CUDA
 from benchmarks.peers import installed_version, versions
-from benchmarks.timing import Sample, microseconds
+from benchmarks.timing import Device, Sample, microseconds
 
 CAPTURE_WARMUP = 2
 MAX_DELAY_US = 20_000.0
@@ -25,11 +25,11 @@ def unavailable() -> str | None:
     return None if torch.cuda.is_available() else "torch finds no GPU"
 
 
-class Cuda:
+class Cuda(Device):
     """The current GPU."""
 
     kind = CUDA
-    limit_s: float | None = 0.5
+    limit_s = 0.5
 
     def __init__(self) -> None:
         self.where = torch.device(CUDA, torch.cuda.current_device())

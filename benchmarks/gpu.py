@@ -8,7 +8,6 @@ the environment's OUT names.
 
 from __future__ import annotations
 
-import datetime
 import importlib.util
 import json
 import os
@@ -23,7 +22,7 @@ sys.path.insert(0, str(ROOT))
 import gpu_summary  # noqa: E402
 from gpu_stages import Outcome, Stage, Timetable, read, run  # noqa: E402
 
-from benchmarks.provenance import commit, file_name, write_json  # noqa: E402
+from benchmarks.report import commit, file_name, now, write_json  # noqa: E402
 
 WORK = ROOT / "build" / "gpu"  # logs, and what stages write
 RESULTS = ROOT / "benchmarks" / "results"
@@ -106,7 +105,7 @@ class Report:
     """The results as far as they have come, on disk after every stage."""
 
     def __init__(self, environment: dict[str, Any], results: Path, out: Path | None) -> None:
-        date = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+        date = now()
         self._metadata = {"device": "cuda", "date": date, "commit": commit(), **environment}
         self._path = results / file_name(date, environment["gpu"])
         self._out = out

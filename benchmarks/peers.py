@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any, TypeAlias
 
@@ -15,57 +15,42 @@ from benchmarks.cases import APEX, CAPTURABLE, FOR_LOOP, FOREACH, FUSED, NEXUS_T
 from nexus import backends
 
 PEAK_LR = 1e-3
+# Said to each, since their defaults differ.
+OPTIONS: dict[str, Any] = {"lr": PEAK_LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 Groups: TypeAlias = list[dict[str, Any]]
-
-# Said to each, since their defaults differ.
-_OPTIONS: dict[str, Any] = {"lr": PEAK_LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
 
 @dataclass(frozen=True)
 class Peer:
     """One of them."""
 
-    make: Callable[[Groups, torch.device], Optimizer]
-    capturable: bool = False  # whether a CUDA graph may hold its step
-    module: str = "torch"
+    how: Mapping[str, Any] = field(default_factory=dict)  # options of its own
+    module: str = "torch.optim"
+    name: str = "AdamW"
     distribution: str = "torch"
 
+    @property
+    def capturable(self) -> bool:
+        """Whether a CUDA graph may hold its step."""
+        return bool(self.how.get("capturable"))
 
-def _torch(**how: Any) -> Callable[[Groups, torch.device], Optimizer]:
-    return lambda groups, device: torch.optim.AdamW(groups, **_OPTIONS, **how)
-
-
-def _capturable(groups: Groups, device: torch.device) -> Optimizer:
-    # A tensor for each group: a scheduler writes to it, and torch would share one among all.
-    own = [{**group, "lr": torch.tensor(PEAK_LR, device=device)} for group in groups]
-    return torch.optim.AdamW(own, **_OPTIONS, fused=True, capturable=True)
-
-
-def _optimi(groups: Groups, device: torch.device) -> Optimizer:
-    optimizer: Optimizer = importlib.import_module("optimi").AdamW(groups, **_OPTIONS)
-    return optimizer
-
-
-def _torchao(groups: Groups, device: torch.device) -> Optimizer:
-    optimizer: Optimizer = importlib.import_module("torchao.optim")._AdamW(groups, **_OPTIONS)
-    return optimizer
-
-
-def _apex(groups: Groups, device: torch.device) -> Optimizer:
-    fused_adam = importlib.import_module("apex.optimizers").FusedAdam
-    optimizer: Optimizer = fused_adam(groups, **_OPTIONS, adam_w_mode=True)
-    return optimizer
+    def make(self, groups: Groups, device: torch.device) -> Optimizer:
+        """Over these groups."""
+        if self.capturable:  # a tensor for each group: a scheduler writes to it, and torch would share one among all
+            groups = [{**group, "lr": torch.tensor(PEAK_LR, device=device)} for group in groups]
+        optimizer: Optimizer = getattr(importlib.import_module(self.module), self.name)(groups, **OPTIONS, **self.how)
+        return optimizer
 
 
 PEERS = {
-    FUSED: Peer(_torch(fused=True)),
-    CAPTURABLE: Peer(_capturable, capturable=True),
-    FOREACH: Peer(_torch(foreach=True)),
-    FOR_LOOP: Peer(_torch(foreach=False, fused=False)),
-    OPTIMI: Peer(_optimi, module="optimi", distribution="torch-optimi"),
-    TORCHAO: Peer(_torchao, module="torchao.optim", distribution="torchao"),
-    APEX: Peer(_apex, module="apex.optimizers", distribution="apex"),
+    FUSED: Peer({"fused": True}),
+    CAPTURABLE: Peer({"fused": True, "capturable": True}),
+    FOREACH: Peer({"foreach": True}),
+    FOR_LOOP: Peer({"foreach": False, "fused": False}),
+    OPTIMI: Peer({}, "optimi", "AdamW", "torch-optimi"),
+    TORCHAO: Peer({}, "torchao.optim", "_AdamW", "torchao"),
+    APEX: Peer({"adam_w_mode": True}, "apex.optimizers", "FusedAdam", "apex"),
 }
 
 
@@ -77,8 +62,8 @@ def unavailable(name: str) -> str | None:
             return "this nexus has no Triton backend"
         if not ways["triton"].available:
             return ways["triton"].detail
-        if "cuda" not in ways or not ways["cuda"].available:
-            return "nexus itself runs in Triton here"
+        return None if "cuda" in ways and ways["cuda"].available else "nexus itself runs in Triton here"
+    if name not in PEERS:  # a copy, or a training loop
         return None
     try:
         importlib.import_module(PEERS[name].module)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import io
-import os
 from pathlib import Path
 from typing import Any
 
@@ -11,10 +9,25 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
-from benchmarks.cases import APEX, CAPTURABLE, CUDA, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
+from benchmarks.cases import (
+    APEX,
+    CAPTURABLE,
+    CUDA,
+    FOR_LOOP,
+    FOREACH,
+    FUSED,
+    NEXUS_EAGER,
+    NEXUS_TRITON,
+    OPTIMI,
+    TORCH_FUSED_LOOP,
+    TORCH_GRAPH,
+    TORCH_LOOP,
+    TORCHAO,
+    TRAINING_CASES,
+)
 from benchmarks.rows import Comparison, Row, Spread
 from benchmarks.table import conditions
-from benchmarks.training_cases import NEXUS_EAGER, TORCH_FUSED_LOOP, TORCH_GRAPH, TORCH_LOOP, TRAINING_CASES
+from nexus.plot import save
 
 COLORS = {
     FUSED: "#2563a8",
@@ -60,27 +73,20 @@ def draw(rows: list[Row], data: dict[str, Any], path: Path) -> None:
     used = [name for name in COLORS if any(row.peer == name for row in rows)]
     patches = [Patch(color=COLORS[name], label=LABELS.get(name, name)) for name in used]
     figure.legend(handles=patches, frameon=False, loc="outside lower center", ncols=4)
-    figure.suptitle(
-        f"How many times as fast is nexus?\n{_conditions(data)}", x=0.01, horizontalalignment="left", color=INK
-    )
-    _save(figure, path)
+    figure.suptitle(_title(data), x=0.01, horizontalalignment="left", color=INK)
+    save(figure, path)
 
 
 def _panels(rows: list[Row]) -> dict[str, list[Comparison | None]]:
     """What is drawn side by side, of each row."""
     if all(row.device != CUDA for row in rows):
         return {"": [row.time for row in rows]}
+    times: dict[str, list[Comparison | None]] = {"time of the device": [row.time for row in rows]}
+    hosts = [row.host for row in rows]
     if all(row.case in TRAINING_CASES for row in rows):
-        return {
-            "steps a second": [row.loop for row in rows],
-            "time of the device": [row.time for row in rows],
-            "time of the host": [row.host for row in rows],
-        }
-    return {
-        "time of the device": [row.time for row in rows],
-        "time of the host, step by step": [row.host for row in rows],
-        "time of the host, replaying a graph": [row.replay_host for row in rows],
-    }
+        return {"steps a second": [row.loop for row in rows], **times, "time of the host": hosts}
+    replays = [row.replay_host for row in rows]
+    return {**times, "time of the host, step by step": hosts, "time of the host, replaying a graph": replays}
 
 
 def _draw_bars(axes: Any, rows: list[Row], heights: list[float], ratios: list[Spread | None]) -> None:
@@ -130,20 +136,10 @@ def _places(rows: list[Row]) -> tuple[list[float], list[tuple[float, str]]]:
     return heights, [(sum(at) / len(at), f"{title}\n{job}") for (title, job), at in jobs.items()]
 
 
-def _conditions(data: dict[str, Any]) -> str:
+def _title(data: dict[str, Any]) -> str:
     day = data["date"].partition("T")[0]
     return (
+        "How many times as fast is nexus?\n"
         "Medians and 20th to 80th percentiles of pairs timed in turns.\n"
         f"{conditions(data)}, torch {data['torch']}, {day}"
     )
-
-
-def _save(figure: Figure, path: Path) -> None:
-    content = io.BytesIO()
-    figure.savefig(content, format="png", metadata={"Software": None})
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(content.getvalue())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)

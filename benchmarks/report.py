@@ -1,46 +1,39 @@
-"""The JSON file: the measurements, with everything needed to read them later."""
+"""The JSON file: the measurements, with everything needed to read them later. Importing this needs no torch."""
 
 from __future__ import annotations
 
 import datetime
 import importlib
+import json
 import os
 import platform
 import re
-from dataclasses import asdict, dataclass, field
+import subprocess
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
-
-from benchmarks.host import HostRow
-from benchmarks.provenance import commit, file_name, write_json
-from benchmarks.rows import LeftOut, Row
-from benchmarks.timing import Cpu, Device
+from benchmarks.rows import Results, Row
 from nexus import __version__
-from nexus.backends import native
+from nexus.files import write_whole
 
+if TYPE_CHECKING:
+    from benchmarks.timing import Device
+
+ROOT = Path(__file__).parents[1]
 FORMAT = 2  # of the JSON file; it has the keys of format 1, and more
 
 
-@dataclass
-class Results:
-    """Of one run, as far as it has come."""
+def metadata(device: Device) -> dict[str, Any]:
+    """What the times depend on, and when they were taken."""
+    import torch
 
-    metadata: dict[str, Any]
-    rows: list[Row] = field(default_factory=list)
-    left_out: list[LeftOut] = field(default_factory=list)
-    host: list[HostRow] = field(default_factory=list)
-    complete: bool = False
+    from nexus.backends import native
 
-
-def metadata(device: Device | None = None) -> dict[str, Any]:
-    """What the times depend on, and when they were taken. The device is the CPU by default."""
-    device = device or Cpu()
     extension = importlib.import_module("nexus._native") if native.unavailable() is None else None
     return {
         "device": device.kind,
-        "date": datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+        "date": now(),
         "nexus": __version__,
         "commit": commit(),
         "torch": torch.__version__,
@@ -71,6 +64,39 @@ def _flat(row: Row) -> dict[str, Any]:
     time = record.pop("time")
     medians = {"nexus_us": time["nexus"]["median"], "peer_us": time["peer"]["median"], "ratio": time["ratio"]}
     return {**record, **medians, "nexus_spread": time["nexus"], "peer_spread": time["peer"]}
+
+
+def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all."""
+    text = json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def file_name(date: str, device: str) -> str:
+    """`<date>_<device>.json`, of an ISO date with or without its time and of what the device calls itself."""
+    name = device.lower().replace("(r)", "").replace("(tm)", "")
+    return f"{date.partition('T')[0]}_{re.sub(r'[^a-z0-9]+', '-', name).strip('-')}.json"
+
+
+def now() -> str:
+    """The local date and time with its zone, to the second."""
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def commit() -> str | None:
+    """Of the checkout that this is; with a `+` if files have changed since.
+
+    For a copy without its history, the environment's NEXUS_COMMIT says it.
+    """
+    if not (ROOT / ".git").exists():
+        return os.environ.get("NEXUS_COMMIT") or None
+    git = ["git", "-C", str(ROOT)]
+    try:
+        revision = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], check=True, capture_output=True)
+        changes = subprocess.run([*git, "status", "--porcelain", "-uno"], check=True, capture_output=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return revision.stdout.decode().strip() + "+" * bool(changes.stdout.strip())
 
 
 def cpu_name() -> str:

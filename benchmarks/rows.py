@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -72,6 +73,26 @@ class LeftOut:
     peer: str
     reason: str
     failed: bool  # by a fault of nexus's, or since the two sides disagree: the run has then failed
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """A quantity of the second table."""
+
+    what: str
+    unit: str
+    value: Spread
+
+
+@dataclass
+class Results:
+    """Of one run, as far as it has come."""
+
+    metadata: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    host: list[HostRow] = field(default_factory=list)
+    complete: bool = False
 
 
 def _quantile(ordered: Sequence[float], q: float) -> float:

@@ -4,70 +4,49 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cases import COPY, CUDA
-from benchmarks.host import HostRow
-from benchmarks.rows import Comparison, LeftOut, Row, Spread
-from benchmarks.training_cases import TRAINING_CASES
+from benchmarks.cases import COPY, CUDA, TRAINING_CASES
+from benchmarks.rows import Comparison, HostRow, LeftOut, Row, Spread
 
 PEER_NAMES = {COPY: "copy of as much"}
-
-_LINE = "{:<7} {:>7} {:>11}  {:<22} {:>9}  {:<18} {:>9}  {}"
-HEADING = _LINE.format(
-    "case", "tensors", "elements", "job", "nexus µs", "torch's AdamW", "its µs", "nexus is … times as fast [p20, p80]"
-)
-_CUDA_LINE = "{:<12} {:<22}  {:<18} {:>19} {:>19}  {:>19} {:>19}  {}"
-CUDA_HEADING = "\n".join(
-    (
-        _CUDA_LINE.format("", "", "", "µs of the device", "µs of the host", "replay: device", "replay: host", ""),
-        _CUDA_LINE.format("case", "job", "peer", *["nexus / peer"] * 4, "times as fast [p20, p80]"),
-    )
-)
-_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17}  {}"
-_CUDA_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17} {:>19} {:>17}  {}"
+SPEED = "times as fast [p20, p80]"
 HOST_HEADING = f"{'host time':<60} {'median [p20, p80]'}"
 
+_LINE = "{:<7} {:>7} {:>11}  {:<22} {:>9}  {:<18} {:>9}  {}"
+_CUDA_LINE = "{:<12} {:<22}  {:<18} {:>19} {:>19}  {:>19} {:>19}  {}"
+_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17}  {}"
+_CUDA_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17} {:>19} {:>17}  {}"
 
-def heading(device: str) -> str:
-    """Over the rows."""
-    return CUDA_HEADING if device == CUDA else HEADING
 
-
-def training_heading(device: str) -> str:
-    """Over the rows of whole training steps."""
-    columns = ["steps a second", "µs of the device", "µs of the host"][: 3 if device == CUDA else 1]
-    of = _CUDA_TRAINING_LINE if device == CUDA else _TRAINING_LINE
-    names = ("case", "job", "peer", *["nexus / peer"] * len(columns), "times as fast [p20, p80]")
-    return f"{of.format('', '', '', *columns, '').rstrip()}\n{of.format(*names)}"
+def heading(device: str, training: bool = False) -> str:
+    """Over the rows, of steps of the optimizer or of whole training steps."""
+    times = ["µs of the device", "µs of the host"]
+    if training:
+        columns = ["steps a second", *times] if device == CUDA else ["steps a second"]
+        line = _CUDA_TRAINING_LINE if device == CUDA else _TRAINING_LINE
+    elif device == CUDA:
+        columns, line = [*times, "replay: device", "replay: host"], _CUDA_LINE
+    else:
+        names = ("case", "tensors", "elements", "job", "nexus µs", "torch's AdamW", "its µs", f"nexus is … {SPEED}")
+        return _LINE.format(*names)
+    below = line.format("case", "job", "peer", *["nexus / peer"] * len(columns), SPEED)
+    return f"{line.format('', '', '', *columns, '').rstrip()}\n{below}"
 
 
 def line(row: Row) -> str:
     """A row of the table."""
+    names = (row.case, row.job, PEER_NAMES.get(row.peer, row.peer))
     if row.case in TRAINING_CASES:
-        return _training_line(row)
-    speed = _ratio(row.time)
+        whole = row.loop or row.time
+        rates = " / ".join("–" if us is None else figures(1e6 / us.median) for us in (whole.nexus, whole.peer))
+        if row.device == CUDA:
+            return _CUDA_TRAINING_LINE.format(*names, rates, _both(row.time), _both(row.host), _ratio(whole))
+        return _TRAINING_LINE.format(*names, rates, _ratio(whole))
     if row.device == CUDA:
         times = (_both(part) for part in (row.time, row.host, row.replay, row.replay_host))
-        text = _CUDA_LINE.format(row.case, row.job, PEER_NAMES.get(row.peer, row.peer), *times, speed)
-        return text + (f" ({row.remark})" if row.remark else "")
-    return _LINE.format(
-        row.case,
-        row.tensors,
-        f"{row.elements:,}",
-        row.job,
-        microseconds(row.time.nexus.median),
-        PEER_NAMES.get(row.peer, row.peer),
-        _median(row.time.peer),
-        speed,
-    )
-
-
-def _training_line(row: Row) -> str:
-    whole = row.loop or row.time
-    rates = " / ".join("–" if us is None else figures(1e6 / us.median) for us in (whole.nexus, whole.peer))
-    if row.device == CUDA:
-        times = (_both(row.time), _both(row.host))
-        return _CUDA_TRAINING_LINE.format(row.case, row.job, row.peer, rates, *times, _ratio(whole))
-    return _TRAINING_LINE.format(row.case, row.job, row.peer, rates, _ratio(whole))
+        return _CUDA_LINE.format(*names, *times, _ratio(row.time)) + (f" ({row.remark})" if row.remark else "")
+    case, job, peer = names
+    nexus, its = _median(row.time.nexus), _median(row.time.peer)
+    return _LINE.format(case, row.tensors, f"{row.elements:,}", job, nexus, peer, its, _ratio(row.time))
 
 
 def left_out_line(left_out: LeftOut) -> str:
@@ -78,9 +57,8 @@ def left_out_line(left_out: LeftOut) -> str:
 
 def host_line(row: HostRow) -> str:
     """A row of the second table."""
-    text = figures(row.value.median)
-    if row.value.p20 != row.value.p80:
-        text += f" [{figures(row.value.p20)}, {figures(row.value.p80)}]"
+    value = row.value
+    text = figures(value.median) if value.p20 == value.p80 else _spread(value)
     return f"{row.what:<60} {text} {row.unit}".rstrip()
 
 
@@ -98,20 +76,11 @@ def headline(data: dict[str, Any]) -> str:
 def conditions(data: dict[str, Any]) -> str:
     """The hardware, in words."""
     sets = f", {data['instruction_set']}" if data["instruction_set"] else ""
-    cpu = f"{data['cpu']}, {data['cores']} cores{sets}; {threads(data)}"
+    threads = f"{data['threads']} thread{'s' * (data['threads'] > 1)}"
+    cpu = f"{data['cpu']}, {data['cores']} cores{sets}; {threads}"
     if "gpu" not in data:
         return cpu
     return f"{data['gpu']}, driver {data['driver']}, CUDA {data['cuda']}, Triton {data['triton']}; {cpu}"
-
-
-def threads(data: dict[str, Any]) -> str:
-    """How many, in words."""
-    return f"{data['threads']} thread{'s' * (data['threads'] > 1)}"
-
-
-def microseconds(value: float) -> str:
-    """Three figures or more."""
-    return f"{value:,.0f}" if value >= 100 else figures(value)
 
 
 def figures(value: float) -> str:
@@ -123,8 +92,11 @@ def figures(value: float) -> str:
 
 
 def _ratio(times: Comparison) -> str:
-    ratio = times.ratio
-    return "" if ratio is None else f"{figures(ratio.median)} [{figures(ratio.p20)}, {figures(ratio.p80)}]"
+    return "" if times.ratio is None else _spread(times.ratio)
+
+
+def _spread(value: Spread) -> str:
+    return f"{figures(value.median)} [{figures(value.p20)}, {figures(value.p80)}]"
 
 
 def _both(times: Comparison | None) -> str:
@@ -132,4 +104,4 @@ def _both(times: Comparison | None) -> str:
 
 
 def _median(spread: Spread | None) -> str:
-    return "–" if spread is None else microseconds(spread.median)
+    return "–" if spread is None else figures(spread.median)

@@ -1,4 +1,4 @@
-"""Where calls are timed: on the CPU by its clock, on a GPU by the device's own."""
+"""Where calls are timed, and how two of them are: in turns."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -26,53 +26,31 @@ class Sample:
     host_us: float  # until it returned
 
 
-class Device(Protocol):
-    """Where the tensors are, and how to time what is done with them."""
+class Device:
+    """Where the tensors are, and how to time what is done with them: the processor. A GPU is a subclass."""
 
-    kind: str
-    where: torch.device
-    limit_s: float | None  # for all pairs of one comparison: beyond it, fewer are timed
+    kind = CPU
+    where = torch.device("cpu")
+    limit_s: float | None = None  # for all pairs of one comparison: beyond it, fewer are timed
 
     def metadata(self) -> dict[str, Any]:
         """What times depend on, beyond the processor; a GPU's name is `"gpu"`."""
+        return {}
 
     def sample(self, call: Callable[[], object]) -> Sample:
         """Time `call`, which may be made more than once."""
+        taken = microseconds(call)
+        return Sample(taken, taken)
 
     def wait(self) -> None:
         """Return when the device has done all that it was given."""
 
     def capture(self, warm: Callable[[], object], body: Callable[[], object]) -> Callable[[], object] | None:
         """What replays `body`, after it was run as `warm`; None where there are no graphs."""
-
-    def free_bytes(self) -> int | None:
-        """Memory that may still be taken, where that is known."""
-
-    def settle(self) -> None:
-        """Give back the memory of what has been dropped."""
-
-
-class Cpu:
-    """This machine's processor."""
-
-    kind = CPU
-    where = torch.device("cpu")
-    limit_s: float | None = None
-
-    def metadata(self) -> dict[str, Any]:
-        return {}
-
-    def sample(self, call: Callable[[], object]) -> Sample:
-        taken = microseconds(call)
-        return Sample(taken, taken)
-
-    def wait(self) -> None:
-        pass
-
-    def capture(self, warm: Callable[[], object], body: Callable[[], object]) -> Callable[[], object] | None:
         return None
 
     def free_bytes(self) -> int | None:
+        """Memory that may still be taken, where that is known."""
         try:
             lines = Path("/proc/meminfo").read_text().splitlines()
         except OSError:
@@ -81,7 +59,11 @@ class Cpu:
         return None if kilobytes is None else int(kilobytes) * 1024
 
     def settle(self) -> None:
+        """Give back the memory of what has been dropped."""
         gc.collect()
+
+
+PROCESSOR = Device()
 
 
 def microseconds(call: Callable[[], object]) -> float:

@@ -1,101 +1,261 @@
-"""Sets whole training steps with nexus beside torch's loops."""
+"""Training loops over models of their own with the same parameters: each call is one step on the next batch.
+
+The models, and what they learn, are made up on the spot; they are learnable.
+"""
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from benchmarks import trainees
-from benchmarks.cases import CUDA
-from benchmarks.measure import CPU_DEVICE, Disagreement, PeerFailure, described, guarded
-from benchmarks.rows import Comparison, LeftOut, Row
-from benchmarks.timing import Device, interleaved, microseconds
-from benchmarks.trainees import Trainee
-from benchmarks.training_cases import PEERS, TrainingCase
+import torch
+import torch.nn.functional as F
+from gpt.model import GPT, Block, GPTConfig
+from gpt.run import Size
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 
-CPU_LIMIT_S = 8.0  # of a comparison; a busy machine makes the many small operations of a step very slow
+from benchmarks import peers
+from benchmarks.cases import (
+    CAPTURABLE,
+    CAPTURED,
+    CUDA,
+    DEMO_GPT,
+    FOREACH,
+    FUSED,
+    MLP,
+    NEXUS_EAGER,
+    TORCH_FUSED_LOOP,
+    TORCH_GRAPH,
+    TORCH_LOOP,
+    TrainingCase,
+)
+from benchmarks.peers import PEAK_LR
+from benchmarks.timing import PROCESSOR, Device
+from nexus.optim import FusedAdamW
+from nexus.schedules import WSD
+from nexus.training import capture_train_step
+
+BATCHES = 4  # different ones, over and over
+MLP_BATCH, MLP_WIDTHS = 64, (784, 256, 10)
 CHECKED_STEPS = 20
-TOLERANCE, TOLERANCE_AUTOCAST = 5e-3, 5e-2
-"""Of the difference between two loops' losses in the first steps, as a share of the way that the loss goes. Rounding
-is a tenth of that or less."""
+WARMUP_STEPS = 10
+MAX_GRAD_NORM = 0.5  # below the norm of most steps
+SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
+
+Batch = tuple[Tensor, Tensor]
+TrainStep = Callable[[Tensor, Tensor], Tensor]
 
 
-def measure_training(case: TrainingCase, repeats: int, device: Device = CPU_DEVICE) -> Iterator[Row | LeftOut]:
-    """Time a case: every job, beside every peer, at most `repeats` pairs each.
-
-    Whatever one of them ends in, the others go on.
-    """
-    for job in case.jobs_on(device.kind):
-        for name in PEERS[device.kind, job]:
-            yield guarded(partial(_beside, case, job, name, repeats, device), case.name, job, name)
-            device.settle()
+def warmup(step: int) -> float:
+    """The factor that `LambdaLR` multiplies `PEAK_LR` by; `SCHEDULE` says the same."""
+    return min(1.0, step / WARMUP_STEPS)
 
 
-def _beside(case: TrainingCase, job: str, name: str, repeats: int, device: Device) -> Row:
-    ours = trainees.nexus(case, job, device)
-    theirs = _peer(case, job, name, device)
-    difference = _checked(case, job, name, ours, theirs)
-    first, second = partial(device.sample, ours.call), partial(device.sample, theirs.call)
-    pairs = interleaved(first, second, repeats, device.limit_s or CPU_LIMIT_S)
-    parameters = list(ours.model.parameters())
-    row = Row(
-        case=case.name,
-        title=case.title,
-        device=device.kind,
-        dtype="float32, autocast to bfloat16" if case.autocast else "float32",
-        tensors=len(parameters),
-        elements=sum(parameter.numel() for parameter in parameters),
-        groups=1,
-        job=job,
-        peer=name,
-        backend=ours.backend,
-        time=Comparison.of([(a.us, b.us) for a, b in pairs]),
-        pairs=len(pairs),
-        difference=difference,
-        bytes_moved=None,
-        host=Comparison.of([(a.host_us, b.host_us) for a, b in pairs]) if device.kind == CUDA else None,
-        loop=_loop(case, ours, theirs, repeats, device) if device.kind == CUDA else None,
-    )
-    if not math.isfinite(float(ours.call())):
-        raise Disagreement(f"{case.name}, {job}: the loss is no longer finite")
-    return row
+@dataclass(frozen=True)
+class GPT2Config(GPTConfig):
+    """That of the smallest GPT-2."""
+
+    layers: int = 12
+    heads: int = 12
+    width: int = 768
+    context: int = 1024
+    vocabulary: int = 50257
 
 
-def _peer(case: TrainingCase, job: str, name: str, device: Device) -> Trainee:
-    """One that has taken its first steps, which tells a peer's own failures from those of nexus."""
-    try:
-        theirs = trainees.peer(case, job, name, device)
-        theirs.read_losses(CHECKED_STEPS)
-    except Exception as error:
-        raise PeerFailure(described(error)) from error
-    return theirs
+class GPT2(nn.Module):
+    """Radford et al. 2019: learned positions, biases, the output tied to the embedding; without dropout."""
+
+    def __init__(self, config: GPT2Config) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.positions = nn.Embedding(config.context, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.norm = nn.LayerNorm(config.width)
+        for parameter in self.parameters():
+            if parameter.dim() == 2:
+                nn.init.normal_(parameter, std=0.02)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Logits (batch, length, vocabulary) of the token after each of `tokens` (batch, length)."""
+        x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
+        for block in self.blocks:
+            x = block(x)
+        return F.linear(self.norm(x), self.embedding.weight)
 
 
-def _checked(case: TrainingCase, job: str, name: str, ours: Trainee, theirs: Trainee) -> float:
-    """How far the losses of the first steps are apart, as a share of the way that the peer's goes."""
-    a, b = ours.read_losses(CHECKED_STEPS), theirs.read_losses(CHECKED_STEPS)
-    way = max(b) - min(b)
-    difference = max(abs(x - y) for x, y in zip(a, b, strict=True)) / way if way else math.inf
-    if not difference < (TOLERANCE_AUTOCAST if case.autocast else TOLERANCE):
-        raise Disagreement(
-            f"{case.name}, {job}: the losses of nexus and of its peer ({name}) differ by {difference:.1e} of the way "
-            "that they went"
-        )
-    return difference
+def make_model(case: TrainingCase, device: Device = PROCESSOR) -> nn.Module:
+    """The same at every call, parameters included."""
+    with torch.random.fork_rng([device.where] if device.where.type == CUDA else []), device.where:
+        torch.manual_seed(0)
+        if case.model == MLP:
+            wide, hidden, classes = MLP_WIDTHS
+            return nn.Sequential(nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, classes))
+        if case.model == DEMO_GPT:
+            return GPT(Size().model)
+        return GPT2(GPT2Config())
 
 
-def _loop(case: TrainingCase, ours: Trainee, theirs: Trainee, repeats: int, device: Device) -> Comparison:
-    """What a step takes of several that are enqueued in a row, until the device has done the last."""
-    first, second = (partial(_step_us, case, side.call, device) for side in (ours, theirs))
-    return Comparison.of(interleaved(first, second, repeats, device.limit_s))
+def make_batches(case: TrainingCase, device: Device = PROCESSOR) -> list[Batch]:
+    """Inputs and targets on the device, the same at every call."""
+    generator = torch.Generator().manual_seed(1)
+    batches = []
+    for _ in range(BATCHES):
+        if case.model == MLP:
+            inputs = torch.randn(MLP_BATCH, MLP_WIDTHS[0], generator=generator)
+            batches.append((inputs, inputs[:, : MLP_WIDTHS[-1]].argmax(1)))
+            continue
+        rows, length, vocabulary = _token_sizes(case, device)
+        starts = torch.randint(vocabulary, (rows, 1), generator=generator)
+        tokens = (starts + 3 * torch.arange(length + 1)) % vocabulary
+        batches.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
+    return [(inputs.to(device.where), targets.to(device.where)) for inputs, targets in batches]
 
 
-def _step_us(case: TrainingCase, call: Callable[[], object], device: Device) -> float:
-    def loop() -> None:
-        for _ in range(case.loop_steps):
-            call()
-        device.wait()
+def _token_sizes(case: TrainingCase, device: Device) -> tuple[int, int, int]:
+    """Rows and length of a batch, and the vocabulary."""
+    if case.model == DEMO_GPT:
+        size = Size()
+        return size.batch, size.model.context, 256
+    config = GPT2Config()
+    return (8, config.context, config.vocabulary) if device.where.type == CUDA else (1, 128, config.vocabulary)
 
-    device.wait()
-    return microseconds(loop) / case.loop_steps
+
+def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy."""
+    return F.cross_entropy(model(inputs).flatten(0, -2), targets.flatten())
+
+
+class Trainee:
+    """A loop at some step; `step` does one, and may be replaced by another way to do it."""
+
+    compared, remark = "losses", ""
+
+    def __init__(self, case: TrainingCase, device: Device) -> None:
+        self.model = make_model(case, device)
+        self.params = list(self.model.parameters())
+        self.backend = ""  # of nexus
+        self.losses: list[float] = []  # of the first steps, by `read_losses`
+        self.batches = make_batches(case, device)
+        self.step: TrainStep
+        self._taken = 0
+        self._last: Tensor
+        self._autocast = _autocast(case, device)
+
+    def call(self) -> Tensor:
+        """Train on the next batch. The loss may be overwritten by the next call."""
+        batch = self.batches[self._taken % BATCHES]
+        self._taken += 1
+        self._last = self.step(*batch)
+        return self._last
+
+    def update(
+        self, optimizer: torch.optim.Optimizer, inputs: Tensor, targets: Tensor, clips: bool = False
+    ) -> Tensor:
+        """What every loop does, from zero_grad to the optimizer's step; nexus's `clips` by itself."""
+        optimizer.zero_grad()
+        with self._autocast():
+            loss = loss_of(self.model, inputs, targets)
+        loss.backward()  # type: ignore[no-untyped-call]
+        if not clips:
+            torch.nn.utils.clip_grad_norm_(self.params, MAX_GRAD_NORM)
+        optimizer.step()
+        return loss.detach()
+
+    def read_losses(self, count: int) -> list[float]:
+        """Train until `count` losses are known; to be used from the first step on."""
+        while len(self.losses) < count:
+            self.losses.append(float(self.call()))
+        return self.losses[:count]
+
+    def prepare(self) -> None:
+        """The steps whose losses are compared."""
+        self.read_losses(CHECKED_STEPS)
+
+    def difference(self, other: Trainee) -> float:
+        """How far the losses of the first steps are apart, as a share of the way that the other's goes.
+
+        NaN where the loss has stopped being finite since.
+        """
+        a, b = self.read_losses(CHECKED_STEPS), other.read_losses(CHECKED_STEPS)
+        way = max(b) - min(b)
+        if not way or not math.isfinite(float(self._last)):
+            return math.nan
+        return max(abs(x - y) for x, y in zip(a, b, strict=True)) / way
+
+
+def nexus(case: TrainingCase, job: str, device: Device = PROCESSOR) -> Trainee:
+    """The loop with this package's optimizer; where the job says so, and where there is CUDA, captured."""
+    trainee = Trainee(case, device)
+    optimizer = FusedAdamW(trainee.params, lr=SCHEDULE, max_grad_norm=MAX_GRAD_NORM)
+
+    def train_step(inputs: Tensor, targets: Tensor) -> Tensor:
+        return trainee.update(optimizer, inputs, targets, clips=True)
+
+    trainee.step = capture_train_step(train_step, optimizer) if job == CAPTURED else train_step
+    trainee.backend = optimizer.backend
+    return trainee
+
+
+def peer(case: TrainingCase, job: str, name: str, device: Device = PROCESSOR) -> Trainee:
+    """The loop that `name` stands for."""
+    if name == NEXUS_EAGER:
+        return nexus(case, name, device)
+    trainee = Trainee(case, device)
+    way = {TORCH_LOOP: FOREACH, TORCH_FUSED_LOOP: FUSED, TORCH_GRAPH: CAPTURABLE}[name]
+    optimizer = peers.PEERS[way].make([{"params": trainee.params}], device.where)
+    if name == TORCH_GRAPH:
+        _capture(trainee, optimizer, device)
+        return trainee
+    scheduler = LambdaLR(optimizer, warmup)
+
+    def train_step(inputs: Tensor, targets: Tensor) -> Tensor:
+        loss = trainee.update(optimizer, inputs, targets)
+        scheduler.step()
+        return loss
+
+    trainee.step = train_step
+    return trainee
+
+
+def _capture(trainee: Trainee, optimizer: torch.optim.Optimizer, device: Device) -> None:
+    """As an expert writes it: one graph, static inputs, and a rate that the host fills in before each replay."""
+    rate = optimizer.param_groups[0]["lr"]
+    static = [tensor.clone() for tensor in trainee.batches[0]]
+    completed = 0
+    loss = torch.zeros(())
+
+    def set_rate() -> None:
+        nonlocal completed
+        rate.fill_(PEAK_LR * warmup(completed))
+        completed += 1
+
+    def eager_step(inputs: Tensor, targets: Tensor) -> Tensor:
+        set_rate()
+        return trainee.update(optimizer, inputs, targets)
+
+    def body() -> None:
+        nonlocal loss
+        loss = trainee.update(optimizer, static[0], static[1])
+
+    trainee.step = eager_step
+    replay = device.capture(lambda: trainee.losses.append(float(trainee.call())), body)
+    if replay is None:
+        raise RuntimeError("there are no graphs on this device")
+
+    def graph_step(inputs: Tensor, targets: Tensor) -> Tensor:
+        for place, given in zip(static, (inputs, targets), strict=True):
+            place.copy_(given)
+        set_rate()
+        replay()
+        return loss
+
+    trainee.step = graph_step
+
+
+def _autocast(case: TrainingCase, device: Device) -> Callable[[], contextlib.AbstractContextManager[object]]:
+    if not case.autocast:
+        return contextlib.nullcontext
+    return lambda: torch.autocast(device.where.type, dtype=torch.bfloat16)

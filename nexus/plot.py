@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import argparse
-import io
 import itertools
 import os
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nexus.arguments import MAX_STEP, check_count
+from nexus.files import write_whole
 from nexus.schedules import WSD, CosineRestarts, Schedule
 from nexus.schedules.curves import DECAYS
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 KINDS: dict[str, Schedule] = {kind._name: kind(**kind._plotted) for kind in Schedule._types.values() if kind._name}
 """What `plot KIND` draws where nothing else is said."""
@@ -143,9 +148,23 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
     axes.plot(points, rates, color="#1f2933", linewidth=1.8, solid_joinstyle="round")
     axes.set_xlim(0, max(1, steps - 1))
     axes.set_ylim(0, 1.14 * (max(rates) or 1.0))
+    name_phases(axes, schedule, steps)
+    axes.set_title(repr(schedule), fontsize=10, pad=10)
+    axes.set_xlabel("completed updates t")
+    axes.set_ylabel("learning rate")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, Path(path))
+
+
+def name_phases(axes: Axes, schedule: Schedule, steps: int) -> None:
+    """Colors the background of each phase of the first `steps` updates, and writes its name at the top."""
     for number, span in enumerate(spans(schedule, steps)):
         color = COLORS.get(span.name, CYCLE_COLORS[number % 2])
-        axes.axvspan(span.start, min(span.stop, steps - 1), color=color, alpha=0.16, linewidth=0)
+        axes.axvspan(span.start, span.stop, color=color, alpha=0.16, linewidth=0)
         share = (span.stop - span.start) / steps
         if share > 0.015:
             axes.text(
@@ -158,28 +177,11 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
                 verticalalignment="top",
                 color="#3e4c59",
             )
-    axes.set_title(repr(schedule), fontsize=10, pad=10)
-    axes.set_xlabel("completed updates t")
-    axes.set_ylabel("learning rate")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
-    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
-    axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
-    axes.grid(alpha=0.25)
-    axes.spines[["top", "right"]].set_visible(False)
-    picture = io.BytesIO()
-    figure.savefig(picture, format="png", metadata={"Software": None})
-    _write_whole(Path(path), picture.getvalue())
 
 
-def _write_whole(path: Path, data: bytes) -> None:
-    if path.exists() and not path.is_file():  # such as a folder, or /dev/null, which must not be replaced
-        raise OSError("not a regular file")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+def save(figure: Figure, path: Path) -> None:
+    """Writes a PNG, whole or not at all."""
+    write_whole(path, partial(figure.savefig, format="png", metadata={"Software": None}))
 
 
 def _count_or_none(text: str) -> int | None:
@@ -230,7 +232,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         draw(schedule, args.output, steps)
     except ImportError as error:
-        return _refuse(f"a picture needs matplotlib ({error}): pip install 'nexus-optim[demo]'")
+        return _refuse(f"a picture needs matplotlib ({error}): pip install 'nexus-optim[plot]'")
     except OSError as error:
         return _refuse(f"cannot write {args.output!r}: {error.strerror or error}")
     print(args.output)

@@ -1,26 +1,25 @@
-"""A device for the benchmark that only looks like a GPU."""
+"""A device for the benchmark that only looks like a GPU, and what makes a benchmark quick to test."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.cases import CUDA
-from benchmarks.timing import Sample
+from benchmarks.timing import Device, Sample
 
 
-class FakeGpu:
+class FakeGpu(Device):
     """Runs everything on the CPU, and says that each call took the device 10 µs and the host 5."""
 
     kind = CUDA
-    where = torch.device("cpu")
-    limit_s: float | None = None
 
     def __init__(self) -> None:
         self.captured = 0
-        self.settled = 0
 
     def metadata(self) -> dict[str, Any]:
         return {"gpu": "NVIDIA Fake 1", "driver": "1.0", "cuda": "13.0", "triton": "3.6.0"}
@@ -28,9 +27,6 @@ class FakeGpu:
     def sample(self, call: Callable[[], object]) -> Sample:
         call()
         return Sample(10.0, 5.0)
-
-    def wait(self) -> None:
-        pass
 
     def capture(self, warm: Callable[[], object], body: Callable[[], object]) -> Callable[[], object]:
         warm()
@@ -41,4 +37,17 @@ class FakeGpu:
         return None
 
     def settle(self) -> None:
-        self.settled += 1
+        pass
+
+
+@pytest.fixture(autouse=True)
+def quick_benchmark(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """For each test of a module that imports this.
+
+    Threads of several test processes would wait for each other; what a test process has loaded takes long to collect.
+    """
+    monkeypatch.setattr(timing.gc, "collect", lambda: 0)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -7,7 +7,7 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from gpt.errors import INTERRUPTED, REFUSED, DemoError
+from gpt import INTERRUPTED, REFUSED, DemoError
 from nexus.arguments import Parser, whole_number
 
 MAX_STEPS = 10_000_000  # the loss and the rate of every step are kept
@@ -20,11 +20,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     Returns:
         The exit code: 0; 130 after Ctrl-C; 2 where one line on stderr says what must be mended first.
     """
-    parser = Parser(
-        prog="python examples/gpt",
-        description="Train a small GPT on real text and draw its loss and rate.",
-        allow_abbrev=False,
-    )
+    description = "Train a small GPT on real text and draw its loss and rate."
+    parser = Parser(prog="python examples/gpt", description=description, allow_abbrev=False)
     add = parser.add_argument
     add("--schedule", choices=("wsd", "sgdr", "cosine"), default="wsd", help="default: %(default)s")
     add("--steps", type=whole_number(1, MAX_STEPS), default=1200, help="updates; default: %(default)s")
@@ -32,11 +29,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--out", default="nexus-demo", help="folder of the picture and the checkpoint; default: %(default)s")
     add("--resume", action="store_true", help="go on from the checkpoint that Ctrl-C left in the folder")
     add("--seed", type=whole_number(0, 2**63 - 1), default=0, help="default: %(default)s")
-    add(
-        "--threads",
-        type=whole_number(1, MAX_THREADS),
-        help="CPU threads; default: 1, since so small a model gains little by more",
-    )
+    threads = "CPU threads; default: 1, since so small a model gains little by more"
+    add("--threads", type=whole_number(1, MAX_THREADS), help=threads)
     return parser.run(argv, _run)
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from gpt.errors import DemoError
+from gpt import DemoError
 
 # Tests, generated tables and what is not part of the library itself.
 SKIPPED_DIRECTORIES = frozenset(
@@ -21,10 +21,6 @@ SKIPPED_DIRECTORIES = frozenset(
 )
 HELD_OUT_ONE_IN = 20
 SMALLEST_CORPUS = 500_000  # bytes; less than this is not a standard library but a stub of one
-
-
-class CorpusError(DemoError):
-    """The standard library's source is not there to be read."""
 
 
 @dataclass(frozen=True)
@@ -85,7 +81,7 @@ def load(device: torch.device, root: Path | None = None) -> Corpus:
         texts[zlib.crc32(name) % HELD_OUT_ONE_IN == 0].append(text)
     train, held_out = b"".join(texts[False]), b"".join(texts[True])
     if len(train) + len(held_out) < SMALLEST_CORPUS or not held_out:
-        raise CorpusError(
+        raise DemoError(
             f"{root} holds only {len(train) + len(held_out):,} bytes of Python source, too little to train "
             f"on: run the demo with a Python that has the source of its standard library"
         )

@@ -1,11 +1,15 @@
-"""Progress on stderr: a bar in a terminal, a line now and then in a log."""
+"""Progress on stderr, a bar in a terminal or a line now and then in a log; and Ctrl-C as a request to stop."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import signal
 import sys
+import threading
 import time
-from types import TracebackType
+from collections.abc import Callable, Iterator
+from types import FrameType
 
 from tqdm import tqdm
 
@@ -15,38 +19,51 @@ LINES = 10  # in a log
 BAR = "{n:,}/{total:,} |{bar}| {remaining}{postfix}"
 
 
-class Progress:
-    """Shows step, loss, rate, phase and speed of a run of `steps` updates that goes on from `step`."""
+@contextlib.contextmanager
+def interruptible() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed, to be asked between two steps. A second one stops at once, as usual."""
+    usual = signal.getsignal(signal.SIGINT)
+    pressed = False
 
-    def __init__(self, schedule: Schedule, step: int, steps: int, tokens_a_step: int) -> None:
-        self.schedule, self.steps, self.tokens_a_step = schedule, steps, tokens_a_step
-        self.first, self.started = step, time.perf_counter()
-        self.shown = step
-        self.bar = (
-            tqdm(total=steps, initial=step, bar_format=BAR, dynamic_ncols=True, file=sys.stderr)
-            if sys.stderr.isatty()
-            else None
-        )
+    def note(number: int, frame: FrameType | None) -> None:
+        nonlocal pressed
+        pressed = True
+        signal.signal(signal.SIGINT, usual)
 
-    def __enter__(self) -> Progress:
-        return self
+    in_main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
+    if in_main_thread:
+        signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: pressed
+    finally:
+        if in_main_thread:
+            signal.signal(signal.SIGINT, usual)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, where: TracebackType | None
-    ) -> None:
-        if self.bar is not None:
-            self.bar.close()
 
-    def show(self, step: int, loss: float, rate: float) -> None:
-        """Show numbers that were just read from the device; `loss` is in nats, and shown in bits per byte."""
-        seconds = time.perf_counter() - self.started
-        speed = (step - self.first) * self.tokens_a_step / max(seconds, 1e-9)
-        phase = self.schedule.phase(step - 1)
+@contextlib.contextmanager
+def progress(
+    schedule: Schedule, first: int, steps: int, bytes_a_step: int
+) -> Iterator[Callable[[int, float, float], None]]:
+    """Yields a function of step, loss (nats a byte) and rate that shows them, with phase and speed.
+
+    `first` is the step that the run goes on from.
+    """
+    in_log = not sys.stderr.isatty()
+    started, shown = time.perf_counter(), first
+
+    def show(step: int, loss: float, rate: float) -> None:
+        nonlocal shown
+        if in_log and step * LINES // steps == shown * LINES // steps:
+            return
+        speed = (step - first) * bytes_a_step / max(time.perf_counter() - started, 1e-9)
+        phase = schedule.phase(step - 1)
         status = f"loss {loss / math.log(2):.2f}, rate {rate:.1e} ({phase}), {speed / 1e3:.1f}k tokens/s"
-        if self.bar is not None:
-            self.bar.set_postfix_str(status, refresh=False)
-            self.bar.update(step - self.shown)
-            self.shown = step
-        elif step * LINES // self.steps > self.shown * LINES // self.steps:
-            print(f"step {step:,} of {self.steps:,}: {status}", file=sys.stderr, flush=True)
-            self.shown = step
+        if in_log:
+            print(f"step {step:,} of {steps:,}: {status}", file=sys.stderr, flush=True)
+        bar.set_postfix_str(status, refresh=False)
+        bar.update(step - shown)
+        shown = step
+
+    look = {"bar_format": BAR, "dynamic_ncols": True, "file": sys.stderr, "disable": in_log}
+    with tqdm(total=steps, initial=first, **look) as bar:
+        yield show

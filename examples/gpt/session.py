@@ -12,12 +12,10 @@ from typing import Any
 
 import torch
 
-from gpt import checkpoint, corpus, picture, report
-from gpt.errors import INTERRUPTED, DemoError
-from gpt.interrupt import Interrupt
-from gpt.progress import Progress
+from gpt import INTERRUPTED, DemoError, checkpoint, corpus, picture, report
+from gpt.progress import interruptible, progress
+from gpt.report import time_step
 from gpt.run import RunConfig, Size, schedule_for
-from gpt.timing import time_step
 from gpt.train import Training, reproducible
 from nexus import __version__, backends
 
@@ -45,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         seed=args.seed,
         size=SIZE,
         device=device,
-        threads=args.threads or _saved_threads(saved) or THREADS,
+        threads=_threads(args, saved),
         text=text.fingerprint,
     )
     command = _command(args, config)
@@ -109,10 +107,10 @@ def _command(args: argparse.Namespace, config: RunConfig) -> str:
     return shlex.join([sys.executable, str(Path(__file__).parent), *words, "--resume"])
 
 
-def _saved_threads(saved: dict[str, Any] | None) -> int | None:
-    run = (saved or {}).get("run")
-    threads = run.get("threads") if isinstance(run, dict) else None
-    return threads if isinstance(threads, int) and threads > 0 else None
+def _threads(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
+    """As many as were asked for; else those of the run that is gone on with."""
+    then = checkpoint.saved_run(saved or {}).get("threads")
+    return args.threads or (then if isinstance(then, int) and then > 0 else THREADS)
 
 
 def _made_by(training: Training) -> dict[str, str]:
@@ -139,25 +137,25 @@ def _restore(training: Training, saved: dict[str, Any], path: Path) -> None:
 
 
 def _save(training: Training, out: Path) -> None:
+    path = out / CHECKPOINT
     try:
-        checkpoint.write(out / CHECKPOINT, {**training.state_dict(), "made_by": _made_by(training)})
+        checkpoint.write(path, {**training.state_dict(), "made_by": _made_by(training)})
     except OSError as error:
-        raise DemoError(f"cannot write {out / CHECKPOINT} ({error.strerror}): what was there is kept") from error
+        raise DemoError(f"cannot write {path} ({error.strerror or error}): what was there is kept") from error
 
 
 def _train(training: Training, out: Path, command: str) -> bool:
     """Train to the end and save; or, on Ctrl-C, save, say how to go on, and return False."""
     config, first = training.config, training.step
-    progress = Progress(config.schedule, first, config.steps, training.bytes_a_step)
-    with Interrupt() as interrupt:
+    with interruptible() as interrupted:
         if training.before is None:
             training.before = training.held_out_bits()
-        with progress:
-            training.train(lambda: interrupt.requested, progress.show)
+        with progress(config.schedule, first, config.steps, training.bytes_a_step) as show:
+            training.train(interrupted, show)
         if training.step > first:
             _save(training, out)
-        if not interrupt.requested:
-            return True
+    if not interrupted():
+        return True
     if training.step == first:
         print("\nStopped before a step was made; nothing was written.", file=sys.stderr)
     else:

@@ -5,38 +5,27 @@ No times are asserted: a test machine is never quiet.
 
 import json
 import math
-from collections.abc import Iterator
+import re
+from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
 import torch
+from fake_gpu import quick_benchmark  # noqa: F401  # a fixture
 
-from benchmarks import contestants, provenance
-from benchmarks.cases import CASES, CLIP_STEP_SCHEDULE, COPY, FOR_LOOP, FOREACH, FUSED, STEP, Case
+from benchmarks import cli, contestants, host, report
+from benchmarks.cases import CASES, CLIP_STEP_SCHEDULE, COPY, CUDA, FOR_LOOP, FOREACH, FUSED, STEP, Case
 from benchmarks.cli import main
 from benchmarks.contestants import SCHEDULE, factors, rate_scale
-from benchmarks.host import measure_host
 from benchmarks.measure import measure
 from benchmarks.peers import PEAK_LR
-from benchmarks.report import metadata
 from benchmarks.rows import LeftOut, Row, Spread
-from benchmarks.timing import Cpu, interleaved
-
-needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
+from benchmarks.timing import PROCESSOR, Device, interleaved
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), repeats=3, quick_repeats=2, memory_bound=True)
-GROUPS = Case("dealt", "three groups", ((17,),) * 6, repeats=3, quick_repeats=2, groups=3)
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Two threads of each of several test processes would wait for each other most of the time."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
+SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), 3, 2, memory_bound=True)
+GROUPS = Case("dealt", "three groups", ((17,),) * 6, 3, 2, groups=3)
 
 
 @pytest.mark.parametrize(
@@ -44,14 +33,19 @@ def one_thread() -> Iterator[None]:
     [
         ("tiny", 148, 9_472, 1),
         ("gpt", 40, 660_608, 1),
+        ("deep", 148, 632_704, 1),
         ("gpt2", 148, 124_439_808, 1),
         ("groups", 100, 100_000, 100),
         ("many", 1000, 1_000_000, 1),
+        ("billion", 292, 1_017_302_272, 1),
+        ("billion-bf16", 292, 1_017_302_272, 1),
     ],
 )
 def test_sizes(name: str, tensors: int, elements: int, groups: int) -> None:
     case = CASES[name]
     assert (len(case.shapes), case.elements, case.groups) == (tensors, elements, groups)
+    assert case.bytes_moved(STEP) == elements * (22 if name == "billion-bf16" else 28)
+    assert case.bytes_needed(CUDA) < 100e9
 
 
 @pytest.mark.parametrize("case", [SMALL, GROUPS], ids=lambda case: case.name)
@@ -74,7 +68,7 @@ def test_both_do_the_same(job: str, peer: str) -> None:
     for _ in range(20):
         ours.call()
         theirs.call()
-    assert contestants.difference(ours, theirs) < 1e-4
+    assert ours.difference(theirs) < 1e-4
     assert not torch.equal(theirs.params[0], theirs.first_before)
 
 
@@ -92,29 +86,25 @@ def test_the_peers_rates_are_those_of_the_schedule() -> None:
             assert PEAK_LR * factor(step) == pytest.approx(scaled(step), rel=1e-12)
 
 
-def test_a_contestant_that_does_something_else_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("wrong", ["rate", "nothing"])
+def test_a_contestant_that_does_something_else_is_found_out(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
     right = contestants.nexus_optimizer
 
-    def wrong(case, job, params, backend):
-        optimizer = right(case, job, params, backend)
-        optimizer.param_groups[0]["lr"] *= 1.02
-        return optimizer
+    def optimizer(*arguments):
+        made = right(*arguments)
+        if wrong == "rate":
+            made.param_groups[0]["lr"] *= 1.02
+        else:
+            made.step = lambda: None
+        return made
 
-    monkeypatch.setattr(contestants, "nexus_optimizer", wrong)
-    rows = [row for row in measure(SMALL, repeats=3) if row.job == STEP and row.peer != COPY]
+    monkeypatch.setattr(contestants, "nexus_optimizer", optimizer)
+    rows = [row for row in measure(replace(SMALL, jobs=(STEP,)), repeats=3) if row.peer != COPY]
     assert len(rows) == 3
     for row in rows:
-        assert isinstance(row, LeftOut)
+        by = "2.0e-02" if wrong == "rate" else "1.0e+00"
         assert row.failed
-        assert f"small, step: the parameters of nexus and of its peer ({row.peer}) differ by 2.0e-02" in row.reason
-
-
-def test_a_contestant_that_does_nothing_is_found_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(contestants, "nexus_optimizer", lambda *args: torch.optim.SGD(args[2], lr=0.0))
-    monkeypatch.setattr(torch.optim.SGD, "backend", "none", raising=False)
-    rows = list(measure(GROUPS, repeats=3))
-    assert len(rows) == 6
-    assert all(isinstance(row, LeftOut) and row.failed and "differ by" in row.reason for row in rows)
+        assert f"small, step: the parameters of nexus and of its peer ({row.peer}) differ by {by}" in row.reason
 
 
 def test_what_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
@@ -137,9 +127,7 @@ def test_what_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch, tmp
     out = tmp_path / "rows.json"
     assert main(["--case", "tiny", "--repeats", "1", "--out", str(out)]) == 1
     data = json.loads(out.read_text())
-    assert data["complete"]
-    assert not data["rows"]
-    assert len(data["left_out"]) == 6
+    assert (data["complete"], data["rows"], len(data["left_out"])) == (True, [], 6)
     assert capsys.readouterr().err.count("left out, ValueError: nexus is broken") == 6
 
 
@@ -152,12 +140,14 @@ def test_a_copy_moves_as_much(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(copied) > 2
 
 
-def test_turns_alternate() -> None:
+def test_turns_alternate_until_the_time_is_over() -> None:
     calls: list[str] = []
     pairs = interleaved(lambda: calls.append("a"), lambda: calls.append("b"), 6)
     assert len(pairs) == 6
     assert "".join(calls).startswith("abbaabba")
     assert calls.count("a") == calls.count("b") > 6
+    for limit_s, count in ((None, 30), (0.0, 8)):
+        assert len(interleaved(lambda: 1, lambda: 2, 30, limit_s)) == count
 
 
 def test_spread() -> None:
@@ -165,101 +155,93 @@ def test_spread() -> None:
     assert Spread.of([4.0, 0.0, 1.0, 2.0, 3.0, 5.0]) == Spread(2.5, 1.0, 4.0)
 
 
-def test_host_rows() -> None:
-    rows = list(measure_host(2))
-    assert len({row.what for row in rows}) == len(rows)
-    values = {row.what: row.value.median for row in rows}
-    assert all(math.isfinite(value) for value in values.values())
-    assert values["LambdaLR.step(), 100 groups, float rates"] > 0
-
-
-def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "tiny", replace(CASES["tiny"], shapes=((64,),) * 3))
+    monkeypatch.setattr(host, "MANY", 120)
     argv = ["--case", "tiny", "--case", "host", "--repeats", "1", "--threads", "2", "--out", str(tmp_path)]
-    assert main(argv) == 0
+    picture = ["--picture", str(tmp_path / "speed.png")] if find_spec("matplotlib") else []
+    assert main([*argv, *picture]) == 0
     assert torch.get_num_threads() == 1
     out, err = capsys.readouterr()
     assert err == ""
-    (path,) = tmp_path.iterdir()
+    (path,) = tmp_path.glob("*.json")
     assert str(path) in out
     data = json.loads(path.read_text())
-    assert path.name == provenance.file_name(data["metadata"]["date"], data["metadata"]["cpu"])
-    assert data["format"] == 2
-    assert data["complete"]
-    assert data["metadata"]["threads"] == 2
-    assert {"nexus", "torch", "python", "cpu", "instruction_set", "date", "commit"} <= set(data["metadata"])
-    assert len(data["rows"]) == 6
+    assert path.name == report.file_name(data["metadata"]["date"], data["metadata"]["cpu"])
+    assert (data["format"], data["complete"], data["metadata"]["threads"]) == (2, True, 2)
     old = json.loads((RESULTS / "2026-11-23_amd-epyc.json").read_text())
-    assert set(old) <= set(data)
-    assert set(old["metadata"]) <= set(data["metadata"])
+    assert old.keys() <= data.keys()
+    assert old["metadata"].keys() <= data["metadata"].keys()
+    assert [row["peer"] for row in data["rows"]] == [FUSED, FOREACH, FOR_LOOP] * 2
     for row in data["rows"]:
-        assert {key: type(value) for key, value in old["rows"][0].items()}.items() <= {
-            key: type(value) for key, value in row.items()
-        }.items()
+        assert {(key, type(value)) for key, value in old["rows"][0].items()} <= {
+            (key, type(value)) for key, value in row.items()
+        }
         assert row["nexus_us"] == row["nexus_spread"]["median"] > 0
         assert row["peer_us"] == row["peer_spread"]["median"] > 0
-        assert set(row["ratio"]) == {"median", "p20", "p80"}
-    assert {row["peer"] for row in data["rows"]} == {FUSED, FOREACH, FOR_LOOP}
-    assert data["host"]
     table = out[out.index("case") :].split("\n\n")[0].splitlines()
     assert [line.split()[:4] for line in table[1:]] == [
-        ["tiny", "148", "9,472", job] for job in ["step"] * 3 + ["clip"] * 3
+        ["tiny", "3", "192", job] for job in ["step"] * 3 + ["clip"] * 3
     ]
-    for row in data["host"]:
-        assert row["what"] in out
-
-
-@needs_matplotlib
-def test_picture(tmp_path: Path) -> None:
-    from benchmarks.picture import draw
-
-    rows = [row for case in (SMALL, GROUPS) for row in measure(case, repeats=1)]
-    path = tmp_path / "speed.png"
-    draw(rows, metadata(), path)
-    assert path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    assert [*tmp_path.iterdir()] == [path]
+    values = {row["what"]: row["value"]["median"] for row in data["host"]}
+    assert len(values) == len(data["host"]) == 12
+    assert all(what in out and math.isfinite(value) for what, value in values.items())
+    assert values["LambdaLR.step(), 100 groups, float rates"] > 0
+    assert all(path.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n" for path in tmp_path.glob("*.png"))
+    assert len([*tmp_path.iterdir()]) == 1 + len(picture) // 2
 
 
 @pytest.mark.parametrize(
     ("argv", "word"),
     [
-        (["--case", "huge"], "'huge'"),
-        (["--repeats", "0"], "'0'"),
-        (["--repeats", "many"], "'many'"),
-        (["--threads", "-1"], "'-1'"),
-        (["--device", "tpu"], "'tpu'"),
-        (["--case", "billion"], "billion is for cuda"),
-        (["--quickly"], "--quickly"),
-        (["tiny"], "tiny"),
-        (["--out", "no/such/folder/rows.json"], "no/such/folder"),
-        (["--picture", "."], "folder"),
-        (["--case", "host", "--picture", "speed.png"], "host"),
+        ("--case huge", "'huge'"),
+        ("--repeats 0", "'0'"),
+        ("--repeats many", "'many'"),
+        ("--threads -1", "'-1'"),
+        ("--device tpu", "'tpu'"),
+        ("--case billion", "billion is for cuda"),
+        ("--quickly", "--quickly"),
+        ("tiny", "tiny"),
+        ("--out no/such/folder/rows.json", "no/such/folder"),
+        ("--picture .", "folder"),
+        ("--case host --picture speed.png", "host"),
     ],
-    ids=" ".join,
 )
-def test_nonsense(argv: list[str], word: str, capsys, tmp_path, monkeypatch) -> None:
+def test_nonsense(argv: str, word: str, capsys, tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     try:
-        code = main([*argv])
+        code = main(argv.split())
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
-    assert code == 2
-    assert out == ""
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("python -m benchmarks")
-    assert err.count("\n") == 1
     assert word in err
     assert [*tmp_path.iterdir()] == []
 
 
+def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None:
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_measure", interrupted)
+    assert main(["--case", "tiny", "--out", str(tmp_path)]) == 130
+    assert capsys.readouterr().err == "\nStopped; the cases before this one are written.\n"
+
+
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
-    monkeypatch.setattr(Cpu, "free_bytes", lambda self: 1000)
+    monkeypatch.setattr(Device, "free_bytes", lambda self: 1000)
     assert main(["--case", "tiny"]) == 0
     assert "tiny: left out, it needs 0.0 GB of memory" in capsys.readouterr().out
 
 
-def test_time_is_limited_but_some_pairs_are_taken() -> None:
-    for limit_s, pairs in ((None, 30), (0.0, 8)):
-        assert len(interleaved(lambda: 1, lambda: 2, 30, limit_s)) == pairs
+def test_the_commit_is_that_of_this_checkout(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert (report.ROOT / "benchmarks" / "README.md").is_file()
+    if (report.ROOT / ".git").exists():
+        assert re.fullmatch(r"[0-9a-f]{12}\+?", report.metadata(PROCESSOR)["commit"])
+    monkeypatch.setattr(report, "ROOT", tmp_path)
+    monkeypatch.setenv("NEXUS_COMMIT", "abc")
+    assert report.commit() == "abc"
 
 
 @pytest.mark.parametrize(
@@ -271,4 +253,4 @@ def test_time_is_limited_but_some_pairs_are_taken() -> None:
     ],
 )
 def test_file_names(date: str, device: str, name: str) -> None:
-    assert provenance.file_name(date, device) == name
+    assert report.file_name(date, device) == name

@@ -281,18 +281,14 @@ def test_the_small_case_finds_a_kernel_that_does_nothing(make_gpu, monkeypatch: 
 
 
 def test_targets_name_rows_that_the_benchmark_has(make_gpu) -> None:
-    from benchmarks.cases import CASES, COPY, CUDA
-    from benchmarks.training_cases import PEERS, TRAINING_CASES
+    from benchmarks.cases import CASES, CUDA, TRAINING_CASES
 
+    cases = {**CASES, **TRAINING_CASES}
     for target in make_gpu.gpu_summary.TARGETS:
-        if target.case in TRAINING_CASES:
-            assert CUDA in TRAINING_CASES[target.case].by_default
-            assert target.peer in PEERS[CUDA, target.job]
-            continue
-        case = CASES[target.case]
-        assert CUDA in case.devices
-        assert target.job in case.jobs
-        assert target.peer in case.cuda_peers or (target.peer == COPY and case.memory_bound)
+        case = cases[target.case]
+        assert CUDA in case.by_default
+        assert target.job in case.jobs_on(CUDA)
+        assert target.peer in case.peers_on(CUDA, target.job)
 
 
 @pytest.mark.parametrize(("case", "bound"), [("train-gpt", 3), ("train-mlp", 6)])

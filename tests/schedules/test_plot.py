@@ -1,5 +1,6 @@
 """`python -m nexus plot`: the chart in the terminal, the PNG, and one line for every kind of nonsense."""
 
+import os
 import struct
 import sys
 import zlib
@@ -177,12 +178,11 @@ def test_failed_write_leaves_the_old_picture(tmp_path, monkeypatch, capsys) -> N
     path = tmp_path / "lr.png"
     path.write_bytes(b"old")
 
-    def disk_full(part: Path, data: bytes) -> int:
-        part.touch()
+    def disk_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr(Path, "write_bytes", disk_full)
+        patched.setattr(os, "fsync", disk_full)
         line = refused(capsys, "plot", "wsd", "-o", str(path))
     assert "No space left on device" in line
     assert path.read_bytes() == b"old"
@@ -205,7 +205,7 @@ def test_unwritable_output(tmp_path, capsys) -> None:
 def test_matplotlib_missing(tmp_path, capsys, monkeypatch) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     line = refused(capsys, "plot", "wsd", "-o", str(tmp_path / "lr.png"))
-    assert "pip install 'nexus-optim[demo]'" in line
+    assert "pip install 'nexus-optim[plot]'" in line
     assert list(tmp_path.iterdir()) == []
     assert main(["plot", "wsd"]) == 0
 

@@ -17,8 +17,8 @@ from gpt.run import RunConfig, Size, schedule_for
 from gpt.train import Training
 from graphs_on_cpu import Graphs
 
-from benchmarks import models, trainees
-from benchmarks.training_cases import CAPTURED, EAGER, TRAINING_CASES
+from benchmarks import training as loops
+from benchmarks.cases import CAPTURED, EAGER, TRAINING_CASES
 from nexus.optim import FusedAdamW
 from nexus.training.capture import device as graph_device
 
@@ -75,13 +75,13 @@ def test_the_demo(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("case", TRAINING_CASES.values(), ids=lambda case: case.name)
 def test_the_benchmarks_models(case, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(trainees, "FusedAdamW", partial(FusedAdamW, backend=NAME))
-    monkeypatch.setattr(models, "MLP_WIDTHS", (20, 12, 10))
-    monkeypatch.setattr(models, "Size", lambda: TINY)
+    monkeypatch.setattr(loops, "FusedAdamW", partial(FusedAdamW, backend=NAME))
+    monkeypatch.setattr(loops, "MLP_WIDTHS", (20, 12, 10))
+    monkeypatch.setattr(loops, "Size", lambda: TINY)
     tiny = {"layers": 1, "heads": 2, "width": 8, "vocabulary": 64, "context": 16}
-    monkeypatch.setattr(models, "GPT2Config", partial(models.GPT2Config, **tiny))
-    monkeypatch.setattr(models, "_token_sizes", lambda case, device: (2, 16, 64))
-    captured, eager = (trainees.nexus(case, job, FakeGpu()) for job in (CAPTURED, EAGER))
+    monkeypatch.setattr(loops, "GPT2Config", partial(loops.GPT2Config, **tiny))
+    monkeypatch.setattr(loops, "_token_sizes", lambda case, device: (2, 16, 64))
+    captured, eager = (loops.nexus(case, job, FakeGpu()) for job in (CAPTURED, EAGER))
     assert captured.read_losses(8) == eager.read_losses(8)
     assert graphs.events.count("replay") == 8 - WARMUP
 

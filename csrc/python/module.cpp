@@ -5,6 +5,7 @@
 
 #include "../cpu/parallel.h"
 #include "../cpu/step.h"
+#include "glance.h"
 #include "watched_records.h"
 
 namespace nexus {
@@ -110,6 +111,11 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
     return std::pair(chunk.begin, static_cast<int64_t>(chunk.count));
   });
   m.def("chunk_count", &nexus::chunk_count);
+  py::class_<nexus::Glance>(m, "Glance", py::module_local())
+      .def("remember",
+           [](nexus::Glance& self, const py::dict& attributes) { self.remember(attributes.ptr()); })
+      .def("same",
+           [](const nexus::Glance& self, const py::dict& attributes) { return self.same(attributes.ptr()); });
   py::class_<WatchedRecords>(m, "WatchedRecords", py::module_local(),
                              py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
@@ -125,6 +131,8 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("watch_tensor", &WatchedRecords::watch_tensor)
       .def("watch_setting_tensor", &WatchedRecords::watch_setting_tensor)
       .def("written", &WatchedRecords::written, "The parameters that the next step writes to in place.")
+      .def(
+          "glance", [](WatchedRecords& self) { return nexus::Glance(self.watch()); }, py::keep_alive<0, 1>())
       .def("overlap", &WatchedRecords::overlap)
       .def("refresh", &WatchedRecords::refresh)
       .def("release_state", &WatchedRecords::release_state)

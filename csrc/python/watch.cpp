@@ -60,6 +60,7 @@ Watch::Watch(Records& list, PyObject* setting_names, StateWatch state, PyObject*
       state_(std::move(state)) {}
 
 void Watch::reset(PyObject* attributes) {
+  ++generation_;
   groups_.clear();
   parameters_.clear();
   layouts_.clear();
@@ -87,11 +88,16 @@ void Watch::reset_settings() {
   setting_tensors_.clear();
   for (GroupSnapshot& seen : groups_) {
     seen.version = 0;
-    seen.settings.clear();
-    for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(setting_names_.get()); ++k) {
-      seen.settings.emplace_back(item(seen.group.get(), PyTuple_GET_ITEM(setting_names_.get(), k)));
-    }
+    seen.settings = settings_of(seen.group.get());
   }
+}
+
+std::vector<Object> Watch::settings_of(PyObject* group) const {
+  std::vector<Object> settings;
+  for (Py_ssize_t k = 0; k < PyTuple_GET_SIZE(setting_names_.get()); ++k) {
+    settings.emplace_back(item(group, setting_name(static_cast<size_t>(k))));
+  }
+  return settings;
 }
 
 void Watch::add_parameter(PyObject* param) {
@@ -174,6 +180,7 @@ int Watch::traverse(visitproc visit, void* arg) const {
 }
 
 void Watch::clear() {
+  ++generation_;
   // Taken out first: what dies may call back. From here on, refresh() asks for a new plan.
   const Object seen_groups = std::exchange(seen_groups_, {});
   const auto groups = std::exchange(groups_, {});
@@ -184,7 +191,7 @@ void Watch::clear() {
   state_.clear();
 }
 
-bool Watch::same_groups(PyObject* attributes) {
+bool Watch::same_groups(PyObject* attributes) const {
   PyObject* groups = item(attributes, param_groups_name_.get());
   if (groups != seen_groups_.get() || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
     return false;
@@ -218,8 +225,7 @@ Change Watch::same_settings() {
       continue;
     }
     for (size_t k = 0; k < seen.settings.size(); ++k) {
-      PyObject* name = PyTuple_GET_ITEM(setting_names_.get(), static_cast<Py_ssize_t>(k));
-      PyObject* value = item(seen.group.get(), name);
+      PyObject* value = item(seen.group.get(), setting_name(k));
       if (value == seen.settings[k].get()) {
         continue;
       }
@@ -244,7 +250,7 @@ Change Watch::same_settings() {
   return change;
 }
 
-bool Watch::in_place(const std::vector<FixedTensor>& tensors) {
+bool Watch::in_place(const std::vector<FixedTensor>& tensors) const {
   Description now;
   for (const FixedTensor& tensor : tensors) {
     if (!reader_.describe(tensor.tensor.get(), now) || now.data != tensor.data) {

@@ -73,6 +73,8 @@ class Watch {
   void clear();
 
  private:
+  friend class Glance;
+
   struct Parameter {
     Object tensor;
     bool own_gradient;  // whether its class has a `grad` of its own
@@ -101,9 +103,13 @@ class Watch {
     Object version;  // a Python int; null where it may be any
   };
 
-  bool same_groups(PyObject* attributes);
+  bool same_groups(PyObject* attributes) const;
   Change same_settings();
-  bool in_place(const std::vector<FixedTensor>& tensors);
+  bool in_place(const std::vector<FixedTensor>& tensors) const;
+  std::vector<Object> settings_of(PyObject* group) const;
+  PyObject* setting_name(size_t index) const {
+    return PyTuple_GET_ITEM(setting_names_.get(), static_cast<Py_ssize_t>(index));
+  }
   bool refresh_parameter(Parameter& parameter);
   bool same_layout(const Parameter& parameter, const Description& now, const int64_t* strides) const;
   bool is_negated(PyObject* tensor) const;
@@ -122,6 +128,7 @@ class Watch {
   Object param_groups_name_, grad_name_, params_name_, is_neg_name_;
   Object local_tensor_name_, spec_name_, placements_name_;
 
+  uint64_t generation_ = 0;  // another after each reset()
   Object seen_groups_;
   std::vector<GroupSnapshot> groups_;
   StateWatch state_;

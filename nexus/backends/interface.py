@@ -176,6 +176,16 @@ class Plan:
     norm_parts: list[sharding.NormPart] = field(default_factory=list)
 
 
+class Glance(Protocol):
+    """Whether all that a captured step depends on is as it was."""
+
+    def remember(self, attributes: dict[str, Any]) -> None:
+        """Take parameters, gradients and settings of the optimizer whose `__dict__` is given, as they are now."""
+
+    def same(self, attributes: dict[str, Any]) -> bool:
+        """Whether each is the very one that was remembered, and where it was."""
+
+
 class Runner(Protocol):
     """A backend at work for one optimizer."""
 
@@ -191,8 +201,8 @@ class Runner(Protocol):
     def forget(self) -> None:
         """Let `changed` ask for a new plan."""
 
-    def see(self) -> bytes | None:
-        """What `changed` has found: equal where tensors, gradients and settings are. None where that is not all."""
+    def glance(self) -> Glance | None:
+        """What tells quickly, before a replay, whether anything has changed since the last; None without graphs."""
 
     def release_state(self) -> None:
         """Hold no reference to the optimizer's state until `changed` is asked again."""

@@ -67,8 +67,8 @@ class ReferenceRunner:
     def forget(self) -> None:
         """It remembers nothing."""
 
-    def see(self) -> None:
-        """It looks at everything in each step."""
+    def glance(self) -> None:
+        """No graph holds a step of it."""
 
     def release_state(self) -> None:
         for plan in self._plan.devices.values():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from nexus.backends import sharding
-from nexus.backends.interface import STATE_NAMES, Change, Plan, Rate, TensorEntry
+from nexus.backends.interface import STATE_NAMES, Change, Glance, Plan, Rate, TensorEntry
 from nexus.backends.records import DTYPES, address, group_values, layout, tensor_values
 
 List = TypeVar("List")
@@ -45,7 +45,6 @@ class WatchedRunner:
         self._list = tensors
         self._plan: Plan | None = None
         self._staged: list[TensorEntry] = []
-        self._sees_all = False
         self._host_rates: list[tuple[Tensor, Tensor]] = []
 
     def changed(self, attributes: dict[str, Any]) -> int:
@@ -54,9 +53,9 @@ class WatchedRunner:
     def forget(self) -> None:
         self._plan = None
 
-    def see(self) -> bytes | None:
-        self._list.release_gradients()
-        return bytes(self._list.groups()) + bytes(self._list.tensors()) if self._sees_all else None
+    def glance(self) -> Glance:
+        glance: Glance = self._list.glance()
+        return glance
 
     def release_state(self) -> None:
         self._list.release_state()
@@ -82,13 +81,13 @@ class WatchedRunner:
                     sharding.placements(param),
                 )
         for device_plan in plan.devices.values():
-            for tensor in (device_plan.state.skipped, device_plan.state.grad_norm):  # which users are given
+            state = device_plan.state  # whose memory a process that is spawned with the optimizer comes to share
+            for tensor in (state.completed, state.skipped, state.sum_of_squares, state.grad_norm):
                 self._list.watch_tensor(tensor)
         self._take_tensors(plan)
         for entry in entries:
             entry.state = None
         self._staged = [entry for entry in entries if entry.staged]
-        self._sees_all = not self._staged and len(entries) == len(plan.parameters)
         change = self._list.refresh(attributes)  # reads where the gradients are
         first, second = self._list.overlap()
         if first >= 0:
@@ -155,7 +154,7 @@ class WatchedRunner:
             (rate.tensor, rate.host) for rate in rates if rate.tensor is not None and rate.host is not None
         ]
         for rate in rates:
-            for tensor in (rate.tensor, rate.last):
+            for tensor in (rate.tensor, rate.table, rate.last):
                 if tensor is not None:
                     self._list.watch_setting_tensor(tensor, tensor is rate.last)
 

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import estimate, reference
-from nexus.backends.interface import Backend, Change, DevicePlan, Plan, Runner, StepState, TensorEntry
+from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, Runner, StepState, TensorEntry
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
@@ -93,14 +93,9 @@ class Engine:
         if change:
             self.prepare(attributes, change)
 
-    def see(self, attributes: Attributes) -> bytes | None:
-        """Equal to what this was before, if all that a step works on is where it was and the settings are the same.
-
-        None where not all of it can be told so quickly.
-        """
-        if self.runner is None or self.runner.changed(attributes):
-            return None
-        return self.runner.see()
+    def glance(self) -> Glance | None:
+        """See `Runner.glance`."""
+        return None if self.runner is None else self.runner.glance()
 
     def release_state(self) -> None:
         """Look at all of the state in the next step, and hold nothing of it until then: it is in a user's hands."""

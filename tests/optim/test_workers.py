@@ -120,11 +120,12 @@ def take_steps(optimizer: torch.optim.Optimizer, grads: list[list[Tensor]]) -> N
         optimizer.step()
 
 
-@pytest.mark.parametrize("way", ["fork", "spawn"])
-def test_steps_of_another_process_are_seen_and_counted(way: str) -> None:
+@pytest.mark.parametrize(("way", "all_shared"), [("fork", False), ("spawn", False), ("spawn", True)])
+def test_steps_of_another_process_are_seen_and_counted(way: str, all_shared: bool) -> None:
+    """`all_shared`: with the norm and the count of skipped steps, whose memory moves as the process is spawned."""
     start = make_params([(40,), (3, 2)])
     rounds = [make_grads(start) for _ in range(6)]
-    options = {"lr": 1e-2, "amsgrad": True}
+    options = {"lr": 1e-2, "amsgrad": True, "max_grad_norm": 1.0 if all_shared else None}
     reference, alone = Float64AdamW(start, **options), FusedAdamW(copies(start), **options)
     for grads in rounds:
         reference.step(grads)
@@ -136,6 +137,9 @@ def test_steps_of_another_process_are_seen_and_counted(way: str) -> None:
     for state in optimizer.state.values():
         for value in state.values():
             value.share_memory_()
+    if all_shared:
+        optimizer.grad_norm.share_memory_()
+        optimizer.skipped_steps.share_memory_()
     take_steps(optimizer, rounds[2:3])
     optimizer.zero_grad()
     child = mp.get_context(way).Process(target=take_steps, args=(optimizer, rounds[3:5]))

@@ -51,9 +51,9 @@ class CapturedGraph:
         self._params = [param for _, param in self._named]
         self._addresses = _addresses(self._params)
         self._options = list(_options(optimizer))
-        # The graph reads its tables.
-        self._runner = engine_of(optimizer).runner if isinstance(optimizer, FusedAdamW) else None
-        self._seen: bytes | None = None  # after the last replay
+        self._fused = optimizer if isinstance(optimizer, FusedAdamW) else None
+        self._runner = None if self._fused is None else engine_of(self._fused).runner  # whose tables the graph reads
+        self._glance = None if self._fused is None else engine_of(self._fused).glance()
 
     def replay(self, inputs: list[Tensor]) -> Outputs:
         """Run the step once, on these inputs. Enqueues work; reads nothing back.
@@ -62,8 +62,8 @@ class CapturedGraph:
             RuntimeError: parameters were added, taken away or moved, an option was changed that is a number in the
                 graph, or a gradient is there that the graph cannot see. Nothing is run.
         """
-        seen = self._see()
-        is_as_seen = seen is not None and seen == self._seen
+        fused, glance = self._fused, self._glance
+        is_as_seen = fused is not None and glance is not None and glance.same(attributes_of(fused))
         if not is_as_seen:
             self._check_parameters()
             self._check_options()
@@ -75,16 +75,11 @@ class CapturedGraph:
         self._graph.replay()
         if not is_as_seen:
             self._gradients.leave()
-            self._seen = self._see()
+            if fused is not None and glance is not None:
+                glance.remember(attributes_of(fused))
         for scheduler, steps in self._advances.items():
             scheduler.after_replay(steps)
         return self._outputs
-
-    def _see(self) -> bytes | None:
-        """What parameters, gradients and hyperparameters are, as far as the compiled watch sees all of it."""
-        if not isinstance(self._optimizer, FusedAdamW):
-            return None
-        return engine_of(self._optimizer).see(attributes_of(self._optimizer))
 
     def _check_parameters(self) -> None:
         params = [param for group in self._optimizer.param_groups for param in group["params"]]
@@ -108,12 +103,12 @@ class CapturedGraph:
         is_same = len(options) == len(self._options) and all(
             now[2] is then[2] for now, then in zip(options, self._options, strict=True)
         )
-        if isinstance(self._optimizer, FusedAdamW):
-            for group in self._optimizer.param_groups:
+        if self._fused is not None:
+            for group in self._fused.param_groups:
                 group.check_outputs()
             if not is_same:
                 _refuse_changes(self._options, options, ("amsgrad",))
-                self._optimizer.sync_hyperparameters()
+                self._fused.sync_hyperparameters()
         elif not is_same:
             _refuse_changes(self._options, options)
         self._options = options

@@ -153,10 +153,11 @@ class WatchedRunner:
         self._host_rates = [
             (rate.tensor, rate.host) for rate in rates if rate.tensor is not None and rate.host is not None
         ]
-        for rate in rates:
-            for tensor in (rate.tensor, rate.table, rate.last):
-                if tensor is not None:
-                    self._list.watch_setting_tensor(tensor, tensor is rate.last)
+        written = {id(rate.last) for rate in rates}
+        of_rates = [tensor for rate in rates for tensor in (rate.tensor, rate.table, rate.last) if tensor is not None]
+        watched = {id(tensor): tensor for tensor in of_rates}  # groups share the table of a schedule
+        for key, tensor in watched.items():
+            self._list.watch_setting_tensor(tensor, key in written)
 
 
 def _fill_from_host(tensor: Tensor, host: Tensor) -> None:

@@ -134,7 +134,7 @@ class CapturedStep(Generic[P, R]):
             return value
         signature = (inputs.signature, _surroundings(device.device))
         kind = self._kinds.get(signature)
-        if kind is None or not kind.has_parameters_of(self._optimizer):
+        if kind is None or not (kind.graph or kind.has_parameters_of(self._optimizer)):
             check_capturable(self._optimizer, device.device)
             if kind is None and len(self._kinds) == self._max_graphs:
                 self._evict()
@@ -187,10 +187,9 @@ class _Kind:
         self._gradients = Gradients([(name, param) for _, param, name in named if param.requires_grad])
 
     def has_parameters_of(self, optimizer: Optimizer) -> bool:
-        """Whether it can go on. A graph says itself what has become of its parameters."""
+        """Whether the plain steps can go on. A graph says itself what has become of its parameters."""
         params = _parameters(optimizer)
-        same = len(params) == len(self._params) and all(map(is_, params, self._params))
-        return self.graph is not None or same
+        return len(params) == len(self._params) and all(map(is_, params, self._params))
 
     def step_plainly(
         self, train_step: Callable[..., Any], inputs: Inputs, device: GraphDevice, *, last: bool

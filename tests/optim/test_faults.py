@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from references import (
+    Float64AdamW,
     assert_same_run,
     backward_both,
     copies,
@@ -138,6 +139,43 @@ def test_an_exception_around_the_update_leaves_it_made_once_or_not_at_all(backen
         handle.remove()
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
+
+
+def test_an_exception_in_a_backward_pass_leaves_the_other_gradients(backend: str) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    params = list(module.parameters())
+    optimizer, reference = FusedAdamW(params, lr=1e-2, backend=backend), Float64AdamW(params, lr=1e-2)
+    for step in range(6):
+        optimizer.zero_grad()
+        handle = module[0].weight.register_hook(raising) if step % 2 else None
+        loss = module(torch.randn(5, 3)).square().sum()
+        if handle is None:
+            loss.backward()
+        else:
+            with pytest.raises(KeyError, match="in a hook"):
+                loss.backward()
+            assert module[0].weight.grad is None
+            handle.remove()
+        reference.step([param.grad for param in params])
+        optimizer.step()  # with what there is
+    assert int(optimizer.state[module[0].weight]["step"]) == 3
+    assert_same_run(optimizer, reference)
+
+
+def test_a_hook_of_a_state_dict_that_fails_changes_nothing(backend: str) -> None:
+    params = make_params([(5,)])
+    optimizer, _ = run_beside_torch(params, backend)
+    saved = optimizer.state_dict()
+    other = FusedAdamW(copies(params), backend=backend)
+    before = snapshot(other)
+    handle = other.register_load_state_dict_pre_hook(raising)
+    with pytest.raises(KeyError, match="in a hook"):
+        other.load_state_dict(saved)
+    assert same_bits(before, snapshot(other))
+    assert other.param_groups[0]["lr"] == 1e-3
+    handle.remove()
+    other.load_state_dict(saved)
+    assert other.param_groups[0]["lr"] == 1e-2
 
 
 # A process that is killed while it saves, as docs/optimizer.md shows it. What nexus has to do with it: a state dict

@@ -18,9 +18,6 @@ namespace nexus {
 // Ordered: a higher value asks for more.
 enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
 
-// Two tensors with a gradient whose parameters share memory, or {-1, -1}. Threads would race on them.
-std::pair<int64_t, int64_t> overlap(const std::vector<TensorRecord>& tensors);
-
 class Watch {
  public:
   // `setting_names`: the keys of a group whose values are watched; the first is "lr". `grad_descriptor`:

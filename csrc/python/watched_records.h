@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 
+#include "overlap.h"
 #include "watch.h"
 
 namespace nexus {

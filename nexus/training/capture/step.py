@@ -89,11 +89,13 @@ def capture_train_step(
         raise TypeError(f"train_step must be callable, got {shown(train_step)}")
     if not isinstance(optimizer, Optimizer):
         raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
-    if check_count("warmup", warmup) < 2:
+    try:
+        check_count("warmup", warmup, low=2)
+    except ValueError as error:
         raise ValueError(
-            f"warmup must be an int from 2, got {shown(warmup)}: the first plain step makes the state, and the last "
-            "is watched for what no graph can hold. Leave it out for 3"
-        )
+            f"{error}: the first plain step makes the state, and the last is watched for what no graph can hold. "
+            "Leave it out for 3"
+        ) from None
     check_count("max_graphs", max_graphs, low=1)
     if not isinstance(clone_outputs, bool):
         raise TypeError(f"clone_outputs must be a bool, got {shown(clone_outputs)}")

@@ -1,4 +1,4 @@
-"""What every backend with raw pointers shares: the extension's list of tensors, which notices what changes."""
+"""What every backend with raw pointers shares: the extension's records, watched for what changes."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ def make_list(kind: Callable[..., List], setting_names: tuple[str, ...]) -> List
     storage = tensor.untyped_storage()  # the same Python object whenever it is asked for
     storage_references = sys.getrefcount(storage) - 2  # besides the name and the argument
     grad_descriptor = torch._C.TensorBase.__dict__["grad"]
-    exchange_api = getattr(torch.Tensor, "__dlpack_c_exchange_api__", None)
     state = (STATE_NAMES, storage_references, _users, _users(storage))
-    return kind(setting_names, *state, grad_descriptor, exchange_api, DTYPES)
+    return kind(setting_names, *state, grad_descriptor, torch.Tensor.__dlpack_c_exchange_api__, DTYPES)
 
 
 def _users(storage: UntypedStorage) -> int:

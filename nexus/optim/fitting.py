@@ -12,7 +12,7 @@ from nexus.arguments import MAX_STEP, check_count, shown
 from nexus.backends.sharding import local
 from nexus.optim import parameters
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
-from nexus.optim.state import MOMENTS
+from nexus.optim.state import MOMENTS, REQUIRED
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
 
@@ -21,7 +21,6 @@ FORMAT = 1
 
 SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in SCHEDULABLE)
 
-_REQUIRED = ("step", "exp_avg", "exp_avg_sq")
 ANOTHER_MODEL = "Give the optimizer the parameters, in the groups, that it was saved with"
 
 
@@ -161,7 +160,7 @@ def check_state(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
     if param.is_meta:
         raise ValueError(f"{where} is of a parameter on the meta device: give the model memory before the load")
     has_max = amsgrad or (isinstance(state, dict) and "max_exp_avg_sq" in state)
-    names = (*_REQUIRED, "max_exp_avg_sq") if has_max else _REQUIRED
+    names = (*REQUIRED, "max_exp_avg_sq") if has_max else REQUIRED
     if not isinstance(state, dict) or any(name not in state for name in names):
         given = str(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
         missing = ", ".join(name for name in names if not isinstance(state, dict) or name not in state)

@@ -62,9 +62,8 @@ class Gradients:
             if before is not None:
                 self._roles[index] = _role(before, versions[index], param.grad)
             elif param.grad is None and index in computed:
-                self._roles[index] = (
-                    Role.CONSUMED
-                )  # if it is dropped at the start, too, the graph sees none either way
+                # If the step drops it at the start, too, that is all the same: the graph begins without one.
+                self._roles[index] = Role.CONSUMED
             elif param.grad is None:
                 self._missing.append(self._names[index])
 

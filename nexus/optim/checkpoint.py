@@ -22,7 +22,7 @@ from nexus.backends.sharding import local, respread
 from nexus.optim import fitting, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
-from nexus.optim.groups import SCHEDULABLE, SETTING_NAMES, ParamGroup
+from nexus.optim.groups import SCHEDULABLE, SETTINGS, ParamGroup
 from nexus.optim.state import MOMENTS, check_unshared, complete_states, is_complete, is_shared
 from nexus.schedules import Schedule
 from nexus.schedules.edits import saved_form
@@ -192,7 +192,7 @@ def _copied(value: Any, param: Tensor) -> Any:
 
 def _extra_entries(group: ParamGroup, saved: dict[str, Any]) -> dict[str, Any]:
     """Copies of what a scheduler or the user has put into a saved group."""
-    own = ("params", *SETTING_NAMES, *_TORCH_OPTIONS, *_kept_by_drivers(group))
+    own = ("params", *SETTINGS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
     return copy.deepcopy({name: value for name, value in saved.items() if name not in own})
 
 
@@ -202,7 +202,7 @@ def _kept_by_drivers(group: ParamGroup) -> tuple[str, ...]:
 
 
 def _load_group(group: ParamGroup, saved: dict[str, Any], extra: dict[str, Any]) -> None:
-    stay = ("params", "param_names", *SETTING_NAMES, *_TORCH_OPTIONS, *_kept_by_drivers(group))
+    stay = ("params", "param_names", *SETTINGS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
     for name in [name for name in group if name not in stay and name not in extra]:
         del group[name]  # of a range test, say, whose rates are not to come back
     for name, value in fitting.settings(saved).items():

@@ -18,7 +18,7 @@ from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, 
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
-from nexus.optim.groups import SCHEDULABLE, WATCHED_NAMES, ParamGroup, check_group, settings_of
+from nexus.optim.groups import SCHEDULABLE, WATCHED_NAMES, ParamGroup, checked_settings, settings_of
 from nexus.optim.history import History
 from nexus.optim.state import complete_states, is_complete, is_idle, make_entry
 from nexus.schedules import Schedule
@@ -207,8 +207,9 @@ class Engine:
         changed = [group for group in groups if not group.is_settled()]
         for group in changed:
             group.setdefault("lr_scale", 1.0)
-            check_group(group)
-            group.tidy()
+            for name, value in checked_settings(group).items():
+                if value is not group[name]:
+                    group[name] = value
         scheduled = [group for group in groups if group.outputs]
         if not changed and not scheduled:
             return

@@ -11,7 +11,7 @@ from torch import Tensor
 from nexus.arguments import MAX_STEP, check_count, shown
 from nexus.backends.sharding import local
 from nexus.optim import parameters
-from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTING_NAMES, ParamGroup, check_group
+from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
 from nexus.optim.state import MOMENTS, REQUIRED
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
@@ -101,7 +101,7 @@ def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
         for name in SCHEDULABLE:
             if isinstance(saved.get(name), Schedule):
                 raise ValueError(f"{name} must be a number; give the Schedule to the constructor")
-        check_group({**group, **settings(saved), **{name: saved[name] for name in OF_ALL if name in saved}})
+        checked_settings({**group, **settings(saved), **{name: saved[name] for name in OF_ALL if name in saved}})
     except (TypeError, ValueError, RuntimeError) as error:
         raise ValueError(f"{where}: {error}. Correct this entry, or save the state dict again") from None
 
@@ -144,7 +144,7 @@ def _check_order(groups: list[ParamGroup], saved_groups: list[dict[str, Any]]) -
 
 def settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those of a saved group that are to be loaded: not its schedules, and none of another class's options."""
-    settings = {name: saved[name] for name in SETTING_NAMES if name in saved and name not in SCHEDULE_KEYS}
+    settings = {name: saved[name] for name in SETTINGS if name in saved and name not in SCHEDULE_KEYS}
     for name in SCHEDULABLE:
         if isinstance(settings.get(name), Tensor) and settings[name].numel() == 1:
             settings[name] = float(settings[name])

@@ -19,7 +19,7 @@ from nexus.arguments import shown
 from nexus.backends.interface import Backend, StepState
 from nexus.optim import checkpoint, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
-from nexus.optim.groups import ParamGroup, check_group, check_torch_options
+from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings
 from nexus.optim.history import History
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.table import ScheduleTable
@@ -118,7 +118,7 @@ class FusedAdamW(Optimizer):
             "lr_schedule": None,
             "weight_decay_schedule": None,
         }
-        check_group(defaults)
+        checked_settings(defaults)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, got {shown(skip_nonfinite)}")
         if not isinstance(backend, str):
@@ -242,7 +242,7 @@ class FusedAdamW(Optimizer):
                     "would be updated twice in each step; give tied weights once, as parameters() of the model does"
                 )
         if self._new_params is None:
-            check_group({**self.defaults, **param_group})
+            checked_settings({**self.defaults, **param_group})
         groups, count = self.param_groups, len(self.param_groups)
         taken = self._new_params
         if taken is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
@@ -17,25 +18,8 @@ from nexus.schedules import Schedule
 
 SCHEDULABLE = ("lr", "weight_decay")
 
-SETTING_NAMES = (
-    "lr",  # first: a backend takes over floats written here by itself
-    "weight_decay",
-    "betas",
-    "eps",
-    "amsgrad",
-    "maximize",
-    "max_grad_norm",
-    "lr_scale",
-    "lr_schedule",
-    "weight_decay_schedule",
-)
-"""The keys of a group whose values a step uses."""
-
 OF_ALL = ("skip_nonfinite", "backend", "norm_group")
 """Options of the optimizer that no group can have for itself."""
-
-WATCHED_NAMES = (*SETTING_NAMES, "differentiable", *OF_ALL)
-"""The keys of a group that are looked at again when their value is another object."""
 
 OWN_SCHEDULE = (
     "evaluates its own schedule, {!r}: it advances with step() and takes no scheduler. Leave the scheduler out, or "
@@ -96,18 +80,6 @@ class ParamGroup(dict[str, Any]):
         rates = [(self[name], self.outputs.get(name)) for name in SCHEDULABLE]
         if not any(isinstance(rate, Tensor) and rate is not output for rate, output in rates):
             self._settled = self._now()
-
-    def tidy(self) -> None:
-        """Keep numbers of Python's alone: in an array or a tensor, a change would go unnoticed."""
-        for name in ("lr", "weight_decay", "eps", "lr_scale", "max_grad_norm"):
-            value = self[name]
-            if value is not None and type(value) is not float and not isinstance(value, Schedule):
-                plain = value if isinstance(value, Tensor) and name in SCHEDULABLE else plain_number(value)
-                if plain is not value:
-                    self[name] = plain
-        betas = self["betas"]
-        if type(betas) is not tuple or any(type(beta) is not float for beta in betas):
-            self["betas"] = plain_betas(betas)
 
     def show(self, name: str, value: Tensor | float) -> None:
         """Let the reader of a scheduled setting see a value, until the next step writes its own."""
@@ -191,38 +163,100 @@ def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | N
     return group
 
 
-def check_group(group: dict[str, Any]) -> None:
-    """Check every hyperparameter of a group.
+def _rate(name: str, value: Any) -> Any:
+    if isinstance(value, Tensor):
+        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64) or value.layout != torch.strided:
+            raise ValueError(
+                f"{name} as a tensor must have one element of float32 or float64, got the shape "
+                f"{tuple(value.shape)} of {value.dtype}"
+            )
+        if value.device.type == "cpu" and not isinstance(value, FakeTensor):  # elsewhere, it would be a visit there
+            check_number(name, float(value.detach()))
+        return value
+    if isinstance(value, Schedule):
+        return value
+    if as_real(value) is None:
+        raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}")
+    return _number(name, value)
+
+
+def _schedule(name: str, value: Any) -> Any:
+    if value is not None and not isinstance(value, Schedule):
+        raise TypeError(f"{name} must be a Schedule or None, got {shown(value)}")
+    return value
+
+
+def _betas(name: str, value: Any) -> tuple[Any, Any]:
+    try:
+        first, second = [] if isinstance(value, (str, bytes, dict, set, frozenset)) else list(value)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a pair of numbers in [0, 1), got {shown(value)}") from None
+    pair = _beta(f"{name}[0]", first), _beta(f"{name}[1]", second)
+    return value if type(value) is tuple and all(map(is_, pair, value)) else pair
+
+
+def _beta(name: str, value: Any) -> Any:
+    # torch takes tensors of one element, and its schedulers of momenta leave them beside a float.
+    beta = _number(name, float(value) if isinstance(value, Tensor) and value.numel() == 1 else value)
+    if beta >= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1), got {shown(value)}")
+    return beta
+
+
+def _number(name: str, value: Any) -> Any:
+    number = check_number(name, value)
+    return value if isinstance(value, (int, float)) else number
+
+
+def _flag(name: str, value: Any) -> Any:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {shown(value)}")
+    return value
+
+
+def _limit(name: str, value: Any) -> Any:
+    if value is None or value == math.inf:
+        return value
+    try:
+        check_number(name, value, positive=True)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{error}; None does not clip, math.inf measures the norm alone") from None
+    return _number(name, value)
+
+
+SETTINGS: dict[str, Callable[[str, Any], Any]] = {
+    "lr": _rate,  # first: a backend takes over floats written here by itself
+    "lr_schedule": _schedule,
+    "weight_decay": _rate,
+    "weight_decay_schedule": _schedule,
+    "betas": _betas,
+    "eps": _number,
+    "lr_scale": _number,
+    "amsgrad": _flag,
+    "maximize": _flag,
+    "max_grad_norm": _limit,
+}
+"""The keys of a group whose values a step uses. Each has a check, which returns what was given as a number of
+Python's: in an array or a tensor, a change would go unnoticed."""
+
+WATCHED_NAMES = (*SETTINGS, "differentiable", *OF_ALL)
+"""The keys of a group that are looked at again when their value is another object."""
+
+
+def checked_settings(group: dict[str, Any]) -> dict[str, Any]:
+    """Every setting of a group, as it is to be kept.
 
     Raises:
-        TypeError, ValueError: naming the hyperparameter, what was given and what is allowed.
+        TypeError, ValueError: naming the setting, what was given and what is allowed.
     """
-    for name in SCHEDULABLE:
-        _check_rate(name, group[name])
-        schedule = group[f"{name}_schedule"]
-        if schedule is not None and not isinstance(schedule, Schedule):
-            raise TypeError(f"{name}_schedule must be a Schedule or None, got {shown(schedule)}")
     for name in OF_ALL:
         if name in group:
             raise TypeError(
                 f"{name} is no option of a group, got {shown(group[name])}: it is the whole step's. Give it to "
                 "FusedAdamW itself, and leave it out here"
             )
-    for index, beta in enumerate(plain_betas(group["betas"])):
-        if check_number(f"betas[{index}]", beta) >= 1.0:
-            raise ValueError(f"betas[{index}] must be a number in [0, 1), got {shown(beta)}")
     _refuse_differentiable(group.get("differentiable"))
-    check_number("eps", group["eps"])
-    check_number("lr_scale", group["lr_scale"])
-    for name in ("amsgrad", "maximize"):
-        if not isinstance(group[name], bool):
-            raise TypeError(f"{name} must be a bool, got {shown(group[name])}")
-    limit = group["max_grad_norm"]
-    if limit is not None and limit != math.inf:
-        try:
-            check_number("max_grad_norm", limit, positive=True)
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"{error}; None does not clip, math.inf measures the norm alone") from None
+    return {name: check(name, group[name]) for name, check in SETTINGS.items()}
 
 
 def check_torch_options(
@@ -255,45 +289,6 @@ def _refuse_differentiable(value: object) -> None:
             "`fused` does not support `differentiable`, and FusedAdamW is fused: use "
             "torch.optim.AdamW(differentiable=True) where gradients are to go through the update"
         )
-
-
-def plain_betas(betas: Any) -> tuple[Any, Any]:
-    """Any sequence of two numbers as a tuple of Python's, in which no change would go unnoticed.
-
-    Tensors of one element are read: torch takes them, and its schedulers of momenta leave them beside a float.
-    """
-    try:
-        first, second = [] if isinstance(betas, (str, bytes, dict, set, frozenset)) else list(betas)
-    except (TypeError, ValueError):
-        raise TypeError(f"betas must be a pair of numbers in [0, 1), got {shown(betas)}") from None
-    return _plain_beta(first), _plain_beta(second)
-
-
-def _plain_beta(beta: Any) -> Any:
-    return float(beta) if isinstance(beta, Tensor) and beta.numel() == 1 else plain_number(beta)
-
-
-def plain_number(value: Any) -> Any:
-    """A number that is none of Python's, such as an array without dimensions, as one; anything else as it is."""
-    if isinstance(value, (int, float)):
-        return value
-    real = as_real(value)
-    return value if real is None else float(real)
-
-
-def _check_rate(name: str, value: object) -> None:
-    if isinstance(value, Tensor):
-        if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64) or value.layout != torch.strided:
-            raise ValueError(
-                f"{name} as a tensor must have one element of float32 or float64, got the shape "
-                f"{tuple(value.shape)} of {value.dtype}"
-            )
-        if value.device.type == "cpu" and not isinstance(value, FakeTensor):  # elsewhere, it would be a visit there
-            check_number(name, float(value.detach()))
-    elif not isinstance(value, Schedule):
-        if as_real(value) is None:
-            raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}")
-        check_number(name, value)
 
 
 def _tensor_rate(name: str, value: Tensor, device: torch.device, *, used: bool) -> Rate:

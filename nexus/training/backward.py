@@ -15,7 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from nexus.arguments import shown
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
-from nexus.optim.groups import SETTING_NAMES, ParamGroup
+from nexus.optim.groups import SETTINGS, ParamGroup
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -212,7 +212,7 @@ class _OneParameter(Engine):
     def _follow(self) -> None:
         """Take over what has been changed in the owner."""
         theirs, mine = self.group, self._attributes["param_groups"][0]
-        for name in SETTING_NAMES:
+        for name in SETTINGS:
             if mine[name] is not theirs[name]:
                 mine[name] = theirs[name]
         states = self._owner.state

@@ -9,26 +9,35 @@ A group's schedule is saved under `lr_schedule` in plain types, with `step`, its
 from __future__ import annotations
 
 import copy
-from itertools import chain
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
-from nexus.arguments import shown
+from nexus.arguments import check_count, shown
 from nexus.backends.interface import STATE_NAMES
-from nexus.backends.sharding import local, respread
-from nexus.optim import fitting, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
-from nexus.optim.groups import SCHEDULABLE, SETTINGS, ParamGroup
-from nexus.optim.state import MOMENTS, check_unshared, complete_states, is_complete, is_shared
+from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
+from nexus.optim.parameters import is_trained, named_parameters
+from nexus.optim.state import MOMENTS, check_saved, check_unshared, loaded
 from nexus.schedules import Schedule
-from nexus.schedules.edits import saved_form
+from nexus.schedules import edits as schedule_edits
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
+
+
+_FORMAT = 1
+"""What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number."""
+
+_SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in SCHEDULABLE)
+
+_TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+
+_ANOTHER_MODEL = "Give the optimizer the parameters, in the groups, that it was saved with"
 
 
 def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
@@ -54,7 +63,7 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
     saved: dict[str, Any] = {
         "state": states,
         "param_groups": [_saved_group(engine, group, indices) for group in optimizer.param_groups],
-        "nexus_format": fitting.FORMAT,
+        "nexus_format": _FORMAT,
     }
     for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
         replaced = post_hook(optimizer, saved)
@@ -76,7 +85,7 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
                 "step": int(engine.state_on(device).completed),
-                "edits": saved_form(schedule, engine.table(schedule, device).edits()),
+                "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
             }
     return saved
 
@@ -93,49 +102,21 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     state_dict = as_torch_saves(state_dict)
     engine = engine_of(optimizer)
     engine.settle(attributes_of(optimizer))
-    pairs = list(zip(optimizer.param_groups, fitting.checked_groups(optimizer.param_groups, state_dict), strict=True))
-    params = dict(
-        zip(
-            chain.from_iterable(saved["params"] for _, saved in pairs),
-            chain.from_iterable(group["params"] for group, _ in pairs),
-            strict=True,
-        )
-    )
-    states = state_dict["state"]
+    pairs = list(zip(optimizer.param_groups, _checked_groups(optimizer.param_groups, state_dict), strict=True))
+    states, params = state_dict["state"], {}
     for group, saved in pairs:
         amsgrad = bool(saved.get("amsgrad", group["amsgrad"]))
-        for key in saved["params"]:
-            if parameters.is_trained(params[key]):
-                fitting.check_state(states.get(key), params[key], key, amsgrad=amsgrad)
+        for key, param in zip(saved["params"], group["params"], strict=True):
+            params[key] = param
+            if is_trained(param):
+                check_saved(states.get(key), param, key, amsgrad=amsgrad)
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
-        edits.append(fitting.checked_edits(group, saved, index))
+        edits.append(_checked_edits(group, saved, index))
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
 
-    in_place = engine.runner is not None and engine.runner.has_captured()
-    own = optimizer.state
-    names = {id(param): name for _, param, name in engine.named_parameters(optimizer.param_groups)}
-    others = {}  # keys of others in the state, copied before anything is written
-    for key, param in params.items():
-        check_unshared(own.get(param), param, names[id(param)])
-        state = states.get(key) or {}
-        kept = () if not parameters.is_trained(param) else STATE_NAMES  # of what is frozen, all stays as it is
-        others[key] = {name: _copied(value, param) for name, value in state.items() if name not in kept}
-    for left in [each for each in own if not isinstance(each, Tensor) or own.get(each) is None]:
-        del own[left]
-    for key, param in params.items():
-        present, saved = own.pop(param, None), states.get(key)
-        if parameters.is_trained(param):
-            state = _loaded_state(param, present, saved, names[id(param)], in_place=in_place)
-        else:
-            state = None if saved is None else {}
-        del present
-        if state is not None:
-            own[param] = state | others[key]
-    for key, value in states.items():
-        if key not in params:
-            own[key] = value
+    _load_states(optimizer, params, states, in_place=engine.runner is not None and engine.runner.has_captured())
     edits_of: dict[Schedule, dict[str, Any]] = {}  # groups with the same schedule share its table
     for (group, saved), extra, found in zip(pairs, extras, edits, strict=True):
         _load_group(group, saved, extra)
@@ -151,30 +132,28 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _loaded_state(
-    param: Tensor, present: Any, saved: dict[str, Any] | None, where: str, *, in_place: bool
-) -> dict[str, Any] | None:
-    """The state of a parameter after a load: what was saved, in new tensors or in those that must stay."""
-    kept = {}
-    if is_complete(present):
-        streams = {name: present[name] for name in STATE_NAMES if name in present}
-        if in_place or any(isinstance(each, Tensor) and is_shared(each) for each in streams.values()):
-            kept = streams
-    if not saved:
-        for value in kept.values():
-            local(value).zero_()  # as if it had never had a gradient
-        return kept or None
-    if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
-        kept = {}  # of the shape that the parameter had before
-    del present  # what is not kept is freed before its successor is made
-    complete_states([(kept, param, where, "max_exp_avg_sq" in saved)])
-    kept["step"].fill_(float(saved["step"]))
-    for name in MOMENTS:
-        if name in saved:
-            local(kept[name]).copy_(respread(saved[name].detach(), param))
+def _load_states(optimizer: FusedAdamW, params: dict[Any, Tensor], states: dict[Any, Any], *, in_place: bool) -> None:
+    """Give each parameter its saved state, which fits it. `params` are by the keys of `states`."""
+    own = optimizer.state
+    names = {id(param): name for _, param, name in named_parameters(optimizer.param_groups)}
+    others = {}  # keys of others in the state, copied before anything is written
+    for key, param in params.items():
+        check_unshared(own.get(param), param, names[id(param)])
+        kept = STATE_NAMES if is_trained(param) else ()  # of what is frozen, all stays as it is
+        state = states.get(key) or {}
+        others[key] = {name: _copied(value, param) for name, value in state.items() if name not in kept}
+    for left in [each for each in own if not isinstance(each, Tensor) or own.get(each) is None]:
+        del own[left]
+    for key, param in params.items():
+        present, saved = own.pop(param, None), states.get(key)
+        if is_trained(param):
+            state = loaded(param, present, saved, names[id(param)], in_place=in_place)
         else:
-            kept.pop(name, None)  # of an amsgrad that is over
-    return kept
+            state = None if saved is None else {}
+        del present
+        if state is not None:
+            own[param] = state | others[key]
+    own.update((key, value) for key, value in states.items() if key not in params)
 
 
 def _copied(value: Any, param: Tensor) -> Any:
@@ -205,7 +184,7 @@ def _load_group(group: ParamGroup, saved: dict[str, Any], extra: dict[str, Any])
     stay = ("params", "param_names", *SETTINGS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
     for name in [name for name in group if name not in stay and name not in extra]:
         del group[name]  # of a range test, say, whose rates are not to come back
-    for name, value in fitting.settings(saved).items():
+    for name, value in _settings(saved).items():
         if name in SCHEDULABLE:
             if group[name] is group.outputs.get(name):
                 group.show(name, float(value))
@@ -215,16 +194,186 @@ def _load_group(group: ParamGroup, saved: dict[str, Any], extra: dict[str, Any])
                 continue
             value = float(value)
         group[name] = value
-    for name, value in extra.items():
-        group[name] = value
-
-
-_TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
+    group.update(extra)
 
 
 def _completed(pairs: list[tuple[ParamGroup, dict[str, Any]]], states: list[Any]) -> int:
     """The saved count of updates: the largest there is, since torch's AdamW counts on in the parameters alone."""
     counts = [int(float(state["step"])) for state in states if state]
     for _, saved in pairs:
-        counts += [int(saved[key]["step"]) for key in fitting.SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
+        counts += [int(saved[key]["step"]) for key in _SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
     return max(counts, default=0)
+
+
+# What of a state dict fits an optimizer, asked before anything of it is loaded: whatever does not is named.
+
+
+def _checked_groups(groups: list[ParamGroup], state_dict: dict[str, Any]) -> list[dict[str, Any]]:
+    """The saved groups, one for each of `groups`; raises where the state dict or one of them does not fit."""
+    version = state_dict.get("nexus_format", _FORMAT)
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= _FORMAT:
+        raise ValueError(
+            f"'nexus_format' of the loaded state dict is {shown(version)}, and this nexus reads up to {_FORMAT}: a "
+            "newer one has saved it; update nexus"
+        )
+    if not isinstance(state_dict.get("param_groups"), list) or not isinstance(state_dict.get("state"), dict):
+        raise ValueError(
+            "not an optimizer's state dict: it needs 'param_groups' (a list) and 'state' (a dict), got the keys "
+            f"{sorted(map(str, state_dict))}; pass {_nested(state_dict) or 'what state_dict() returned'}"
+        )
+    saved_groups: list[dict[str, Any]] = state_dict["param_groups"]
+    if len(saved_groups) != len(groups):
+        raise ValueError(
+            f"loaded state dict has {len(saved_groups)} parameter groups, this optimizer {len(groups)}. "
+            f"{_ANOTHER_MODEL}"
+        )
+    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
+        _check_group(group, saved, f"param_groups[{index}] of the loaded state dict")
+    keys = [key for saved in saved_groups for key in saved["params"]]
+    if len(set(keys)) < len(keys):
+        raise ValueError(
+            f"the loaded state dict has the same parameter index twice in 'param_groups'. {_ANOTHER_MODEL}"
+        )
+    for key, state in state_dict["state"].items():
+        if key in keys or (isinstance(key, str) and not key.isdecimal() and not _is_a_parameters(state)):
+            continue  # under a string, there may be anything of a wrapper's
+        hint = f"{_ANOTHER_MODEL}; or take out of 'state' what is of no parameter any more"
+        if isinstance(key, str):
+            hint = (
+                "JSON makes strings of indices: make them int, as state_dict() has them"
+                if key.isdecimal()
+                else "Have names in both places, or indices"
+            )
+        raise ValueError(
+            f"state[{key!r}] of the loaded state dict is of no parameter: param_groups has {shown(keys)}. {hint}"
+        )
+    _check_order(groups, saved_groups)
+    return saved_groups
+
+
+def _is_a_parameters(state: object) -> bool:
+    return isinstance(state, dict) and any(name in state for name in MOMENTS)
+
+
+def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
+    if not isinstance(saved, dict) or not isinstance(saved.get("params"), (list, tuple)):
+        raise ValueError(f"{where} must be a dict with 'params', a list, as state_dict() has it; got {shown(saved)}")
+    if any(not isinstance(key, (int, str)) for key in saved["params"]):
+        raise ValueError(
+            f"{where} must have indices (or names) as 'params', as state_dict() has them; got "
+            f"{shown(saved['params'])}"
+        )
+    if len(saved["params"]) != len(group["params"]):
+        raise ValueError(
+            f"{where} has {len(saved['params'])} parameters, that of this optimizer {len(group['params'])}. "
+            f"{_ANOTHER_MODEL}"
+        )
+    names = saved.get("param_names", [""] * len(saved["params"]))
+    if not isinstance(names, (list, tuple)) or len(names) != len(saved["params"]):
+        raise ValueError(
+            f"{where} must have a list of as many param_names as params, got {shown(names)}; delete the entry to "
+            "keep this optimizer's names"
+        )
+    if not _is_adamw(saved):
+        raise ValueError(
+            f"{where} is not AdamW's: it has {sorted(map(str, saved))}. Load it into the class of optimizer that "
+            "saved it; its moments mean nothing to AdamW (those of an Adam do if it had no weight decay)"
+        )
+    try:
+        if any(isinstance(value, Tensor) and value.is_meta for value in saved.values()):
+            raise ValueError("a tensor is on the meta device, and has no value")
+        for name in SCHEDULABLE:
+            if isinstance(saved.get(name), Schedule):
+                raise ValueError(f"{name} must be a number; give the Schedule to the constructor")
+        checked_settings({**group, **_settings(saved), **{name: saved[name] for name in OF_ALL if name in saved}})
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{where}: {error}. Correct this entry, or save the state dict again") from None
+
+
+def _is_adamw(saved: dict[str, Any]) -> bool:
+    """Whether a saved group may be AdamW's, by its keys. Adam, NAdam and RAdam have most of them, too."""
+    if not {"lr", "betas", "eps", "weight_decay"} <= set(saved):
+        return False
+    if saved.get("decoupled_weight_decay") is False and saved["weight_decay"] != 0:
+        return False  # Adam's, whose moments are of gradients with the weight decay in them
+    is_radam = "decoupled_weight_decay" in saved and "amsgrad" not in saved and "fused" not in saved
+    return "momentum_decay" not in saved and not is_radam
+
+
+def _nested(state_dict: dict[str, Any]) -> str | None:
+    """How to write the first state dict of an optimizer that is inside of this one, as a trainer saves it."""
+    for key, value in state_dict.items():
+        listed = isinstance(value, (list, tuple))
+        for index, each in enumerate(value if listed else (value,)):
+            if isinstance(each, dict) and "param_groups" in each:
+                return f"state_dict[{key!r}]" + (f"[{index}]" if listed else "")
+    return None
+
+
+def _check_order(groups: list[ParamGroup], saved_groups: list[dict[str, Any]]) -> None:
+    """Refuse the same names in another order. Other names are taken over with their state, as by torch."""
+    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
+    if not all("param_names" in group for group in (*groups, *saved_groups)):
+        return
+    mine, theirs = ([name for group in each for name in group["param_names"]] for each in (groups, saved_groups))
+    if mine == theirs or sorted(map(str, mine)) != sorted(map(str, theirs)):
+        return
+    (g, i), name, saved = next(found for found in zip(places, mine, theirs, strict=True) if found[1] != found[2])
+    raise ValueError(
+        f"param_groups[{g}]['param_names'][{i}] of the loaded state dict is {saved!r}, that of this optimizer "
+        f"{name!r}: the same parameters in another order, and each would get the moments of another. Make the "
+        "optimizer with the parameters in the saved order"
+    )
+
+
+def _settings(saved: dict[str, Any]) -> dict[str, Any]:
+    """Those of a saved group that are to be loaded: not its schedules, and none of another class's options."""
+    chosen = {name: saved[name] for name in SETTINGS if name in saved and name not in _SCHEDULE_KEYS}
+    for name in SCHEDULABLE:
+        if isinstance(chosen.get(name), Tensor) and chosen[name].numel() == 1:
+            chosen[name] = float(chosen[name])
+    return chosen
+
+
+def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, dict[str, Any]]:
+    """The saved edits of each schedule of the group; warns where the saved schedule is another one."""
+    edits: dict[str, dict[str, Any]] = {}
+    for name in SCHEDULABLE:
+        now, before = group[f"{name}_schedule"], saved.get(f"{name}_schedule")
+        if before is None:
+            continue
+        try:
+            found = _checked_schedule(now, before, f"{name}_schedule")
+        except (TypeError, ValueError) as error:
+            raise ValueError(
+                f"param_groups[{index}] of the loaded state dict: {error}. If a newer nexus has saved it, update "
+                f"nexus; or set this {name}_schedule to None, to go on without what it says"
+            ) from None
+        if now is None:
+            warnings.warn(
+                f"the checkpoint's {name} was driven by a schedule, {before.get('type')}; this optimizer has a fixed "
+                f"{name}, which goes on from {saved.get(name)!r}. Give the constructor "
+                f"{name}={before.get('type')}(...) to go on with a schedule.",
+                stacklevel=4,
+            )
+            continue
+        if found is not None:
+            edits[name] = found
+        for difference in schedule_edits.differences(f"{name}_schedule", now.to_dict(), before):
+            warnings.warn(difference, stacklevel=4)
+    return edits
+
+
+def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str, Any] | None:
+    """The saved edits, where the saved schedule is of the type of the present one."""
+    if not isinstance(before, dict):
+        raise ValueError(f"{name} must be a dict, got {shown(before)}")
+    check_count(f"{name}['step']", before.get("step"))
+    kind = before.get("type")
+    if str(kind) not in Schedule._types:
+        known = ", ".join(Schedule._types)
+        raise ValueError(f"{name}['type'] must be one of {known}, got {shown(kind)}")
+    if now is None or now.to_dict()["type"] != kind:
+        return None  # a partial load has left fields of this optimizer's schedule in it
+    Schedule.from_dict({key: value for key, value in before.items() if key not in ("step", "edits")})
+    return schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']")

@@ -1,4 +1,4 @@
-"""The state of parameters: made, laid out as the kernels want it, and handed over as streams."""
+"""The state of parameters: made, loaded, laid out as the kernels want it, and handed over as streams."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nexus.arguments import MAX_STEP, shown
 from nexus.backends import sharding
 from nexus.backends.interface import STATE_NAMES, StateStreams, TensorEntry
-from nexus.backends.sharding import local
+from nexus.backends.sharding import local, respread
 from nexus.optim.parameters import is_dense, is_freed, same_layout
 
 REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
@@ -155,7 +156,7 @@ def _fitting_moment(moment: Any, param: Tensor, target: Tensor, where: str) -> T
         if part.dtype == dtype and is_dense(part) and same_layout(part, target):
             return moment
     _check_unshared(moment, where, _like(param))
-    fitting = torch.empty_like(target, dtype=dtype).copy_(sharding.respread(moment, param))
+    fitting = torch.empty_like(target, dtype=dtype).copy_(respread(moment, param))
     return sharding.spread_like(param, fitting)
 
 
@@ -166,3 +167,75 @@ def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
     moments = [state[name] for name in MOMENTS if name in state]
     elsewhere = any(each.shape != param.shape or each.device != param.device for each in moments)
     return elsewhere or any(local(each).untyped_storage().nbytes() == 0 for each in (param, *moments))
+
+
+def check_saved(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
+    """Raise where the saved state of a parameter, `state[key]`, does not fit it."""
+    if state is None or (isinstance(state, dict) and not state):
+        return
+    where = f"state[{key!r}] of the loaded state dict"
+    remedy = "Without the entry, the parameter begins anew, with a count and moments of 0"
+    if param.is_meta:
+        raise ValueError(f"{where} is of a parameter on the meta device: give the model memory before the load")
+    has_max = amsgrad or (isinstance(state, dict) and "max_exp_avg_sq" in state)
+    names = (*REQUIRED, "max_exp_avg_sq") if has_max else REQUIRED
+    if not isinstance(state, dict) or any(name not in state for name in names):
+        given = str(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
+        missing = ", ".join(name for name in names if not isinstance(state, dict) or name not in state)
+        raise ValueError(
+            f"{where} must have {', '.join(names)}, got {given}; was it another optimizer's? Put in what is missing "
+            f"({missing}) if there are these numbers. {remedy}"
+        )
+    for name in names[1:]:
+        moment = state[name]
+        if not isinstance(moment, Tensor) or moment.shape != param.shape:
+            given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
+            raise ValueError(
+                f"{where}: {name} must be of shape {tuple(param.shape)}, got {given}; another model's? {remedy}"
+            )
+        if moment.layout != torch.strided or not moment.is_floating_point() or moment.is_meta:
+            raise ValueError(
+                f"{where}: {name} must be dense, of floating point and not on meta, got {moment.dtype}, "
+                f"{moment.layout} on {moment.device}. {remedy}"
+            )
+        if is_freed(local(moment)):
+            raise ValueError(f"{where}: {name} has no memory: its storage was freed. {remedy}")
+        wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
+        if name != "exp_avg" and bool((wide < 0).any()):
+            raise ValueError(f"{where}: {name} is negative somewhere, which no average of squares is. {remedy}")
+    step = state["step"]
+    if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):
+        given = f"the shape {tuple(step.shape)} on {step.device}"
+        raise ValueError(f"{where}: step must have one element, and not be on meta, got {given}. {remedy}")
+    try:
+        in_range = 0 <= float(step) <= MAX_STEP  # may be an average of several
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        in_range = False
+    if not in_range:
+        raise ValueError(f"{where}: step must be from 0 to 2**53, got {shown(step)}. {remedy}")
+
+
+def loaded(
+    param: Tensor, present: Any, saved: dict[str, Any] | None, where: str, *, in_place: bool
+) -> dict[str, Any] | None:
+    """The state of a parameter after a load: what was saved, in new tensors or in those that must stay."""
+    kept = {}
+    if is_complete(present):
+        streams = {name: present[name] for name in STATE_NAMES if name in present}
+        if in_place or any(isinstance(each, Tensor) and is_shared(each) for each in streams.values()):
+            kept = streams
+    if not saved:
+        for value in kept.values():
+            local(value).zero_()  # as if it had never had a gradient
+        return kept or None
+    if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
+        kept = {}  # of the shape that the parameter had before
+    del present  # what is not kept is freed before its successor is made
+    complete_states([(kept, param, where, "max_exp_avg_sq" in saved)])
+    kept["step"].fill_(float(saved["step"]))
+    for name in MOMENTS:
+        if name in saved:
+            local(kept[name]).copy_(respread(saved[name].detach(), param))
+        else:
+            kept.pop(name, None)  # of an amsgrad that is over
+    return kept

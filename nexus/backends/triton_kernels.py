@@ -16,9 +16,34 @@ from nexus.backends.records import layout
 from nexus.backends.triton_math import adamw, bias_correction, evaluate_schedule
 from nexus.backends.triton_tables import CHUNK, COEFFICIENTS
 
-_RATE_WORDS = tl.constexpr(layout("Rate").words)
-_GROUP_WORDS = tl.constexpr(layout("Group").words)
+
+def _word(record, field):
+    """Where a field stands, in words."""
+    return tl.constexpr(layout(record).offset(field) // 8)
+
+
 _RECORD_WORDS = tl.constexpr(layout("TensorRecord").words)
+_PARAM = _word("TensorRecord", "param")
+_GRAD = _word("TensorRecord", "grad")
+_EXP_AVG = _word("TensorRecord", "exp_avg")
+_EXP_AVG_SQ = _word("TensorRecord", "exp_avg_sq")
+_MAX_EXP_AVG_SQ = _word("TensorRecord", "max_exp_avg_sq")
+_STEP = _word("TensorRecord", "step")
+_GROUP_AND_KIND = _word("TensorRecord", "group")  # an int32 each, the kind as the place
+_GROUP_WORDS = tl.constexpr(layout("Group").words)
+_WEIGHT_DECAY = _word("Group", "weight_decay.value")
+_BETA1 = _word("Group", "beta1")
+_BETA2 = _word("Group", "beta2")
+_EPS = _word("Group", "eps")
+_MAX_GRAD_NORM = _word("Group", "max_grad_norm")
+_MAXIMIZE = _word("Group", "maximize")
+_VALUE = _word("Rate", "value")
+_TENSOR = _word("Rate", "tensor")
+_IS_FLOAT64 = _word("Rate", "is_float64")
+_TABLE = _word("Rate", "table")
+_ROWS = _word("Rate", "rows")
+_SCALE = _word("Rate", "scale")
+_LAST = _word("Rate", "last")
 _CHUNK_WORDS = tl.constexpr(len(CHUNK))
 _COEFFICIENTS = tl.constexpr(len(COEFFICIENTS))
 _HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
@@ -32,25 +57,25 @@ def _float64(words, mask):
 
 @triton.jit
 def _rates(words, t, mask):
-    """The rates at step t of a block of groups; `words` points to each one's `RATE`."""
-    tensor = tl.load(words + 1, mask=mask, other=0)
-    is_float64 = tl.load(words + 2, mask=mask, other=0) != 0
-    segments = tl.load(words + 3, mask=mask, other=0)
-    rows = tl.load(words + 4, mask=mask, other=0)
+    """The rates at step t of a block of groups; `words` points to each one's record `Rate`."""
+    tensor = tl.load(words + _TENSOR, mask=mask, other=0)
+    is_float64 = tl.load(words + _IS_FLOAT64, mask=mask, other=0) != 0
+    segments = tl.load(words + _TABLE, mask=mask, other=0)
+    rows = tl.load(words + _ROWS, mask=mask, other=0)
     given = tensor != 0
     narrow = tl.load(tensor.to(tl.pointer_type(tl.float32)), mask=given & (is_float64 == 0), other=0.0)
     wide = tl.load(tensor.to(tl.pointer_type(tl.float64)), mask=given & is_float64, other=0.0)
-    rate = tl.where(given, tl.where(is_float64, wide, narrow.to(tl.float64)), _float64(words, mask))
+    rate = tl.where(given, tl.where(is_float64, wide, narrow.to(tl.float64)), _float64(words + _VALUE, mask))
     scheduled = segments != 0
     steps = tl.zeros_like(rows) + t
     curve = evaluate_schedule(segments.to(tl.pointer_type(tl.float64)), rows, steps, scheduled)
-    return tl.where(scheduled, _float64(words + 5, mask) * curve, rate)
+    return tl.where(scheduled, _float64(words + _SCALE, mask) * curve, rate)
 
 
 @triton.jit
 def _leave(words, rate, mask):
     """Store scheduled rates where their readers look."""
-    last = tl.load(words + 6, mask=mask, other=0)
+    last = tl.load(words + _LAST, mask=mask, other=0)
     tl.store(last.to(tl.pointer_type(tl.float64)), rate, mask=last != 0)
 
 
@@ -118,9 +143,9 @@ def norm(chunks, records, partial_sums, KINDS: tl.constexpr):
     index = tl.program_id(0).to(tl.int64)
     chunk = chunks + index * _CHUNK_WORDS
     record = records + tl.load(chunk + 2) * _RECORD_WORDS
-    grad = tl.load(record + 1)
+    grad = tl.load(record + _GRAD)
     count = tl.where(grad != 0, tl.load(chunk + 1), 0).to(tl.int32)
-    kind = tl.load(record + 7) >> 32
+    kind = tl.load(record + _GROUP_AND_KIND) >> 32
     for j in tl.static_range(len(KINDS)):
         if kind == j:
             _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, _DTYPES[KINDS[j][1]], 2 * KINDS[j][3])
@@ -209,27 +234,26 @@ def prologue(
             lr = _rates(group, t, mask)
             if skips == 0:
                 _leave(group, lr, mask)
-                _leave(group + _RATE_WORDS, _rates(group + _RATE_WORDS, t, mask), mask)
+                _leave(group + _WEIGHT_DECAY, _rates(group + _WEIGHT_DECAY, t, mask), mask)
             if history_count != 0:
                 row = _history_row(history_count, history_rows, history_slots, history_width)
                 columns = row + _HISTORY_COLUMNS + 2 * i
                 tl.store(columns, lr, mask=mask)
-                tl.store(columns + 1, _clip(_float64(group + 2 * _RATE_WORDS + 3, mask), total_norm), mask=mask)
+                tl.store(columns + 1, _clip(_float64(group + _MAX_GRAD_NORM, mask), total_norm), mask=mask)
             offset += BLOCK
     else:
         i = (program - 1).to(tl.int64) * BLOCK + lanes
         record = records + i * _RECORD_WORDS
-        mask = (i < record_count) & (tl.load(record + 1, mask=i < record_count, other=0) != 0)
-        group = groups + (tl.load(record + 7, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
+        mask = (i < record_count) & (tl.load(record + _GRAD, mask=i < record_count, other=0) != 0)
+        group = groups + (tl.load(record + _GROUP_AND_KIND, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
         lr = _rates(group, t, mask)
-        weight_decay = _rates(group + _RATE_WORDS, t, mask)
-        others = group + 2 * _RATE_WORDS
-        beta1 = _float64(others, mask)
-        beta2 = _float64(others + 1, mask)
+        weight_decay = _rates(group + _WEIGHT_DECAY, t, mask)
+        beta1 = _float64(group + _BETA1, mask)
+        beta2 = _float64(group + _BETA2, mask)
         multiplier = 1.0 / (tl.zeros_like(lr) + scale.to(tl.float64))
-        multiplier *= _clip(_float64(others + 3, mask), total_norm)
-        multiplier = tl.where(tl.load(others + 4, mask=mask, other=0) != 0, -multiplier, multiplier)
-        step = tl.load(record + 5, mask=mask, other=0).to(tl.pointer_type(tl.float64))
+        multiplier *= _clip(_float64(group + _MAX_GRAD_NORM, mask), total_norm)
+        multiplier = tl.where(tl.load(group + _MAXIMIZE, mask=mask, other=0) != 0, -multiplier, multiplier)
+        step = tl.load(record + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.float64))
         count = tl.load(step, mask=mask, other=0.0) + 1
         row = coefficients + i * _COEFFICIENTS
         tl.store(row, multiplier, mask=mask)
@@ -239,7 +263,7 @@ def prologue(
         tl.store(row + 4, 1.0 - beta2, mask=mask)
         tl.store(row + 5, lr / bias_correction(beta1, count), mask=mask)
         tl.store(row + 6, 1.0 / tl.sqrt(bias_correction(beta2, count)), mask=mask)
-        tl.store(row + 7, _float64(others + 2, mask), mask=mask)
+        tl.store(row + 7, _float64(group + _EPS, mask), mask=mask)
 
 
 @triton.jit
@@ -274,11 +298,11 @@ def _update_chunk(
     BLOCK: tl.constexpr,
 ):
     T: tl.constexpr = PARAM if tl.float64 == PARAM else tl.float32
-    param_address = tl.load(record)
-    grad_address = tl.load(record + 1)
-    exp_avg_address = tl.load(record + 2)
-    exp_avg_sq_address = tl.load(record + 3)
-    max_address = tl.load(record + 4)
+    param_address = tl.load(record + _PARAM)
+    grad_address = tl.load(record + _GRAD)
+    exp_avg_address = tl.load(record + _EXP_AVG)
+    exp_avg_sq_address = tl.load(record + _EXP_AVG_SQ)
+    max_address = tl.load(record + _MAX_EXP_AVG_SQ)
     streams = (
         _stream(param_address, begin, PARAM),
         _stream(grad_address, begin, GRAD),
@@ -332,11 +356,11 @@ def update(chunks, records, coefficients, skip, completed, skipped, history_coun
         count = tl.load(chunk + 1).to(tl.int32)  # at most CHUNK_ELEMENTS
         tensor = tl.load(chunk + 2)
         record = records + tensor * _RECORD_WORDS
-        if tl.load(record + 1) != 0:
+        if tl.load(record + _GRAD) != 0:
             if begin == 0:
-                step = tl.load(record + 5).to(tl.pointer_type(tl.float64))
+                step = tl.load(record + _STEP).to(tl.pointer_type(tl.float64))
                 tl.store(step, tl.load(step) + 1)
-            kind = tl.load(record + 7) >> 32
+            kind = tl.load(record + _GROUP_AND_KIND) >> 32
             row = coefficients + tensor * _COEFFICIENTS
             for j in tl.static_range(len(KINDS)):
                 if kind == j:

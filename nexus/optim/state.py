@@ -174,45 +174,49 @@ def check_saved(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
     if state is None or (isinstance(state, dict) and not state):
         return
     where = f"state[{key!r}] of the loaded state dict"
-    remedy = "Without the entry, the parameter begins anew, with a count and moments of 0"
     if param.is_meta:
         raise ValueError(f"{where} is of a parameter on the meta device: give the model memory before the load")
-    has_max = amsgrad or (isinstance(state, dict) and "max_exp_avg_sq" in state)
-    names = (*REQUIRED, "max_exp_avg_sq") if has_max else REQUIRED
-    if not isinstance(state, dict) or any(name not in state for name in names):
+
+    def refusal(problem: str) -> ValueError:
+        return ValueError(
+            f"{where}{problem}. Without the entry, the parameter begins anew, with a count and moments of 0"
+        )
+
+    present = state if isinstance(state, dict) else {}
+    names = STATE_NAMES if amsgrad or "max_exp_avg_sq" in present else REQUIRED
+    missing = ", ".join(name for name in names if name not in present)
+    if missing:
         given = str(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
-        missing = ", ".join(name for name in names if not isinstance(state, dict) or name not in state)
-        raise ValueError(
-            f"{where} must have {', '.join(names)}, got {given}; was it another optimizer's? Put in what is missing "
-            f"({missing}) if there are these numbers. {remedy}"
+        raise refusal(
+            f" must have {', '.join(names)}, got {given}; was it another optimizer's? Put in what is missing "
+            f"({missing}) if there are these numbers"
         )
     for name in names[1:]:
         moment = state[name]
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
             given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
-            raise ValueError(
-                f"{where}: {name} must be of shape {tuple(param.shape)}, got {given}; another model's? {remedy}"
-            )
+            raise refusal(f": {name} must be of shape {tuple(param.shape)}, got {given}; another model's, perhaps")
         if moment.layout != torch.strided or not moment.is_floating_point() or moment.is_meta:
-            raise ValueError(
-                f"{where}: {name} must be dense, of floating point and not on meta, got {moment.dtype}, "
-                f"{moment.layout} on {moment.device}. {remedy}"
+            raise refusal(
+                f": {name} must be dense, of floating point and not on meta, got {moment.dtype}, {moment.layout} on "
+                f"{moment.device}"
             )
         if is_freed(local(moment)):
-            raise ValueError(f"{where}: {name} has no memory: its storage was freed. {remedy}")
+            raise refusal(f": {name} has no memory: its storage was freed")
         wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
         if name != "exp_avg" and bool((wide < 0).any()):
-            raise ValueError(f"{where}: {name} is negative somewhere, which no average of squares is. {remedy}")
+            raise refusal(f": {name} is negative somewhere, which no average of squares is")
     step = state["step"]
     if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):
-        given = f"the shape {tuple(step.shape)} on {step.device}"
-        raise ValueError(f"{where}: step must have one element, and not be on meta, got {given}. {remedy}")
+        raise refusal(
+            f": step must have one element, and not be on meta, got the shape {tuple(step.shape)} on {step.device}"
+        )
     try:
         in_range = 0 <= float(step) <= MAX_STEP  # may be an average of several
     except (TypeError, ValueError, RuntimeError, OverflowError):
         in_range = False
     if not in_range:
-        raise ValueError(f"{where}: step must be from 0 to 2**53, got {shown(step)}. {remedy}")
+        raise refusal(f": step must be from 0 to 2**53, got {shown(step)}")
 
 
 def loaded(

@@ -186,8 +186,8 @@ class Glance(Protocol):
         """Whether each is the very one that was remembered, and where it was."""
 
 
-class Runner(Protocol):
-    """A backend at work for one optimizer."""
+class Runner:
+    """A backend at work for one optimizer. As it stands here: one that asks for a new plan before each step."""
 
     name: str
 
@@ -197,30 +197,36 @@ class Runner(Protocol):
         Args:
             attributes: the optimizer's `__dict__`. A runner does not keep it: the optimizer owns the runner.
         """
+        return Change.TENSORS
 
     def forget(self) -> None:
         """Let `changed` ask for a new plan."""
 
     def glance(self) -> Glance | None:
         """What tells quickly, before a replay, whether anything has changed since the last; None without graphs."""
+        return None
 
     def release_state(self) -> None:
         """Hold no reference to the optimizer's state until `changed` is asked again."""
+        raise NotImplementedError
 
     def bind(self, plan: Plan, attributes: dict[str, Any]) -> None:
         """Take over a new plan of the optimizer whose `__dict__` is `attributes`."""
+        raise NotImplementedError
 
     def update_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups, which have changed; its tensors have not."""
 
     def has_captured(self) -> bool:
         """Whether a graph may have captured a step: what that writes to is never replaced."""
+        return False
 
     def update_captured(self) -> None:
         """Give the hyperparameters to the steps that graphs have captured, too."""
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update everything once: enqueued, without a visit to the host."""
+        raise NotImplementedError
 
 
 class Backend(Protocol):

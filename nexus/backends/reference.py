@@ -12,9 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from nexus.backends import sharding
-from nexus.backends.interface import Change, DevicePlan, GroupSettings, Plan, Rate, Ring, TensorEntry
+from nexus.backends.interface import DevicePlan, GroupSettings, Plan, Rate, Ring, Runner, TensorEntry
 from nexus.backends.sharding import total_everywhere
 from nexus.schedules.curves import Curve
 
@@ -33,7 +34,7 @@ def detail() -> str:
 
 
 def runner(setting_names: tuple[str, ...]) -> ReferenceRunner:
-    """It caches nothing, so it has nothing to watch."""
+    """One for an optimizer."""
     return ReferenceRunner()
 
 
@@ -53,22 +54,13 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     return low + weight * (high - low)
 
 
-class ReferenceRunner:
-    """Runs steps over the entries of the last plan; asks for a new plan before each."""
+class ReferenceRunner(Runner):
+    """Runs steps over the entries of the last plan. It caches nothing, so it has nothing to watch."""
 
     name = NAME
 
     def __init__(self) -> None:
         self._plan = Plan([], {})
-
-    def changed(self, attributes: dict[str, Any]) -> int:
-        return Change.TENSORS
-
-    def forget(self) -> None:
-        """It remembers nothing."""
-
-    def glance(self) -> None:
-        """No graph holds a step of it."""
 
     def release_state(self) -> None:
         for plan in self._plan.devices.values():
@@ -78,31 +70,29 @@ class ReferenceRunner:
     def bind(self, plan: Plan, attributes: dict[str, Any]) -> None:
         self._plan = plan
 
-    def update_settings(self) -> None:
-        """The plan is read anew in each step."""
-
-    def has_captured(self) -> bool:
-        return False
-
-    def update_captured(self) -> None:
-        """No graph reads them."""
-
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        plans = list(self._plan.devices.values())
-        for plan in plans:
-            for entry in plan.entries:
-                entry.fetch()
-            if plan.measures_norm:
-                plan.state.sum_of_squares.copy_(_sum_of_squares(plan.entries, plan.state.device))
-        measured = [plan.state.sum_of_squares for plan in plans if plan.measures_norm]
-        found_inf = total_everywhere(measured, self._plan.norm_parts, found_inf)
-        for plan in plans:
-            _step_device(plan, grad_scale, found_inf)
-            for entry in plan.entries:
-                entry.put_back()
-                if sharding.is_spread(entry.original):  # its part knows nothing of the versions of the whole
-                    torch.autograd.graph.increment_version(entry.original.detach())
+        entries = [entry for plan in self._plan.devices.values() for entry in plan.entries]
+        for entry in entries:
+            entry.fetch()
+        # Of FakeTensors, who estimate memory, these copies are all: the kernels allocate nothing.
+        if not any(isinstance(entry.original, FakeTensor) for entry in entries):
+            _step(self._plan, grad_scale, found_inf)
+        for entry in entries:
+            entry.put_back()
+            if sharding.is_spread(entry.original):  # its part knows nothing of the versions of the whole
+                torch.autograd.graph.increment_version(entry.original.detach())
+
+
+def _step(plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    plans = list(plan.devices.values())
+    measured = [each.state.sum_of_squares for each in plans if each.measures_norm]
+    for each in plans:
+        if each.measures_norm:
+            each.state.sum_of_squares.copy_(_sum_of_squares(each.entries, each.state.device))
+    found_inf = total_everywhere(measured, plan.norm_parts, found_inf)
+    for each in plans:
+        _step_device(each, grad_scale, found_inf)
 
 
 def _sum_of_squares(entries: list[TensorEntry], device: torch.device) -> Tensor:

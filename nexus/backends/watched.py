@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from nexus.backends import sharding
-from nexus.backends.interface import STATE_NAMES, Change, Glance, Plan, Rate, TensorEntry
+from nexus.backends.interface import STATE_NAMES, Change, Glance, Plan, Rate, Runner, TensorEntry
 from nexus.backends.records import DTYPES, address, group_values, layout, tensor_values
 
 List = TypeVar("List")
@@ -31,14 +31,12 @@ def _users(storage: UntypedStorage) -> int:
     return torch._C._storage_Use_Count(storage._cdata)
 
 
-class WatchedRunner:
+class WatchedRunner(Runner):
     """Binds plans to a list of the extension. What is done with the list is up to the subclass.
 
     Args:
         tensors: a `_native.WatchedRecords`.
     """
-
-    name: str
 
     def __init__(self, tensors: Any) -> None:
         self._list = tensors
@@ -109,9 +107,6 @@ class WatchedRunner:
         self._fill_groups(plan)
         self._take_settings(plan)
         self._plan = plan
-
-    def has_captured(self) -> bool:
-        return False
 
     def update_captured(self) -> None:
         """What `changed` has found is not for a step to come. Where nothing is captured, there is no more to do."""

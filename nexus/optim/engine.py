@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensor
 
 from nexus import backends
 from nexus.arguments import shown
-from nexus.backends import estimate, reference
+from nexus.backends import reference
 from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, Runner, StepState, TensorEntry
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
@@ -126,7 +126,7 @@ class Engine:
         _tidy(attributes)  # before an iterator is gone through
         groups = attributes["param_groups"]
         if any(isinstance(param, FakeTensor) for group in groups for param in group["params"]):
-            backend = cast(Backend, estimate)
+            backend = cast(Backend, reference)  # which estimates
         else:
             backend = backends.select(self.requested_backend, devices_of(attributes))
         if self.runner is None or backend is not self.backend:

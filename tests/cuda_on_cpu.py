@@ -14,7 +14,7 @@ from torch import Tensor
 
 from nexus import backends
 from nexus.backends import cuda
-from nexus.backends.watched import make_list
+from nexus.backends.watched import make_records
 
 NAME = "cuda on cpu"
 
@@ -54,7 +54,7 @@ class Backend:
         return "for tests"
 
     def runner(self, setting_names: tuple[str, ...]) -> Runner:
-        return Runner(make_list(extension().CudaRecords, setting_names))
+        return Runner(make_records(extension().CudaRecords, setting_names))
 
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         steps = steps.contiguous()

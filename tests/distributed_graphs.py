@@ -16,7 +16,7 @@ from torch._C._distributed_c10d import FakeWork
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils._pytree import tree_map
 
-from nexus.backends import cuda
+from nexus.backends import watched
 from nexus.training.capture import device as graph_device
 
 
@@ -75,7 +75,7 @@ class Graphs(graphs_on_cpu.Graphs):
 @contextmanager
 def _kernels_captured(graph: graphs_on_cpu.Graph) -> Iterator[None]:
     """Let the kernels before the sum over processes go into one graph of the shim, those after it into another."""
-    run, total_everywhere = Runner._run, cuda.total_everywhere
+    run, total_everywhere = Runner._run, watched.total_everywhere
     capture = ExitStack()
 
     def begin(runner: Runner) -> None:
@@ -92,7 +92,7 @@ def _kernels_captured(graph: graphs_on_cpu.Graph) -> Iterator[None]:
 
         begin(self)
         try:
-            with mock.patch.object(cuda, "total_everywhere", total):
+            with mock.patch.object(watched, "total_everywhere", total):
                 run(self, *args)
         finally:
             capture.close()

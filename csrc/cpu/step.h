@@ -1,4 +1,4 @@
-// One optimizer step over a list of tensors on the CPU.
+// One optimizer step on the CPU.
 #pragma once
 
 #include <atomic>
@@ -10,16 +10,16 @@
 
 namespace nexus::cpu {
 
-// The division of a list's work among threads, with the scratch memory that a step needs: a step allocates
+// The division of the work among threads, with the scratch memory that a step needs: a step allocates
 // nothing.
 class Step {
  public:
-  explicit Step(const Records& list) : records_(list) {}
+  explicit Step(const Records& records) : records_(records) {}
 
   StepState state = {};
   const Kernels* kernels = cpu::kernels();
 
-  // To be called after the list's tensors have changed, before any run.
+  // To be called after the records' tensors have changed, before any run.
   void divide();
 
   // The sum of squares of all gradients, in float64. Chunks are summed in a fixed order: the number of

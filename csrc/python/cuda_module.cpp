@@ -8,9 +8,9 @@
 #include <utility>
 #include <vector>
 
-#include "../cuda/device_list.h"
+#include "../cuda/device_step.h"
 #include "../cuda/kernels.h"
-#include "watched_records.h"
+#include "binding.h"
 
 #ifndef NEXUS_CUDA_ARCHS
 #define NEXUS_CUDA_ARCHS ""
@@ -28,23 +28,23 @@ class CudaRecords : public WatchedRecords {
   // (device, tensors, groups) of each device, in the order in which they were added. To be called once all
   // are.
   void divide(const std::vector<std::tuple<int, int64_t, int64_t>>& devices) {
-    std::vector<std::unique_ptr<cuda::DeviceList>> previous = std::move(devices_);
+    std::vector<std::unique_ptr<cuda::DeviceStep>> previous = std::move(devices_);
     devices_.clear();
     int64_t first_tensor = 0;
     int64_t first_group = 0;
     for (const auto& [device, tensors, groups] : devices) {
       std::unique_ptr<cuda::DeviceTable> table;
-      for (auto& list : previous) {
-        if (list != nullptr && list->device() == device) {
-          table = list->take_table();
-          list.reset();
+      for (auto& last : previous) {
+        if (last != nullptr && last->device() == device) {
+          table = last->take_table();
+          last.reset();
         }
       }
       if (table == nullptr) {
         table = std::make_unique<cuda::DeviceTable>(device);
       }
       const cuda::Part part = {device, first_tensor, tensors, first_group, groups};
-      devices_.push_back(std::make_unique<cuda::DeviceList>(records_, part, std::move(table), captured_));
+      devices_.push_back(std::make_unique<cuda::DeviceStep>(records_, part, std::move(table), captured_));
       first_tensor += tensors;
       first_group += groups;
     }
@@ -60,10 +60,10 @@ class CudaRecords : public WatchedRecords {
   }
 
   void step(size_t index, Address grad_scale, Address found_inf, Address stream) {
-    cuda::DeviceList& list = *devices_.at(index);
-    list.state.grad_scale = at<const float>(grad_scale);
-    list.state.found_inf = at<const float>(found_inf);
-    list.step(stream_at(stream));
+    cuda::DeviceStep& device = *devices_.at(index);
+    device.state.grad_scale = at<const float>(grad_scale);
+    device.state.found_inf = at<const float>(found_inf);
+    device.step(stream_at(stream));
   }
 
   void update_captured(size_t index, Address stream) {
@@ -74,7 +74,7 @@ class CudaRecords : public WatchedRecords {
   bool has_captured() const { return !captured_.empty(); }
 
  private:
-  std::vector<std::unique_ptr<cuda::DeviceList>> devices_;
+  std::vector<std::unique_ptr<cuda::DeviceStep>> devices_;
   std::vector<std::unique_ptr<cuda::DeviceTable>> captured_;
 };
 

@@ -4,7 +4,7 @@
 
 namespace nexus {
 
-bool Glance::look(const Watch::Parameter& parameter, void*& data, Object& grad) const {
+bool Glance::look(const WatchedRecords::Parameter& parameter, void*& data, Object& grad) const {
   PyObject* param = parameter.tensor.get();
   const bool spread = parameter.placements.get() != nullptr;
   const Object local = spread ? watch_.local_part(param, parameter.placements.get()) : Object(param);
@@ -18,25 +18,25 @@ bool Glance::look(const Watch::Parameter& parameter, void*& data, Object& grad) 
   return true;
 }
 
-void Glance::remember(PyObject* attributes) {
+void Glance::remember(const py::dict& attributes) {
   const auto last = std::exchange(parameters_, {});  // until the end: what dies may call back
   const auto last_settings = std::exchange(settings_, {});
   versions_.clear();
   generation_ = watch_.generation_;
-  is_remembered_ = watch_.same_groups(attributes) && watch_.in_place(watch_.setting_tensors_);
-  for (const Watch::Parameter& parameter : watch_.parameters_) {
+  is_remembered_ = watch_.same_groups(attributes.ptr()) && watch_.in_place(watch_.setting_tensors_);
+  for (const WatchedRecords::Parameter& parameter : watch_.parameters_) {
     Seen seen = {nullptr, {}};
     is_remembered_ = is_remembered_ && look(parameter, seen.data, seen.grad);
     parameters_.push_back(std::move(seen));
   }
-  for (const Watch::GroupSnapshot& group : watch_.groups_) {
+  for (const WatchedRecords::GroupSnapshot& group : watch_.groups_) {
     settings_.push_back(watch_.settings_of(group.group.get()));
     versions_.push_back(dict_version(group.group.get()));
   }
 }
 
-bool Glance::same(PyObject* attributes) const {
-  if (!is_remembered_ || generation_ != watch_.generation_ || !watch_.same_groups(attributes) ||
+bool Glance::same(const py::dict& attributes) const {
+  if (!is_remembered_ || generation_ != watch_.generation_ || !watch_.same_groups(attributes.ptr()) ||
       !watch_.in_place(watch_.setting_tensors_)) {
     return false;
   }

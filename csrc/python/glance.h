@@ -10,14 +10,14 @@ namespace nexus {
 
 class Glance {
  public:
-  explicit Glance(const Watch& watch) : watch_(watch) {}
+  explicit Glance(const WatchedRecords& watch) : watch_(watch) {}
 
   // Takes parameters, gradients and settings as they are now. `attributes`: the optimizer's __dict__.
-  void remember(PyObject* attributes);
+  void remember(const py::dict& attributes);
 
   // Whether there are the same groups with the same settings, every parameter is where it was, and has the
   // very gradient that it had. False before remember(), and where a part of it could not be read then.
-  bool same(PyObject* attributes) const;
+  bool same(const py::dict& attributes) const;
 
  private:
   struct Seen {
@@ -25,9 +25,9 @@ class Glance {
     Object grad;  // held, so that no other has its address
   };
 
-  bool look(const Watch::Parameter& parameter, void*& data, Object& grad) const;
+  bool look(const WatchedRecords::Parameter& parameter, void*& data, Object& grad) const;
 
-  const Watch& watch_;
+  const WatchedRecords& watch_;
   bool is_remembered_ = false;
   uint64_t generation_ = 0;  // of the watch
   std::vector<Seen> parameters_;

@@ -5,8 +5,9 @@
 
 #include "../cpu/parallel.h"
 #include "../cpu/step.h"
+#include "binding.h"
 #include "glance.h"
-#include "watched_records.h"
+#include "overlap.h"
 
 namespace nexus {
 
@@ -37,7 +38,7 @@ class CpuRecords : public WatchedRecords {
       py::gil_scoped_release release;
       step_.run(threads);
     }
-    watch_.release_gradients();
+    release_gradients();
   }
 
   void use_instruction_set(const std::string& name) {
@@ -112,18 +113,16 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
   });
   m.def("chunk_count", &nexus::chunk_count);
   py::class_<nexus::Glance>(m, "Glance", py::module_local())
-      .def("remember",
-           [](nexus::Glance& self, const py::dict& attributes) { self.remember(attributes.ptr()); })
-      .def("same",
-           [](const nexus::Glance& self, const py::dict& attributes) { return self.same(attributes.ptr()); });
+      .def("remember", &nexus::Glance::remember)
+      .def("same", &nexus::Glance::same);
   py::class_<WatchedRecords>(m, "WatchedRecords", py::module_local(),
                              py::custom_type_setup(nexus::collect_garbage))
       .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
       .def("begin", &WatchedRecords::begin)
       .def("fill_groups", &WatchedRecords::fill_groups)
       .def("fill_tensors", &WatchedRecords::fill_tensors)
-      .def("groups", &WatchedRecords::groups)
-      .def("tensors", &WatchedRecords::tensors)
+      .def("groups", [](const WatchedRecords& self) { return nexus::memory_of(self.records().groups); })
+      .def("tensors", [](const WatchedRecords& self) { return nexus::memory_of(self.records().tensors); })
       .def("watch_parameter", &WatchedRecords::watch_parameter)
       .def("watch_entry", &WatchedRecords::watch_entry, py::arg("param"), py::arg("record"),
            py::arg("streams"), py::arg("staged_param"), py::arg("staged_grad"), py::arg("grad_buffer"),
@@ -132,8 +131,10 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("watch_setting_tensor", &WatchedRecords::watch_setting_tensor)
       .def("written", &WatchedRecords::written, "The parameters that the next step writes to in place.")
       .def(
-          "glance", [](WatchedRecords& self) { return nexus::Glance(self.watch()); }, py::keep_alive<0, 1>())
-      .def("overlap", &WatchedRecords::overlap)
+          "glance", [](const WatchedRecords& self) { return nexus::Glance(self); }, py::keep_alive<0, 1>())
+      .def(
+          "overlap", [](const WatchedRecords& self) { return nexus::overlap(self.records().tensors); },
+          "Two tensors with a gradient that share memory, by their indices, or (-1, -1).")
       .def("refresh", &WatchedRecords::refresh)
       .def("release_state", &WatchedRecords::release_state)
       .def("release_gradients", &WatchedRecords::release_gradients);

@@ -209,19 +209,17 @@ bool StateWatch::is_in_use(const Entry& entry) const {
 }
 
 int StateWatch::traverse(visitproc visit, void* arg) const {
-  const auto each = [visit, arg](PyObject* object) { return object == nullptr ? 0 : visit(object, arg); };
-  int stop = each(seen_.held());
-  for (size_t i = 0; i < entries_.size() && stop == 0; ++i) {
-    stop = each(entries_[i].key.held());
-    stop = stop != 0 ? stop : each(entries_[i].entries.held());
-    for (size_t k = 0; k < entries_[i].tensors.size() && stop == 0; ++k) {
-      const StateTensor& tensor = entries_[i].tensors[k];
-      stop = each(tensor.value.held());
-      stop = stop != 0 ? stop : each(tensor.part.get());
-      stop = stop != 0 ? stop : each(tensor.storage.get());
+  Py_VISIT(seen_.held());
+  for (const Entry& entry : entries_) {
+    Py_VISIT(entry.key.held());
+    Py_VISIT(entry.entries.held());
+    for (const StateTensor& tensor : entry.tensors) {
+      Py_VISIT(tensor.value.held());
+      Py_VISIT(tensor.part.get());
+      Py_VISIT(tensor.storage.get());
     }
   }
-  return stop;
+  return 0;
 }
 
 void StateWatch::clear() {

@@ -3,9 +3,10 @@
 // hyperparameter.
 #pragma once
 
-#include <Python.h>
+#include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -15,44 +16,57 @@
 
 namespace nexus {
 
+namespace py = pybind11;
+
 // Ordered: a higher value asks for more.
 enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
 
-class Watch {
+// The records of an optimizer, kept up to date with what the user does. What the Python classes of every
+// backend share.
+class WatchedRecords {
  public:
-  // `setting_names`: the keys of a group whose values are watched; the first is "lr". `grad_descriptor`:
-  // torch's getter of Tensor.grad.
-  Watch(Records& list, PyObject* setting_names, StateWatch state, PyObject* grad_descriptor,
-        const Reader& reader);
+  // `setting_names`: the keys of a group whose values are watched; the first is "lr". For `state_names` to
+  // `storage_users` see StateWatch. `grad_descriptor`: torch's getter of Tensor.grad. For the rest see
+  // Reader.
+  WatchedRecords(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
+                 const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
+                 const py::object& exchange_api, const py::tuple& dtypes);
 
   // Forgets everything, and takes groups and state as they are now for what is expected from here on.
-  // `attributes`: the optimizer's __dict__, which is not held: it owns this watch.
-  void reset(PyObject* attributes);
+  // `attributes`: the optimizer's __dict__, which is not held: it owns these records.
+  void begin(const py::dict& attributes);
 
-  // Takes the groups' hyperparameters as they are now for what is expected from here on.
-  void reset_settings();
+  // Every group, once for each device, device by device. Takes the hyperparameters as they are now for what
+  // is expected from here on.
+  void fill_groups(const std::string& block);
+
+  // Device by device. Where the gradients are, refresh() fills in.
+  void fill_tensors(const std::string& block);
 
   // The next parameter, in the order of the groups, and one that has never had a gradient.
-  void add_parameter(PyObject* param);
+  void watch_parameter(const py::handle& param);
 
-  // The next parameter, which is tensor `record` of the list. `streams` is a tensor that is laid out as the
+  // The next parameter, which has the TensorRecord `record`. `streams` is a tensor that is laid out as the
   // record's streams are: a gradient has to be as well, or is copied to `grad_buffer` by the caller.
   // `placements` are a DTensor's, whose part in this process is what is watched, and whose gradient has to
   // have them too, or is copied; None for any other tensor.
-  void add_parameter(PyObject* param, int64_t record, PyObject* streams, bool staged_param, bool staged_grad,
-                     void* grad_buffer, PyObject* placements);
+  void watch_entry(const py::handle& param, size_t record, const py::handle& streams, bool staged_param,
+                   bool staged_grad, uintptr_t grad_buffer, const py::handle& placements);
 
   // A tensor whose memory must stay where it is.
-  void add_tensor(PyObject* tensor);
+  void watch_tensor(const py::handle& tensor);
 
   // The same, of a group's hyperparameters.
   // Where steps write to it, nobody else may: a kernel's writes do not count in the tensor's version, others
   // do.
-  void add_setting_tensor(PyObject* tensor, bool written_by_steps);
+  void watch_setting_tensor(const py::handle& tensor, bool written_by_steps);
 
-  // Brings the list's pointers up to date and says what else there is to do. A float written to a group's
-  // "lr" is taken over here; any other setting is the caller's.
-  Change refresh(PyObject* attributes);
+  // Brings the records' pointers up to date and says what else there is to do, a Change. A float written to a
+  // group's "lr" is taken over here; any other setting is the caller's.
+  int refresh(const py::dict& attributes);
+
+  // As refresh() has left them.
+  const Records& records() const { return records_; }
 
   // Lets go of the state until the next refresh(), so that what is taken out of it is freed at once; in a
   // step, at its end.
@@ -62,12 +76,15 @@ class Watch {
   // whatever another thread does to them meanwhile.
   void release_gradients();
 
-  // The parameters that the next step writes to where they are: a tuple; borrowed.
-  PyObject* written() const { return written_.get(); }
+  // The parameters that the next step writes to where they are: a tuple.
+  py::object written() const { return py::reinterpret_borrow<py::object>(written_.get()); }
 
-  // For the garbage collector: what is watched may refer to the optimizer, which owns this watch.
+  // For the garbage collector: what is watched may refer to the optimizer, which owns these records.
   int traverse(visitproc visit, void* arg) const;
   void clear();
+
+ protected:
+  Records records_;
 
  private:
   friend class Glance;
@@ -100,6 +117,7 @@ class Watch {
     Object version;  // a Python int; null where it may be any
   };
 
+  void watch_settings();
   bool same_groups(PyObject* attributes) const;
   Change same_settings();
   bool in_place(const std::vector<FixedTensor>& tensors) const;
@@ -117,7 +135,6 @@ class Watch {
   Object gradient(const Parameter& parameter) const;
   Object local_part(PyObject* tensor, PyObject* placements) const;
 
-  Records& records_;
   Object setting_names_;
   Object grad_descriptor_;
   Object version_descriptor_;
@@ -125,7 +142,7 @@ class Watch {
   Object param_groups_name_, grad_name_, params_name_, is_neg_name_;
   Object local_tensor_name_, spec_name_, placements_name_;
 
-  uint64_t generation_ = 0;  // another after each reset()
+  uint64_t generation_ = 0;  // another after each begin()
   Object seen_groups_;
   std::vector<GroupSnapshot> groups_;
   StateWatch state_;

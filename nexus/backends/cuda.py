@@ -14,8 +14,7 @@ from nexus.backends.extension import extension
 from nexus.backends.extension import unavailable as why_no_extension
 from nexus.backends.interface import DevicePlan, Plan
 from nexus.backends.records import address, layout, state_values
-from nexus.backends.sharding import total_everywhere
-from nexus.backends.watched import WatchedRunner, make_list
+from nexus.backends.watched import WatchedRunner, as_float32, make_records
 
 __all__ = ["DEVICE_TYPES", "NAME", "CudaRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -67,7 +66,7 @@ def detail() -> str:
 
 def runner(setting_names: tuple[str, ...]) -> CudaRunner:
     """One for an optimizer."""
-    return CudaRunner(make_list(extension.CudaRecords, setting_names))
+    return CudaRunner(make_records(extension.CudaRecords, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
@@ -87,26 +86,26 @@ def current_stream(device: torch.device) -> tuple[int, int]:
 
 
 class CudaRunner(WatchedRunner):
-    """Runs a list on the GPUs on which its tensors are."""
+    """Runs steps on the GPUs on which the tensors are."""
 
     name = NAME
     current_stream = staticmethod(current_stream)
 
-    def __init__(self, tensors: Any) -> None:
-        super().__init__(tensors)
+    def __init__(self, records: Any) -> None:
+        super().__init__(records)
         self._devices: list[DevicePlan] = []
 
     def has_captured(self) -> bool:
-        return bool(self._list.has_captured())
+        return bool(self.records.has_captured())
 
     def update_captured(self) -> None:
         super().update_captured()
         for position, plan in enumerate(self._devices):
-            self._list.update_captured(position, self.current_stream(plan.state.device)[1])
+            self.records.update_captured(position, self.current_stream(plan.state.device)[1])
 
     def _take_tensors(self, plan: Plan) -> None:
         self._devices = list(plan.devices.values())
-        self._list.divide(
+        self.records.divide(
             [
                 (self.current_stream(device.state.device)[0], len(device.entries), len(device.groups))
                 for device in self._devices
@@ -116,23 +115,17 @@ class CudaRunner(WatchedRunner):
 
     def _take_settings(self, plan: Plan) -> None:
         for position, device_plan in enumerate(self._devices):
-            self._list.fill_state(position, layout("StepState").pack(state_values(device_plan)))
+            self.records.fill_state(position, layout("StepState").pack(state_values(device_plan)))
 
-    def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        measured = []
-        for position, device_plan in enumerate(self._devices):
-            state = device_plan.state
-            if device_plan.measures_norm:
-                stream = self.current_stream(state.device)[1]
-                self._list.sum_of_squares(position, state.sum_of_squares.data_ptr(), stream)
-                measured.append(state.sum_of_squares)
-        found_inf = total_everywhere(measured, plan.norm_parts, found_inf)
-        for position, device_plan in enumerate(self._devices):
-            device = device_plan.state.device
-            scale, inf = _float32(grad_scale, device), _float32(found_inf, device)
-            self._list.step(position, address(scale), address(inf), self.current_stream(device)[1])
-        self._list.release_gradients()
+    def _measure(self) -> None:
+        for position, plan in enumerate(self._devices):
+            if plan.measures_norm:
+                stream = self.current_stream(plan.state.device)[1]
+                self.records.sum_of_squares(position, plan.state.sum_of_squares.data_ptr(), stream)
 
-
-def _float32(scalar: Tensor | None, device: torch.device) -> Tensor | None:
-    return None if scalar is None else scalar.to(device, torch.float32, non_blocking=True)
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for position, plan in enumerate(self._devices):
+            device = plan.state.device
+            scale, inf = as_float32(grad_scale, device), as_float32(found_inf, device)
+            self.records.step(position, address(scale), address(inf), self.current_stream(device)[1])
+        self.records.release_gradients()

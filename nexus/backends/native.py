@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from nexus.backends.extension import extension, unavailable
 from nexus.backends.interface import Plan
 from nexus.backends.records import address, layout, state_values
-from nexus.backends.sharding import total_everywhere
-from nexus.backends.watched import WatchedRunner, make_list
+from nexus.backends.watched import WatchedRunner, as_float32, make_records
 
 __all__ = ["DEVICE_TYPES", "NAME", "NativeRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -28,7 +25,7 @@ def detail() -> str:
 
 def runner(setting_names: tuple[str, ...]) -> NativeRunner:
     """One for an optimizer."""
-    return NativeRunner(make_list(extension.CpuRecords, setting_names))
+    return NativeRunner(make_records(extension.CpuRecords, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
@@ -40,38 +37,21 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
 
 
 class NativeRunner(WatchedRunner):
-    """Runs a list on the CPU."""
+    """Runs steps on the CPU."""
 
     name = NAME
 
-    def __init__(self, tensors: Any) -> None:
-        super().__init__(tensors)
-        self._measures_norm = False
-        self._sum_of_squares = 0
-
     def _take_tensors(self, plan: Plan) -> None:
-        self._list.divide()
+        self.records.divide()
         self._take_settings(plan)
 
     def _take_settings(self, plan: Plan) -> None:
-        device_plan = plan.devices[_CPU]
-        self._measures_norm = device_plan.measures_norm
-        self._sum_of_squares = device_plan.state.sum_of_squares.data_ptr()
-        self._list.fill_state(layout("StepState").pack(state_values(device_plan)))
+        self.records.fill_state(layout("StepState").pack(state_values(plan.devices[_CPU])))
 
-    def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        threads = torch.get_num_threads()
-        if self._measures_norm:
-            self._list.sum_of_squares(self._sum_of_squares, threads)
-        if plan.norm_parts:
-            sums = [plan.devices[_CPU].state.sum_of_squares] if self._measures_norm else []
-            found_inf = total_everywhere(sums, plan.norm_parts, found_inf)
-        if grad_scale is None and found_inf is None:
-            self._list.step(threads, 0, 0)
-        else:
-            scale, inf = _float32(grad_scale), _float32(found_inf)
-            self._list.step(threads, address(scale), address(inf))
+    def _measure(self) -> None:
+        for total in self._sums:
+            self.records.sum_of_squares(total.data_ptr(), torch.get_num_threads())
 
-
-def _float32(scalar: Tensor | None) -> Tensor | None:
-    return None if scalar is None else scalar.to(_CPU, torch.float32)
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        scale, inf = as_float32(grad_scale, _CPU), as_float32(found_inf, _CPU)
+        self.records.step(torch.get_num_threads(), address(scale), address(inf))

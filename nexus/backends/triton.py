@@ -19,7 +19,6 @@ from nexus.backends.extension import extension
 from nexus.backends.extension import unavailable as why_no_extension
 from nexus.backends.interface import DevicePlan, Plan
 from nexus.backends.records import address, state_values
-from nexus.backends.sharding import total_everywhere
 from nexus.backends.triton_tables import (
     CHUNK_ELEMENTS,
     COEFFICIENTS,
@@ -32,7 +31,7 @@ from nexus.backends.triton_tables import (
     put_kinds,
     words,
 )
-from nexus.backends.watched import WatchedRunner, make_list
+from nexus.backends.watched import WatchedRunner, as_float32, make_records
 
 __all__ = ["DEVICE_TYPES", "NAME", "TritonRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -67,7 +66,7 @@ def detail() -> str:
 
 def runner(setting_names: tuple[str, ...]) -> TritonRunner:
     """One for an optimizer."""
-    return TritonRunner(make_list(extension.WatchedRecords, setting_names))
+    return TritonRunner(make_records(extension.WatchedRecords, setting_names))
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
@@ -110,15 +109,15 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-class _DeviceList:
+class _DeviceStep:
     """What is updated on one device: its tables, and the launches over them.
 
     Args:
         plan: of that device.
-        last: the list that this one takes the place of, and whose device memory it takes over where it fits.
+        last: what this one takes the place of, and whose device memory it takes over where it fits.
     """
 
-    def __init__(self, plan: DevicePlan, last: _DeviceList | None) -> None:
+    def __init__(self, plan: DevicePlan, last: _DeviceStep | None) -> None:
         device = plan.state.device
         entries = plan.entries
         self.plan = plan
@@ -176,10 +175,7 @@ class _DeviceList:
     def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update every tensor, its counter, and the counters of the step."""
         state, (groups, records, chunks) = self.plan.state, self._on_device
-        scale, inf = (
-            None if scalar is None else scalar.detach().to(state.device, torch.float32, non_blocking=True)
-            for scalar in (grad_scale, found_inf)
-        )
+        scale, inf = as_float32(grad_scale, state.device), as_float32(found_inf, state.device)
         with _launching(state.device) as kernels:
             kernels.prologue[1 + _ceil_div(len(self._coefficients), _LANES),](
                 groups,
@@ -217,14 +213,14 @@ class TritonRunner(WatchedRunner):
 
     name = NAME
 
-    def __init__(self, tensors: Any) -> None:
-        super().__init__(tensors)
-        self._lists: dict[torch.device, _DeviceList] = {}
+    def __init__(self, records: Any) -> None:
+        super().__init__(records)
+        self._devices: dict[torch.device, _DeviceStep] = {}
         self._in_graphs: list[Tensor] = []  # what a replay works on lives as long as the runner
 
     def _take_tensors(self, plan: Plan) -> None:
-        last = self._lists
-        self._lists = {device: _DeviceList(own, last.get(device)) for device, own in plan.devices.items()}
+        last = self._devices
+        self._devices = {device: _DeviceStep(own, last.get(device)) for device, own in plan.devices.items()}
 
     def _take_settings(self, plan: Plan) -> None:
         """They are in the records of each step."""
@@ -234,23 +230,26 @@ class TritonRunner(WatchedRunner):
 
     def update_captured(self) -> None:
         super().update_captured()
-        lists = list(self._lists.values())
-        for device_list, groups in zip(lists, self._groups_of(lists), strict=True):
-            device_list.update_captured(groups)
+        devices = list(self._devices.values())
+        for device, groups in zip(devices, self._groups_of(devices), strict=True):
+            device.update_captured(groups)
 
-    def _groups_of(self, lists: list[_DeviceList]) -> tuple[Tensor, ...]:
-        return words(self._list.groups(), "Group", [len(own.plan.groups) for own in lists])
+    def _groups_of(self, devices: list[_DeviceStep]) -> tuple[Tensor, ...]:
+        return words(self.records.groups(), "Group", [len(own.plan.groups) for own in devices])
 
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        lists = list(self._lists.values())
-        records = words(self._list.tensors(), "TensorRecord", [len(own.sizes) for own in lists])
-        for device_list, own_records, groups in zip(lists, records, self._groups_of(lists), strict=True):
-            self._in_graphs += device_list.follow(own_records, groups)
-        measured = [device_list for device_list in lists if device_list.plan.measures_norm]
-        for device_list in measured:
-            device_list.measure()
-        sums = [device_list.plan.state.sum_of_squares for device_list in measured]
-        found_inf = total_everywhere(sums, plan.norm_parts, found_inf)
-        for device_list in lists:
-            device_list.update(grad_scale, found_inf)
-        self._list.release_gradients()
+        devices = list(self._devices.values())
+        records = words(self.records.tensors(), "TensorRecord", [len(own.sizes) for own in devices])
+        for device, own_records, groups in zip(devices, records, self._groups_of(devices), strict=True):
+            self._in_graphs += device.follow(own_records, groups)
+        super()._run(plan, grad_scale, found_inf)
+
+    def _measure(self) -> None:
+        for device in self._devices.values():
+            if device.plan.measures_norm:
+                device.measure()
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        for device in self._devices.values():
+            device.update(grad_scale, found_inf)
+        self.records.release_gradients()

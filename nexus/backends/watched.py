@@ -12,12 +12,13 @@ from torch import Tensor, UntypedStorage
 from nexus.backends import sharding
 from nexus.backends.interface import STATE_NAMES, Change, Glance, Plan, Rate, Runner, TensorEntry
 from nexus.backends.records import DTYPES, address, group_values, layout, tensor_values
+from nexus.backends.sharding import total_everywhere
 
-List = TypeVar("List")
+Records = TypeVar("Records")
 
 
-def make_list(kind: Callable[..., List], setting_names: tuple[str, ...]) -> List:
-    """One of the extension's lists."""
+def make_records(kind: Callable[..., Records], setting_names: tuple[str, ...]) -> Records:
+    """The records of one optimizer: a `WatchedRecords` of the extension, or of a kind of these."""
     tensor = torch.empty(1, device="cpu")
     storage = tensor.untyped_storage()  # the same Python object whenever it is asked for
     storage_references = sys.getrefcount(storage) - 2  # besides the name and the argument
@@ -32,43 +33,40 @@ def _users(storage: UntypedStorage) -> int:
 
 
 class WatchedRunner(Runner):
-    """Binds plans to a list of the extension. What is done with the list is up to the subclass.
+    """Binds plans to records of the extension. What is done with these is up to the subclass."""
 
-    Args:
-        tensors: a `_native.WatchedRecords`.
-    """
-
-    def __init__(self, tensors: Any) -> None:
-        self._list = tensors
+    def __init__(self, records: Any) -> None:
+        self.records = records
         self._plan: Plan | None = None
+        self._sums: list[Tensor] = []  # of squares, on the devices that measure the norm
         self._staged: list[TensorEntry] = []
         self._host_rates: list[tuple[Tensor, Tensor]] = []
 
     def changed(self, attributes: dict[str, Any]) -> int:
-        return Change.TENSORS if self._plan is None else self._list.refresh(attributes)
+        return Change.TENSORS if self._plan is None else self.records.refresh(attributes)
 
     def forget(self) -> None:
         self._plan = None
 
     def glance(self) -> Glance:
-        glance: Glance = self._list.glance()
+        glance: Glance = self.records.glance()
         return glance
 
     def release_state(self) -> None:
-        self._list.release_state()
+        self.records.release_state()
 
     def bind(self, plan: Plan, attributes: dict[str, Any]) -> None:
-        self._plan = None  # until the end: a list that is half made is never run
-        self._list.begin(attributes)
+        self._plan = None  # until the end: what is half made is never run
+        self.records.begin(attributes)
         self._fill_groups(plan)
         entries = [entry for device_plan in plan.devices.values() for entry in device_plan.entries]
-        self._list.fill_tensors(b"".join(layout("TensorRecord").pack(tensor_values(entry)) for entry in entries))
+        self.records.fill_tensors(b"".join(layout("TensorRecord").pack(tensor_values(entry)) for entry in entries))
         indices = {id(entry): index for index, entry in enumerate(entries)}
         for param, watched in plan.parameters:
             if watched is None:
-                self._list.watch_parameter(param)
+                self.records.watch_parameter(param)
             else:
-                self._list.watch_entry(
+                self.records.watch_entry(
                     param,
                     indices[id(watched)],
                     watched.param,
@@ -80,13 +78,13 @@ class WatchedRunner(Runner):
         for device_plan in plan.devices.values():
             state = device_plan.state  # whose memory a process that is spawned with the optimizer comes to share
             for tensor in (state.completed, state.skipped, state.sum_of_squares, state.grad_norm):
-                self._list.watch_tensor(tensor)
+                self.records.watch_tensor(tensor)
         self._take_tensors(plan)
         for entry in entries:
             entry.state = None
         self._staged = [entry for entry in entries if entry.staged]
-        change = self._list.refresh(attributes)  # reads where the gradients are
-        first, second = self._list.overlap()
+        change = self.records.refresh(attributes)  # reads where the gradients are
+        first, second = self.records.overlap()
         if first >= 0:
             both = (entries[first], entries[second])
             where = [index for index, (_, entry) in enumerate(plan.parameters) if entry in both]
@@ -110,7 +108,7 @@ class WatchedRunner(Runner):
 
     def update_captured(self) -> None:
         """What `changed` has found is not for a step to come. Where nothing is captured, there is no more to do."""
-        self._list.release_gradients()
+        self.records.release_gradients()
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for entry in self._staged:
@@ -121,28 +119,40 @@ class WatchedRunner(Runner):
         try:
             self._run(self._plan, grad_scale, found_inf)
         except BaseException:
-            self._list.release_gradients()
+            self.records.release_gradients()
             raise
         # To autograd these are in-place updates: a graph that saved an old value must refuse to use the new one.
-        torch.autograd.graph.increment_version(self._list.written())
+        torch.autograd.graph.increment_version(self.records.written())
         for entry in self._staged:
             entry.put_back()
 
     def _take_tensors(self, plan: Plan) -> None:
-        """Take over a plan, of which the list knows everything."""
+        """Take over a plan, which is in the records."""
         raise NotImplementedError
 
     def _take_settings(self, plan: Plan) -> None:
-        """Take over the hyperparameters of a plan's groups, which the list knows."""
+        """Take over the hyperparameters of a plan's groups, which are in the records."""
         raise NotImplementedError
 
     def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update everything once."""
+        if self._sums or plan.norm_parts:
+            self._measure()
+            found_inf = total_everywhere(self._sums, plan.norm_parts, found_inf)
+        self._update(grad_scale, found_inf)
+
+    def _measure(self) -> None:
+        """Leave the sum of squares of the gradients in the state of each device that measures the norm."""
+        raise NotImplementedError
+
+    def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update every tensor, and advance the counters."""
         raise NotImplementedError
 
     def _fill_groups(self, plan: Plan) -> None:
+        self._sums = [device.state.sum_of_squares for device in plan.devices.values() if device.measures_norm]
         groups = [group for device_plan in plan.devices.values() for group in device_plan.groups]
-        self._list.fill_groups(b"".join(layout("Group").pack(group_values(group)) for group in groups))
+        self.records.fill_groups(b"".join(layout("Group").pack(group_values(group)) for group in groups))
         rates = [value for group in groups for value in group.values() if isinstance(value, Rate)]
         self._host_rates = [
             (rate.tensor, rate.host) for rate in rates if rate.tensor is not None and rate.host is not None
@@ -151,7 +161,12 @@ class WatchedRunner(Runner):
         of_rates = [tensor for rate in rates for tensor in (rate.tensor, rate.table, rate.last) if tensor is not None]
         watched = {id(tensor): tensor for tensor in of_rates}  # groups share the table of a schedule
         for key, tensor in watched.items():
-            self._list.watch_setting_tensor(tensor, key in written)
+            self.records.watch_setting_tensor(tensor, key in written)
+
+
+def as_float32(scalar: Tensor | None, device: torch.device) -> Tensor | None:
+    """What a `GradScaler` gives a step, as kernels on a device read it."""
+    return None if scalar is None else scalar.detach().to(device, torch.float32, non_blocking=True)
 
 
 def _fill_from_host(tensor: Tensor, host: Tensor) -> None:

@@ -25,7 +25,7 @@ BLOCK, CHUNK = 512, 16_384
 def native(params: list[Tensor], instruction_set: str | None = None, **options: Any) -> FusedAdamW:
     optimizer = FusedAdamW(params, backend="native", **options)
     if instruction_set is not None:
-        engine_of(optimizer).prepare(vars(optimizer))._list.use_instruction_set(instruction_set)
+        engine_of(optimizer).prepare(vars(optimizer)).records.use_instruction_set(instruction_set)
     return optimizer
 
 
@@ -154,7 +154,7 @@ def written(values: Tensor, dtype: torch.dtype, instruction_set: str) -> Tensor:
     optimizer = native([param], lr=1.0, eps=1.0, betas=(0.5, 0.5), weight_decay=0.0)
     engine_of(optimizer).prepare(vars(optimizer))
     optimizer.state[param]["exp_avg"].copy_(-values)
-    engine_of(optimizer).prepare(vars(optimizer))._list.use_instruction_set(instruction_set)
+    engine_of(optimizer).prepare(vars(optimizer)).records.use_instruction_set(instruction_set)
     optimizer.step()
     found[~small] = param.detach()[~small]
     return found

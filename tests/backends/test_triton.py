@@ -107,7 +107,7 @@ def test_no_difference_from_the_compiled_backend(device: str) -> None:
 
 
 def test_the_comparison_notices_a_kernel_that_does_nothing(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(backend._DeviceList, "update", lambda self, grad_scale, found_inf: None)
+    monkeypatch.setattr(backend._DeviceStep, "update", lambda self, grad_scale, found_inf: None)
     with pytest.raises(AssertionError, match="parameter 0"):
         run(params_on(device, [(7,)]))
 

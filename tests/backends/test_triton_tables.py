@@ -73,7 +73,7 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(backend, "is_capturing", lambda device: True)
     optimizer.step()  # runs here, too; what matters is the tables that it leaves to a graph
     monkeypatch.undo()
-    (own,) = engine_of(optimizer).runner._lists.values()
+    (own,) = engine_of(optimizer).runner._devices.values()
     captured = own._captured[0]
     for change in (
         {"lr": 0.25},
@@ -82,7 +82,7 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
     ):
         optimizer.param_groups[0].update(change)
         optimizer.sync_hyperparameters()
-        (now,) = words(engine_of(optimizer).runner._list.groups(), "Group", [2])
+        (now,) = words(engine_of(optimizer).runner.records.groups(), "Group", [2])
         assert torch.equal(captured.table, now.flatten())
     optimizer.step()
     assert not captured.written_by_replays

@@ -111,7 +111,7 @@ def test_what_is_deleted_in_the_middle_of_a_step_is_held_to_its_end() -> None:
     assert runner.changed(vars(optimizer)) == 0  # where a step begins
     del optimizer.state[weight]  # as another thread may
     assert storage() is not None
-    runner._list.release_gradients()  # where it ends
+    runner.records.release_gradients()  # where it ends
     assert storage() is None
 
 

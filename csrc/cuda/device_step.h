@@ -1,4 +1,4 @@
-// The part of an optimizer that lies on one CUDA device.
+// A step on one CUDA device.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -11,7 +11,7 @@
 
 namespace nexus::cuda {
 
-// Where a device's tensors and groups stand in the list of all.
+// Where a device's tensors and groups stand in the records of all.
 struct Part {
   int device;
   int64_t first_tensor, tensor_count;
@@ -23,10 +23,10 @@ struct Part {
 // While that stream is being captured, a step gets a table of its own, which is complete before the call
 // returns. Nothing but update_captured() writes to it again: a graph that is replayed finds what the captured
 // step has seen.
-class DeviceList {
+class DeviceStep {
  public:
-  // `captured` outlives this list, and any graph that was captured.
-  DeviceList(const Records& list, const Part& part, std::unique_ptr<DeviceTable> table,
+  // `captured` outlives this object, and any graph that was captured.
+  DeviceStep(const Records& records, const Part& part, std::unique_ptr<DeviceTable> table,
              std::vector<std::unique_ptr<DeviceTable>>& captured);
 
   int device() const { return part_.device; }

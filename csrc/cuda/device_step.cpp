@@ -1,4 +1,4 @@
-#include "device_list.h"
+#include "device_step.h"
 
 #include <utility>
 
@@ -29,10 +29,10 @@ bool is_capturing(cudaStream_t stream) {
 
 }  // namespace
 
-DeviceList::DeviceList(const Records& list, const Part& part, std::unique_ptr<DeviceTable> table,
+DeviceStep::DeviceStep(const Records& records, const Part& part, std::unique_ptr<DeviceTable> table,
                        std::vector<std::unique_ptr<DeviceTable>>& captured)
-    : records_(list), part_(part), table_(std::move(table)), captured_(captured) {
-  const auto first = list.tensors.begin() + part.first_tensor;
+    : records_(records), part_(part), table_(std::move(table)), captured_(captured) {
+  const auto first = records.tensors.begin() + part.first_tensor;
   contents_.tensors.assign(first, first + part.tensor_count);
   contents_.pointers.resize(contents_.tensors.size());
   for (TensorRecord& tensor : contents_.tensors) {
@@ -46,13 +46,13 @@ DeviceList::DeviceList(const Records& list, const Part& part, std::unique_ptr<De
   table_->forget();
 }
 
-void DeviceList::read_groups() {
+void DeviceStep::read_groups() {
   contents_.measures_norm = state.sum_of_squares != nullptr;
   const auto first = records_.groups.begin() + part_.first_group;
   contents_.groups.assign(first, first + part_.group_count);
 }
 
-const Table& DeviceList::current_table(cudaStream_t stream) {
+const Table& DeviceStep::current_table(cudaStream_t stream) {
   for (size_t i = 0; i < contents_.pointers.size(); ++i) {
     const TensorRecord& tensor = records_.tensors[static_cast<size_t>(part_.first_tensor) + i];
     contents_.pointers[i] = {tensor.param, tensor.grad};
@@ -80,19 +80,19 @@ const Table& DeviceList::current_table(cudaStream_t stream) {
   return captured_.back()->get();
 }
 
-void DeviceList::sum_of_squares(double* out, cudaStream_t stream) {
+void DeviceStep::sum_of_squares(double* out, cudaStream_t stream) {
   const DeviceGuard guard(part_.device);
   cuda::sum_of_squares(current_table(stream), out, stream);
 }
 
-void DeviceList::step(cudaStream_t stream) {
+void DeviceStep::step(cudaStream_t stream) {
   const DeviceGuard guard(part_.device);
   const Table& table = current_table(stream);
   prologue(table, state, stream);
   update(table, state, stream);
 }
 
-void DeviceList::update_captured(cudaStream_t stream) {
+void DeviceStep::update_captured(cudaStream_t stream) {
   const DeviceGuard guard(part_.device);
   read_groups();
   for (const auto& table : captured_) {

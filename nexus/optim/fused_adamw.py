@@ -19,7 +19,7 @@ from nexus.arguments import shown
 from nexus.backends.interface import Backend, StepState
 from nexus.optim import checkpoint, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
-from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings
+from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
 from nexus.optim.history import History
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.table import ScheduleTable
@@ -224,23 +224,7 @@ class FusedAdamW(Optimizer):
         Raises:
             TypeError, ValueError: as the constructor. The optimizer stays as it was.
         """
-        if not isinstance(param_group, dict):
-            raise TypeError(f"param_group must be a dict, got {shown(param_group)}")
-        if "params" not in param_group:
-            raise ValueError(f"param_group must have the key 'params', got {sorted(map(str, param_group))}")
-        params = param_group["params"]
-        params = [params] if isinstance(params, Tensor) else params
-        if isinstance(params, set) or not isinstance(params, Iterable):
-            raise TypeError(f"params must be a tensor or an ordered iterable of tensors, got {shown(params)}")
-        params = list(params)
-        tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
-        first: dict[int, int] = {}
-        for index, tensor in enumerate(tensors):
-            if first.setdefault(id(tensor), index) != index:
-                raise ValueError(
-                    f"a parameter is twice in this group, as number {first[id(tensor)]} and as number {index}, and "
-                    "would be updated twice in each step; give tied weights once, as parameters() of the model does"
-                )
+        params, tensors = listed_parameters(param_group)
         if self._new_params is None:
             checked_settings({**self.defaults, **param_group})
         groups, count = self.param_groups, len(self.param_groups)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
 
@@ -257,6 +257,32 @@ def checked_settings(group: dict[str, Any]) -> dict[str, Any]:
             )
     _refuse_differentiable(group.get("differentiable"))
     return {name: check(name, group[name]) for name, check in SETTINGS.items()}
+
+
+def listed_parameters(param_group: object) -> tuple[list[Any], list[Any]]:
+    """Of a group that is to be added, the parameters as they are given, in a list; and without their names.
+
+    Raises:
+        TypeError, ValueError: it is none, or has a parameter twice.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, got {shown(param_group)}")
+    if "params" not in param_group:
+        raise ValueError(f"param_group must have the key 'params', got {sorted(map(str, param_group))}")
+    params = param_group["params"]
+    params = [params] if isinstance(params, Tensor) else params
+    if isinstance(params, set) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be a tensor or an ordered iterable of tensors, got {shown(params)}")
+    params = list(params)
+    tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
+    first: dict[int, int] = {}
+    for index, tensor in enumerate(tensors):
+        if first.setdefault(id(tensor), index) != index:
+            raise ValueError(
+                f"a parameter is twice in this group, as number {first[id(tensor)]} and as number {index}, and "
+                "would be updated twice in each step; give tied weights once, as parameters() of the model does"
+            )
+    return params, tensors
 
 
 def check_torch_options(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,11 +15,11 @@ from nexus.training.capture.device import CudaGraphs, graph_device
 
 
 class Cuda:
-    """Stands in for what CudaGraphs uses of torch.cuda. `broken`: ending a capture fails."""
+    """Stands in for what CudaGraphs uses of torch.cuda. `broken`: ending a capture fails; `empty`: it warns."""
 
     def __init__(self) -> None:
         self.events: list[str] = []
-        self.broken = False
+        self.broken = self.empty = False
         self.pools = 0
         self.default_generators = [self]
         self.current = self.Stream("the device", name="the caller's")
@@ -39,6 +40,8 @@ class Cuda:
             CUDA[0].events.append("end")
             if CUDA[0].broken:
                 raise RuntimeError("capture was invalidated")
+            if CUDA[0].empty:
+                warnings.warn("The CUDA Graph is empty.", UserWarning, stacklevel=2)
 
     def current_stream(self, device: Any) -> Stream:
         return self.current
@@ -65,11 +68,18 @@ class Cuda:
     def clone_state(self) -> str:
         return "spare"
 
+    def _cuda_endAllocateToPool(self, device: int, pool: int) -> None:
+        self.events.append(f"allocator leaves pool {pool}")
+
+    def _cuda_releasePool(self, device: int, pool: int) -> None:
+        self.events.append(f"pool {pool} is released")
+
     def graphsafe_set_state(self, state: str) -> None:
         self.events.append(f"generator takes {state}")
 
 
 CUDA: list[Cuda] = []
+RECOVERY = ["allocator leaves pool 1", "pool 1 is released", "generator takes spare"]
 BEGIN = ["synchronize", "empty cache", "begin in pool 1, thread_local, on side"]
 
 
@@ -80,6 +90,8 @@ def cuda(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cuda]:
     for name in dir(double):
         if hasattr(torch.cuda, name) and not name.startswith("_"):
             monkeypatch.setattr(torch.cuda, name, getattr(double, name))
+    for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
+        monkeypatch.setattr(torch.cuda.memory, name, getattr(double, name))
     yield double
     assert gc.isenabled()
 
@@ -109,10 +121,10 @@ def test_a_capture(cuda: Cuda) -> None:
     assert cuda.events == [*BEGIN, "run", "end"]
 
 
-@pytest.mark.parametrize("broken", [False, True])
-def test_an_error_in_a_capture_is_raised_as_it_is(broken: bool, cuda: Cuda) -> None:
+@pytest.mark.parametrize(("broken", "empty"), [(False, False), (True, False), (False, True)])
+def test_an_error_in_a_capture_is_raised_as_it_is(broken: bool, empty: bool, cuda: Cuda) -> None:
     device = graphs()
-    cuda.broken = broken
+    cuda.broken, cuda.empty = broken, empty
     error = KeyError("mine")
 
     def run() -> None:
@@ -121,10 +133,9 @@ def test_an_error_in_a_capture_is_raised_as_it_is(broken: bool, cuda: Cuda) -> N
     with pytest.raises(KeyError) as raised:
         device.capture(run)
     assert raised.value is error
-    recovered = ["generator takes spare"] if broken else []
-    assert cuda.events == [*BEGIN, "end", *recovered]
+    assert cuda.events == [*BEGIN, "end", *(RECOVERY if broken else [])]
     cuda.events.clear()
-    cuda.broken = False
+    cuda.broken = cuda.empty = False
     device.capture(lambda: None)
     assert cuda.events[2] == f"begin in pool {2 if broken else 1}, thread_local, on side"
 
@@ -133,4 +144,15 @@ def test_a_capture_that_cannot_be_ended(cuda: Cuda) -> None:
     cuda.broken = True
     with pytest.raises(RuntimeError, match="capture was invalidated"):
         graphs().capture(lambda: None)
-    assert cuda.events == [*BEGIN, "end", "generator takes spare"]
+    assert cuda.events == [*BEGIN, "end", *RECOVERY]
+
+
+def test_a_torch_that_recovers_by_itself(cuda: Cuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    def ended(device: int, pool: int) -> None:
+        raise RuntimeError("not currently recording to the pool")
+
+    monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", ended)
+    cuda.broken = True
+    with pytest.raises(RuntimeError, match="capture was invalidated"):
+        graphs().capture(lambda: None)
+    assert cuda.events[-1] == "generator takes spare"  # and the pool is not released twice

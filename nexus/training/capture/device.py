@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+from torch.cuda import memory
 
 T = TypeVar("T")
 
@@ -84,8 +86,10 @@ class CudaGraphs:
             result = run()
         except BaseException:
             try:
-                graph.capture_end()
-            except RuntimeError:  # CUDA has ended the capture already, of which `run` tells more
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore")  # of a graph that is empty: `run` tells more
+                    graph.capture_end()
+            except RuntimeError:  # CUDA has ended the capture already
                 self._recover(generator, spare)
             raise
         try:
@@ -96,7 +100,10 @@ class CudaGraphs:
         return graph, result
 
     def _recover(self, generator: torch.Generator, spare: torch.Generator) -> None:
-        # torch leaves the generator, the pool and the stream of such a capture as if it were still going on.
+        # torch leaves allocator, generator, pool and stream of such a capture as if it were still going on.
+        with contextlib.suppress(RuntimeError):  # of a torch that has ended it itself, and released the pool
+            memory._cuda_endAllocateToPool(torch.cuda.current_device(), self._pool)  # type: ignore[attr-defined]
+            memory._cuda_releasePool(torch.cuda.current_device(), self._pool)  # type: ignore[attr-defined]
         generator.graphsafe_set_state(spare)
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]

@@ -1,54 +1,94 @@
-// What a step decides once, in one block and in float64: whether to skip, every group's rates, and every
-// tensor's coefficients. It reads the counters, and writes where the next row of the history is to be;
-// update() advances both.
+// What a step decides once, in float64: whether to skip, every group's rates, and every tensor's
+// coefficients. It reads the counters, and writes where the next row of the history is to be; update()
+// advances both.
 #include "kernels.h"
 #include "launch.h"
 
 namespace nexus::cuda {
 namespace {
 
+// Coefficients of a block's tensors. Two powers of beta are the work of a prologue, so that a tensor takes
+// over what the first of its group in this block has, where both have made as many updates: mostly all have.
+class Shared {
+ public:
+  __device__ void offer(int32_t group, double count) {
+    groups_[threadIdx.x] = group;
+    counts_[threadIdx.x] = count;
+  }
+
+  // Whether this thread's tensor is the first of its group. To be called once all have offered theirs.
+  __device__ bool is_first() const {
+    return threadIdx.x == 0 || groups_[threadIdx.x - 1] != groups_[threadIdx.x];
+  }
+
+  __device__ void put(const Coefficients<double>& c) { coefficients_[threadIdx.x] = c; }
+
+  // Those of the first tensor of the group; null where it has made another number of updates.
+  __device__ const Coefficients<double>* find(int32_t group, double count) const {
+    int low = 0;  // the first is in [low, high]: tensors come in the order of their groups
+    for (int high = static_cast<int>(threadIdx.x); low < high;) {
+      const int middle = (low + high) / 2;
+      if (groups_[middle] < group) {
+        low = middle + 1;
+      } else {
+        high = middle;
+      }
+    }
+    return counts_[low] == count ? &coefficients_[low] : nullptr;
+  }
+
+ private:
+  int32_t groups_[kThreads];
+  double counts_[kThreads];
+  Coefficients<double> coefficients_[kThreads];
+};
+
+// A block for kThreads tensors. The first one evaluates every group, for its readers; another one the groups
+// of its tensors, which several blocks may do: they write the same.
 __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state) {
-  __shared__ bool skip;
-  __shared__ double grad_norm;
+  __shared__ Shared shared;
+  const bool is_reader = blockIdx.x == 0;
+  const int64_t begin = static_cast<int64_t>(blockIdx.x) * kThreads;
+  const int64_t end = begin + kThreads < table.tensor_count ? begin + kThreads : table.tensor_count;
+  const bool measures_norm = state.sum_of_squares != nullptr;
   const double grad_scale = gradient_scale(state);
+  const double grad_norm = measures_norm ? sqrt(*state.sum_of_squares) / grad_scale : 0.0;
+  const bool skip = skips(state);
   const int64_t t = *state.completed;
-  if (threadIdx.x == 0) {
-    grad_norm = 0.0;
-    if (state.sum_of_squares != nullptr) {
-      grad_norm = sqrt(*state.sum_of_squares) / grad_scale;
+  if (is_reader && threadIdx.x == 0) {
+    if (measures_norm) {
       *state.grad_norm = grad_norm;
     }
-    skip = skips(state);
     table.header->skip = skip;
-    record_step(state.history, t, skip, state.sum_of_squares == nullptr ? NAN : grad_norm);
+    record_step(state.history, t, skip, measures_norm ? grad_norm : NAN);
   }
-  __syncthreads();
-  for (int64_t i = threadIdx.x; i < table.group_count; i += kThreads) {
-    table.rows[i] = evaluated_row(state, table.groups[i], i, t, skip, grad_norm, grad_scale);
+  const int64_t first_group = is_reader ? 0 : table.tensors[begin].group;
+  const int64_t last_group = is_reader ? table.group_count - 1 : table.tensors[end - 1].group;
+  for (int64_t i = first_group + threadIdx.x; i <= last_group; i += kThreads) {
+    table.rows[i] = is_reader ? evaluated_row(state, table.groups[i], i, t, skip, grad_norm, grad_scale)
+                              : row_at(table.groups[i], t, grad_norm, grad_scale);
   }
   if (skip) {
     return;
   }
+  const int64_t i = begin + threadIdx.x;
+  const TensorRecord* tensor = i < end ? &table.tensors[i] : nullptr;
+  const double count = tensor == nullptr ? 0.0 : *tensor->step + 1.0;
+  shared.offer(tensor == nullptr ? INT32_MAX : tensor->group, count);
   __syncthreads();
-  int32_t group = -1;
-  double step = -1.0;  // of the coefficients at hand: tensors of one group mostly share theirs
-  Coefficients<double> as_double = {};
-  for (int64_t i = threadIdx.x; i < table.tensor_count; i += kThreads) {
-    if (table.pointers[i].grad == nullptr) {
-      continue;
-    }
-    const TensorRecord& tensor = table.tensors[i];
-    const double count = *tensor.step + 1.0;
-    if (tensor.group != group || count != step) {
-      group = tensor.group;
-      step = count;
-      as_double = coefficients(table.rows[group], count);
-    }
-    if (tensor.param_dtype == DType::kFloat64) {
-      table.coefficients[i].as_double = as_double;
-    } else {
-      table.coefficients[i].as_float = rounded<float>(as_double);
-    }
+  if (tensor != nullptr && shared.is_first()) {
+    shared.put(coefficients(table.rows[tensor->group], count));
+  }
+  __syncthreads();
+  if (tensor == nullptr || table.pointers[i].grad == nullptr) {
+    return;
+  }
+  const Coefficients<double>* found = shared.find(tensor->group, count);
+  const Coefficients<double> c = found != nullptr ? *found : coefficients(table.rows[tensor->group], count);
+  if (tensor->param_dtype == DType::kFloat64) {
+    table.coefficients[i].as_double = c;
+  } else {
+    table.coefficients[i].as_float = rounded<float>(c);
   }
 }
 
@@ -68,7 +108,8 @@ cudaError_t load_prologue() {
 }
 
 void prologue(const Table& table, const StepState& state, cudaStream_t stream) {
-  launch("the prologue of a step", prepare, 1, stream, table, state);
+  launch("the prologue of a step", prepare, (table.tensor_count + kThreads - 1) / kThreads, stream, table,
+         state);
 }
 
 void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out,

@@ -30,35 +30,112 @@ __device__ double block_sum(double value) {
   return sum;
 }
 
-template <class G>
-__device__ double square(const G& stored) {
-  double x;
-  load(&stored, &x, 1);
-  return x * x;
+// Sums of squares, by one thread.
+struct Float64 {
+  double sum = 0.0;
+
+  template <class G>
+  __device__ void add(const G& stored) {
+    const auto x = static_cast<double>(decoded(stored));
+    sum += x * x;
+  }
+
+  __device__ double total() const { return sum; }
+};
+
+// The same in two floats: most GPUs have few units for float64, and a thread then needs them once. Sum and
+// square are exact in high + low, but for what low loses: of n squares, less than n^2 2^-48 of the sum.
+struct TwoFloats {
+  float high = 0.0f;
+  float low = 0.0f;
+  float largest = 0.0f;
+
+  template <class G>
+  __device__ void add(const G& stored) {
+    const float x = decoded(stored);
+    const float square = x * x;
+    const float sum = high + square;
+    const float added = sum - high;
+    low += (high - (sum - added)) + (square - added);
+    if constexpr (sizeof(G) == sizeof(float)) {  // of fewer bits, a square is exact
+      low += fmaf(x, x, -square);
+    }
+    high = sum;
+    largest = fmaxf(largest, fabsf(x));
+  }
+
+  // Whether no square was too large for a float, and none that counts too small.
+  __device__ bool holds() const {
+    return high - high + low == low && (largest == 0.0f || largest > 0x1p-45f);
+  }
+  __device__ double total() const { return static_cast<double>(high) + static_cast<double>(low); }
+};
+
+template <bool kAligned, int kCount, class G>
+__device__ Pack<G, kCount> turn_at(const G* stream) {
+  if constexpr (kAligned) {
+    return fetch<kCount>(stream);
+  } else {
+    Pack<G, kCount> pack;
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      pack.elements[k] = stream[k];
+    }
+    return pack;
+  }
 }
 
-template <class G>
-__device__ double thread_sum(const G* grad, int32_t count) {
-  constexpr int kElements = 16 / sizeof(G);
-  const bool aligned = is_aligned<kElements>(grad);
-  double sum = 0.0;
-  for (int32_t i = static_cast<int32_t>(threadIdx.x) * kElements; i < count; i += kThreads * kElements) {
-    if (aligned && i + kElements <= count) {
-      const Pack<G, kElements> pack = fetch<kElements>(grad + i);
+// Adds the elements of a chunk that are this thread's: the same in the same order, however they are aligned.
+template <class Sum, bool kAligned, class G>
+__device__ Sum summed(const G* grad, int32_t count) {
+  constexpr int kCount = 16 / sizeof(G);  // of a turn
+  constexpr int kTurns = 4;               // whose loads are on the way at once
+  constexpr int32_t kStride = kThreads * kCount;
+  const int32_t whole = count / kCount * kCount;
+  Sum sum;
+#pragma unroll 1
+  for (int32_t i = static_cast<int32_t>(threadIdx.x) * kCount; i < whole; i += kTurns * kStride) {
+    Pack<G, kCount> turns[kTurns];
 #pragma unroll
-      for (int k = 0; k < kElements; ++k) {
-        sum += square(pack.elements[k]);
+    for (int turn = 0; turn < kTurns; ++turn) {
+      const int32_t at = i + turn * kStride;
+      turns[turn] = turn_at<kAligned, kCount>(grad + (at < whole ? at : i));
+    }
+#pragma unroll
+    for (int turn = 0; turn < kTurns; ++turn) {
+      if (i + turn * kStride < whole) {
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          sum.add(turns[turn].elements[k]);
+        }
       }
-    } else {
-      for (int32_t k = i; k < i + kElements && k < count; ++k) {
-        sum += square(grad[k]);
-      }
+    }
+  }
+  if (threadIdx.x == static_cast<unsigned>(whole / kCount % kThreads)) {  // the turn that is not whole
+    for (int32_t k = whole; k < count; ++k) {
+      sum.add(grad[k]);
     }
   }
   return sum;
 }
 
-__global__ void __launch_bounds__(kThreads) sum_squares(Table table, double* out) {
+template <class Sum, class G>
+__device__ Sum summed(const G* grad, int32_t count) {
+  return is_aligned<16 / sizeof(G)>(grad) ? summed<Sum, true>(grad, count) : summed<Sum, false>(grad, count);
+}
+
+template <class G>
+__device__ double thread_sum(const G* grad, int32_t count) {
+  if constexpr (sizeof(G) < sizeof(double)) {
+    const auto sum = summed<TwoFloats>(grad, count);
+    if (sum.holds()) {
+      return sum.total();
+    }
+  }
+  return summed<Float64>(grad, count).total();
+}
+
+__global__ void __launch_bounds__(kThreads, 4) sum_squares(Table table, double* out) {
   double sum = 0.0;
   if (blockIdx.x < table.chunk_count) {
     const Chunk chunk = table.chunks[blockIdx.x];

@@ -145,7 +145,7 @@ def stretches(instructions):
 def test_registers_allow_the_occupancy_and_none_is_spilled(kernels, name, arch):
     for kernel in kernels(arch, name):
         # Blocks that are to share a multiprocessor, so that enough loads are on their way at once.
-        blocks = 8 if name == "sum_squares" else 2 if "double" in kernel.types else 4
+        blocks = 2 if "double" in kernel.types else 4
         assert kernel.registers <= REGISTERS // (THREADS * blocks), kernel
         assert kernel.local_bytes == 0, kernel
         assert not [text for text in kernel.accesses if text.startswith(("LDL", "STL"))], kernel
@@ -165,9 +165,10 @@ def test_the_update_loads_two_whole_turns_before_it_stores(kernels, arch):
 
 
 @pytest.mark.parametrize("arch", ARCHS)
-def test_the_norm_reads_every_type_by_128_bits(kernels, arch):
+def test_the_norm_has_four_loads_of_128_bits_on_the_way_for_every_type(kernels, arch):
+    """And once more for the sums in float64, of the types that are added in two floats."""
     (kernel,) = kernels(arch, "sum_squares")
-    assert kernel.accesses.count("LDG.E.128") >= len(SIZES)
+    assert kernel.accesses.count("LDG.E.128") == 4 * (2 * len(SIZES) - 1)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -184,5 +185,6 @@ def test_no_product_and_sum_are_contracted(compiled, source):
     folder, _ = compiled(source)
     ptx = (folder / f"{source}.compute_{ARCHS[0]}.ptx").read_text()
     assert ".rn.f32" in ptx or ".rn.f64" in ptx
-    # ptxas contracts what does not say how it rounds.
-    assert not re.findall(r"\bfma\.\S*|\b(?:mul|add|sub)\.(?:ftz\.)?f(?:32|64)\b", ptx)
+    # ptxas contracts what does not say how it rounds. The norm asks for what a float loses of a square.
+    assert set(re.findall(r"\bfma\.\S*", ptx)) <= ({"fma.rn.f32"} if source == "grad_norm" else set())
+    assert not re.findall(r"\b(?:mul|add|sub)\.(?:ftz\.)?f(?:32|64)\b", ptx)

@@ -39,9 +39,10 @@ NAME = "triton"
 INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 DEVICE_TYPES = frozenset({"cpu"} if INTERPRETS else {"cuda"})
 
-_THREADS = 128  # of one program
+_THREADS = 4 * (64 if torch.version.hip else 32)  # of one program: four warps, which AMD's GPUs have wider
 _LANES = 1024 if INTERPRETS else 128  # tensors, groups or steps that one program evaluates the rates of
 _SUMS = 1024  # sums of chunks that are added up at once
+_loaded: set[tuple[Any, ...]] = set()  # kernels that have been launched
 OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}  # of every launch; fusion would round otherwise
 
 
@@ -143,8 +144,16 @@ class _DeviceStep:
 
         Returns:
             What a graph that captures this step has to find in its place at every replay.
+
+        Raises:
+            RuntimeError: it is captured, and its kernels are not there yet.
         """
         capturing = is_capturing(self.plan.state.device)
+        if capturing and not self._kernels() <= _loaded:
+            raise RuntimeError(
+                "this would be the first step of its kind, and Triton loads kernels at their first launch, which no "
+                "capture allows: make a step before the capture"
+            )
         put_kinds(records, self._kind_indices)
         if not len(records):  # there is an empty chunk of a record of zeros
             records = records.new_zeros(1, records.shape[1])
@@ -206,6 +215,12 @@ class _DeviceStep:
                 KINDS=self._kinds,
                 **OPTIONS,
             )
+        _loaded.update(self._kernels())
+
+    def _kernels(self) -> set[tuple[Any, ...]]:
+        """What of the kernels of a step is compiled for it alone."""
+        names = ("norm", "update") if self.plan.measures_norm else ("update",)
+        return {(name, self._kinds, self.plan.state.device) for name in names}
 
 
 class TritonRunner(WatchedRunner):

@@ -92,6 +92,24 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
     assert values[group.offset("beta1") // 8 : group.offset("maximize") // 8].tolist() == [0.1, 0.2, 1e-8, 3.0]
 
 
+def test_a_graph_cannot_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    params = params_on("cpu", [(5,)])
+    optimizer, reference = FusedAdamW(copies(params), backend="triton"), Float64AdamW(params)
+    set_grads(own_params(optimizer), grads_of(params))
+    monkeypatch.setattr(backend, "_loaded", set())
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    with pytest.raises(RuntimeError, match="make a step before the capture"):
+        optimizer.step()
+    monkeypatch.setattr(backend, "is_capturing", lambda device: False)
+    step_pair(optimizer, reference, steps=1)
+    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
+    step_pair(optimizer, reference, steps=1)  # runs here, too
+    optimizer.param_groups[0]["max_grad_norm"] = 1.0
+    with pytest.raises(RuntimeError, match="make a step before the capture"):  # of the norm, there was none
+        optimizer.step()
+    assert_same_run(optimizer, reference)
+
+
 def test_what_no_replay_would_use_is_refused() -> None:
     others = torch.arange(6)
     CapturedGroups(torch.zeros(5), False, True).update(others, measures_norm=True)  # of another number of groups

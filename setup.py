@@ -90,10 +90,11 @@ class Cuda(NamedTuple):
     archs: list[str]
 
     def flags(self) -> str:
-        """Code for each GPU, and PTX from which a driver compiles for newer ones."""
+        """Code for each GPU, and PTX from which a driver compiles for those between and after them."""
         numbers = [arch.removeprefix("sm_") for arch in self.archs]
         targets = [f"arch=compute_{number},code=sm_{number}" for number in numbers]
-        targets.append(f"arch=compute_{numbers[-1]},code=compute_{numbers[-1]}")
+        for number in dict.fromkeys((numbers[0], numbers[-1])):
+            targets.append(f"arch=compute_{number},code=compute_{number}")
         return " ".join(f"-gencode={target}" for target in targets)
 
 

@@ -9,22 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from side_by_side import (
-    Make,
-    assert_outcomes,
-    both,
-    errors,
-    fused_torch,
-    of_this_torch,
-    outcomes,
-    param,
-    state_of,
-    train,
-)
+from side_by_side import Make, assert_outcomes, both, errors, fused_torch, outcomes, param, state_of, train
 
 from nexus.optim import FusedAdamW
 
-pytestmark = of_this_torch
 THEME = "Arguments and errors"
 
 

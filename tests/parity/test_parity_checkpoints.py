@@ -15,7 +15,6 @@ from side_by_side import (
     Make,
     errors,
     fused_torch,
-    of_this_torch,
     outcomes,
     param,
     params_of,
@@ -29,7 +28,6 @@ from torch.optim.swa_utils import AveragedModel
 
 from nexus.optim import FusedAdamW
 
-pytestmark = of_this_torch
 THEME = "State dicts"
 
 

@@ -7,11 +7,10 @@ from typing import Any
 import pytest
 import torch
 from references import make_params
-from side_by_side import Make, both, of_this_torch, outcomes, param, params_of, same_of_both, state_of, train
+from side_by_side import Make, both, outcomes, param, params_of, same_of_both, state_of, train
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-pytestmark = of_this_torch
 THEME = "Hooks, closures, printing"
 
 
@@ -74,8 +73,7 @@ def test_step_hooks(make: Make) -> object:
 
 
 @pytest.mark.parity(
-    "`zero_grad()` and `zero_grad(set_to_none=False)`",
-    torch="gradients are gone; gradients are zeros, in place",
+    "`zero_grad()` and `zero_grad(set_to_none=False)`", torch="gradients are gone; gradients are zeros, in place"
 )
 @same_of_both
 def test_zero_grad(make: Make) -> object:

@@ -9,18 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from references import make_grads, make_params, set_grads
-from side_by_side import (
-    Make,
-    assert_same,
-    fused_torch,
-    of_this_torch,
-    outcomes,
-    param,
-    params_of,
-    same_of_both,
-    state_of,
-    train,
-)
+from side_by_side import Make, assert_same, fused_torch, outcomes, param, params_of, same_of_both, state_of, train
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -30,7 +19,6 @@ from torch.optim import lr_scheduler
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine
 
-pytestmark = of_this_torch
 THEME = "Rates and schedulers"
 
 

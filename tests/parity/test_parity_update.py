@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 from references import MOMENTS, Float64AdamW, copies, make_grads, make_params, moment_dtype, set_grads
-from side_by_side import Make, both, of_this_torch, outcomes, param, params_of, same_of_both, state_of, train
+from side_by_side import Make, both, outcomes, param, params_of, same_of_both, state_of, train
 
-pytestmark = of_this_torch
 THEME = "The update"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 

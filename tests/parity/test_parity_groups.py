@@ -35,11 +35,7 @@ THEME = "Parameter groups"
     "`add_param_group` in mid-run",
     torch="the new parameters begin at step 0, the others go on; what it does not name comes from the constructor",
 )
-@pytest.mark.parity(
-    "an empty group, beside others",
-    torch="is left alone",
-    also=("test_tensor_list.py::test_an_empty_group_and_one_without_gradients",),
-)
+@pytest.mark.parity("an empty group, beside others", torch="is left alone")
 @same_on_every_backend
 def test_options_by_group(make: Make) -> object:
     options = [

@@ -9,7 +9,18 @@ import pytest
 import torch
 import torch.distributed as dist
 from references import make_grads, make_params, set_grads
-from side_by_side import Make, assert_same, fused_torch, outcomes, param, params_of, same_of_both, state_of, train
+from side_by_side import (
+    Make,
+    assert_same,
+    fused_torch,
+    outcomes,
+    param,
+    params_of,
+    same_of_both,
+    same_on_every_backend,
+    state_of,
+    train,
+)
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -25,29 +36,29 @@ THEME = "Rates and schedulers"
 @pytest.mark.parity(
     "`group['lr']`: a float, an integer, a tensor",
     torch="stays the object that was given, and may become another kind between steps",
-    also=("test_rates_torch.py::test_float_tensor_and_schedule_in_turn",),
 )
 @pytest.mark.parity(
     "a tensor rate, and a tensor `weight_decay`, that are written between steps",
     torch="are read at each step",
     also=("test_rates_torch.py::test_a_tensor_rate_is_read_at_every_step",),
 )
-@same_of_both
+@same_on_every_backend
 def test_kinds_of_rates(make: Make) -> object:
     tensors = [torch.tensor(0.2), torch.tensor([0.3], dtype=torch.float64), torch.full((1, 1, 1), 0.4)]
     rates = [0.1, 1, *tensors, 0.0, 0.05]
     assert all(make([param(1)], lr=rate).param_groups[0]["lr"] is rate for rate in rates)
-    decay = torch.tensor(0.1, dtype=torch.float64)
-    optimizer = make(make_params([(5,)], torch.float64), weight_decay=decay)
+    decays = [torch.tensor(0.1, dtype=torch.float64), torch.tensor(0.2)]
+    optimizer = make([{"params": make_params([(5,)], torch.float64), "weight_decay": each} for each in decays])
     for rate in rates:
-        optimizer.param_groups[0]["lr"] = rate
+        for group in optimizer.param_groups:
+            group["lr"] = rate
         for _ in range(3):
             train(optimizer, steps=1)
-            assert optimizer.param_groups[0]["lr"] is rate
-            decay.mul_(1.5)
-            if isinstance(rate, torch.Tensor):
-                rate.mul_(0.5)
-    return optimizer
+            for written in (rate, *decays):
+                if isinstance(written, torch.Tensor):
+                    written.mul_(0.5)
+        assert all(group["lr"] is rate for group in optimizer.param_groups)
+    return optimizer, tensors, decays
 
 
 MOMENTA = {"base_momentum": torch.tensor(0.85), "max_momentum": torch.tensor(0.95)}

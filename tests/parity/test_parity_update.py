@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import MOMENTS, Float64AdamW, copies, make_grads, make_params, moment_dtype, set_grads
+from references import MOMENTS, Float64AdamW, copies, make_grads, make_params, moment_dtype, set_grads, step_both
 from side_by_side import Make, both, outcomes, param, params_of, same_of_both, state_of, train
 
 THEME = "The update"
@@ -21,15 +21,25 @@ DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
         "test_training_gpt.py::test_float32_training_follows_float64",
     ),
 )
+@pytest.mark.parity(
+    "a step at `lr=0`",
+    torch="changes moments and count, and no parameter",
+    also=("test_adamw.py::test_values_at_the_edge_go_where_torchs_go",),
+)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}, {"eps": 1.0}, {"eps": 0.0}],
+    [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}, {"eps": 1.0}, {"eps": 0.0}, {"lr": 0.0}],
     ids=str,
 )
 @same_of_both
 def test_float64_runs_are_the_same(make: Make, options: dict[str, Any]) -> object:
-    optimizer = make(make_params([(600,), (7, 3), ()], torch.float64), lr=1e-2, **options)
+    own = make_params([(600,), (7, 3), ()], torch.float64)
+    start = copies(own)
+    optimizer = make(own, **{"lr": 1e-2, **options})
     train(optimizer, steps=20)
+    moved = [not torch.equal(each, before) for each, before in zip(own, start, strict=True)]
+    assert moved == [options != {"lr": 0.0}] * 3
+    assert all(state["step"] == 20 and state["exp_avg"].all() for state in optimizer.state.values())
     return optimizer
 
 
@@ -43,14 +53,9 @@ def test_float64_runs_are_the_same(make: Make, options: dict[str, Any]) -> objec
 def test_float32_runs_stay_close_to_float64() -> None:
     def off(make: Make) -> float:
         """The largest difference of parameters about 1, whose decay is by a factor close to 1."""
-        start = make_params([(2000,)])
-        own = copies(start)
-        optimizer, reference = make(own, lr=1e-2, weight_decay=0.1), Float64AdamW(start, lr=1e-2, weight_decay=0.1)
-        for _ in range(50):
-            grads = make_grads(start)
-            set_grads(own, grads)
-            optimizer.step()
-            reference.step(grads)
+        own, options = make_params([(2000,)]), {"lr": 1e-2, "weight_decay": 0.1}
+        optimizer, reference = make(own, **options), Float64AdamW(own, **options)
+        step_both(optimizer, reference, steps=50)
         return (own[0].double() - reference.params[0]).abs().max().item()
 
     first, second = both(off)
@@ -127,21 +132,6 @@ def test_all_dtypes_in_one_optimizer(make: Make) -> object:
     assert [each.tolist() for each in own] == [[0.75] * 3] * 4
     assert [int(optimizer.state[each]["step"]) for each in own] == [1] * 4
     return [tuple(optimizer.state[each][name].dtype for name in MOMENTS) for each in own]
-
-
-@pytest.mark.parity(
-    "a step at `lr=0`",
-    torch="changes moments and count, and no parameter",
-    also=("test_adamw.py::test_values_at_the_edge_go_where_torchs_go",),
-)
-@same_of_both
-def test_a_rate_of_zero(make: Make) -> object:
-    optimizer = make([param(3)], lr=0.0)
-    train(optimizer, steps=2)
-    assert params_of(optimizer)[0].tolist() == [1.0] * 3
-    assert int(state_of(optimizer)["step"]) == 2
-    assert state_of(optimizer)["exp_avg"].all()
-    return optimizer
 
 
 @pytest.mark.parity(

@@ -130,8 +130,7 @@ Edit = Callable[[Any, nn.Parameter], Any]  # an optimizer of two groups, a new p
 
 
 def first_of(optimizer: Optimizer) -> list[nn.Parameter]:
-    found: list[nn.Parameter] = optimizer.param_groups[0]["params"]
-    return found
+    return optimizer.param_groups[0]["params"]
 
 
 def groups_as_a_tuple(optimizer: Any, new: nn.Parameter) -> None:

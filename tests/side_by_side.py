@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Sequence
@@ -31,20 +32,17 @@ def fused_torch(params: Any, *args: Any, **options: Any) -> torch.optim.AdamW:
 def both(observe: Callable[[Make], Seen], backend: str | None = None) -> tuple[Seen, Seen]:
     """What `observe` returns for torch's optimizer and for nexus's, from the same random numbers."""
     ours: Make = FusedAdamW if backend is None else functools.partial(FusedAdamW, backend=backend)
-    found = []
-    for make in (fused_torch, ours):
-        torch.manual_seed(20_240_404)
-        found.append(observe(make))
-    return found[0], found[1]
+    return seeded(observe, fused_torch), seeded(observe, ours)
 
 
 def beside_plain(observe: Callable[[Make], Seen], backend: str) -> tuple[Seen, Seen]:
     """The same for torch's plain loop and for nexus on one backend."""
-    found = []
-    for make in (torch.optim.AdamW, functools.partial(FusedAdamW, backend=backend)):
-        torch.manual_seed(20_240_404)
-        found.append(observe(make))
-    return found[0], found[1]
+    return seeded(observe, torch.optim.AdamW), seeded(observe, functools.partial(FusedAdamW, backend=backend))
+
+
+def seeded(observe: Callable[[Make], Seen], make: Make) -> Seen:
+    torch.manual_seed(20_240_404)
+    return observe(make)
 
 
 def param(*shape: int, dtype: torch.dtype = torch.float64, value: float = 1.0) -> torch.nn.Parameter:
@@ -98,17 +96,42 @@ def assert_found_the_same(first: Any, second: Any) -> None:
 
 def same_of_both(run: Callable[..., object]) -> Callable[..., None]:
     """A test that `run(make, ...)` returns the same for torch's optimizer and for nexus's."""
+    return _test_of(run, lambda observe: assert_found_the_same(*both(observe)))
+
+
+def same_on_every_backend(run: Callable[..., object]) -> Callable[..., None]:
+    """The same for torch's optimizer and for nexus's, on each backend in turn."""
+    return _test_of(run, lambda observe, backend: assert_found_the_same(*both(observe, backend)))
+
+
+def outcomes(*, torch: Any, nexus: Any) -> Callable[[Callable[..., object]], Callable[..., None]]:
+    """A test that `run(make, ...)` ends so with torch's optimizer, and so with nexus's; see `assert_outcomes`."""
+    return lambda run: _test_of(run, lambda observe: assert_outcomes(observe, torch, nexus))
+
+
+def _test_of(run: Callable[..., object], check: Callable[..., None]) -> Callable[..., None]:
+    """A test that hands `run` all that pytest gives, but `make` and what `check` asks for."""
+    _, *for_run = inspect.signature(run).parameters.values()
+    _, *for_check = inspect.signature(check).parameters.values()
 
     @functools.wraps(run)
     def test(**given: Any) -> None:
-        assert_found_the_same(*both(functools.partial(run, **given)))
+        others = {each.name: given.pop(each.name) for each in for_check}
+        check(functools.partial(run, **given), **others)
 
-    signature = inspect.signature(run)
-    del test.__wrapped__  # type: ignore[attr-defined]
-    test.__signature__ = signature.replace(  # type: ignore[attr-defined]  # what pytest is to give
-        parameters=list(signature.parameters.values())[1:], return_annotation=None
-    )
+    del test.__wrapped__
+    test.__signature__ = inspect.Signature([*for_run, *for_check])  # what pytest is to give
     return test
+
+
+def assert_outcomes(observe: Callable[[Make], object], torchs: Any, ours: Any) -> None:
+    """What `observe` returns for torch's optimizer and for nexus's; or how it fails, as a `pytest.raises(...)`."""
+    for make, expected in ((fused_torch, torchs), (FusedAdamW, ours)):
+        if isinstance(expected, contextlib.AbstractContextManager):
+            with expected:
+                seeded(observe, make)
+        else:
+            assert seeded(observe, make) == expected
 
 
 def errors(observe: Callable[[Make], object], kinds: Sequence[type[Exception]] = (Exception,)) -> tuple[str, str]:

@@ -2,38 +2,36 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
 from typing import Any
 
 import pytest
 import torch
-from references import PARAMS as TOLERANCE
-from references import assert_close
-from side_by_side import (
-    Make,
-    assert_same,
-    both,
-    errors,
-    fused_torch,
-    of_this_torch,
-    param,
-    params_of,
-    same_of_both,
-    state_of,
-    train,
-)
-from torch.optim import lr_scheduler
+from side_by_side import Make, assert_outcomes, both, errors, fused_torch, outcomes, param, state_of, train
 
 from nexus.optim import FusedAdamW
 
-pytestmark = of_this_torch
+THEME = "Arguments and errors"
 
-NUMBERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+
+def stepped(make: Make, steps: int = 3, **options: Any) -> list[float]:
+    """Parameters of 1 after some steps with gradients of 1, 2, and so on."""
+    own = param(3)
+    optimizer = make([own], **options)
+    for step in range(steps):
+        own.grad = torch.full_like(own, step + 1.0)
+        optimizer.step()
+    return own.tolist()
+
+
+def assert_options(options: dict[str, Any], torchs: Any, ours: Any) -> None:
+    """What becomes of parameters of 1 in one step with these options, or how it fails."""
+    assert_outcomes(functools.partial(stepped, steps=1, **options), torchs, ours)
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "names, order and defaults of the arguments",
     torch="`params, lr, betas, eps, weight_decay, amsgrad`, then by keyword `maximize, foreach, capturable, "
     "differentiable, fused`",
@@ -43,31 +41,28 @@ NUMBERS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
 )
 def test_the_arguments_are_torchs_and_four_more() -> None:
     both(lambda make: make([param(1)], 1e-3, (0.9, 0.999), 1e-8, 1e-2, False, maximize=False, foreach=None))
-    torchs, ours = (inspect.signature(kind).parameters for kind in (torch.optim.AdamW, FusedAdamW))
-    shared = [(each.name, each.kind, each.default) for each in torchs.values()]
-    assert [(each.name, each.kind, each.default) for each in ours.values()][: len(shared)] == shared
-    torchs_defaults, our_defaults = both(lambda make: make([param(1)]).defaults)
-    assert our_defaults.items() >= {name: torchs_defaults[name] for name in NUMBERS}.items()
-    assert list(ours)[len(shared) :] == ["max_grad_norm", "skip_nonfinite", "backend", "norm_group"]
+    torchs, ours = (inspect.signature(kind).parameters.values() for kind in (torch.optim.AdamW, FusedAdamW))
+    shared = [(each.name, each.kind, each.default) for each in torchs]
+    assert [(each.name, each.kind, each.default) for each in ours][: len(shared)] == shared
+    assert [each.name for each in ours][len(shared) :] == ["max_grad_norm", "skip_nonfinite", "backend", "norm_group"]
+    numbers = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize")
+    first, second = both(lambda make: [make([param(1)]).defaults[name] for name in numbers])
+    assert first == second
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "`isinstance`",
     torch="a `torch.optim.Optimizer`",
     nexus="a `torch.optim.Optimizer`, and no `torch.optim.AdamW`",
     why="what asks for `AdamW` may count on its kernels and its keys of a group",
 )
-def test_it_is_an_optimizer_and_no_adamw() -> None:
-    first, second = both(lambda make: make([param(1)]))
-    assert isinstance(first, torch.optim.Optimizer)
-    assert isinstance(second, torch.optim.Optimizer)
-    assert not isinstance(second, torch.optim.AdamW)
-    assert second.backend == "native"
+@outcomes(torch=(True, True), nexus=(True, False))
+def test_it_is_an_optimizer_and_no_adamw(make: Make) -> object:
+    optimizer = make([param(1)])
+    return isinstance(optimizer, torch.optim.Optimizer), isinstance(optimizer, torch.optim.AdamW)
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "`lr`, `eps`, `weight_decay` below 0 or NaN, betas outside [0, 1)",
     torch="`ValueError`, as `Invalid learning rate: -1.0`",
     nexus="`ValueError`, as `lr must be a finite number >= 0, got -1.0 (float)`",
@@ -85,50 +80,38 @@ def test_it_is_an_optimizer_and_no_adamw() -> None:
     ],
 )
 def test_values_out_of_range_are_value_errors(name: str, value: Any, torchs: str, ours: str) -> None:
-    first, second = errors(lambda make: make([param(1)], **{name: value}))
-    assert first == f"ValueError: Invalid {torchs}"
-    assert second == f"ValueError: {ours} (float)"
+    told = errors(lambda make: make([param(1)], **{name: value}))
+    assert told == (f"ValueError: Invalid {torchs}", f"ValueError: {ours} (float)")
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "an infinite `lr` or `eps`",
     torch="taken; an infinite rate makes the parameters infinite in the first step",
     nexus="`ValueError`",
     why="no training can go on with it",
 )
-@pytest.mark.parametrize("name", ["lr", "eps"])
-def test_infinity_is_taken_by_torch_and_refused_by_nexus(name: str) -> None:
-    peer = fused_torch([param(1)], **{name: math.inf})
-    train(peer, steps=1)
-    assert params_of(peer)[0].isinf().all() == (name == "lr")
-    with pytest.raises(ValueError, match=f"{name} must be a finite number >= 0, got inf"):
-        FusedAdamW([param(1)], **{name: math.inf})
+@pytest.mark.parametrize(("name", "becomes"), [("lr", -math.inf), ("eps", 1 - 1e-5)])
+def test_infinity_is_taken_by_torch_and_refused_by_nexus(name: str, becomes: float) -> None:
+    refused = pytest.raises(ValueError, match=f"{name} must be a finite number >= 0, got inf")
+    assert_options({name: math.inf}, pytest.approx([becomes] * 3), refused)
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "`lr` of a wrong type: a string, `None`, `True`",
     torch="`TypeError` of a comparison that does not name it; `True` is taken for 1",
     nexus="`TypeError` that names `lr`",
     why="a rate of `True` is a slip",
 )
 def test_rates_of_a_wrong_type() -> None:
+    words = r"lr must be a number >= 0, a one-element tensor or a Schedule, got"
     for value in ("0.1", None):
-        first, second = errors(lambda make, value=value: make([param(1)], lr=value))
-        assert first.startswith("TypeError: '<=' not supported between instances of 'float'")
-        assert second.startswith("TypeError: lr must be a number >= 0, a one-element tensor or a Schedule, got")
-    peer, one = fused_torch([param(1)], lr=True), fused_torch([param(1)], lr=1.0)
-    for optimizer in (peer, one):
-        torch.manual_seed(0)
-        train(optimizer)
-    assert torch.equal(params_of(peer)[0], params_of(one)[0])
-    with pytest.raises(TypeError, match=r"lr must be a number.*got True \(bool\)"):
-        FusedAdamW([param(1)], lr=True)
+        compared = pytest.raises(TypeError, match="'<=' not supported between instances of 'float'")
+        assert_options({"lr": value}, compared, pytest.raises(TypeError, match=words))
+    refused = pytest.raises(TypeError, match=rf"{words} True \(bool\)")
+    assert_options({"lr": True}, stepped(fused_torch, 1, lr=1.0), refused)
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "`amsgrad` and `maximize` that are no bools",
     torch="taken; `TypeError` of `_fused_adamw_()` in the first step",
     nexus="`TypeError` that names the argument, at once",
@@ -144,7 +127,6 @@ def test_options_that_are_no_bools(name: str) -> None:
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "betas that are integers: `(0, 0.9)`",
     torch="`ValueError`: betas must be floats",
     nexus="taken as numbers",
@@ -152,68 +134,35 @@ def test_options_that_are_no_bools(name: str) -> None:
     also=("test_arguments.py::test_numbers_of_any_library_are_numbers",),
 )
 def test_betas_that_are_integers() -> None:
-    with pytest.raises(ValueError, match="betas must be either both floats or both Tensors"):
-        fused_torch([param(1)], betas=(0, 0.9))
-    runs = [fused_torch([param(3)], betas=(0.0, 0.9)), FusedAdamW([param(3)], betas=(0, 0.9))]
-    for optimizer in runs:
-        torch.manual_seed(0)
-        train(optimizer)
-    assert_same(*runs)
+    refused = pytest.raises(ValueError, match="betas must be either both floats or both Tensors")
+    as_floats = pytest.approx(stepped(fused_torch, betas=(0.0, 0.9)), rel=5e-15, abs=1e-14)
+    assert_outcomes(functools.partial(stepped, betas=(0, 0.9)), refused, as_floats)
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "betas that are two tensors",
     torch="kept as tensors, read in every step",
     nexus="read once, kept as floats",
     why="reading them in each step would wait for the device",
     also=("test_torch_cases.py::test_every_input_equals_the_for_loop_in_float64",),
 )
-def test_betas_that_are_tensors() -> None:
-    def with_tensors(make: Make) -> tuple[type, torch.optim.Optimizer]:
-        betas = (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64))
-        optimizer = make([param(3)], betas=betas)
-        train(optimizer)
-        kind = type(optimizer.param_groups[0]["betas"][0])
-        betas[0].fill_(0.1)
-        train(optimizer, steps=1)
-        return kind, optimizer
-
-    (first, peer), (second, ours) = both(with_tensors)
-    assert (first, second) == (torch.Tensor, float)
-    assert ours.param_groups[0]["betas"] == (0.8, 0.9)
-    assert not torch.allclose(state_of(peer)["exp_avg"], state_of(ours)["exp_avg"])  # of the last step alone
-
-
-@pytest.mark.parametrize("scheduler", ["OneCycleLR", "CyclicLR"])
-@pytest.mark.parity(
-    "Rates and schedulers",
-    "`OneCycleLR` and `CyclicLR` with momenta that are tensors, which leave a tensor beside a float in `betas`",
-    torch="taken",
-    nexus="same: the tensor is read at the next step",
-    why="the group keeps a pair of floats, in which no change goes unnoticed",
+@outcomes(
+    torch=(torch.Tensor, pytest.approx([0.1, 0.9]), pytest.approx([0.56] * 3)),
+    nexus=(float, [0.8, 0.9], pytest.approx([0.28] * 3)),
 )
-@same_of_both
-def test_momenta_that_are_tensors(make: Make, scheduler: str) -> object:
-    optimizer = make([param(3)], lr=0.1)
-    momenta = {"base_momentum": torch.tensor(0.85), "max_momentum": torch.tensor(0.95)}
-    own = (
-        lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=12, **momenta)
-        if scheduler == "OneCycleLR"
-        else lr_scheduler.CyclicLR(optimizer, 0.05, 0.2, step_size_up=3, **momenta)
-    )
-    for _ in range(10):
-        train(optimizer, 1)
-        own.step()
-    return optimizer
+def test_betas_that_are_tensors(make: Make) -> object:
+    betas = (torch.tensor(0.8, dtype=torch.float64), torch.tensor(0.9, dtype=torch.float64))
+    own = param(3)
+    optimizer = make([own], betas=betas)
+    for beta1, grad in ((0.8, 1.0), (0.1, 0.6)):
+        betas[0].fill_(beta1)
+        own.grad = torch.full_like(own, grad)
+        optimizer.step()
+    kept = optimizer.param_groups[0]["betas"]
+    return type(kept[0]), [float(each) for each in kept], state_of(optimizer)["exp_avg"].tolist()
 
 
-@pytest.mark.parity(
-    "Arguments and errors",
-    "a tensor `lr` of several elements",
-    torch="`ValueError`",
-    nexus="same",
-)
+@pytest.mark.parity("a tensor `lr` of several elements", torch="`ValueError`")
 def test_a_rate_of_several_elements_is_a_value_error() -> None:
     first, second = errors(lambda make: make([param(1)], lr=torch.ones(2)))
     assert first == "ValueError: Tensor lr must be 1-element"
@@ -221,7 +170,6 @@ def test_a_rate_of_several_elements_is_a_value_error() -> None:
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "a tensor `lr` of integers or of half precision",
     torch="taken",
     nexus="`ValueError`: float32 or float64",
@@ -229,15 +177,12 @@ def test_a_rate_of_several_elements_is_a_value_error() -> None:
 )
 @pytest.mark.parametrize("dtype", [torch.int64, torch.float16, torch.bfloat16])
 def test_rates_of_other_dtypes(dtype: torch.dtype) -> None:
-    peer = fused_torch([param(1)], lr=torch.tensor(1, dtype=dtype), weight_decay=0.0)
-    train(peer, steps=1)
-    assert_close(params_of(peer)[0], torch.zeros(1), TOLERANCE[torch.float32])
-    with pytest.raises(ValueError, match=f"lr as a tensor must have one element of float32 or float64.*{dtype}"):
-        FusedAdamW([param(1)], lr=torch.tensor(1, dtype=dtype))
+    words = f"lr as a tensor must have one element of float32 or float64.*{dtype}"
+    options = {"lr": torch.tensor(1, dtype=dtype), "weight_decay": 0.0}
+    assert_options(options, pytest.approx([0.0] * 3, abs=1e-6), pytest.raises(ValueError, match=words))
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "a tensor `lr` beside `foreach=True`",
     torch="`ValueError` unless `capturable=True`; with `fused=True` alone, taken",
     nexus="taken",
@@ -253,32 +198,22 @@ def test_a_tensor_rate_beside_foreach() -> None:
         assert FusedAdamW([param(1)], lr=rate, **options).param_groups[0]["lr"] is rate
 
 
-@pytest.mark.parity(
-    "Arguments and errors",
-    "`foreach=True` with `fused=True`, and `differentiable=True`",
-    torch="`RuntimeError`",
-    nexus="same",
-)
+@pytest.mark.parity("`foreach=True` with `fused=True`, and `differentiable=True`", torch="`RuntimeError`")
 @pytest.mark.parametrize(
-    ("options", "words"),
+    ("other", "words"),
     [
-        ({"foreach": True, "fused": True}, "RuntimeError: `fused` and `foreach` cannot be `True` together"),
-        ({"differentiable": True, "fused": True}, "RuntimeError: `fused` does not support `differentiable`"),
+        ("foreach", "RuntimeError: `fused` and `foreach` cannot be `True` together"),
+        ("differentiable", "RuntimeError: `fused` does not support `differentiable`"),
     ],
-    ids=str,
 )
-def test_implementations_that_exclude_each_other(options: dict[str, bool], words: str) -> None:
-    def make_it(make: Make) -> object:
-        return (torch.optim.AdamW if make is fused_torch else make)([param(1)], **options)
-
-    assert all(error.startswith(words) for error in errors(make_it))
+def test_implementations_that_exclude_each_other(other: str, words: str) -> None:
+    told = errors(lambda make: make([param(1)], **{other: True}, **({} if make is fused_torch else {"fused": True})))
+    assert all(error.startswith(words) for error in told)
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "no parameters, a tensor for a list, numbers for tensors, a parameter in two groups, one that is no leaf",
     torch="`ValueError` or `TypeError`",
-    nexus="same",
 )
 def test_lists_that_no_optimizer_takes() -> None:
     one = param(1)
@@ -288,7 +223,6 @@ def test_lists_that_no_optimizer_takes() -> None:
 
 
 @pytest.mark.parity(
-    "Arguments and errors",
     "the same parameter twice in a group",
     torch="a warning, and two updates in each step, counted",
     nexus="`ValueError`",

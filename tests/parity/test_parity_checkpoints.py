@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import io
+import pickle
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -11,41 +13,46 @@ import torch
 from references import make_params, same_bits, snapshot
 from side_by_side import (
     Make,
-    assert_same,
-    both,
     errors,
     fused_torch,
-    of_this_torch,
+    outcomes,
     param,
+    params_of,
+    same_of_both,
+    same_on_every_backend,
     state_of,
     train,
 )
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
 
 from nexus.optim import FusedAdamW
 
-pytestmark = of_this_torch
+THEME = "State dicts"
 
 
-def trained(make: Make, steps: int = 3, **options: Any) -> torch.optim.Optimizer:
-    optimizer = make(make_params([(5,), (2, 3)], torch.float64), **{"lr": 0.1, **options})
+def trained(make: Make, steps: int = 3, dtype: torch.dtype = torch.float64, **options: Any) -> Optimizer:
+    optimizer = make(make_params([(5,), (2, 3)], dtype), **{"lr": 0.1, **options})
     train(optimizer, steps)
     return optimizer
 
 
-def kept(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def kept(optimizer: Optimizer) -> dict[str, Any]:
     """Its state dict, as one of a file."""
     return copy.deepcopy(optimizer.state_dict())
 
 
-def loaded(make: Make, saved: dict[str, Any], **options: Any) -> torch.optim.Optimizer:
+def loaded(make: Make, saved: dict[str, Any], **options: Any) -> Optimizer:
     """An optimizer that has trained, and then loads."""
     optimizer = trained(make, **options)
     optimizer.load_state_dict(saved)
     return optimizer
 
 
+NAMES = {"step", "exp_avg", "exp_avg_sq"}
+
+
 @pytest.mark.parity(
-    "State dicts",
     "what a state dict holds",
     torch="`state` by the number of the parameter, `param_groups` with the numbers; plain types and tensors, so that "
     "`torch.load(weights_only=True)` reads it",
@@ -53,116 +60,94 @@ def loaded(make: Make, saved: dict[str, Any], **options: Any) -> torch.optim.Opt
     why="a checkpoint of a later release is refused and not misread",
     also=("test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",),
 )
-def test_what_a_state_dict_holds() -> None:
-    def seen(make: Make) -> list[Any]:
-        saved = trained(make).state_dict()
-        file = io.BytesIO()
-        torch.save(saved, file)
-        file.seek(0)
-        torch.testing.assert_close(torch.load(file, weights_only=True), saved, rtol=0, atol=0)
-        names = {key: set(state) for key, state in saved["state"].items()}
-        return [list(saved), names, saved["param_groups"][0]["params"]]
-
-    first, second = both(seen)
-    names = {"step", "exp_avg", "exp_avg_sq"}
-    assert first == [["state", "param_groups"], {0: names, 1: names}, [0, 1]]
-    assert second == [["state", "param_groups", "nexus_format"], {0: names, 1: names}, [0, 1]]
-
-
 @pytest.mark.parity(
-    "State dicts",
     "dtype of `step` in a state dict",
     torch="float32",
     nexus="float64",
     why="floats, as torch writes them, and exact up to 2**53",
     also=("test_counters.py::test_counts_go_on_beyond_what_float32_holds",),
 )
-def test_the_dtype_of_steps_that_are_saved() -> None:
-    def dtype(make: Make) -> tuple[torch.dtype, float]:
-        step = trained(make).state_dict()["state"][0]["step"]
-        return step.dtype, step.item()
-
-    assert both(dtype) == ((torch.float32, 3.0), (torch.float64, 3.0))
+@outcomes(
+    torch=(["state", "param_groups"], {0: NAMES, 1: NAMES}, [0, 1], torch.float32, 3),
+    nexus=(["state", "param_groups", "nexus_format"], {0: NAMES, 1: NAMES}, [0, 1], torch.float64, 3),
+)
+def test_what_a_state_dict_holds(make: Make) -> object:
+    saved = trained(make).state_dict()
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    torch.testing.assert_close(torch.load(file, weights_only=True), saved, rtol=0, atol=0)
+    names = {key: set(state) for key, state in saved["state"].items()}
+    step = saved["state"][0]["step"]
+    return list(saved), names, saved["param_groups"][0]["params"], step.dtype, step.item()
 
 
 @pytest.mark.parity(
-    "State dicts",
     "options, on loading: `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`",
     torch="come from the state dict; where an older one lacks the last two, they are `False`",
-    nexus="same",
     also=("test_torch_cases.py::test_it_can_load_an_older_state_dict",),
 )
-def test_options_come_from_the_state_dict() -> None:
-    options: dict[str, Any] = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}
-
-    def options_loaded(make: Make, older: bool) -> dict[str, Any]:
-        saved = kept(trained(make, **options, amsgrad=not older, maximize=not older))
-        if older:
-            del saved["param_groups"][0]["amsgrad"], saved["param_groups"][0]["maximize"]
-        group = loaded(make, saved).param_groups[0]
-        return {name: group[name] for name in (*options, "amsgrad", "maximize")}
-
-    for older in (False, True):
-        first, second = both(lambda make, older=older: options_loaded(make, older))
-        assert first == second == {**options, "amsgrad": not older, "maximize": not older}
+@pytest.mark.parametrize("older", [False, True])
+@same_of_both
+def test_options_come_from_the_state_dict(make: Make, older: bool) -> object:
+    options = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}
+    options |= {"amsgrad": not older, "maximize": not older}
+    saved = kept(trained(make, **options))
+    if older:
+        del saved["param_groups"][0]["amsgrad"], saved["param_groups"][0]["maximize"]
+    group = loaded(make, saved).param_groups[0]
+    assert {name: group[name] for name in options} == options
+    return options
 
 
 @pytest.mark.parity(
-    "State dicts",
     "`foreach`, `fused` and `capturable`, on loading",
     torch="overwritten: after a checkpoint of `foreach=True`, an optimizer made with `fused=True` is no longer fused",
     nexus="not there to be overwritten; the backend stays",
     why="which kernels run is for this machine to say, and not for the one that saved",
     also=("test_pitfalls.py::test_a_load_takes_over_no_implementation",),
 )
-def test_a_load_takes_over_no_implementation() -> None:
-    saved = kept(trained(lambda params, **options: torch.optim.AdamW(params, foreach=True, **options)))
+@outcomes(torch=([None, True, True], None), nexus=([], "native"))
+def test_a_load_takes_over_no_implementation(make: Make) -> object:
+    saved = kept(trained(torch.optim.AdamW, foreach=True))
     saved["param_groups"][0]["capturable"] = True  # as of a run on a GPU
-    peer, optimizer = both(lambda make: loaded(make, saved))
-    assert [peer.param_groups[0][name] for name in ("fused", "foreach", "capturable")] == [None, True, True]
-    assert {"fused", "foreach", "capturable"}.isdisjoint(optimizer.param_groups[0])
-    assert optimizer.backend == "native"
+    optimizer = loaded(make, saved)
+    group = optimizer.param_groups[0]
+    found = [group[name] for name in ("fused", "foreach", "capturable") if name in group]
+    return found, getattr(optimizer, "backend", None)
 
 
 @pytest.mark.parity(
-    "State dicts",
     "a tensor `lr`, on loading",
     torch="replaced by what was saved, a tensor or a float",
     nexus="keeps its tensor, into which the saved rate is written",
     why="a graph or a scheduler may hold it",
     also=("test_checkpoint.py::test_counters_and_rates_are_loaded_in_place",),
 )
-@pytest.mark.parametrize("saved_as", ["tensor", "float"])
-def test_a_tensor_rate_on_loading(saved_as: str) -> None:
-    def seen(make: Make) -> tuple[bool, float]:
-        saved = kept(trained(make, lr=torch.tensor(0.5) if saved_as == "tensor" else 0.5))
-        rate = torch.tensor(0.125)
-        now = loaded(make, saved, lr=rate).param_groups[0]["lr"]
-        return now is rate, float(now)
-
-    assert both(seen) == ((False, 0.5), (True, 0.5))
+@pytest.mark.parametrize("saved_as", [torch.tensor, float])
+@outcomes(torch=(False, 0.5), nexus=(True, 0.5))
+def test_a_tensor_rate_on_loading(make: Make, saved_as: Callable[[float], Any]) -> object:
+    saved, rate = kept(trained(make, lr=saved_as(0.5))), torch.tensor(0.125)
+    now = loaded(make, saved, lr=rate).param_groups[0]["lr"]
+    return now is rate, float(now)
 
 
 @pytest.mark.parity(
-    "State dicts",
     "a tensor `lr`, on saving",
     torch="the state dict holds the very tensor, and changes with it",
     nexus="the state dict holds a float",
     why="a checkpoint in memory is that of its moment, and can be written as JSON",
     also=("test_rates_torch.py::test_a_tensor_rate_is_not_aliased",),
 )
-def test_a_tensor_rate_on_saving() -> None:
-    def seen(make: Make) -> tuple[type, float]:
-        rate = torch.tensor(0.5)
-        saved = trained(make, lr=rate).state_dict()["param_groups"][0]["lr"]
-        rate.fill_(0.25)
-        return type(saved), float(saved)
-
-    assert both(seen) == ((torch.Tensor, 0.25), (float, 0.5))
+@outcomes(torch=(torch.Tensor, 0.25), nexus=(float, 0.5))
+def test_a_tensor_rate_on_saving(make: Make) -> object:
+    rate = torch.tensor(0.5)
+    saved = trained(make, lr=rate).state_dict()["param_groups"][0]["lr"]
+    rate.fill_(0.25)
+    return type(saved), float(saved)
 
 
 @pytest.mark.parity(
-    "State dicts",
     "moments and counts of an optimizer that has some, on loading",
     torch="replaced; where dtypes agree, by the very tensors of the dict, which the next step then changes",
     nexus="replaced, by copies; written in place where a step in a graph points to them",
@@ -172,47 +157,34 @@ def test_a_tensor_rate_on_saving() -> None:
         "test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",
     ),
 )
-def test_moments_on_loading() -> None:
-    def seen(make: Make) -> tuple[bool, bool]:
-        saved, optimizer = kept(trained(make)), trained(make)
-        before, there = copy.deepcopy(saved), state_of(optimizer)["exp_avg"]
-        optimizer.load_state_dict(saved)
-        train(optimizer)
-        unchanged = same_bits(*(list(each["state"][0].values()) for each in (saved, before)))
-        assert saved["param_groups"] == before["param_groups"]
-        return state_of(optimizer)["exp_avg"] is there, unchanged
-
-    assert both(seen) == ((False, False), (False, True))
+@outcomes(torch=(False, False), nexus=(False, True))
+def test_moments_on_loading(make: Make) -> object:
+    saved, optimizer = kept(trained(make)), trained(make)
+    before, there = copy.deepcopy(saved), state_of(optimizer)["exp_avg"]
+    optimizer.load_state_dict(saved)
+    train(optimizer)
+    unchanged = same_bits(*(list(each["state"][0].values()) for each in (saved, before)))
+    assert saved["param_groups"] == before["param_groups"]
+    return state_of(optimizer)["exp_avg"] is there, unchanged
 
 
 @pytest.mark.parity(
-    "State dicts",
     "float32 moments for bfloat16 parameters, on loading",
     torch="rounded to bfloat16",
     nexus="stay float32, bit for bit",
     why="see the rows about bfloat16",
     also=("test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",),
 )
-def test_float32_moments_of_bfloat16_parameters() -> None:
-    saved = kept(trained(FusedAdamW))
-    for state in saved["state"].values():
-        state.update(exp_avg=state["exp_avg"].float(), exp_avg_sq=state["exp_avg_sq"].float())
-
-    def moment(make: Make) -> torch.Tensor:
-        optimizer = make(make_params([(5,), (2, 3)], torch.bfloat16))
-        optimizer.load_state_dict(copy.deepcopy(saved))
-        return state_of(optimizer)["exp_avg"]
-
-    first, second = both(moment)
-    assert first.dtype == torch.bfloat16
-    assert same_bits([second], [saved["state"][0]["exp_avg"]])
+@outcomes(torch=(torch.bfloat16, False), nexus=(torch.float32, True))
+def test_float32_moments_of_bfloat16_parameters(make: Make) -> object:
+    saved = kept(trained(FusedAdamW, dtype=torch.float32))
+    moment = loaded(make, copy.deepcopy(saved), dtype=torch.bfloat16).state_dict()["state"][0]["exp_avg"]
+    return moment.dtype, same_bits([moment], [saved["state"][0]["exp_avg"]])
 
 
 @pytest.mark.parity(
-    "State dicts",
     "a state dict with another number of groups, or of parameters in a group",
     torch="`ValueError`",
-    nexus="same",
     also=("test_checkpoint_errors.py::test_a_dict_that_does_not_fit_is_named_and_changes_nothing",),
 )
 @pytest.mark.parametrize(
@@ -230,28 +202,25 @@ def test_groups_that_do_not_fit(shapes: list[list[int]], torchs: str, ours: str)
 
 
 @pytest.mark.parity(
-    "State dicts",
     "moments of another shape than the parameter's",
     torch="loaded, and used by the next steps without an error",
     nexus="`ValueError` that names the entry; nothing is changed",
     why="everything is checked before anything is written",
     also=("test_checkpoint_errors.py::test_a_dict_that_does_not_fit_is_named_and_changes_nothing",),
 )
-def test_moments_that_do_not_fit() -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        saved = kept(trained(make))
-        saved["state"][1]["exp_avg"] = torch.zeros(7, dtype=torch.float64)
-        return loaded(make, saved)
-
-    peer = run(fused_torch)
-    train(peer)
-    assert state_of(peer, 1)["exp_avg"].shape == (7,)
-    with pytest.raises(ValueError, match=r"state\[1\] of the loaded .*exp_avg must be of shape \(2, 3\)"):
-        run(FusedAdamW)
+@outcomes(
+    torch=(7,),
+    nexus=pytest.raises(ValueError, match=r"state\[1\] of the loaded .*exp_avg must be of shape \(2, 3\)"),
+)
+def test_moments_that_do_not_fit(make: Make) -> object:
+    saved = kept(trained(make))
+    saved["state"][1]["exp_avg"] = torch.zeros(7, dtype=torch.float64)
+    optimizer = loaded(make, saved)
+    train(optimizer)
+    return state_of(optimizer, 1)["exp_avg"].shape
 
 
 @pytest.mark.parity(
-    "State dicts",
     "the state dict of another optimizer: `SGD`, `NAdam`",
     torch="NAdam's is loaded, and its moments are used; SGD's is `KeyError: 'step'`, after its groups are loaded",
     nexus="`ValueError` that says so",
@@ -259,12 +228,10 @@ def test_moments_that_do_not_fit() -> None:
     also=("test_checkpoint_errors.py::test_another_optimizers_state_is_refused",),
 )
 def test_another_optimizers_state() -> None:
-    sgd = kept(trained(lambda params, **options: torch.optim.SGD(params, momentum=0.9, **options)))
-    nadam = kept(trained(torch.optim.NAdam))
+    sgd, nadam = kept(trained(torch.optim.SGD, momentum=0.9)), kept(trained(torch.optim.NAdam))
     peer = loaded(fused_torch, nadam)
     train(peer)
     assert int(state_of(peer)["step"]) == 6
-    peer = trained(fused_torch)
     with pytest.raises(KeyError, match="step"):
         peer.load_state_dict(sgd)
     assert "momentum" in peer.param_groups[0]
@@ -274,39 +241,129 @@ def test_another_optimizers_state() -> None:
 
 
 @pytest.mark.parity(
-    "State dicts",
     "a load that fails",
     torch="has replaced groups and moments before the error comes",
     nexus="leaves all as it was",
     why="everything is checked before anything is written",
     also=("test_checkpoint_errors.py::test_a_dict_that_does_not_fit_is_named_and_changes_nothing",),
 )
-def test_a_load_that_fails() -> None:
-    def load(make: Make) -> tuple[float, bool]:
-        optimizer, saved = trained(make), kept(trained(make, lr=0.5))
-        before = snapshot(optimizer)
-        del saved["state"][1]["step"]
-        with pytest.raises((KeyError, ValueError), match="step"):
-            optimizer.load_state_dict(saved)
-        return optimizer.param_groups[0]["lr"], same_bits(before, snapshot(optimizer))
-
-    assert both(load) == ((0.5, False), (0.1, True))
+@outcomes(torch=(0.5, False), nexus=(0.1, True))
+def test_a_load_that_fails(make: Make) -> object:
+    optimizer, saved = trained(make), kept(trained(make, lr=0.5))
+    before = snapshot(optimizer)
+    del saved["state"][1]["step"]
+    with pytest.raises((KeyError, ValueError), match="step"):
+        optimizer.load_state_dict(saved)
+    return optimizer.param_groups[0]["lr"], same_bits(before, snapshot(optimizer))
 
 
 @pytest.mark.parity(
-    "State dicts",
     "a state dict without state, on an optimizer that has some",
     torch="the state is gone; moments and counts begin anew",
-    nexus="same",
 )
-def test_a_state_dict_without_state(backend: str) -> None:
-    def run(make: Make) -> tuple[int, torch.optim.Optimizer]:
-        optimizer = loaded(make, kept(trained(make, steps=0)))
-        left = len(optimizer.state)
-        train(optimizer)
-        return left, optimizer
-
-    (first, peer), (second, optimizer) = both(run, backend)
-    assert (first, second) == (0, 0)
-    assert_same(peer, optimizer)
+@same_on_every_backend
+def test_a_state_dict_without_state(make: Make) -> object:
+    optimizer = loaded(make, kept(trained(make, steps=0)))
+    assert not optimizer.state
+    train(optimizer)
     assert int(state_of(optimizer)["step"]) == 3
+    return optimizer
+
+
+@pytest.mark.parity(
+    "entries of the user's own, in a group and in a parameter's state",
+    torch="are saved and loaded",
+    also=("test_checkpoint_foreign.py::test_what_a_wrapper_has_saved_comes_back",),
+)
+@same_of_both
+def test_entries_of_the_users_own(make: Make) -> object:
+    optimizer = trained(make)
+    optimizer.param_groups[0]["mine"] = "x"
+    state_of(optimizer)["mine"] = 7
+    other = loaded(make, kept(optimizer), steps=0)
+    train(other)
+    assert (other.param_groups[0]["mine"], state_of(other).pop("mine")) == ("x", 7)
+    return other
+
+
+@pytest.mark.parity(
+    "hooks before and after `state_dict` and `load_state_dict`",
+    torch="run in the order in which they were registered; what one after `state_dict` returns is the dict",
+)
+@same_of_both
+def test_hooks_of_state_dicts(make: Make) -> list[str]:
+    optimizer = trained(make)
+    seen: list[str] = []
+
+    def hook(name: str) -> Callable[..., None]:
+        return lambda *_: seen.append(name)
+
+    def other_rate(each: Any, given: dict[str, Any]) -> dict[str, Any]:
+        return {**given, "param_groups": [{**group, "lr": 0.7} for group in given["param_groups"]]}
+
+    when = {
+        "before saving": optimizer.register_state_dict_pre_hook,
+        "before loading": optimizer.register_load_state_dict_pre_hook,
+        "after loading": optimizer.register_load_state_dict_post_hook,
+    }
+    for name, register in when.items():
+        register(hook(f"{name} 2"))
+        register(hook(f"{name} 3"))
+        register(hook(f"{name} 1"), prepend=True)
+    optimizer.register_state_dict_post_hook(lambda each, saved: {**saved, "mine": 1})
+    optimizer.register_load_state_dict_pre_hook(other_rate)
+    saved = optimizer.state_dict()
+    assert saved["mine"] == 1
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["lr"] == 0.7
+    assert seen == [f"{name} {n}" for name in when for n in (1, 2, 3)]
+    return seen
+
+
+@pytest.mark.parity(
+    "Copies",
+    "`copy.deepcopy` and `pickle`",
+    torch="parameters and state are copied, and the copy goes on to the same bits",
+    also=("test_checkpoint.py::test_a_copied_optimizer_goes_on_the_same",),
+)
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda optimizer: pickle.loads(pickle.dumps(optimizer))], ids=["deepcopy", "pickle"]
+)
+@same_of_both
+def test_copies_go_on_the_same(make: Make, copied: Callable[[Any], Any]) -> object:
+    optimizer = trained(make, amsgrad=True)
+    other = copied(optimizer)
+    assert type(other) is type(optimizer)
+    assert [name for name in vars(other) if name[0] != "_"] == [name for name in vars(optimizer) if name[0] != "_"]
+    assert params_of(other)[0] is not params_of(optimizer)[0]
+    for each in (optimizer, other):
+        torch.manual_seed(1)
+        train(each)
+    assert same_bits(snapshot(optimizer), snapshot(other))
+    return other
+
+
+@pytest.mark.parity(
+    "Copies",
+    "`swa_utils.AveragedModel` of the trained model",
+    torch="averages its parameters",
+    also=("test_drop_in_schedulers.py::test_averaged_models",),
+)
+@pytest.mark.parity(
+    "Copies",
+    "parameters in shared memory (`model.share_memory()`), before or after the optimizer is made",
+    torch="are updated where they are",
+    also=("test_workers.py::test_steps_of_another_process_are_seen_and_counted",),
+)
+@same_of_both
+def test_models_that_are_averaged_or_shared(make: Make) -> object:
+    model, late = (torch.nn.Linear(3, 2, dtype=torch.float64) for _ in range(2))
+    optimizer, average = make(model.share_memory().parameters(), lr=0.1), AveragedModel(model)
+    optimizer.add_param_group({"params": late.parameters()})
+    for step in range(6):
+        if step == 3:
+            late.share_memory()
+        train(optimizer, 1)
+        average.update_parameters(model)
+    assert all(each.is_shared() for each in params_of(optimizer))
+    return optimizer, average.module.weight.detach()

@@ -8,16 +8,16 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 from references import make_params
-from side_by_side import Make, assert_same, both, errors, of_this_torch
+from side_by_side import Make, assert_same, both, errors
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
+THEME = "torch.compile"
+RATES = [0.1, 0.2, 0.3, 0.4, 0.5]
 pytestmark = [
-    of_this_torch,
     pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning"),  # of what Dynamo imports
-    pytest.mark.filterwarnings(
-        "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"
-    ),  # where Dynamo looks itself
+    # Where Dynamo looks itself:
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning"),
 ]
 
 
@@ -28,7 +28,8 @@ def _fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-RATES = [0.1, 0.2, 0.3, 0.4, 0.5]
+def made(make: Make) -> torch.optim.Optimizer:
+    return make(make_params([(3, 4)], torch.float64), lr=RATES[0])
 
 
 def train(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
@@ -42,7 +43,6 @@ def train(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
 
 
 @pytest.mark.parity(
-    "torch.compile",
     "a compiled function that steps, with a float rate that moves",
     torch="the graph breaks at the update; what is around it is compiled anew for each rate, until torch gives up",
     nexus="the graph breaks at the step, and nothing is compiled anew",
@@ -54,7 +54,7 @@ def train(optimizer: torch.optim.Optimizer, step: Callable[[], object]) -> None:
 )
 def test_a_rate_that_moves() -> None:
     def run(make: Make) -> tuple[torch.optim.Optimizer, int, int]:
-        optimizer = make(make_params([(3, 4)], torch.float64), lr=RATES[0])
+        optimizer = made(make)
         compiler = CompileCounterWithBackend("aot_eager")
         step = torch.compile(lambda: optimizer.step() and None, backend=compiler)
         counters.clear()
@@ -69,15 +69,10 @@ def test_a_rate_that_moves() -> None:
     assert_same(first, second)
 
 
-@pytest.mark.parity(
-    "torch.compile",
-    "`fullgraph=True`",
-    torch="an error: the graph breaks at the update",
-    nexus="same",
-)
+@pytest.mark.parity("`fullgraph=True`", torch="an error: the graph breaks at the update")
 def test_fullgraph() -> None:
     def run(make: Make) -> None:
-        optimizer = make(make_params([(3, 4)], torch.float64), lr=RATES[0])
+        optimizer = made(make)
         train(optimizer, torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True))
 
     told = errors(run, [torch._dynamo.exc.Unsupported])
@@ -85,7 +80,6 @@ def test_fullgraph() -> None:
 
 
 @pytest.mark.parity(
-    "torch.compile",
     "`optimizer.param_groups` read in a compiled function",
     torch="is in the graph, which is compiled anew for what it reads",
     nexus="what reads them runs outside of the graph, with the same result",
@@ -94,7 +88,7 @@ def test_fullgraph() -> None:
 )
 def test_groups_are_read() -> None:
     def run(make: Make) -> tuple[list[float], int]:
-        optimizer = make(make_params([(3, 4)], torch.float64), lr=RATES[0])
+        optimizer = made(make)
         rates: list[float] = []
         compiler = CompileCounterWithBackend("aot_eager")
         read = torch.compile(lambda: torch.ones(()) * optimizer.param_groups[0]["lr"], backend=compiler)

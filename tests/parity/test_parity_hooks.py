@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 from references import make_params
-from side_by_side import Make, both, of_this_torch, param, params_of, same_of_both, state_of, train
+from side_by_side import Make, both, outcomes, param, params_of, same_of_both, state_of, train
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
+from torch.testing._internal.logging_tensor import capture_logs_with_logging_tensor_mode
 
-pytestmark = of_this_torch
+THEME = "Hooks, closures, printing"
 
 
 @pytest.mark.parity(
-    "Hooks, closures, printing",
     "`step(closure)` under `no_grad`",
     torch="the closure is called once, with gradients, before the update; its loss is returned, else `None`",
-    nexus="same",
     also=("test_hooks.py::test_a_closure_may_return_anything_and_run_under_any_mode",),
 )
 @same_of_both
@@ -43,10 +42,8 @@ def test_closures(make: Make) -> object:
 
 
 @pytest.mark.parity(
-    "Hooks, closures, printing",
     "step hooks, of the optimizer and of all optimizers",
     torch="run before and after the update: those of all optimizers, its own, the update, its own, those of all",
-    nexus="same",
     also=("test_hooks.py::test_a_pre_hook_may_change_the_arguments",),
 )
 @same_of_both
@@ -76,10 +73,7 @@ def test_step_hooks(make: Make) -> object:
 
 
 @pytest.mark.parity(
-    "Hooks, closures, printing",
-    "`zero_grad()` and `zero_grad(set_to_none=False)`",
-    torch="gradients are gone; gradients are zeros, in place",
-    nexus="same",
+    "`zero_grad()` and `zero_grad(set_to_none=False)`", torch="gradients are gone; gradients are zeros, in place"
 )
 @same_of_both
 def test_zero_grad(make: Make) -> object:
@@ -99,25 +93,21 @@ def test_zero_grad(make: Make) -> object:
 
 
 @pytest.mark.parity(
-    "Hooks, closures, printing",
     "the range of a step in the profiler",
     torch="`Optimizer.step#AdamW.step`",
     nexus="`Optimizer.step#FusedAdamW.step`",
     why="it is the class's name",
     also=("test_hooks.py::test_a_step_of_a_subclass_is_wrapped_as_torch_wraps_it",),
 )
-def test_the_range_in_the_profiler() -> None:
-    def ranges(make: Make) -> list[tuple[str, int]]:
-        optimizer = make([param(2)])
-        with torch.profiler.profile() as profile:
-            train(optimizer, steps=2)
-        return [(each.key, each.count) for each in profile.key_averages() if each.key.startswith("Optimizer.step")]
-
-    assert both(ranges) == ([("Optimizer.step#AdamW.step", 2)], [("Optimizer.step#FusedAdamW.step", 2)])
+@outcomes(torch=[("Optimizer.step#AdamW.step", 2)], nexus=[("Optimizer.step#FusedAdamW.step", 2)])
+def test_the_range_in_the_profiler(make: Make) -> object:
+    optimizer = make([param(2)])
+    with torch.profiler.profile() as profile:
+        train(optimizer, steps=2)
+    return [(each.key, each.count) for each in profile.key_averages() if each.key.startswith("Optimizer.step")]
 
 
 @pytest.mark.parity(
-    "Hooks, closures, printing",
     "`repr`",
     torch="the class's name, and a line for each option of each group, in order of the alphabet",
     nexus="same, with its own options",
@@ -125,15 +115,34 @@ def test_the_range_in_the_profiler() -> None:
 )
 def test_repr() -> None:
     first, second = both(lambda make: repr(make([param(1)], lr=0.25)).splitlines())
-    assert (first[0], second[0]) == ("AdamW (", "FusedAdamW (")
-    assert first[1] == second[1] == "Parameter Group 0"
-    assert first[-1] == second[-1] == ")"
-    assert [line for line in first[2:-1] if line in second] == [
+    assert (first.pop(0), second.pop(0)) == ("AdamW (", "FusedAdamW (")
+    assert [line for line in first if line in second] == [
+        "Parameter Group 0",
         "    amsgrad: False",
         "    betas: (0.9, 0.999)",
         "    eps: 1e-08",
         "    lr: 0.25",
         "    maximize: False",
         "    weight_decay: 0.01",
+        ")",
     ]
-    assert second[2:-1] == sorted(second[2:-1])
+    assert (second[0], second[-1]) == (first[0], first[-1])
+    assert second[1:-1] == sorted(second[1:-1])
+
+
+@pytest.mark.parity(
+    "what a `TorchDispatchMode` sees of a step",
+    torch="`aten::_fused_adamw_` and what counts the steps",
+    nexus="nothing: no operator of torch runs",
+    why="the kernels are called directly, which is where the time of small updates goes",
+    also=("test_memory.py::test_a_step_allocates_nothing",),
+)
+@outcomes(torch=(True, True), nexus=(False, False))
+def test_what_a_dispatch_mode_sees(make: Make) -> object:
+    optimizer = make([param(3)])
+    train(optimizer, 1)
+    before = params_of(optimizer)[0].tolist()
+    with capture_logs_with_logging_tensor_mode() as seen:
+        optimizer.step()
+    assert params_of(optimizer)[0].tolist() != before
+    return any("aten._fused_adamw_.default" in each for each in seen), bool(seen)

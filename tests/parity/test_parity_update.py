@@ -6,39 +6,44 @@ from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, copies, make_grads, make_params, moment_dtype, set_grads
-from side_by_side import Make, both, fused_torch, of_this_torch, param, params_of, same_of_both, state_of, train
+from references import MOMENTS, Float64AdamW, copies, make_grads, make_params, moment_dtype, set_grads, step_both
+from side_by_side import Make, both, outcomes, param, params_of, same_of_both, state_of, train
 
-from nexus.optim import FusedAdamW
-
-pytestmark = of_this_torch
+THEME = "The update"
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 @pytest.mark.parity(
-    "The update",
     "parameters and moments in float64, also with `amsgrad`, `maximize`, without decay, with `eps` large or 0",
     torch="the formula of the docs",
-    nexus="same",
     also=(
         "test_adamw.py::test_every_option_equals_torch",
         "test_training_gpt.py::test_float32_training_follows_float64",
     ),
 )
+@pytest.mark.parity(
+    "a step at `lr=0`",
+    torch="changes moments and count, and no parameter",
+    also=("test_adamw.py::test_values_at_the_edge_go_where_torchs_go",),
+)
 @pytest.mark.parametrize(
     "options",
-    [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}, {"eps": 1.0}, {"eps": 0.0}],
+    [{}, {"amsgrad": True}, {"maximize": True}, {"weight_decay": 0.0}, {"eps": 1.0}, {"eps": 0.0}, {"lr": 0.0}],
     ids=str,
 )
 @same_of_both
 def test_float64_runs_are_the_same(make: Make, options: dict[str, Any]) -> object:
-    optimizer = make(make_params([(600,), (7, 3), ()], torch.float64), lr=1e-2, **options)
+    own = make_params([(600,), (7, 3), ()], torch.float64)
+    start = copies(own)
+    optimizer = make(own, **{"lr": 1e-2, **options})
     train(optimizer, steps=20)
+    moved = [not torch.equal(each, before) for each, before in zip(own, start, strict=True)]
+    assert moved == [options != {"lr": 0.0}] * 3
+    assert all(state["step"] == 20 and state["exp_avg"].all() for state in optimizer.state.values())
     return optimizer
 
 
 @pytest.mark.parity(
-    "The update",
     "float32 parameters, compared with a float64 run of 50 steps",
     torch="more than twice the error of `FusedAdamW`",
     nexus="closer",
@@ -48,14 +53,9 @@ def test_float64_runs_are_the_same(make: Make, options: dict[str, Any]) -> objec
 def test_float32_runs_stay_close_to_float64() -> None:
     def off(make: Make) -> float:
         """The largest difference of parameters about 1, whose decay is by a factor close to 1."""
-        start = make_params([(2000,)])
-        own = copies(start)
-        optimizer, reference = make(own, lr=1e-2, weight_decay=0.1), Float64AdamW(start, lr=1e-2, weight_decay=0.1)
-        for _ in range(50):
-            grads = make_grads(start)
-            set_grads(own, grads)
-            optimizer.step()
-            reference.step(grads)
+        own, options = make_params([(2000,)]), {"lr": 1e-2, "weight_decay": 0.1}
+        optimizer, reference = make(own, **options), Float64AdamW(own, **options)
+        step_both(optimizer, reference, steps=50)
         return (own[0].double() - reference.params[0]).abs().max().item()
 
     first, second = both(off)
@@ -64,7 +64,6 @@ def test_float32_runs_stay_close_to_float64() -> None:
 
 
 @pytest.mark.parity(
-    "The update",
     "a decay of 1e-8 a step (`lr=1e-6`) on float32 parameters that their gradients move",
     torch="lost: `1 - 1e-8` is 1 in float32",
     nexus="there, on the average of many parameters",
@@ -89,7 +88,6 @@ def test_a_small_decay() -> None:
 
 
 @pytest.mark.parity(
-    "The update",
     "bfloat16 parameters: the second moment after 2000 steps with a gradient of 0.1",
     torch="less than a third of what it should be: what it would grow by is less than half its last place, and lost",
     nexus="right to a part in 100",
@@ -112,51 +110,50 @@ def test_the_second_moment_of_a_bfloat16_parameter() -> None:
 
 
 @pytest.mark.parity(
-    "The update",
     "parameters of float32, float64, bfloat16 and float16 in one optimizer",
     torch="each is updated in its own type, with one count each",
     nexus="same, with arithmetic and moments in float32 for half precision",
     why="see the rows about bfloat16",
     also=("test_adamw.py::test_every_dtype_in_one_optimizer_equals_torch",),
 )
-def test_all_dtypes_in_one_optimizer() -> None:
-    def run(make: Make) -> list[torch.dtype]:
-        optimizer = make([param(3, dtype=dtype) for dtype in DTYPES], lr=0.25, weight_decay=0.0, eps=0.0)
-        for own in params_of(optimizer):
-            own.grad = torch.ones_like(own)
-        optimizer.step()
-        assert [own.tolist() for own in params_of(optimizer)] == [[0.75] * 3] * 4
-        assert [int(state_of(optimizer, index)["step"]) for index in range(4)] == [1] * 4
-        return [state_of(optimizer, index)["exp_avg"].dtype for index in range(4)]
-
-    assert both(run) == (list(DTYPES), [moment_dtype(dtype) for dtype in DTYPES])
+@pytest.mark.parity(
+    "Steps and state",
+    "dtype of the moments",
+    torch="the parameter's: bfloat16 for bfloat16",
+    nexus="float32 for half precision, the parameter's otherwise",
+    why="in bfloat16 a second moment stands still: `beta2` of 0.999 changes it by less than half its last place",
+)
+@outcomes(torch=[(dtype,) * 3 for dtype in DTYPES], nexus=[(moment_dtype(dtype),) * 3 for dtype in DTYPES])
+def test_all_dtypes_in_one_optimizer(make: Make) -> object:
+    own = [param(3, dtype=dtype) for dtype in DTYPES]
+    optimizer = make(own, lr=0.25, weight_decay=0.0, eps=0.0, amsgrad=True)
+    set_grads(own, [torch.ones_like(each) for each in own])
+    optimizer.step()
+    assert [each.tolist() for each in own] == [[0.75] * 3] * 4
+    assert [int(optimizer.state[each]["step"]) for each in own] == [1] * 4
+    return [tuple(optimizer.state[each][name].dtype for name in MOMENTS) for each in own]
 
 
 @pytest.mark.parity(
-    "The update",
-    "a step at `lr=0`",
-    torch="changes moments and count, and no parameter",
-    nexus="same",
-    also=("test_adamw.py::test_values_at_the_edge_go_where_torchs_go",),
+    "`clip_grad_norm_` before the step",
+    torch="scales the gradients, which the step uses",
+    also=("test_gradients.py::test_gradients_of_every_origin",),
 )
 @same_of_both
-def test_a_rate_of_zero(make: Make) -> object:
-    optimizer = make([param(3)], lr=0.0)
-    train(optimizer, steps=2)
-    assert params_of(optimizer)[0].tolist() == [1.0] * 3
-    assert int(state_of(optimizer)["step"]) == 2
-    assert state_of(optimizer)["exp_avg"].all()
-    return optimizer
-
-
-# State.
+def test_clipping_before_the_step(make: Make) -> object:
+    optimizer = make(make_params([(3, 4), (5,)], torch.float64), lr=0.1)
+    norms = []
+    for _ in range(3):
+        set_grads(params_of(optimizer), make_grads(params_of(optimizer)))
+        norms.append(torch.nn.utils.clip_grad_norm_(params_of(optimizer), 0.5))
+        optimizer.step()
+    return optimizer, norms
 
 
 @pytest.mark.parity(
     "Steps and state",
     "when state is made, its names and shapes",
     torch="in the first step with a gradient: `step`, `exp_avg`, `exp_avg_sq`, with `amsgrad` `max_exp_avg_sq`",
-    nexus="same",
 )
 @pytest.mark.parametrize("amsgrad", [False, True])
 @same_of_both
@@ -171,19 +168,24 @@ def test_state_is_made_in_the_first_step(make: Make, amsgrad: bool) -> object:
 
 @pytest.mark.parity(
     "Steps and state",
-    "dtype of the moments",
-    torch="the parameter's: bfloat16 for bfloat16",
-    nexus="float32 for half precision, the parameter's otherwise",
-    why="in bfloat16 a second moment stands still: `beta2` of 0.999 changes it by less than half its last place",
+    "`torch.set_default_device` and `set_default_dtype`",
+    torch="moments are on the device of their parameter and of its dtype, whatever the defaults are",
+    also=("test_state.py::test_state_is_made_for_the_parameters_whatever_the_defaults",),
 )
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_dtypes_of_moments(dtype: torch.dtype) -> None:
-    def dtypes(make: Make) -> set[torch.dtype]:
-        optimizer = make([param(3, dtype=dtype)], amsgrad=True)
-        train(optimizer, steps=1)
-        return {value.dtype for name, value in state_of(optimizer).items() if name != "step"}
-
-    assert both(dtypes) == ({dtype}, {torch.float64 if dtype == torch.float64 else torch.float32})
+@same_of_both
+def test_defaults(make: Make) -> object:
+    optimizer = make(make_params([(3,)], torch.float64), lr=0.1)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        for _ in range(3):
+            params_of(optimizer)[0].grad = torch.ones(3, dtype=torch.float64)
+            with torch.device("meta"):
+                optimizer.step()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    moment = state_of(optimizer)["exp_avg"]
+    assert (moment.device.type, moment.dtype) == ("cpu", torch.float64)
+    return optimizer
 
 
 @pytest.mark.parity(
@@ -194,16 +196,14 @@ def test_dtypes_of_moments(dtype: torch.dtype) -> None:
     why="long runs get there",
     also=("test_counters.py::test_counts_go_on_beyond_what_float32_holds",),
 )
-def test_the_count_of_steps() -> None:
-    def count(make: Make) -> tuple[torch.dtype, torch.Size, int]:
-        optimizer = make([param(3)])
-        train(optimizer, steps=1)
-        step = state_of(optimizer)["step"]
-        step.fill_(2**24 - 1)
-        train(optimizer, steps=3)
-        return step.dtype, step.shape, int(state_of(optimizer)["step"])
-
-    assert both(count) == ((torch.float32, torch.Size([]), 2**24), (torch.float64, torch.Size([]), 2**24 + 2))
+@outcomes(torch=(torch.float32, (), 2**24), nexus=(torch.float64, (), 2**24 + 2))
+def test_the_count_of_steps(make: Make) -> object:
+    optimizer = make([param(3)])
+    train(optimizer, steps=1)
+    step = state_of(optimizer)["step"]
+    step.fill_(2**24 - 1)
+    train(optimizer, steps=3)
+    return step.dtype, step.shape, int(state_of(optimizer)["step"])
 
 
 @pytest.mark.parity(
@@ -214,19 +214,14 @@ def test_the_count_of_steps() -> None:
     why="options of a group may change between steps",
     also=("test_tensor_changes.py::test_amsgrad_switched_while_training",),
 )
-def test_amsgrad_is_switched_on() -> None:
-    def run(make: Make) -> torch.optim.Optimizer:
-        optimizer = make([param(3)])
-        train(optimizer)
-        optimizer.param_groups[0]["amsgrad"] = True
-        train(optimizer)
-        return optimizer
-
-    with pytest.raises(KeyError, match="max_exp_avg_sq"):
-        run(fused_torch)
-    state = state_of(run(FusedAdamW))
-    assert int(state["step"]) == 6
-    assert (state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all()
+@outcomes(torch=pytest.raises(KeyError, match="max_exp_avg_sq"), nexus=(6, True))
+def test_amsgrad_is_switched_on(make: Make) -> object:
+    optimizer = make([param(3)])
+    train(optimizer)
+    optimizer.param_groups[0]["amsgrad"] = True
+    train(optimizer)
+    state = state_of(optimizer)
+    return int(state["step"]), bool((state["max_exp_avg_sq"] >= state["exp_avg_sq"]).all())
 
 
 @pytest.mark.parity(
@@ -234,7 +229,6 @@ def test_amsgrad_is_switched_on() -> None:
     "what the user does to parameters and state: `p.data = ...`, `optimizer.state.clear()`, a parameter taken out "
     "of its group",
     torch="the next step goes on from what is there",
-    nexus="same",
     also=(
         "test_tensor_changes.py::test_swapped_storage_is_followed",
         "test_parity_groups.py::test_groups_by_hand",

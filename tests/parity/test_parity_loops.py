@@ -34,7 +34,7 @@ pytestmark = of_this_torch
     "`group['lr']`: a float, an integer, a tensor",
     torch="stays the object that was given, and may become another kind between steps",
     nexus="same",
-    also=("test_rates_torch.py::test_float_tensor_and_schedule_in_turn",),
+    also=("test_rates_torch.py::test_every_hyperparameter_may_change",),
 )
 @same_of_both
 def test_kinds_of_rates(make: Make) -> object:

@@ -9,9 +9,9 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-import cuda_on_cpu
 import pytest
 import torch
+from cuda_on_cpu import NAME, captured_step
 from references import (
     Float64AdamW,
     assert_same_run,
@@ -29,7 +29,6 @@ from side_by_side import fused_torch, params_of, state_of, train, train_alike
 from torch.optim.lr_scheduler import LambdaLR
 
 from nexus.optim import FusedAdamW
-from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 
 SHAPES = [(5,), (3, 4), ()]
@@ -166,20 +165,15 @@ def test_counters_and_rates_are_loaded_in_place(backend: str) -> None:
     assert same_bits(moments(), expected)
 
 
+@pytest.mark.usefixtures("gpu")
 def test_moments_that_a_graph_points_to_are_loaded_in_place() -> None:
-    gpu = cuda_on_cpu.shim()
-    gpu.reset()
     params = make_params(SHAPES)
     grads = make_grads(params)
-    optimizer = FusedAdamW(params, lr=0.1, amsgrad=True, backend=cuda_on_cpu.NAME)
+    optimizer = FusedAdamW(params, lr=0.1, amsgrad=True, backend=NAME)
     reference = Float64AdamW(params, lr=0.1, amsgrad=True)
     step_both(optimizer, reference, steps=1, grads=grads)
     saved, values = copy.deepcopy(optimizer.state_dict()), copies(params)
-    runner: Any = engine_of(optimizer).prepare(vars(optimizer))
-    runner.stream = gpu.stream()
-    with gpu.capture(runner.stream) as graph:
-        optimizer.step()
-    runner.stream = 0
+    graph = captured_step(optimizer)
     tensors = [value for param in params for value in optimizer.state[param].values()]
     for _ in range(3):
         graph.replay()

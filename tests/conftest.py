@@ -15,7 +15,8 @@ import torch
 if not torch.cuda.is_available():  # before Triton is imported: without a GPU, its kernels run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-import cuda_on_cpu  # noqa: F401  # registers its backend; imports nexus
+from cuda_on_cpu import shim  # registers its backend; imports nexus
+from cuda_shim.controls import Shim
 from parity_table import pytest_runtest_call  # noqa: F401  # a hook
 from references import BACKENDS, EVERY_BACKEND, GPU_BACKENDS, tensors_where_it_runs
 from worlds import Worlds, worlds_in
@@ -42,6 +43,14 @@ def backends(request: pytest.FixtureRequest) -> Iterator[tuple[str, ...]]:
     """All of one device, for a test that sets them side by side."""
     with tensors_where_it_runs(request.param):
         yield BACKENDS if request.param == "cpu" else ("reference", *GPU_BACKENDS)
+
+
+@pytest.fixture
+def gpu() -> Iterator[Shim]:
+    """Steers the device that stands in for a GPU under the backend "cuda on cpu"."""
+    shim().reset()
+    yield shim()
+    shim().reset()
 
 
 @pytest.fixture(scope="session")

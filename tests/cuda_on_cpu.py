@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from cuda_shim import build
-from cuda_shim.controls import Shim
+from cuda_shim.controls import Graph, Shim
 from torch import Tensor
 
 from nexus import backends
 from nexus.backends import cuda
 from nexus.backends.watched import make_records
+from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 
 NAME = "cuda on cpu"
 
@@ -65,3 +67,13 @@ class Backend:
 
 
 backends._BACKENDS[NAME] = Backend()
+
+
+def captured_step(optimizer: FusedAdamW) -> Graph:
+    """A graph of one step, which is not run."""
+    runner: Any = engine_of(optimizer).prepare(vars(optimizer))
+    runner.stream = shim().stream()
+    with shim().capture(runner.stream) as graph:
+        optimizer.step()
+    runner.stream = 0
+    return graph

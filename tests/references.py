@@ -6,6 +6,7 @@ A comparison is never re-synchronised: both sides run all steps from the same st
 from __future__ import annotations
 
 import contextlib
+import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -245,6 +246,14 @@ def run_beside_torch(
     optimizer = FusedAdamW(params, backend=backend, **options)
     step_both(optimizer, reference, steps=steps)
     return optimizer, reference
+
+
+def through_a_file(saved: Any, weights_only: bool = True) -> Any:
+    """Written and read, as torch reads by default: plain types and tensors alone."""
+    file = io.BytesIO()
+    torch.save(saved, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def bits(tensor: Tensor) -> Tensor:

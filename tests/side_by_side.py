@@ -57,6 +57,14 @@ def train(optimizer: Optimizer, steps: int = 3) -> None:
         optimizer.step()
 
 
+def train_alike(*optimizers: Optimizer, steps: int = 3) -> None:
+    """The same steps of each."""
+    seed = int(torch.randint(2**31, (), device="cpu"))
+    for optimizer in optimizers:
+        torch.manual_seed(seed)
+        train(optimizer, steps)
+
+
 def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
     return [each for group in optimizer.param_groups for each in group["params"]]
 

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import copy
-import io
 import itertools
 import pickle
 import re
 from collections.abc import Callable
 from typing import Any
 
-import cuda_on_cpu
 import pytest
 import torch
+from cuda_on_cpu import NAME, captured_step
 from references import (
     Float64AdamW,
     assert_same_run,
@@ -23,35 +22,17 @@ from references import (
     same_bits,
     set_grads,
     snapshot,
+    step_both,
+    through_a_file,
 )
-from side_by_side import fused_torch, params_of, state_of
-from torch import Tensor
+from side_by_side import fused_torch, params_of, state_of, train, train_alike
+from torch.optim.lr_scheduler import LambdaLR
 
 from nexus.optim import FusedAdamW
-from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 
 SHAPES = [(5,), (3, 4), ()]
 SAVED = WSD(5, 10, 12, 0.1)
-
-
-def run(optimizer: torch.optim.Optimizer, rounds: list[list[Tensor]]) -> None:
-    params = params_of(optimizer)
-    for grads in rounds:
-        set_grads(params, [grad.to(param.dtype) for grad, param in zip(grads, params, strict=True)])
-        optimizer.step()
-
-
-def make_rounds(count: int) -> list[list[Tensor]]:
-    return [make_grads([torch.zeros(shape) for shape in SHAPES]) for _ in range(count)]
-
-
-def written_and_read(saved: dict[str, Any]) -> dict[str, Any]:
-    """Through a file, as torch reads it by default: plain types and tensors alone."""
-    file = io.BytesIO()
-    torch.save(saved, file)
-    file.seek(0)
-    return torch.load(file, weights_only=True)
 
 
 # Interchange with torch.optim.AdamW, in the middle of a run.
@@ -69,45 +50,35 @@ def written_and_read(saved: dict[str, Any]) -> dict[str, Any]:
 @pytest.mark.parametrize("kind", [{"foreach": True}, {"fused": True}, {"foreach": False}], ids=str)
 def test_a_run_goes_from_torch_to_nexus_and_back(backend: str, kind: dict[str, bool], amsgrad: bool) -> None:
     options = {"lr": 1e-2, "weight_decay": 0.1, "betas": (0.8, 0.99), "amsgrad": amsgrad}
-    start = make_params(SHAPES)
-    rounds = make_rounds(30)
-    reference = Float64AdamW(start, **options)
-    for grads in rounds:
-        reference.step(grads)
-
-    own = copies(start)
-    optimizers = [
+    own = make_params(SHAPES)
+    reference = Float64AdamW(own, **options)
+    optimizers: list[Any] = [
         torch.optim.AdamW(own, **options, **kind),
         FusedAdamW(own, lr=0.5, backend=backend),  # options come from the checkpoint
         fused_torch(own, lr=0.7),
         FusedAdamW(own, backend=backend),
     ]
-    run(optimizers[0], rounds[:10])
-    for index, (last, optimizer) in enumerate(itertools.pairwise(optimizers), start=1):
-        optimizer.load_state_dict(written_and_read(last.state_dict()))
-        run(optimizer, rounds[10 * index : 10 * index + 10])
+    step_both(optimizers[0], reference, steps=10)
+    for last, optimizer in itertools.pairwise(optimizers):
+        optimizer.load_state_dict(through_a_file(last.state_dict()))
+        step_both(optimizer, reference, steps=10)
     assert_same_run(optimizers[3], reference)
     assert optimizers[3].param_groups[0]["betas"] == (0.8, 0.99)
     assert optimizers[3].param_groups[0]["lr"] == 1e-2
 
 
 def test_torchs_scheduled_run_goes_on_with_a_schedule(backend: str) -> None:
-    schedule = WSD(5, 10, 15, 0.1)
-    start = make_params(SHAPES)
-    rounds = make_rounds(30)
-    own = copies(start)
-    first = torch.optim.AdamW(own, lr=1.0)
-    scheduler = torch.optim.lr_scheduler.LambdaLR(first, schedule)
-    for grads in rounds[:12]:
-        run(first, [grads])
+    schedule, own = WSD(5, 10, 15, 0.1), make_params(SHAPES)
+    reference = Float64AdamW(own, lr=schedule)
+    first: Any = torch.optim.AdamW(own, lr=1.0)
+    scheduler = LambdaLR(first, schedule)
+    for _ in range(12):
+        step_both(first, reference, steps=1)
         scheduler.step()
     second = FusedAdamW(own, lr=schedule, backend=backend)
     second.load_state_dict(first.state_dict())
     assert float(second.param_groups[0]["lr"]) == schedule(12)
-    run(second, rounds[12:])
-    reference = Float64AdamW(start, lr=schedule)
-    for grads in rounds:
-        reference.step(grads)
+    step_both(second, reference, steps=18)
     assert_same_run(second, reference)
 
 
@@ -136,17 +107,16 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
         groups = [{"params": own[:1]}, {"params": own[1:], "lr_scale": scale}]
         return FusedAdamW(groups, backend=backend, **options)
 
-    start, rounds = make_params(SHAPES, dtype), make_rounds(30)
+    start = make_params(SHAPES, dtype)
     whole, interrupted = begin(start), begin(start)
-    for optimizer in (whole, interrupted):
-        run(optimizer, rounds[:8])
-        if decays:
-            optimizer.begin_decay()
-        run(optimizer, rounds[8:13])
+    train_alike(whole, interrupted, steps=8)
+    if decays:
+        whole.begin_decay()
+        interrupted.begin_decay()
+    train_alike(whole, interrupted, steps=5)
     resumed = begin(params_of(interrupted))
-    resumed.load_state_dict(written_and_read(interrupted.state_dict()))
-    for optimizer in (whole, resumed):
-        run(optimizer, rounds[13:])
+    resumed.load_state_dict(through_a_file(interrupted.state_dict()))
+    train_alike(whole, resumed, steps=17)
     assert same_bits(snapshot(whole), snapshot(resumed))
     rates = [[float(group["lr"]) for group in optimizer.param_groups] for optimizer in (whole, resumed)]
     assert rates[0] == rates[1]
@@ -156,62 +126,54 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 def test_extended_and_ended_runs_resume(backend: str) -> None:
     schedule = WSD(3, 5, 6, 0.1)
-    params = make_params(SHAPES)
-    optimizer = FusedAdamW(params, lr=schedule, backend=backend)
-    run(optimizer, make_rounds(4))
+    optimizer, fresh = (FusedAdamW(make_params(SHAPES), lr=schedule, backend=backend) for _ in range(2))
+    train(optimizer, 4)
     optimizer.extend_stable(10)
-    saved = written_and_read(optimizer.state_dict())
+    saved = through_a_file(optimizer.state_dict())
     optimizer.begin_decay()  # is undone by loading
-    optimizer.load_state_dict(saved)
-    fresh = FusedAdamW(copies(params), lr=schedule, backend=backend)
-    fresh.load_state_dict(saved)
-    expected = schedule.extend_stable(10)
-    for t in range(4, 30):
-        for each in (optimizer, fresh):
-            run(each, make_rounds(1))
-            assert float(each.param_groups[0]["lr"]) == pytest.approx(expected(t), rel=1e-15)
+    for each in (optimizer, fresh):
+        each.load_state_dict(saved)
+        for t in range(4, 30):
+            train(each, 1)
+            assert float(each.param_groups[0]["lr"]) == pytest.approx(schedule.extend_stable(10)(t), rel=1e-15)
+
+
+# Loading in place.
 
 
 def test_counters_and_rates_are_loaded_in_place(backend: str) -> None:
-    params = make_params(SHAPES, torch.bfloat16)
     lr = torch.tensor(0.1)
-    optimizer = FusedAdamW(params, lr=lr, weight_decay=Constant(0.1), amsgrad=True, backend=backend)
-    run(optimizer, make_rounds(3))
-    saved = copy.deepcopy(optimizer.state_dict())
-    expected = snapshot(optimizer)
-    tensors = [lr, optimizer.param_groups[0]["weight_decay"], optimizer.skipped_steps]
-    addresses = [tensor.data_ptr() for tensor in tensors]
-    with torch.no_grad():
-        for param, value in zip(params, copies(params), strict=True):
-            param.copy_(value)
-    run(optimizer, make_rounds(2))
+    options = {"lr": lr, "weight_decay": Constant(0.1), "amsgrad": True}
+    optimizer = FusedAdamW(make_params(SHAPES, torch.bfloat16), backend=backend, **options)
+
+    def kept() -> list[torch.Tensor]:
+        return [*(optimizer.param_groups[0][name] for name in ("lr", "weight_decay")), optimizer.skipped_steps]
+
+    def moments() -> list[torch.Tensor]:
+        return [value for value in snapshot(optimizer) if value.dtype != torch.bfloat16]
+
+    train(optimizer)
+    saved, expected = copy.deepcopy(optimizer.state_dict()), moments()
+    tensors, addresses = kept(), [tensor.data_ptr() for tensor in kept()]
+    train(optimizer, 2)
     lr.fill_(0.7)
-    optimizer.load_state_dict(written_and_read(saved))
-    now = [optimizer.param_groups[0]["lr"], optimizer.param_groups[0]["weight_decay"], optimizer.skipped_steps]
-    assert all(a is b for a, b in zip(tensors, now, strict=True))
-    assert addresses == [tensor.data_ptr() for tensor in now]
+    optimizer.load_state_dict(through_a_file(saved))
+    assert all(a is b for a, b in zip(tensors, kept(), strict=True))
+    assert addresses == [tensor.data_ptr() for tensor in kept()]
     assert float(lr) == pytest.approx(0.1)
-    for param in params:
-        assert optimizer.state[param]["exp_avg"].dtype == torch.float32
-    states = [value for value in snapshot(optimizer) if value.dtype != torch.bfloat16]
-    assert same_bits(states, [value for value in expected if value.dtype != torch.bfloat16])
+    assert {state["exp_avg"].dtype for state in optimizer.state.values()} == {torch.float32}
+    assert same_bits(moments(), expected)
 
 
+@pytest.mark.usefixtures("gpu")
 def test_moments_that_a_graph_points_to_are_loaded_in_place() -> None:
-    gpu = cuda_on_cpu.shim()
-    gpu.reset()
-    params, grads = make_params(SHAPES), make_grads(make_params(SHAPES))
-    optimizer = FusedAdamW(params, lr=0.1, amsgrad=True, backend=cuda_on_cpu.NAME)
+    params = make_params(SHAPES)
+    grads = make_grads(params)
+    optimizer = FusedAdamW(params, lr=0.1, amsgrad=True, backend=NAME)
     reference = Float64AdamW(params, lr=0.1, amsgrad=True)
-    set_grads(params, grads)
-    optimizer.step()
-    reference.step(grads)
+    step_both(optimizer, reference, steps=1, grads=grads)
     saved, values = copy.deepcopy(optimizer.state_dict()), copies(params)
-    runner: Any = engine_of(optimizer).prepare(vars(optimizer))
-    runner.stream = gpu.stream()
-    with gpu.capture(runner.stream) as graph:
-        optimizer.step()
-    runner.stream = 0
+    graph = captured_step(optimizer)
     tensors = [value for param in params for value in optimizer.state[param].values()]
     for _ in range(3):
         graph.replay()
@@ -243,14 +205,14 @@ def test_state_of_the_shape_that_a_parameter_had_before_gives_way(backend: str) 
     optimizer.step()
 
 
-def through_a_file(optimizer: FusedAdamW) -> FusedAdamW:
-    """Saved whole, beside its parameters."""
-    file = io.BytesIO()
-    torch.save({"weights": optimizer.param_groups[0]["params"], "optimizer": optimizer}, file)
-    file.seek(0)
-    saved = torch.load(file, weights_only=False)
+# Copies.
+
+
+def beside_its_weights(optimizer: FusedAdamW) -> FusedAdamW:
+    """Saved whole, in one file with its parameters."""
+    saved = through_a_file({"weights": params_of(optimizer), "optimizer": optimizer}, weights_only=False)
     copied: FusedAdamW = saved["optimizer"]
-    assert all(a is b for a, b in zip(saved["weights"], copied.param_groups[0]["params"], strict=True))
+    assert all(a is b for a, b in zip(saved["weights"], params_of(copied), strict=True))
     return copied
 
 
@@ -261,7 +223,7 @@ def of_the_original(*_: Any) -> None:
 COPIES: dict[str, Callable[[FusedAdamW], FusedAdamW]] = {
     "deepcopy": copy.deepcopy,
     "pickle": lambda optimizer: pickle.loads(pickle.dumps(optimizer)),
-    "a file": through_a_file,
+    "a file": beside_its_weights,
 }
 
 
@@ -272,17 +234,19 @@ def test_a_copied_optimizer_goes_on_the_same(
 ) -> None:
     groups, lr = [{"params": make_params(SHAPES), "lr_scale": 0.5}], WSD(2, None, 5, 0.1)
     optimizer = FusedAdamW(groups, lr=lr, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
-    run(optimizer, make_rounds(steps))
+    train(optimizer, steps)
     if steps:
         optimizer.begin_decay()
     handle = optimizer.register_step_post_hook(of_the_original)
     other = copied(optimizer)
     handle.remove()
     assert other.backend == backend
-    before, rounds = snapshot(optimizer), make_rounds(5)
-    run(other, rounds)
-    assert same_bits(snapshot(optimizer), before)
-    run(optimizer, rounds)
+    before, rounds = snapshot(optimizer), [make_grads(params_of(optimizer)) for _ in range(5)]
+    for each in (other, optimizer):
+        assert same_bits(snapshot(optimizer), before)  # which the copy does not touch
+        for grads in rounds:
+            set_grads(params_of(each), grads)
+            each.step()
     assert same_bits(snapshot(optimizer), snapshot(other))
     assert float(optimizer.param_groups[0]["lr"]) == float(other.param_groups[0]["lr"])
     assert torch.equal(optimizer.grad_norm, other.grad_norm)
@@ -304,14 +268,13 @@ DIFFERENT: dict[str, tuple[Any, list[str], float]] = {
 
 @pytest.mark.parametrize(("lr", "said", "rate"), DIFFERENT.values(), ids=DIFFERENT)
 def test_every_difference_of_the_schedule_is_said(backend: str, lr: Any, said: list[str], rate: float) -> None:
-    first = FusedAdamW(make_params(SHAPES), lr=SAVED, backend=backend)
-    run(first, make_rounds(6))
-    second = FusedAdamW(make_params(SHAPES), lr=lr, backend=backend)
+    first, second = (FusedAdamW(make_params(SHAPES), lr=each, backend=backend) for each in (SAVED, lr))
+    train(first, 6)
     with pytest.warns(UserWarning, match="lr") as caught:
         second.load_state_dict(first.state_dict())
     told = sorted(str(warning.message) for warning in caught)
     assert all(re.search(words, message) for words, message in zip(said, told, strict=True))
     assert all(warning.filename == __file__ for warning in caught)
     assert float(second.param_groups[0]["lr"]) == float(first.param_groups[0]["lr"])  # the rate last used
-    run(second, make_rounds(1))
+    train(second, 1)
     assert float(second.param_groups[0]["lr"]) == pytest.approx(rate, rel=1e-15)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run, make_grads, make_params, set_grads, step_both
+from references import assert_same_run, make_grads, make_params, run_beside_torch, set_grads, step_both
 from torch import Tensor
 
 from nexus.backends.interface import DevicePlan, Plan
@@ -17,33 +17,31 @@ from nexus.optim.groups import ParamGroup, settings_of
 RATES = (0.25, 0.0, 0.5)
 
 
-def a_group(lr: Tensor, params: list[Any]) -> ParamGroup:
-    return ParamGroup({**FusedAdamW(make_params([(1,)])).param_groups[0], "lr": lr, "params": params})
+def rate_of(lr: Tensor, params: list[Any], device: str) -> Any:
+    """What a step on this device is given for the rate of a group."""
+    group = ParamGroup({**FusedAdamW(make_params([(1,)])).param_groups[0], "lr": lr, "params": params})
+    return settings_of(group, {}, torch.device(device))["lr"]
 
 
 def test_a_rate_on_the_cpu_is_copied_to_the_parameters_device() -> None:
-    elsewhere = torch.device("meta")
-    group = a_group(torch.tensor(0.5), [torch.zeros(3, device=elsewhere)])
-    rate = settings_of(group, {}, elsewhere)["lr"]
-    assert rate.host is group["lr"]
-    assert rate.tensor is not None
-    assert rate.tensor.device == elsewhere
+    lr = torch.tensor(0.5)
+    rate = rate_of(lr, [torch.zeros(3, device="meta")], "meta")
+    assert rate.host is lr
+    assert rate.tensor.device == torch.device("meta")
 
 
 def test_a_rate_on_another_device_is_refused_unless_nothing_there_uses_it() -> None:
     lr = torch.tensor(0.5, device="meta")
-    with pytest.raises(
-        ValueError, match="lr is a tensor on meta, and parameters of its group are on cpu: make it there"
-    ):
-        settings_of(a_group(lr, make_params([(3,)])), {}, torch.device("cpu"))
-    unused = settings_of(a_group(lr, [torch.zeros(3, device="meta")]), {}, torch.device("cpu"))["lr"]
-    assert unused.tensor is None
+    words = "lr is a tensor on meta, and parameters of its group are on cpu: make it there"
+    with pytest.raises(ValueError, match=words):
+        rate_of(lr, make_params([(3,)]), "cpu")
+    assert rate_of(lr, [torch.zeros(3, device="meta")], "cpu").tensor is None
 
 
 def test_a_rate_on_the_host_is_read_at_each_step(backend: str) -> None:
     params = make_params([(5,), (3, 2)])
     host = torch.tensor(0.25, dtype=torch.float64, device="cpu")
-    optimizer, reference = FusedAdamW(params, lr=host.to(params[0].device), backend=backend), Float64AdamW(params)
+    optimizer, reference = run_beside_torch(params, backend, steps=0, lr=host.to(params[0].device))
     grads = make_grads(params)
     set_grads(params, grads)
     runner = engine_of(optimizer).prepare(vars(optimizer))
@@ -65,7 +63,7 @@ def test_a_rate_on_the_host_is_read_at_each_step(backend: str) -> None:
 def test_a_rate_on_the_cpu_for_parameters_on_a_gpu(name: str) -> None:
     lr = torch.tensor(0.25)
     params = [param.detach().cuda().requires_grad_() for param in make_params([(5,), (3, 2)])]
-    reference, optimizer = Float64AdamW(params, lr=0.25), FusedAdamW(params, lr=lr, backend=name)
+    optimizer, reference = run_beside_torch(params, name, steps=0, lr=lr)
     for value in RATES:
         lr.fill_(value)
         reference.optimizer.param_groups[0]["lr"] = value

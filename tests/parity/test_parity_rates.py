@@ -36,6 +36,7 @@ THEME = "Rates and schedulers"
 @pytest.mark.parity(
     "`group['lr']`: a float, an integer, a tensor",
     torch="stays the object that was given, and may become another kind between steps",
+    also=("test_rates_torch.py::test_every_hyperparameter_may_change",),
 )
 @pytest.mark.parity(
     "a tensor rate, and a tensor `weight_decay`, that are written between steps",

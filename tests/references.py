@@ -27,9 +27,9 @@ LAYOUT_SHAPE = (4, 3, 2, 5)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
-    "sliced": lambda x: torch.cat([x, x], dim=3)[..., : x.shape[3]],
-    "every other": lambda x: torch.stack([x, x], dim=-1).flatten(-2)[..., ::2],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "sliced": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "every other": lambda x: torch.stack([x, x], dim=-1)[..., 0],
     "offset": lambda x: torch.cat([torch.zeros(3, dtype=x.dtype), x.flatten()])[3:].view(x.shape),
     "as_strided": lambda x: torch.cat([x.flatten(), x.flatten()]).as_strided(x.shape, (30, 10, 5, 1), 120),
 }

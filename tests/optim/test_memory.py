@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import gc
 import io
@@ -124,16 +125,30 @@ def test_memory_that_a_parameter_has_left_is_freed(backend: str) -> None:
     assert [ref() for ref in left] == [None, None]
 
 
-def test_gradients_of_a_step_that_fails_are_freed(backend: str) -> None:
-    weight = param(3)
-    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
+class Hook:
+    """Lives as long as the graph that it is registered in."""
+
+    def __call__(self, grad: torch.Tensor) -> None: ...
+
+
+@pytest.mark.parametrize("fails", [False, True], ids=["step", "refused step"])
+def test_gradients_are_not_kept_alive(fails: bool, backend: str) -> None:
+    params = make_params([(5,), (6, 4)])
+    optimizer = FusedAdamW(params, backend=backend)
     train(optimizer)
-    gradient = weakref.ref(weight.grad.untyped_storage())
-    optimizer.grad_scale = "none"
-    with pytest.raises((AttributeError, TypeError)):
+    factor, hook = torch.ones(4, 6, requires_grad=True), Hook()
+    params[1].grad = (factor * 2).t()  # is copied; has a graph, as of backward(create_graph=True)
+    params[1].grad.register_hook(hook)
+    if fails:
+        optimizer.grad_scale = "none"
+    with pytest.raises((AttributeError, TypeError)) if fails else contextlib.nullcontext():
         optimizer.step()
-    weight.grad = None
-    assert gradient() is None
+    grads = [each.grad for each in params]
+    alive = [weakref.ref(each) for each in (hook, *grads, *(grad.untyped_storage() for grad in grads))]
+    assert not any(value.requires_grad for value in optimizer.state[params[1]].values())
+    optimizer.zero_grad()
+    del grads, hook
+    assert [ref() for ref in alive] == [None] * 5
 
 
 USES: dict[str, Callable[[FusedAdamW], Any]] = {

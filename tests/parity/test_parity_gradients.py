@@ -56,7 +56,7 @@ def assert_wrong_in_torch_alone(layout: str, grad_layout: str) -> None:
     torch="wrong without a word: in three steps at a rate of 0.1, parameters are off by more than 0.1",
     nexus="right, through a copy of the gradient",
     why="a gradient that is set by hand may have any strides",
-    also=("test_tensor_list.py::test_every_layout_of_parameter_and_gradient",),
+    also=("test_layouts.py::test_every_layout_of_parameter_and_gradient",),
 )
 @pytest.mark.parametrize("layout", ["channels_last", "transposed", "every other"])
 def test_a_gradient_of_other_strides(layout: str) -> None:
@@ -81,7 +81,7 @@ def test_a_gradient_of_other_strides(layout: str) -> None:
     torch="wrong without a word: it reads memory past the one element there is",
     nexus="right, through a copy of the gradient",
     why="a gradient that is set by hand may have any strides",
-    also=("test_tensor_list.py::test_every_layout_of_parameter_and_gradient",),
+    also=("test_layouts.py::test_every_layout_of_parameter_and_gradient",),
 )
 def test_an_expanded_gradient() -> None:
     def first_moment(make: Make) -> Tensor:
@@ -104,7 +104,7 @@ def test_an_expanded_gradient() -> None:
     torch="wrong without a word, and what lies between its elements is updated too",
     nexus="right, through a copy; what lies between is not touched",
     why="a view of a larger tensor is an ordinary parameter",
-    also=("test_tensor_list.py::test_slices_side_by_side_share_no_memory",),
+    also=("test_layouts.py::test_slices_side_by_side_share_no_memory",),
 )
 @pytest.mark.parametrize("layout", ["sliced", "every other"])
 def test_a_parameter_that_is_not_dense(layout: str) -> None:
@@ -128,7 +128,7 @@ def test_a_parameter_that_is_not_dense(layout: str) -> None:
     torch="no error: for a parameter that has grown, memory past the gradient is read",
     nexus="`RuntimeError` that names the parameter",
     why="there is no right update",
-    also=("test_tensor_list.py::test_a_gradient_that_cannot_be_read_is_refused",),
+    also=("test_layouts.py::test_a_gradient_that_cannot_be_read_is_refused",),
 )
 def test_a_gradient_of_another_shape() -> None:
     def step(make: Make) -> Tensor:
@@ -174,7 +174,7 @@ def test_a_gradient_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype
     "a sparse gradient",
     torch="`RuntimeError` that names `SparseAdam`",
     nexus="same",
-    also=("test_tensor_list.py::test_a_gradient_that_cannot_be_read_is_refused",),
+    also=("test_layouts.py::test_a_gradient_that_cannot_be_read_is_refused",),
 )
 def test_a_sparse_gradient() -> None:
     def step(make: Make) -> None:
@@ -258,7 +258,7 @@ def test_memory_after_the_optimizer() -> None:
     nexus="`ValueError` by the constructor or the first step",
     why="tied weights are one parameter, which both take; this is a mistake",
     also=(
-        "test_tensor_list.py::test_shared_memory_is_refused",
+        "test_layouts.py::test_shared_memory_is_refused",
         "test_counters.py::test_tied_weights_are_updated_once",
     ),
 )
@@ -309,7 +309,7 @@ def test_missing_gradients(make: Make) -> object:
     "0-dim and empty parameters, wherever they stand in the list",
     torch="taken; an empty one has state and a count",
     nexus="same",
-    also=("test_tensor_list.py::test_empty_tensors_hide_no_others", "test_adamw.py::test_every_size_equals_torch"),
+    also=("test_layouts.py::test_empty_tensors_hide_no_others", "test_adamw.py::test_every_size_equals_torch"),
 )
 @pytest.mark.parametrize("shapes", [[(), (0,), (5,)], [(5,), (0, 3), (), (0,)], [(0,)]], ids=str)
 @same_of_both
@@ -379,7 +379,7 @@ def test_autograd_notices_an_update() -> None:
     torch="`RuntimeError`: the moments keep theirs",
     nexus="its moments go along",
     why="what they hold is as good in the new type",
-    also=("test_tensor_changes.py::test_a_model_that_changes_its_dtype_takes_its_moments_along",),
+    also=("test_models.py::test_a_model_is_converted_between_two_steps",),
 )
 def test_a_model_that_changes_its_dtype() -> None:
     def run(make: Make) -> torch.optim.Optimizer:

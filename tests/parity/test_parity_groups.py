@@ -124,7 +124,7 @@ def train_alike(*optimizers: Optimizer, steps: int) -> None:
     "an empty group, beside others",
     torch="is left alone",
     nexus="same",
-    also=("test_tensor_list.py::test_an_empty_group_and_one_without_gradients",),
+    also=("test_layouts.py::test_an_empty_group_and_one_without_gradients",),
 )
 @same_of_both
 def test_an_empty_group(make: Make) -> object:

@@ -212,7 +212,7 @@ def test_the_count_of_steps() -> None:
     torch="`KeyError: 'max_exp_avg_sq'`",
     nexus="taken: the largest second moment is sought from there on",
     why="options of a group may change between steps",
-    also=("test_tensor_changes.py::test_amsgrad_switched_while_training",),
+    also=("test_adamw.py::test_amsgrad_switched_while_training",),
 )
 def test_amsgrad_is_switched_on() -> None:
     def run(make: Make) -> torch.optim.Optimizer:
@@ -236,7 +236,7 @@ def test_amsgrad_is_switched_on() -> None:
     torch="the next step goes on from what is there",
     nexus="same",
     also=(
-        "test_tensor_changes.py::test_swapped_storage_is_followed",
+        "test_layouts.py::test_swapped_storage_is_followed",
         "test_parity_groups.py::test_groups_by_hand",
     ),
 )

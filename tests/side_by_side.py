@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from parity_table import TORCH
-from references import MOMENT, PARAMS, assert_close, make_grads, set_grads
+from references import MOMENT, PARAMS, assert_close, make_grads, params_of, set_grads
 from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
@@ -57,10 +57,6 @@ def train(optimizer: Optimizer, steps: int = 3) -> None:
     for _ in range(steps):
         set_grads(params, make_grads(params))
         optimizer.step()
-
-
-def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
-    return [each for group in optimizer.param_groups for each in group["params"]]
 
 
 def state_of(optimizer: Optimizer, index: int = 0) -> dict[str, Any]:

@@ -51,11 +51,6 @@ def free_and_bring_back(optimizer: Optimizer, trained: Tensor, other: Tensor) ->
             pass
 
 
-def halve(optimizer: Optimizer, trained: Tensor, other: Tensor) -> None:
-    for value in optimizer.state[trained].values():
-        value.mul_(0.5)
-
-
 EDITS: dict[str, Edit] = {
     "looked at": lambda o, p, q: o.state[q],
     "an empty dict": lambda o, p, q: o.state.update({p: {}, q: {}}),
@@ -75,7 +70,7 @@ EDITS: dict[str, Edit] = {
     "swap_tensors": lambda o, p, q: torch.utils.swap_tensors(o.state[p]["exp_avg"], torch.full_like(p, 0.3).detach()),
     "moved to shared memory": lambda o, p, q: [value.share_memory_() for value in o.state[p].values()],
     "memory freed and brought back": free_and_bring_back,
-    "halved": halve,
+    "halved": lambda o, p, q: [value.mul_(0.5) for value in o.state[p].values()],
 }
 
 
@@ -92,27 +87,27 @@ def test_edits(edit: Edit, backend: str) -> None:
         trained, other = param(3, 4), param(5)
         optimizer = make([trained, other], lr=0.1)
         for _ in range(2):
-            for step in range(3):
-                trained.grad = torch.full_like(trained, 0.5 + 0.1 * step)
-                optimizer.step()
+            steps(optimizer, trained, 0.5, 0.6, 0.7)
             edit(optimizer, trained, other)
-        for step in range(4):
-            trained.grad = torch.full_like(trained, 1.0 - 0.1 * step)
-            optimizer.step()
+        steps(optimizer, trained, 1.0, 0.9, 0.8, 0.7)
         assert not optimizer.state.get(other) or "exp_avg" not in optimizer.state[other]
-        other.grad = torch.ones_like(other)
-        optimizer.step()
+        steps(optimizer, other, 1.0)
         return optimizer
 
     assert_same(*both(run, backend))
 
 
-def one_step(backend: str, size: int = 6, value: float = 1.0) -> tuple[Tensor, FusedAdamW]:
-    """A parameter and its optimizer, after a step with a gradient of `value`."""
+def steps(optimizer: Optimizer, weight: Tensor, *gradients: float) -> None:
+    for value in gradients:
+        weight.grad = torch.full_like(weight, value)
+        optimizer.step()
+
+
+def one_step(backend: str, size: int = 6, gradient: float = 1.0) -> tuple[Tensor, FusedAdamW]:
+    """A parameter and its optimizer, after a step."""
     weight = param(size)
     optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
-    weight.grad = torch.full_like(weight, value)
-    optimizer.step()
+    steps(optimizer, weight, gradient)
     return weight, optimizer
 
 
@@ -167,8 +162,7 @@ def test_a_reference_that_is_kept_may_be_used_at_any_time(hold: Any, change: Any
         optimizer.step()
     change(held, weight)
     others = [torch.full((2000,), 9.0) for _ in range(10)]  # one may be where the moment was
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
+    steps(optimizer, weight, 0.0)
     assert optimizer.__dict__["state"][weight]["exp_avg"].tolist() == pytest.approx([1.8] * 2000)
     assert all((each == 9.0).all() for each in others)
 
@@ -193,17 +187,13 @@ def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: s
 
 
 def test_a_change_before_a_refused_call_is_not_overlooked_after_it(backend: str) -> None:
-    weight, other = param(6), param(3)
-    optimizer = FusedAdamW([weight, other], lr=0.1, backend=backend)
-    for each in (weight, other):
-        each.grad = torch.zeros_like(each)
-    for _ in range(2):
-        optimizer.step()
+    weight, optimizer = one_step(backend, gradient=0.0)
+    optimizer.step()
     optimizer.state[weight]["exp_avg"] = torch.full_like(weight, 2.0).detach()
-    other.grad = other.grad.to_sparse()
+    weight.grad = weight.grad.to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.sync_hyperparameters()
-    other.grad = other.grad.to_dense()
+    weight.grad = weight.grad.to_dense()
     optimizer.step()
     assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -9,21 +10,8 @@ import torch
 from nexus.schedules import WSD, Cosine
 
 BLOCK, CHUNK = 512, 16_384  # of the compiled kernels
-SHAPES = [
-    (),
-    (0,),
-    (1,),
-    (7,),
-    (BLOCK - 1,),
-    (BLOCK,),
-    (BLOCK + 1,),
-    (CHUNK - 1,),
-    (CHUNK,),
-    (CHUNK + 1,),
-    (0, 5),
-    (13, 17),
-    (100_003,),
-]
+SHAPES = [(), (0,), (1,), (7,), (0, 5), (13, 17), (100_003,)]
+SHAPES += [(size + by,) for size in (BLOCK, CHUNK) for by in (-1, 0, 1)]
 FEW_SHAPES = [(), (3, 0), (2, 3, 5), (2 * BLOCK + 3,)]
 # parameter, gradient
 DTYPES = [
@@ -45,6 +33,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "rmsprop of one step": {"betas": (0.9, 0.0)},
     "clip": {"max_grad_norm": 0.7},
     "clip by nothing": {"max_grad_norm": 1e6},
+    "measure the norm": {"max_grad_norm": math.inf},
     "schedule": {"lr": SCHEDULE, "weight_decay": Cosine(0.2, 40)},
     "everything": {
         "lr": SCHEDULE,

@@ -28,9 +28,9 @@ LAYOUT_SHAPE = (4, 3, 2, 5)
 LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
     "contiguous": lambda x: x.contiguous(),
     "channels_last": lambda x: x.contiguous(memory_format=torch.channels_last),
-    "transposed": lambda x: x.transpose(1, 3).contiguous().transpose(1, 3),
-    "sliced": lambda x: torch.cat([x, x], dim=3)[..., : x.shape[3]],
-    "every other": lambda x: torch.stack([x, x], dim=-1).flatten(-2)[..., ::2],
+    "transposed": lambda x: x.transpose(0, -1).contiguous().transpose(0, -1),
+    "sliced": lambda x: torch.cat([x, x], dim=-1)[..., : x.shape[-1]],
+    "every other": lambda x: torch.stack([x, x], dim=-1)[..., 0],
     "offset": lambda x: torch.cat([torch.zeros(3, dtype=x.dtype), x.flatten()])[3:].view(x.shape),
     "as_strided": lambda x: torch.cat([x.flatten(), x.flatten()]).as_strided(x.shape, (30, 10, 5, 1), 120),
 }
@@ -89,14 +89,8 @@ def moment_dtype(dtype: torch.dtype) -> torch.dtype:
 def assert_close(actual: Tensor, expected: Tensor, tolerance: Tolerance, what: str = "") -> None:
     """Compare in float64; NaNs and infinities have to be at the same places."""
     actual, expected = actual.detach().double(), expected.detach().double()
-    torch.testing.assert_close(
-        actual,
-        expected,
-        rtol=tolerance.rtol,
-        atol=tolerance.atol,
-        equal_nan=True,
-        msg=lambda text: f"{what}: {text}",
-    )
+    options = {"rtol": tolerance.rtol, "atol": tolerance.atol, "equal_nan": True}
+    torch.testing.assert_close(actual, expected, **options, msg=lambda text: f"{what}: {text}")
 
 
 class Float64AdamW:
@@ -118,29 +112,21 @@ class Float64AdamW:
     ) -> None:
         if not groups or isinstance(groups[0], Tensor):
             groups = [{"params": list(groups)}]
+        settings = [{"lr": 1e-3, "weight_decay": 1e-2, "lr_scale": 1.0, **options, **group} for group in groups]
         self.max_grad_norm = max_grad_norm
-        self.dtypes: list[torch.dtype] = []
-        self.params: list[Tensor] = []
-        self.decays: list[Schedule | None] = []
-        torch_groups, rates = [], []
-        for group in groups:
-            settings = {**options, **group}
-            own = [torch.nn.Parameter(param.detach().double().clone()) for param in group["params"]]
-            self.dtypes += [param.dtype for param in group["params"]]
-            self.params += own
-            lr, decay = settings.get("lr", 1e-3), settings.get("weight_decay", 1e-2)
-            self.decays.append(decay if isinstance(decay, Schedule) else None)
-            scheduled = isinstance(lr, Schedule)
-            rates.append(_scaled(lr, settings.pop("lr_scale", 1.0)) if scheduled else (lambda step: 1.0))
-            settings.update(params=own, lr=1.0 if scheduled else lr)
-            settings.update(weight_decay=0.0 if isinstance(decay, Schedule) else decay)
-            torch_groups.append(settings)
-        self.optimizer = torch.optim.AdamW(torch_groups, foreach=False, fused=False)
-        self.scheduler = None
-        if any(isinstance(group.get("lr", options.get("lr")), Schedule) for group in groups):
-            self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rates)
         self.completed = 0
         self.grad_norm = torch.zeros((), dtype=torch.float64)
+        self.dtypes = [param.dtype for group in settings for param in group["params"]]
+        self.decays = [group["weight_decay"] for group in settings]
+        rates = [_factor(group["lr"], group.pop("lr_scale")) for group in settings]
+        scheduled = any(isinstance(group["lr"], Schedule) for group in settings)
+        for group in settings:
+            group["params"] = [torch.nn.Parameter(param.detach().double().clone()) for param in group["params"]]
+            for name in ("lr", "weight_decay"):
+                group[name] = 1.0 if isinstance(group[name], Schedule) else group[name]
+        self.optimizer = torch.optim.AdamW(settings, foreach=False, fused=False)
+        self.params = params_of(self.optimizer)
+        self.scheduler = torch.optim.lr_scheduler.LambdaLR(self.optimizer, rates) if scheduled else None
 
     def step(self, grads: Sequence[Tensor | None]) -> None:
         for param, grad in zip(self.params, grads, strict=True):
@@ -148,7 +134,7 @@ class Float64AdamW:
         if self.max_grad_norm is not None:
             self.grad_norm = torch.nn.utils.clip_grad_norm_(self.params, self.max_grad_norm, foreach=False)
         for group, decay in zip(self.optimizer.param_groups, self.decays, strict=True):
-            if decay is not None:
+            if isinstance(decay, Schedule):
                 group["weight_decay"] = decay(self.completed)
         self.optimizer.step()
         if self.scheduler is not None:
@@ -162,15 +148,19 @@ class Float64AdamW:
         return self.optimizer.state.get(self.params[index], {})
 
 
-def _scaled(schedule: Schedule, scale: float) -> Callable[[int], float]:
-    return lambda step: scale * schedule(step)
+def _factor(rate: Any, scale: float) -> Callable[[int], float]:
+    """What `LambdaLR` is to multiply: a schedule's factor is its rate, of 1."""
+    return lambda step: scale * rate(step) if isinstance(rate, Schedule) else 1.0
+
+
+def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
 
 
 def assert_same_run(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:
     """Compare every parameter, moment and counter."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    assert len(params) == len(reference.params)
-    for index, param in enumerate(params):
+    assert len(params_of(optimizer)) == len(reference.params)
+    for index, param in enumerate(params_of(optimizer)):
         assert_same_parameter(optimizer, param, reference, index, what)
 
 
@@ -220,7 +210,7 @@ def step_both(
     optimizer: FusedAdamW, reference: Float64AdamW, steps: int = 3, grads: Sequence[Tensor | None] | None = None
 ) -> None:
     """Some steps of both, on the same gradients: those that are given, or random ones."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     for _ in range(steps):
         given = make_grads(params) if grads is None else grads
         set_grads(params, given)
@@ -233,7 +223,7 @@ def backward_both(optimizer: FusedAdamW, reference: Float64AdamW, loss: Callable
     for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()
-        reference.step([param.grad for group in optimizer.param_groups for param in group["params"]])
+        reference.step([param.grad for param in params_of(optimizer)])
         optimizer.step()
 
 
@@ -265,10 +255,9 @@ def bits(tensor: Tensor) -> Tensor:
 def snapshot(optimizer: FusedAdamW) -> list[Tensor]:
     """Copies of every parameter and all its state."""
     found = []
-    for group in optimizer.param_groups:
-        for param in group["params"]:
-            found.append(param.detach().clone())
-            found += [value.clone() for value in optimizer.state.get(param, {}).values() if isinstance(value, Tensor)]
+    for param in params_of(optimizer):
+        values = (param.detach(), *optimizer.state.get(param, {}).values())
+        found += [value.clone() for value in values if isinstance(value, Tensor)]
     return found
 
 

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 import pytest
 import torch
 from parity_table import TORCH
-from references import MOMENT, PARAMS, assert_close, make_grads, set_grads
+from references import MOMENT, PARAMS, assert_close, make_grads, params_of, set_grads
 from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
@@ -63,10 +63,6 @@ def train_alike(*optimizers: Optimizer, steps: int = 3) -> None:
     for optimizer in optimizers:
         torch.manual_seed(seed)
         train(optimizer, steps)
-
-
-def params_of(optimizer: Optimizer) -> list[torch.nn.Parameter]:
-    return [each for group in optimizer.param_groups for each in group["params"]]
 
 
 def state_of(optimizer: Optimizer, index: int = 0) -> dict[str, Any]:

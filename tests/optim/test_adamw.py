@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,6 +16,7 @@ from references import (
     make_grads,
     make_params,
     run_beside_torch,
+    same_bits,
     set_grads,
     step_both,
 )
@@ -30,11 +32,12 @@ dtypes = pytest.mark.parametrize(("dtype", "grad_dtype"), DTYPES, ids=lambda dty
 def run(
     params: Sequence[Tensor], grad_dtype: torch.dtype | None, options: dict[str, Any], backends: tuple[str, ...]
 ) -> None:
-    """All backends and the reference side by side."""
+    """All backends and the reference side by side. Gradients are left as they were."""
     options = {"lr": 1e-2, **options}
     reference = Float64AdamW(params, **options)
     runs = {name: FusedAdamW(copies(params), backend=name, **options) for name in backends}
     rounds = [make_grads(params, grad_dtype) for _ in range(DIFFERENT_GRADS)]
+    kept = copy.deepcopy(rounds)
     for step in range(STEPS):
         grads = rounds[step % DIFFERENT_GRADS]
         reference.step(grads)
@@ -44,8 +47,9 @@ def run(
     for name, optimizer in runs.items():
         assert optimizer.backend == name
         assert_same_run(optimizer, reference, name)
-        if optimizer.grad_norm is not None:
+        if reference.max_grad_norm is not None:
             torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-12, atol=0.0)
+    assert all(map(same_bits, rounds, kept))
 
 
 @dtypes
@@ -64,6 +68,16 @@ def test_every_option_equals_torch(
 def test_every_dtype_in_one_optimizer_equals_torch(backends: tuple[str, ...]) -> None:
     params = [param for dtype, _ in DTYPES[:4] for param in make_params([(33,), (), (BLOCK + 3,)], dtype)]
     run(params, None, {"max_grad_norm": 1.0}, backends)
+
+
+@pytest.mark.parametrize("amsgrad", [True, False])
+def test_amsgrad_switched_while_training(backend: str, amsgrad: bool) -> None:
+    optimizer, reference = run_beside_torch(make_params(FEW_SHAPES), backend, amsgrad=amsgrad)
+    optimizer.param_groups[0]["amsgrad"] = reference.optimizer.param_groups[0]["amsgrad"] = not amsgrad
+    for index in range(len(FEW_SHAPES)):  # torch wants it to be there
+        reference.state(index).setdefault("max_exp_avg_sq", torch.zeros_like(reference.params[index]))
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
 
 
 @pytest.mark.parametrize("grad_dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -95,12 +109,9 @@ def test_the_comparison_notices(change: dict[str, Any] | None, dtype: torch.dtyp
     options: dict[str, Any] = {"lr": 1e-2, "eps": 1e-3, "weight_decay": 0.1}
     reference = Float64AdamW(params, **options)
     optimizer = FusedAdamW(copies(params), **{**options, **(change or {})})
-    for _ in range(STEPS):
-        grads = make_grads(params)
-        set_grads(optimizer.param_groups[0]["params"], grads)
-        reference.step(grads)
-        if change is not None:
-            optimizer.step()
+    if change is None:
+        optimizer.register_step_pre_hook(lambda *_: optimizer.zero_grad())
+    step_both(optimizer, reference, STEPS)
     with pytest.raises(AssertionError, match="parameter 0"):
         assert_same_run(optimizer, reference)
 

@@ -7,14 +7,12 @@ import os
 import random
 import re
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from references import (
-    Float64AdamW,
     assert_same_run,
     backward_both,
     copies,
@@ -86,27 +84,6 @@ def test_a_parameter_frozen_and_unfrozen_in_mid_run(backend: str) -> None:
     assert_same_run(optimizer, reference)
 
 
-def test_memory_that_is_freed_and_comes_back_elsewhere(backend: str) -> None:
-    # As some wrappers do with the parameters of a layer that is not in use.
-    params = make_params([(64,), (9,)])
-    optimizer, reference = run_beside_torch(params, backend)
-    for _ in range(3):
-        before = copies(params)
-        params[0].untyped_storage().resize_(0)
-        held = torch.full((64,), 3.0)  # may be where the parameter was
-        with pytest.raises(
-            RuntimeError, match="parameter 0 of group 0 has no memory, and a gradient: its storage was freed"
-        ):
-            optimizer.step()
-        assert (held == 3.0).all()
-        assert torch.equal(params[1], before[1])
-        params[0].untyped_storage().resize_(64 * 4)
-        with torch.no_grad():
-            params[0].copy_(before[0])
-        step_both(optimizer, reference, steps=2)
-    assert_same_run(optimizer, reference)
-
-
 # Exceptions of the user's own.
 
 
@@ -114,27 +91,19 @@ def raising(*_: Any) -> None:
     raise KeyError("in a hook")
 
 
-# what to register, and whether the update has been made when it is called
-HOOKS: dict[str, tuple[Callable[[FusedAdamW], Any], bool]] = {
-    "pre-hook": (lambda optimizer: optimizer.register_step_pre_hook(raising), False),
-    "post-hook": (lambda optimizer: optimizer.register_step_post_hook(raising), True),
-    "closure": (lambda optimizer: None, False),
-}
-
-
-@pytest.mark.parametrize("where", HOOKS)
+@pytest.mark.parametrize("where", ["pre_hook", "post_hook", "closure"])
 def test_an_exception_around_the_update_leaves_it_made_once_or_not_at_all(backend: str, where: str) -> None:
     params = make_params([(5,), (3, 2)])
     optimizer, reference = run_beside_torch(params, backend, lr=Cosine(0.1, 20), max_grad_norm=1.0)
     before, grads = snapshot(optimizer), make_grads(params)
     set_grads(params, grads)
-    register, made = HOOKS[where]
-    handle = register(optimizer)
+    handle = None if where == "closure" else getattr(optimizer, f"register_step_{where}")(raising)
     with pytest.raises(KeyError, match="in a hook"):
-        optimizer.step(raising if where == "closure" else None)
-    assert same_bits(before, snapshot(optimizer)) != made
-    if made:
+        optimizer.step(raising if handle is None else None)
+    if where == "post_hook":
         reference.step(grads)
+    else:
+        assert same_bits(before, snapshot(optimizer))
     if handle is not None:
         handle.remove()
     step_both(optimizer, reference)
@@ -144,18 +113,15 @@ def test_an_exception_around_the_update_leaves_it_made_once_or_not_at_all(backen
 def test_an_exception_in_a_backward_pass_leaves_the_other_gradients(backend: str) -> None:
     module = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
     params = list(module.parameters())
-    optimizer, reference = FusedAdamW(params, lr=1e-2, backend=backend), Float64AdamW(params, lr=1e-2)
-    for step in range(6):
+    optimizer, reference = run_beside_torch(params, backend, steps=0)
+    for _ in range(3):
+        backward_both(optimizer, reference, lambda: module(torch.randn(5, 3)).square().sum(), steps=1)
         optimizer.zero_grad()
-        handle = module[0].weight.register_hook(raising) if step % 2 else None
-        loss = module(torch.randn(5, 3)).square().sum()
-        if handle is None:
-            loss.backward()
-        else:
-            with pytest.raises(KeyError, match="in a hook"):
-                loss.backward()
-            assert module[0].weight.grad is None
-            handle.remove()
+        handle = module[0].weight.register_hook(raising)
+        with pytest.raises(KeyError, match="in a hook"):
+            module(torch.randn(5, 3)).square().sum().backward()
+        handle.remove()
+        assert module[0].weight.grad is None
         reference.step([param.grad for param in params])
         optimizer.step()  # with what there is
     assert int(optimizer.state[module[0].weight]["step"]) == 3

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from typing import Any
+from collections.abc import Callable
 
 import fuzz
 import pytest
@@ -21,10 +22,7 @@ def test_random_runs_equal_torch_in_float64(first: int) -> None:
     torch.set_num_threads(1)  # threads that wait for one another are slow where others are at work
     for seed in range(first, first + RUNS):
         for backend in fuzz.BACKENDS:
-            try:
-                fuzz.run(seed, backend)
-            except Exception as error:
-                pytest.fail(f"python tests/fuzz.py --seed {seed} --count 1  # {backend}: {error!r}")
+            fuzz.run(seed, backend)
 
 
 def test_a_seed_is_one_run() -> None:
@@ -55,23 +53,23 @@ def wrong_decay(self: FusedAdamW) -> None:
 
 
 @pytest.mark.parametrize("wrong", [wrong_step, wrong_decay])
-def test_a_wrong_optimizer_is_found_out_soon(wrong: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_optimizer_is_found_out_soon(
+    wrong: Callable[[FusedAdamW], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(FusedAdamW, "step", wrong)
-    failures = 0
+    passes = 0
     for seed in range(30):
-        try:
+        with contextlib.suppress(AssertionError):
             fuzz.run(seed, "native")
-        except AssertionError:
-            failures += 1
-    assert failures >= 10
+            passes += 1
+    assert passes <= 20
 
 
 def test_command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(sys, "argv", ["fuzz.py", "--seed", "3", "--count", "2"])
-    assert fuzz.main() == 0
-    assert capsys.readouterr().out.startswith("2 runs from seed 3")
-    monkeypatch.setattr(FusedAdamW, "step", wrong_step)
     monkeypatch.setattr(sys, "argv", ["fuzz.py", "--seed", "3", "--count", "30"])
+    assert fuzz.main() == 0
+    assert capsys.readouterr().out.startswith("30 runs from seed 3")
+    monkeypatch.setattr(FusedAdamW, "step", wrong_step)
     with pytest.raises(AssertionError):
         fuzz.main()
     assert "python tests/fuzz.py --seed" in capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Gradients of every origin, and those that are no plain memory."""
+"""Gradients of every origin, changed in every way, and those that are no plain memory."""
 
 from __future__ import annotations
 
@@ -9,14 +9,13 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run
+from references import assert_same_run, make_grads, make_params, run_beside_torch
 from side_by_side import Make, assert_same, beside_plain, fused_torch, of_this_torch, param, params_of
 from torch import Tensor, nn
 from torch.nn.utils import clip_grad_norm_, clip_grad_value_, parametrizations
 from torch.optim import Optimizer
 from torch.utils.checkpoint import checkpoint
 
-from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
 
@@ -42,21 +41,13 @@ def recomputed(module: nn.Module, x: Tensor, *, use_reentrant: bool) -> None:
     checkpoint(module, x.requires_grad_(), use_reentrant=use_reentrant).square().sum().backward()
 
 
-def clipped(clip: Callable[[list[nn.Parameter]], Any]) -> Callable[[nn.Module, Tensor], None]:
-    def backward_and_clip(module: nn.Module, x: Tensor) -> None:
-        backward(module, x)
-        clip(list(module.parameters()))
-
-    return backward_and_clip
+def clipped(module: nn.Module, x: Tensor, *, clip: Callable[[Any, float], Any]) -> None:
+    backward(module, x)
+    clip(module.parameters(), 0.3)
 
 
-def clip_in_two_calls(params: list[nn.Parameter]) -> None:
-    grads = [each.grad for each in params if each.grad is not None]
-    torch.nn.utils.clip_grads_with_norm_(params, 0.7, torch.nn.utils.get_total_norm(grads))
-
-
-def parametrized(module: nn.Module, wrap: Callable[..., Any]) -> nn.Module:
-    wrap(module[0])
+def parametrized(module: nn.Module, *, by: Callable[..., Any]) -> nn.Module:
+    by(module[0])
     return module
 
 
@@ -77,9 +68,9 @@ class Origin(NamedTuple):
 
 
 ORIGINS = {
-    "weight_norm": Origin(wrap=lambda module: parametrized(module, parametrizations.weight_norm)),
-    "spectral_norm": Origin(wrap=lambda module: parametrized(module, parametrizations.spectral_norm)),
-    "orthogonal": Origin(wrap=lambda module: parametrized(module, parametrizations.orthogonal)),
+    "weight_norm": Origin(wrap=functools.partial(parametrized, by=parametrizations.weight_norm)),
+    "spectral_norm": Origin(wrap=functools.partial(parametrized, by=parametrizations.spectral_norm)),
+    "orthogonal": Origin(wrap=functools.partial(parametrized, by=parametrizations.orthogonal)),
     "lazy": Origin(wrap=lazy),
     "accumulated": Origin(accumulated),
     "functional": Origin(functional),
@@ -87,19 +78,16 @@ ORIGINS = {
     "checkpointed, reentrant": Origin(functools.partial(recomputed, use_reentrant=True)),
     "autocast to bfloat16": Origin(around=lambda: autocast(torch.bfloat16)),
     "autocast to float16": Origin(around=lambda: autocast(torch.float16)),
-    "clipped": Origin(clipped(lambda params: clip_grad_norm_(params, 0.7))),
-    "clipped in a loop": Origin(clipped(lambda params: clip_grad_norm_(params, 0.7, foreach=False))),
-    "clipped to the largest": Origin(clipped(lambda params: clip_grad_norm_(params, 0.1, norm_type=torch.inf))),
-    "clipped values": Origin(clipped(lambda params: clip_grad_value_(params, 0.3))),
-    "clipped in two calls": Origin(clipped(clip_in_two_calls)),
+    "clipped": Origin(functools.partial(clipped, clip=clip_grad_norm_)),
+    "clipped values": Origin(functools.partial(clipped, clip=clip_grad_value_)),
 }
 
 
 @pytest.mark.parametrize("origin", ORIGINS.values(), ids=ORIGINS)
 def test_gradients_of_every_origin(backend: str, origin: Origin) -> None:
     module = origin.wrap(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)))
-    params, options = list(module.parameters()), {"lr": WSD(2, 20, 5, 1e-2), "max_grad_norm": 0.5}
-    optimizer, reference = FusedAdamW(params, backend=backend, **options), Float64AdamW(params, **options)
+    params = list(module.parameters())
+    optimizer, reference = run_beside_torch(params, backend, 0, lr=WSD(2, 20, 5, 1e-2), max_grad_norm=0.5)
     for _ in range(5):
         optimizer.zero_grad()
         with origin.around():
@@ -110,11 +98,32 @@ def test_gradients_of_every_origin(backend: str, origin: Origin) -> None:
     assert_same_run(optimizer, reference)
 
 
+CHANGES: dict[str, Callable[[Tensor, Tensor], Any]] = {
+    "new": lambda param, grad: setattr(param, "grad", grad.clone()),
+    "in place": lambda param, grad: param.grad.copy_(grad),
+    "its data": lambda param, grad: setattr(param.grad, "data", grad.clone()),
+    "set_": lambda param, grad: param.grad.set_(grad.clone()),
+    "transposed": lambda param, grad: setattr(param, "grad", grad.t().contiguous().t()),
+}
+
+
+def test_gradients_are_read_where_they_are(backend: str) -> None:
+    params = make_params([(6, 7), (3, 2)])
+    optimizer, reference = run_beside_torch(params, backend)
+    for name in [name for name in CHANGES for _ in range(2)] * 2:
+        grads = make_grads(params)
+        for each, grad in zip(params, grads, strict=True):
+            CHANGES[name](each, grad)
+        reference.step(grads)
+        optimizer.step()
+        assert_same_run(optimizer, reference, name)
+
+
 KINDS: dict[str, Callable[[], Tensor]] = {
     "zeros without memory": lambda: torch._efficientzerotensor(1, dtype=torch.float64),
     "an imaginary part of a conjugate": lambda: torch.tensor([1 + 2j], dtype=torch.complex128).conj().imag,
     "negated": lambda: torch._neg_view(torch.full((1,), 3.0, dtype=torch.float64)),
-    "expanded": lambda: torch.full((), 3.0, dtype=torch.float64).expand(1),
+    "expanded": lambda: torch.full((), 3.0, dtype=torch.float64).expand(4),
 }
 
 
@@ -130,14 +139,10 @@ KINDS: dict[str, Callable[[], Tensor]] = {
 def test_gradients_that_are_no_plain_memory(kind: str, backend: str) -> None:
     def run(make: Make) -> Optimizer:
         """Such gradients come between plain ones, so that they are not met by a new plan."""
-        own = [param(1), param(4)]
-        optimizer = make(own, lr=0.1)
+        own = param(KINDS[kind]().numel())
+        optimizer = make([own], lr=0.1)
         for step in range(6):
-            for each in own:
-                each.grad = torch.full_like(each, 0.5 + 0.1 * step)
-            if step % 2:
-                own[0].grad = KINDS[kind]()
-                own[1].grad = KINDS[kind]().expand(4) if kind == "expanded" else own[1].grad
+            own.grad = KINDS[kind]() if step % 2 else torch.full_like(own, 0.5 + 0.1 * step)
             optimizer.step()
         return optimizer
 
@@ -145,28 +150,18 @@ def test_gradients_that_are_no_plain_memory(kind: str, backend: str) -> None:
     assert_same(plain, ours)
     with torch.device("cpu"):
         if kind == "expanded":
-            assert params_of(run(fused_torch))[1].tolist() != params_of(plain)[1].tolist()
+            assert params_of(run(fused_torch))[0].tolist() != params_of(plain)[0].tolist()
         else:
             with pytest.raises(RuntimeError):
                 run(fused_torch)
 
 
+class Tied(nn.Parameter):
+    grad = None  # hides torch's property
+
+
 def test_a_parameter_class_with_a_gradient_of_its_own(backend: str) -> None:
-    class Tied(nn.Parameter):
-        @property  # type: ignore[misc]
-        def grad(self) -> Tensor | None:
-            return self.__dict__.get("_own_grad")
-
-        @grad.setter
-        def grad(self, value: Tensor | None) -> None:
-            self.__dict__["_own_grad"] = value
-
-    def run(make: Make) -> Tensor:
-        weight = Tied(torch.ones(3, dtype=torch.float64))
-        optimizer = make([weight], lr=0.1)
-        for step in range(3):
-            weight.grad = torch.full((3,), 1.0 + step, dtype=torch.float64)
-            optimizer.step()
-        return weight.detach().as_subclass(Tensor)
-
-    torch.testing.assert_close(*beside_plain(run, backend), rtol=1e-13, atol=0)
+    weight = Tied(torch.ones(3))
+    optimizer, reference = run_beside_torch([weight], backend)
+    assert Tensor.grad.__get__(weight) is None
+    assert_same_run(optimizer, reference)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from references import (
     Float64AdamW,
     assert_same_parameter,
     assert_same_run,
+    copies,
     make_grads,
     make_params,
     run_beside_torch,
@@ -33,7 +35,7 @@ def test_a_model_is_converted_between_two_steps(backend: str, swaps: bool, dtype
     params = list(module.parameters())
     optimizer, reference = run_beside_torch(params, backend)
     module.to(dtype)
-    assert [new is old for new, old in zip(module.parameters(), params, strict=True)] == [True] * 2
+    assert all(new is old for new, old in zip(module.parameters(), params, strict=True))
     optimizer.zero_grad()
     # The update goes on from float32 moments and parameters, whatever it is made in from now on.
     reference.dtypes = [dtype] * 2
@@ -57,21 +59,20 @@ def test_steps_under_a_grad_mode_and_without(backend: str, mode: Callable[[], An
         params = make_params([(6, 4), (5,)])
     if made == "sliced":  # is updated through a copy
         params[0] = torch.nn.Parameter(torch.randn(6, 8)[:, ::2])
-    optimizer = FusedAdamW(params, lr=lr, amsgrad=True, max_grad_norm=1.0, backend=backend)
-    reference = Float64AdamW(params, lr=lr, amsgrad=True, max_grad_norm=1.0)
-    step_in_mode = mode()(optimizer.step)
+    optimizer, reference = run_beside_torch(params, backend, 0, lr=lr, amsgrad=True, max_grad_norm=1.0)
     for count in range(6):
         grads = make_grads(params)
         set_grads(params, grads)
         reference.step(grads)
-        (step_in_mode if count % 2 == 0 else optimizer.step)()
+        with mode() if count % 2 == 0 else contextlib.nullcontext():
+            optimizer.step()
         if count == 3:
             with mode():
                 saved = optimizer.state_dict()
                 optimizer.state.clear()
                 optimizer.load_state_dict(saved)
         if count == 4:
-            optimizer.load_state_dict(saved := optimizer.state_dict())
+            optimizer.load_state_dict(optimizer.state_dict())
     assert_same_run(optimizer, reference)
     if made != "in inference mode":
         params[1].square().sum().backward()  # parameters are still autograd's
@@ -95,28 +96,31 @@ def test_a_schedule_that_was_put_there_in_inference_mode(backend: str) -> None:
 OPTIONS: dict[str, Any] = {"lr": SCHEDULE, "max_grad_norm": 1.0}
 
 
-def meta_module() -> torch.nn.Module:
+def meta_module() -> torch.nn.Linear:
     with torch.device("meta"):
         return torch.nn.Linear(3, 2)
 
 
 def test_an_optimizer_of_a_model_on_meta_trains_once_it_has_memory(backend: str, swaps: bool) -> None:
     module = meta_module()
-    early = FusedAdamW(module.parameters(), backend=backend, **OPTIONS)
+    optimizer = FusedAdamW(module.parameters(), backend=backend, **OPTIONS)
     with pytest.raises(RuntimeError, match="parameter 0 of group 0 is on the meta device"):
-        early.step()
-    before = list(module.parameters())
-    module.to_empty(device=torch.empty(()).device)
-    assert [new is old for new, old in zip(module.parameters(), before, strict=True)] == [swaps] * 2
-    module.reset_parameters()
+        optimizer.step()
+    saved, _ = run_beside_torch(list(torch.nn.Linear(3, 2).parameters()), backend)
+    with pytest.raises(ValueError, match=r"state\[0\] .* meta device: give the model memory"):
+        optimizer.load_state_dict(saved.state_dict())
+    assert not optimizer.state
+    before = module.weight
+    module.to_empty(device=torch.empty(()).device).reset_parameters()
+    assert (module.weight is before) == swaps
     if not swaps:  # to_empty() has made other parameters. torch then trains nothing, without a word
         module(torch.ones(4, 3)).sum().backward()
         with pytest.raises(RuntimeError, match=r"make the optimizer after it"):
-            early.step()
-        early = FusedAdamW(module.parameters(), backend=backend, **OPTIONS)
+            optimizer.step()
+        optimizer = FusedAdamW(module.parameters(), backend=backend, **OPTIONS)
     reference = Float64AdamW(list(module.parameters()), **OPTIONS)
-    step_both(early, reference, 12)
-    assert_same_run(early, reference)
+    step_both(optimizer, reference, 12)
+    assert_same_run(optimizer, reference)
 
 
 def test_what_stays_on_meta_is_left_alone_as_by_torch(backend: str) -> None:
@@ -140,28 +144,19 @@ def test_what_stays_on_meta_is_left_alone_as_by_torch(backend: str) -> None:
     assert same_bits(before[1:], snapshot(optimizer)[1:])
 
 
-def test_a_load_before_there_is_memory_is_refused(backend: str) -> None:
-    saved, _ = run_beside_torch(list(torch.nn.Linear(3, 2).parameters()), backend)
-    optimizer = FusedAdamW(meta_module().parameters(), backend=backend)
-    with pytest.raises(ValueError, match=r"state\[0\] .* meta device: give the model memory"):
-        optimizer.load_state_dict(saved.state_dict())
-    assert not optimizer.state
-
-
 @pytest.mark.parametrize("swaps", [True], indirect=True)
 def test_parameters_that_went_to_meta_and_came_back(backend: str, swaps: bool) -> None:
     module = torch.nn.Linear(3, 2)
-    optimizer, reference = run_beside_torch(list(module.parameters()), backend)
-    values = [param.detach().clone() for param in module.parameters()]
+    params = list(module.parameters())
+    optimizer, reference = run_beside_torch(params, backend)
+    before = copies(params)
     optimizer.zero_grad()
     module.to("meta")
     module(torch.ones(4, 3, device="meta")).sum().backward()
     with pytest.raises(RuntimeError, match="meta"):
         optimizer.step()
-    module.to_empty(device=values[0].device)
+    module.to_empty(device=before[0].device)
     optimizer.zero_grad()
-    with torch.no_grad():
-        for param, value in zip(module.parameters(), values, strict=True):
-            param.copy_(value)
+    module.load_state_dict(dict(zip(("weight", "bias"), before, strict=True)))
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import copy
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -18,8 +19,9 @@ from references import (
     run_beside_torch,
     same_bits,
     set_grads,
+    step_both,
 )
-from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, params_of, state_of, train
+from side_by_side import Make, assert_same, both, fused_torch, of_this_torch, param, state_of, train
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -31,24 +33,22 @@ Edit = Callable[[Any, Tensor, Tensor], Any]  # optimizer, a trained parameter, o
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-def resize_and_refill(optimizer: Optimizer, trained: Tensor, other: Tensor) -> None:
-    """As offloading does (Megatron-LM): the tensors stay, their memory goes and comes back elsewhere."""
-    moments = [optimizer.state[trained][name] for name in MOMENTS]
-    kept = [moment.clone() for moment in moments]
-    storages = [moment.untyped_storage() for moment in moments]
-    sizes = [storage.nbytes() for storage in storages]
-    for storage in storages:
-        storage.resize_(0)
-    filler = [torch.full_like(each, 7.0) for each in kept]  # takes the freed memory
-    for moment, storage, size, value in zip(moments, storages, sizes, kept, strict=True):
-        storage.resize_(size)
-        moment.copy_(value)
-    del filler
+@contextlib.contextmanager
+def freed(storage: torch.UntypedStorage) -> Iterator[None]:
+    """Memory that goes and comes back elsewhere, as offloading does (Megatron-LM) with what is not in use."""
+    kept = storage.clone()
+    storage.resize_(0)
+    others = torch.full((kept.nbytes(),), 7, dtype=torch.uint8)  # may be where it was
+    yield
+    assert (others == 7).all()
+    storage.resize_(kept.nbytes())
+    storage.copy_(kept)
 
 
-def halve(optimizer: Optimizer, trained: Tensor, other: Tensor) -> None:
-    for value in optimizer.state[trained].values():
-        value.mul_(0.5)
+def free_and_bring_back(optimizer: Optimizer, trained: Tensor, other: Tensor) -> None:
+    for name in MOMENTS:
+        with freed(optimizer.state[trained][name].untyped_storage()):
+            pass
 
 
 EDITS: dict[str, Edit] = {
@@ -69,8 +69,8 @@ EDITS: dict[str, Edit] = {
     "set_": lambda o, p, q: o.state[p]["exp_avg_sq"].set_(torch.full_like(p, 0.3).detach()),
     "swap_tensors": lambda o, p, q: torch.utils.swap_tensors(o.state[p]["exp_avg"], torch.full_like(p, 0.3).detach()),
     "moved to shared memory": lambda o, p, q: [value.share_memory_() for value in o.state[p].values()],
-    "memory freed and brought back": resize_and_refill,
-    "halved": halve,
+    "memory freed and brought back": free_and_bring_back,
+    "halved": lambda o, p, q: [value.mul_(0.5) for value in o.state[p].values()],
 }
 
 
@@ -87,27 +87,27 @@ def test_edits(edit: Edit, backend: str) -> None:
         trained, other = param(3, 4), param(5)
         optimizer = make([trained, other], lr=0.1)
         for _ in range(2):
-            for step in range(3):
-                trained.grad = torch.full_like(trained, 0.5 + 0.1 * step)
-                optimizer.step()
+            steps(optimizer, trained, 0.5, 0.6, 0.7)
             edit(optimizer, trained, other)
-        for step in range(4):
-            trained.grad = torch.full_like(trained, 1.0 - 0.1 * step)
-            optimizer.step()
+        steps(optimizer, trained, 1.0, 0.9, 0.8, 0.7)
         assert not optimizer.state.get(other) or "exp_avg" not in optimizer.state[other]
-        other.grad = torch.ones_like(other)
-        optimizer.step()
+        steps(optimizer, other, 1.0)
         return optimizer
 
     assert_same(*both(run, backend))
 
 
-def one_step(backend: str, size: int = 6, value: float = 1.0) -> tuple[Tensor, FusedAdamW]:
-    """A parameter and its optimizer, after a step with a gradient of `value`."""
+def steps(optimizer: Optimizer, weight: Tensor, *gradients: float) -> None:
+    for value in gradients:
+        weight.grad = torch.full_like(weight, value)
+        optimizer.step()
+
+
+def one_step(backend: str, size: int = 6, gradient: float = 1.0) -> tuple[Tensor, FusedAdamW]:
+    """A parameter and its optimizer, after a step."""
     weight = param(size)
     optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
-    weight.grad = torch.full_like(weight, value)
-    optimizer.step()
+    steps(optimizer, weight, gradient)
     return weight, optimizer
 
 
@@ -134,6 +134,12 @@ def assign(moment: Tensor) -> None:
     moment.data = torch.full_like(moment, 2.0)
 
 
+def an_entry_of_a_kept_state(optimizer: FusedAdamW, weight: Tensor) -> Any:
+    state = optimizer.state
+    optimizer.step()
+    return state[weight]
+
+
 # What is kept from the state, and what makes the first moment 2.0 through it.
 HELD: dict[str, tuple[Callable[[FusedAdamW, Tensor], Any], Callable[[Any, Tensor], None]]] = {
     "the state": (lambda o, p: o.state, lambda held, p: assign(held[p]["exp_avg"])),
@@ -141,6 +147,10 @@ HELD: dict[str, tuple[Callable[[FusedAdamW, Tensor], Any], Callable[[Any, Tensor
     "a moment": (lambda o, p: o.state[p]["exp_avg"], lambda held, p: assign(held)),
     "a state dict": (lambda o, p: o.state_dict(), lambda held, p: assign(held["state"][0]["exp_avg"])),
     "a tensor over a moment": (lambda o, p: o.state[p]["exp_avg"].detach(), to_shared_memory),
+    "an entry of a kept state": (
+        an_entry_of_a_kept_state,
+        lambda held, p: held.update(exp_avg=torch.full_like(p, 2.0).detach()),
+    ),
 }
 
 
@@ -152,62 +162,56 @@ def test_a_reference_that_is_kept_may_be_used_at_any_time(hold: Any, change: Any
         optimizer.step()
     change(held, weight)
     others = [torch.full((2000,), 9.0) for _ in range(10)]  # one may be where the moment was
-    weight.grad = torch.zeros_like(weight)
-    optimizer.step()
+    steps(optimizer, weight, 0.0)
     assert optimizer.__dict__["state"][weight]["exp_avg"].tolist() == pytest.approx([1.8] * 2000)
     assert all((each == 9.0).all() for each in others)
 
 
-def test_what_is_taken_out_of_a_kept_state_later(backend: str) -> None:
-    weight, optimizer = one_step(backend, value=0.0)
-    state = optimizer.state
-    optimizer.step()
-    entry = state[weight]
+@pytest.mark.parametrize("name", ["parameter", "step", *MOMENTS])
+def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: str) -> None:
+    params = make_params([(64,), (9,)])
+    optimizer, reference = run_beside_torch(params, backend)
+    state = optimizer.state[params[0]]
+    storage = (params[0] if name == "parameter" else state[name]).untyped_storage()
     del state
-    optimizer.step()
-    entry["exp_avg"] = torch.full_like(weight, 2.0).detach()
-    optimizer.step()
-    assert entry["exp_avg"].tolist() == pytest.approx([1.8] * 6)
+    missing = " has no memory, and a gradient" if name == "parameter" else f": state '{name}' has no memory"
+    for _ in range(3):
+        step_both(optimizer, reference, steps=2)
+        others = params[name == "parameter" :]
+        before = copies(others)
+        with freed(storage), pytest.raises(RuntimeError, match=f"parameter 0 of group 0{missing}"):
+            optimizer.step()
+        assert same_bits(before, others)
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
 
 
 def test_a_change_before_a_refused_call_is_not_overlooked_after_it(backend: str) -> None:
-    weight, other = param(6), param(3)
-    optimizer = FusedAdamW([weight, other], lr=0.1, backend=backend)
-    for each in (weight, other):
-        each.grad = torch.zeros_like(each)
-    for _ in range(2):
-        optimizer.step()
+    weight, optimizer = one_step(backend, gradient=0.0)
+    optimizer.step()
     optimizer.state[weight]["exp_avg"] = torch.full_like(weight, 2.0).detach()
-    other.grad = other.grad.to_sparse()
+    weight.grad = weight.grad.to_sparse()
     with pytest.raises(RuntimeError, match="sparse"):
         optimizer.sync_hyperparameters()
-    other.grad = other.grad.to_dense()
+    weight.grad = weight.grad.to_dense()
     optimizer.step()
     assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
 
 
-@pytest.mark.parametrize("name", ["step", *MOMENTS])
-def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: str) -> None:
-    weight, optimizer = one_step(backend)
-    storage, kept = optimizer.state[weight][name].untyped_storage(), optimizer.state[weight][name].clone()
-    for _ in range(2):
-        optimizer.step()
-    size, before = storage.nbytes(), weight.tolist()
-    storage.resize_(0)
-    with pytest.raises(RuntimeError, match=f"parameter 0 of group 0: state '{name}' has no memory"):
-        optimizer.step()
-    assert weight.tolist() == before
-    storage.resize_(size)
-    optimizer.state[weight][name].copy_(kept)
-    optimizer.step()
-    expected = {"step": 2.0, "exp_avg": 0.1 + 0.9 * 0.1, "exp_avg_sq": 0.001 + 0.999 * 0.001}[name]
-    assert optimizer.state[weight][name].flatten()[0].item() == pytest.approx(expected)
+def test_a_moment_may_have_another_layout_and_dtype(backend: str) -> None:
+    params = make_params([(6, 7), (5,)])
+    optimizer, reference = run_beside_torch(params, backend)
+    state = optimizer.state[params[0]]
+    state["exp_avg"] = state["exp_avg"].double().t().contiguous().t()
+    state["step"] = state["step"].float()  # as torch's
+    step_both(optimizer, reference)
+    assert_same_run(optimizer, reference)
 
 
 # Entries that are not whole.
 
 
-@pytest.mark.parametrize("name", ["step", *MOMENTS])
+@pytest.mark.parametrize("names", [("step",), *((name,) for name in MOMENTS), MOMENTS], ids=str)
 @pytest.mark.parity(
     "Steps and state",
     "an entry of `optimizer.state` lacks its count or a moment",
@@ -216,13 +220,14 @@ def test_a_storage_that_is_kept_may_be_resized_at_any_time(name: str, backend: s
     why="a moment without its count, or without the other moment, would make an update of any size",
 )
 @of_this_torch
-def test_a_part_of_an_entry(name: str) -> None:
+def test_a_part_of_an_entry(names: tuple[str, ...]) -> None:
     def run(make: Make) -> Optimizer:
         weight = param(3)
         optimizer = make([weight], lr=0.1)
         train(optimizer)
         state_of(optimizer)["mine"] = 7
-        del state_of(optimizer)[name]
+        for name in names:
+            del state_of(optimizer)[name]
         with torch.no_grad():
             weight.fill_(1.0)
         torch.manual_seed(1)
@@ -230,7 +235,7 @@ def test_a_part_of_an_entry(name: str) -> None:
         assert state_of(optimizer).pop("mine") == 7
         return optimizer
 
-    with pytest.raises(KeyError, match=name):
+    with pytest.raises(KeyError, match=names[0]):
         run(fused_torch)
     anew = fused_torch([param(3)], lr=0.1)
     torch.manual_seed(1)
@@ -238,22 +243,40 @@ def test_a_part_of_an_entry(name: str) -> None:
     assert_same(anew, run(FusedAdamW))
 
 
-def test_a_first_step_that_is_interrupted() -> None:
-    ours, expected = (make([param(3), param(4)], lr=0.1) for make in (FusedAdamW, torch.optim.AdamW))
-    first, second = params_of(ours)
-    ours.state[first]["step"] = torch.zeros((), dtype=torch.float64)  # as far as it came
-    ours.state[second]
-    for optimizer in (ours, expected):
-        torch.manual_seed(0)
-        train(optimizer)
-    assert_same(expected, ours)
+def change_shape(optimizer: Any, trained: Tensor, other: Tensor) -> None:
+    trained.data = torch.zeros(6)
+    trained.grad = torch.ones(6)
 
 
-def test_an_entry_that_is_no_dict_is_named() -> None:
-    optimizer = FusedAdamW([param(3)])
-    optimizer.state[params_of(optimizer)[0]] = [1]
-    with pytest.raises(TypeError, match=r"parameter 0 of group 0: its state must be a dict, got \[1\] \(list\)"):
-        train(optimizer)
+# an edit, and what is said about it
+UNFIT: dict[str, tuple[Edit, type[Exception], str]] = {
+    "no dict": (lambda o, p, q: o.state.update({p: [1]}), TypeError, r"its state must be a dict, got \[1\] \(list\)"),
+    "another shape": (
+        lambda o, p, q: o.state[p].update(exp_avg=torch.zeros(4)),
+        ValueError,
+        r"state 'exp_avg' must be of shape \(5,\)",
+    ),
+    "no tensor": (
+        lambda o, p, q: o.state[p].update(exp_avg_sq=3.0),
+        ValueError,
+        r"state 'exp_avg_sq' must be of shape \(5,\) on \S+, got float",
+    ),
+    "the parameter's shape changes": (change_shape, ValueError, r"state 'exp_avg' must be of shape \(6,\)"),
+}
+
+
+@pytest.mark.parametrize(("edit", "error", "words"), UNFIT.values(), ids=UNFIT)
+def test_state_that_does_not_fit_is_refused(edit: Edit, error: type[Exception], words: str, backend: str) -> None:
+    params = make_params([(5,), (4,)])
+    optimizer, _ = run_beside_torch(params, backend)
+    edit(optimizer, *params)
+    before = copies(params)
+    with pytest.raises(error, match=f"parameter 0 of group 0: {words}"):
+        optimizer.step()
+    assert same_bits(before, params)
+    del optimizer.state[params[0]]
+    optimizer.step()  # begins anew
+    assert not any(torch.equal(*pair) for pair in zip(before, params, strict=True))
 
 
 def test_state_of_a_parameter_that_is_in_no_group_is_named_when_saving(backend: str) -> None:
@@ -304,8 +327,6 @@ def test_state_is_made_for_the_parameters_whatever_the_defaults(backend: str, lr
             optimizer.load_state_dict(saved)
         if count == 4:  # as some put them there
             optimizer.state[params[1]]["step"] = optimizer.state[params[1]]["step"].float()
-        if count == 5:
-            optimizer.load_state_dict(optimizer.state_dict())
         if count == 6:
             optimizer.state[params[0]]["step"] = float(optimizer.state[params[0]]["step"])
     torch.set_default_device(None)

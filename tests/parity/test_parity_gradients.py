@@ -55,7 +55,7 @@ NOT_DENSE = ("sliced", "every other")
     torch="wrong without a word: in three steps at a rate of 0.1, parameters are off by more than 0.1",
     nexus="right, through a copy of the gradient",
     why="a gradient that is set by hand may have any strides",
-    also=("test_tensor_list.py::test_every_layout_of_parameter_and_gradient",),
+    also=("test_layouts.py::test_every_layout_of_parameter_and_gradient",),
 )
 @pytest.mark.parametrize(
     ("layout", "grad_layout"),
@@ -76,7 +76,7 @@ def test_layouts_that_torch_alone_gets_wrong(layout: str, grad_layout: str) -> N
     torch="wrong without a word: it reads memory past the one element there is",
     nexus="right, through a copy of the gradient",
     why="a gradient that is set by hand may have any strides",
-    also=("test_tensor_list.py::test_every_layout_of_parameter_and_gradient",),
+    also=("test_layouts.py::test_every_layout_of_parameter_and_gradient",),
 )
 @outcomes(torch=[[1.0, 5.0, 5.0, 5.0], [1.0, 5.0, 1.0, 5.0]], nexus=[[1.0] * 4, [1.0, 1.0, 5.0, 5.0]])
 def test_gradients_as_autograd_returns_them(make: Make) -> object:
@@ -95,7 +95,7 @@ def test_gradients_as_autograd_returns_them(make: Make) -> object:
     torch="wrong without a word, and what lies between its elements is updated too",
     nexus="right, through a copy; what lies between is not touched",
     why="a view of a larger tensor is an ordinary parameter",
-    also=("test_tensor_list.py::test_slices_side_by_side_share_no_memory",),
+    also=("test_layouts.py::test_slices_side_by_side_share_no_memory",),
 )
 @pytest.mark.parametrize("layout", NOT_DENSE)
 @outcomes(torch=(False, True), nexus=(True, False))
@@ -113,7 +113,7 @@ def test_a_parameter_that_is_not_dense(make: Make, layout: str) -> object:
     torch="no error: for a parameter that has grown, memory past the gradient is read",
     nexus="`RuntimeError` that names the parameter",
     why="there is no right update",
-    also=("test_tensor_list.py::test_a_gradient_that_cannot_be_read_is_refused",),
+    also=("test_layouts.py::test_a_gradient_that_cannot_be_read_is_refused",),
 )
 @outcomes(
     torch=pytest.approx([0.1, 0.1, 0.1, 0.7, 0.7]),
@@ -151,7 +151,7 @@ def test_a_gradient_of_another_dtype(dtype: torch.dtype, grad_dtype: torch.dtype
 @pytest.mark.parity(
     "a sparse gradient",
     torch="`RuntimeError` that names `SparseAdam`",
-    also=("test_tensor_list.py::test_a_gradient_that_cannot_be_read_is_refused",),
+    also=("test_layouts.py::test_a_gradient_that_cannot_be_read_is_refused",),
 )
 def test_a_sparse_gradient() -> None:
     def step(make: Make) -> None:
@@ -261,7 +261,7 @@ def test_memory_after_the_optimizer(make: Make) -> object:
     nexus="`ValueError` by the constructor or the first step",
     why="tied weights are one parameter, which both take; this is a mistake",
     also=(
-        "test_tensor_list.py::test_shared_memory_is_refused",
+        "test_layouts.py::test_shared_memory_is_refused",
         "test_counters.py::test_tied_weights_are_updated_once",
     ),
 )
@@ -372,7 +372,7 @@ def test_autograd_notices_an_update() -> None:
     torch="`RuntimeError`: the moments keep theirs",
     nexus="its moments go along",
     why="what they hold is as good in the new type",
-    also=("test_tensor_changes.py::test_a_model_that_changes_its_dtype_takes_its_moments_along",),
+    also=("test_models.py::test_a_model_is_converted_between_two_steps",),
 )
 @outcomes(
     torch=pytest.raises(RuntimeError, match="expected scalar type Double but found Float"),

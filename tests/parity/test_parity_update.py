@@ -212,7 +212,7 @@ def test_the_count_of_steps(make: Make) -> object:
     torch="`KeyError: 'max_exp_avg_sq'`",
     nexus="taken: the largest second moment is sought from there on",
     why="options of a group may change between steps",
-    also=("test_tensor_changes.py::test_amsgrad_switched_while_training",),
+    also=("test_adamw.py::test_amsgrad_switched_while_training",),
 )
 @outcomes(torch=pytest.raises(KeyError, match="max_exp_avg_sq"), nexus=(6, True))
 def test_amsgrad_is_switched_on(make: Make) -> object:
@@ -230,7 +230,7 @@ def test_amsgrad_is_switched_on(make: Make) -> object:
     "of its group",
     torch="the next step goes on from what is there",
     also=(
-        "test_tensor_changes.py::test_swapped_storage_is_followed",
+        "test_layouts.py::test_swapped_storage_is_followed",
         "test_parity_groups.py::test_groups_by_hand",
     ),
 )

@@ -9,12 +9,14 @@ from typing import Any
 
 import torch
 from cuda_shim import build
-from cuda_shim.controls import Shim
+from cuda_shim.controls import Graph, Shim
 from torch import Tensor
 
 from nexus import backends
 from nexus.backends import cuda
 from nexus.backends.watched import make_list
+from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 
 NAME = "cuda on cpu"
 
@@ -65,3 +67,19 @@ class Backend:
 
 
 backends._BACKENDS[NAME] = Backend()
+
+
+def runner_of(optimizer: FusedAdamW) -> Runner:
+    runner = engine_of(optimizer).prepare(vars(optimizer))
+    assert isinstance(runner, Runner)
+    return runner
+
+
+def captured_step(optimizer: FusedAdamW) -> Graph:
+    """A step with the gradients that are there, kept for replays."""
+    runner = runner_of(optimizer)
+    runner.stream = shim().stream()
+    with shim().capture(runner.stream) as graph:
+        optimizer.step()
+    runner.stream = 0
+    return graph

@@ -167,7 +167,7 @@ def _scaled(schedule: Schedule, scale: float) -> Callable[[int], float]:
 
 def assert_same_run(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:
     """Compare every parameter, moment and counter."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     assert len(params) == len(reference.params)
     for index, param in enumerate(params):
         assert_same_parameter(optimizer, param, reference, index, what)
@@ -201,9 +201,13 @@ def copies(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(param.detach().clone()) for param in params]
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 def make_grads(params: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Gradients of about 1 that mostly point one way, so that every parameter moves far."""
-    return [(torch.randn(param.shape) * 0.5 + 0.5).to(dtype or param.dtype) for param in params]
+    return [(torch.randn(param.shape) * 0.5 + 0.5).to(param.device, dtype or param.dtype) for param in params]
 
 
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
@@ -219,7 +223,7 @@ def step_both(
     optimizer: FusedAdamW, reference: Float64AdamW, steps: int = 3, grads: Sequence[Tensor | None] | None = None
 ) -> None:
     """Some steps of both, on the same gradients: those that are given, or random ones."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
+    params = params_of(optimizer)
     for _ in range(steps):
         given = make_grads(params) if grads is None else grads
         set_grads(params, given)
@@ -232,7 +236,7 @@ def backward_both(optimizer: FusedAdamW, reference: Float64AdamW, loss: Callable
     for _ in range(steps):
         optimizer.zero_grad()
         loss().backward()
-        reference.step([param.grad for group in optimizer.param_groups for param in group["params"]])
+        reference.step([param.grad for param in params_of(optimizer)])
         optimizer.step()
 
 

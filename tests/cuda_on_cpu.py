@@ -69,9 +69,15 @@ class Backend:
 backends._BACKENDS[NAME] = Backend()
 
 
+def runner_of(optimizer: FusedAdamW) -> Runner:
+    runner = engine_of(optimizer).prepare(vars(optimizer))
+    assert isinstance(runner, Runner)
+    return runner
+
+
 def captured_step(optimizer: FusedAdamW) -> Graph:
-    """A graph of one step, which is not run."""
-    runner: Any = engine_of(optimizer).prepare(vars(optimizer))
+    """A step with the gradients that are there, kept for replays."""
+    runner = runner_of(optimizer)
     runner.stream = shim().stream()
     with shim().capture(runner.stream) as graph:
         optimizer.step()

@@ -159,8 +159,9 @@ def params_of(optimizer: torch.optim.Optimizer) -> list[torch.nn.Parameter]:
 
 def assert_same_run(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:
     """Compare every parameter, moment and counter."""
-    assert len(params_of(optimizer)) == len(reference.params)
-    for index, param in enumerate(params_of(optimizer)):
+    params = params_of(optimizer)
+    assert len(params) == len(reference.params)
+    for index, param in enumerate(params):
         assert_same_parameter(optimizer, param, reference, index, what)
 
 
@@ -192,9 +193,13 @@ def copies(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(param.detach().clone()) for param in params]
 
 
+def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    return [param for group in optimizer.param_groups for param in group["params"]]
+
+
 def make_grads(params: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Gradients of about 1 that mostly point one way, so that every parameter moves far."""
-    return [(torch.randn(param.shape) * 0.5 + 0.5).to(dtype or param.dtype) for param in params]
+    return [(torch.randn(param.shape) * 0.5 + 0.5).to(param.device, dtype or param.dtype) for param in params]
 
 
 def set_grads(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:

@@ -1,6 +1,7 @@
 """What nvcc makes of the kernels: registers, spills, and their accesses to memory in order. It needs no GPU."""
 
-import functools
+import fcntl
+import hashlib
 import importlib.util
 import os
 import re
@@ -12,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+from cuda_shim.build import ROOT, imported
 
-ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ("80", "90", "100")
 SOURCES = {"adamw_uniform": "update", "sum_squares": "grad_norm"}
 
@@ -22,7 +23,7 @@ REGISTERS = 65536  # of a multiprocessor
 SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
 WIDTHS = {2: ".U16", 4: "", 8: ".64", 16: ".128"}  # of an access, in bytes
 
-pytestmark = pytest.mark.xdist_group("cuda_compiled")  # so that each source is compiled once
+pytestmark = pytest.mark.xdist_group("cuda_compiled")  # one worker compiles
 
 
 class Kernel(NamedTuple):
@@ -34,77 +35,86 @@ class Kernel(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def setup():
+def nvcc():
+    """The compiler, and the flags that setup.py gives it."""
     for module in ("setuptools", "pybind11", "ninja"):
         pytest.importorskip(module)
-    spec = importlib.util.spec_from_file_location("nexus_setup", ROOT / "setup.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-@pytest.fixture(scope="module")
-def nvcc(setup):
+    setup = imported("nexus_setup", ROOT / "setup.py")
     try:
-        return setup.find_nvcc()
+        return [setup.find_nvcc(), *shlex.split(setup.NVCC_FLAGS)]
     except setup.CompileError as error:
         pytest.skip(str(error))
 
 
 @pytest.fixture(scope="module")
-def disassemble(nvcc):
-    """Reads a cubin with nvdisasm, of the toolkit or of triton."""
+def nvdisasm(nvcc):
+    """Of the toolkit or of triton."""
     spec = importlib.util.find_spec("triton")
     triton = Path(spec.origin).parent / "backends/nvidia/bin" if spec else None
-    dry_run = subprocess.run([nvcc, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    dry_run = subprocess.run([nvcc[0], "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
     toolkit = re.search(r"_HERE_=(.*)", dry_run)
     places = [toolkit[1] if toolkit else None, triton, os.environ.get("PATH")]
     tool = next(filter(None, (shutil.which("nvdisasm", path=str(place)) for place in places)), None)
     if tool is None:
         pytest.skip("no nvdisasm: it comes with the CUDA toolkit, and with triton")
-    return lambda cubin: subprocess.run([tool, "-c", str(cubin)], check=True, capture_output=True, text=True).stdout
+    return tool
 
 
 @pytest.fixture(scope="module")
-def compiled(setup, nvcc, tmp_path_factory):
-    """Compiles a source, for all GPUs at once: the folder of its PTX and cubins, and what ptxas reported."""
+def compiled(nvcc):
+    """Of each source, compiled for all GPUs at once: the folder of its PTX and cubins, and of ptxas's report.
 
-    @functools.cache
+    What has been compiled from the same sources, by the same compiler, is taken from build/inspected.
+    """
+    version = subprocess.run([nvcc[0], "--version"], check=True, capture_output=True).stdout
+    headers = b"".join(path.read_bytes() for path in sorted((ROOT / "csrc").rglob("*.h")))
+
     def compile_source(source):
-        folder = tmp_path_factory.mktemp(source)
-        command = [nvcc, *shlex.split(setup.NVCC_FLAGS), "-fatbin", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
+        path, folder = ROOT / f"csrc/cuda/{source}.cu", ROOT / "build/inspected" / source
+        command = [*nvcc, "-fatbin", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in ARCHS]
-        command += [str(ROOT / f"csrc/cuda/{source}.cu"), "-o", str(folder / "fatbin")]
-        run = subprocess.run(command, capture_output=True, text=True)
-        assert run.returncode == 0, run.stderr
-        return folder, run.stdout + run.stderr
+        command += [str(path), "-o", str(folder / "fatbin")]
+        key = hashlib.sha256(version + headers + path.read_bytes() + str(command).encode()).hexdigest()
+        if not (folder / key).exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            run = subprocess.run(command, capture_output=True, text=True)
+            assert run.returncode == 0, run.stderr
+            (folder / "report").write_text(run.stdout + run.stderr)
+            (folder / key).touch()
+        return folder
 
-    return compile_source
+    (ROOT / "build").mkdir(exist_ok=True)
+    with open(ROOT / "build/inspected.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        return {source: compile_source(source) for source in SOURCES.values()}
 
 
 @pytest.fixture(scope="module")
-def kernels(compiled, disassemble):
-    """The kernels of one name, as compiled for a GPU."""
+def kernels(compiled, nvdisasm):
+    """Of each GPU and name: the kernels of this name."""
 
-    @functools.cache
-    def all_kernels(arch, source):
-        folder, report = compiled(source)
-        sass = disassemble(folder / f"{source}.compute_{arch}.cubin")
+    def read(name, arch):
+        source = SOURCES[name]
+        folder = compiled[source]
+        cubin, report = folder / f"{source}.compute_{arch}.cubin", (folder / "report").read_text()
+        sass = subprocess.run([nvdisasm, "-c", cubin], check=True, capture_output=True, text=True).stdout
         code = dict(re.findall(r"^\.text\.(\w+):\n(.*?)(?=^\.text\.|\Z)", sass, re.M | re.S))
         reports = re.findall(rf"entry function '(\w+)' for 'sm_{arch}'(.*?)(?=entry function|\Z)", report, re.S)
-        return [kernel(symbol, properties, code[symbol]) for symbol, properties in reports]
-
-    def kernels_of(arch, name):
-        found = [kernel for kernel in all_kernels(arch, SOURCES[name]) if kernel.name == name]
-        assert found, f"no kernel {name} among {all_kernels(arch, SOURCES[name])}"
+        symbols = [symbol for symbol, _ in reports]
+        signatures = subprocess.run(["c++filt", *symbols], check=True, capture_output=True, text=True).stdout
+        found = [
+            kernel(signature, properties, code[symbol])
+            for (symbol, properties), signature in zip(reports, signatures.splitlines(), strict=True)
+        ]
+        assert {each.name for each in found} == {name}
         return found
 
-    return kernels_of
+    return {(arch, name): read(name, arch) for name in SOURCES for arch in ARCHS}
 
 
-def kernel(symbol, properties, code):
-    """A kernel from its mangled name, what ptxas reported of it, and its SASS."""
-    signature = subprocess.run(["c++filt", symbol], check=True, capture_output=True, text=True).stdout
+def kernel(signature, properties, code):
+    """A kernel from its signature, what ptxas reported of it, and its SASS."""
     name, _, types = re.search(r"(\w+)(<(.*?)>)?\((?!anonymous)", signature).groups()
     return Kernel(
         name,
@@ -143,18 +153,17 @@ def stretches(instructions):
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", SOURCES)
 def test_registers_allow_the_occupancy_and_none_is_spilled(kernels, name, arch):
-    for kernel in kernels(arch, name):
+    for kernel in kernels[arch, name]:
         # Blocks that are to share a multiprocessor, so that enough loads are on their way at once.
         blocks = 2 if "double" in kernel.types else 4
         assert kernel.registers <= REGISTERS // (THREADS * blocks), kernel
         assert kernel.local_bytes == 0, kernel
-        assert not [text for text in kernel.accesses if text.startswith(("LDL", "STL"))], kernel
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_update_loads_two_whole_turns_before_it_stores(kernels, arch):
     """A turn is 16 bytes of each moment, in whole accesses; of what is not aligned, four elements come at a time."""
-    found = kernels(arch, "adamw_uniform")
+    found = kernels[arch, "adamw_uniform"]
     assert len(found) == len(SIZES) ** 2
     for kernel in found:
         last = stretches(kernel.accesses)[-4:]  # the first are of the counters and the table
@@ -167,23 +176,22 @@ def test_the_update_loads_two_whole_turns_before_it_stores(kernels, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_norm_has_four_loads_of_128_bits_on_the_way_for_every_type(kernels, arch):
     """And once more for the sums in float64, of the types that are added in two floats."""
-    (kernel,) = kernels(arch, "sum_squares")
+    (kernel,) = kernels[arch, "sum_squares"]
     assert kernel.accesses.count("LDG.E.128") == 4 * (2 * len(SIZES) - 1)
 
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("name", SOURCES)
 def test_memory_is_accessed_as_global_memory(kernels, name, arch):
-    """Generic loads and stores find out at run time which memory an address is in."""
-    for kernel in kernels(arch, name):
-        assert not [text for text in kernel.accesses if text.startswith(("LD.", "ST."))], kernel
+    """Not as a thread's own, and not by generic accesses, which find out at run time which memory it is."""
+    for kernel in kernels[arch, name]:
+        assert not [text for text in kernel.accesses if not text.startswith(("LDG", "STG"))], kernel
 
 
 @pytest.mark.parametrize("source", SOURCES.values())
 def test_no_product_and_sum_are_contracted(compiled, source):
     """So that a GPU gives the bits that the other backends give."""
-    folder, _ = compiled(source)
-    ptx = (folder / f"{source}.compute_{ARCHS[0]}.ptx").read_text()
+    ptx = (compiled[source] / f"{source}.compute_{ARCHS[0]}.ptx").read_text()
     assert ".rn.f32" in ptx or ".rn.f64" in ptx
     # ptxas contracts what does not say how it rounds. The norm asks for what a float loses of a square.
     assert set(re.findall(r"\bfma\.\S*", ptx)) <= ({"fma.rn.f32"} if source == "grad_norm" else set())

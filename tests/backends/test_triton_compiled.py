@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compiled")]  # one worker compiles
 
 # A streaming multiprocessor has 65,536 registers: 36 warps of 32 threads at 56 each, 20 at 96. Measured: 55 for
 # float32, 64 at most with amsgrad; 72 for half precision (92 on sm_80), 92 for float64, 96 for several at once.
@@ -43,17 +44,12 @@ def kernels(found: dict[str, Any], name: str) -> list[tuple[str, dict[str, Any]]
     return [(what, kernel) for what, own in found["compiled"].items() for kernel in own if kernel["kernel"] == name]
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("triton_compiled")
 def test_nothing_is_compiled_twice_whatever_a_user_changes(found: dict[str, Any]) -> None:
-    assert Counter(found["launches"]) == dict.fromkeys(["evaluate", "norm", "norm_total", "prologue", "update"], 1), (
-        found["launches_in_full"]
-    )
-    assert "specialized" not in str(found["launches_in_full"])
+    names = sorted(re.match(r"\('(\w+)'", launch)[1] for launch in found["launches"])
+    assert names == ["evaluate", "norm", "norm_total", "prologue", "update"], found["launches"]
+    assert "specialized" not in str(found["launches"])
 
 
-@pytest.mark.slow
-@pytest.mark.xdist_group("triton_compiled")
 def test_aligned_accesses_are_of_128_bits(found: dict[str, Any]) -> None:
     updates = kernels(found, "update")
     assert len(updates) == 3 * len(WIDE)
@@ -67,7 +63,6 @@ def wide(accesses: list[str]) -> int:
     return sum(access.endswith((".v4.b32", ".v2.b64")) for access in accesses)
 
 
-@pytest.mark.xdist_group("triton_compiled")
 def test_no_register_is_spilled(found: dict[str, Any]) -> None:
     for name in ("update", "norm", "norm_total"):
         for what, kernel in kernels(found, name):
@@ -80,7 +75,6 @@ def test_no_register_is_spilled(found: dict[str, Any]) -> None:
             assert kernel["local_bytes"] <= 48, (what, kernel)
 
 
-@pytest.mark.xdist_group("triton_compiled")
 def test_an_update_is_rounded_as_the_other_backends_round(found: dict[str, Any]) -> None:
     for what, kernel in kernels(found, "update"):
         bits = 64 if what == "float64" else 32

@@ -1,7 +1,7 @@
 """Compiles what the Triton backend launches, without a GPU; prints what became of it as JSON.
 
-To be run without TRITON_INTERPRET: `python tests/triton_launches.py`. Steps of optimizers on the CPU are recorded
-instead of launched; then what was recorded is compiled for each architecture.
+To be run without TRITON_INTERPRET: `python tests/backends/triton_launches.py`. Steps of optimizers on the CPU are
+recorded instead of launched; then what was recorded is compiled for each architecture.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ import os
 import re
 import subprocess
 import sys
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +28,7 @@ from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, evaluate
 
 ARCHS = (80, 90, 100)
+CACHE = Path(__file__).resolve().parents[2] / "build" / "triton"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 Launch = tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants
 
@@ -73,17 +73,18 @@ class Recorder:
         return Launches()
 
 
-@contextlib.contextmanager
-def recording() -> Iterator[Recorder]:
+def recording() -> Recorder:
     """Let the backend take tensors on the CPU, and launch nothing."""
     recorder = Recorder()
     backend.DEVICE_TYPES = frozenset({"cpu"})
     backend.unavailable = lambda devices=(): None
     backend._launching = lambda device: contextlib.nullcontext(recorder)
-    yield recorder
+    return recorder
 
 
-def param_with_grad(dtype: torch.dtype, grad_dtype: torch.dtype, size: int) -> torch.nn.Parameter:
+def param_with_grad(
+    size: int, dtype: torch.dtype = torch.float32, grad_dtype: torch.dtype = torch.float32
+) -> torch.nn.Parameter:
     param = torch.nn.Parameter(torch.zeros(size, dtype=dtype))
     param.grad_dtype = grad_dtype
     param.grad = torch.zeros(size, dtype=grad_dtype)
@@ -94,15 +95,14 @@ def train_variously() -> None:
     """Whatever a user changes without changing dtypes."""
     for sizes in ([1], [16], [17, 0, 1009], [16_384] * 16, [40_000, *range(300)]):
         for options in ({}, {"max_grad_norm": 1.0, "skip_nonfinite": True}, {"lr": WSD(1, 16, 17, 1.0)}):
-            params = [param_with_grad(torch.float32, torch.float32, size) for size in sizes]
+            params = [param_with_grad(size) for size in sizes]
             optimizer = FusedAdamW(params, backend="triton", **options)
             for step in range(3):
                 optimizer.param_groups[0]["max_grad_norm"] = step + 1.0
                 optimizer.param_groups[0]["weight_decay"] = 16.0 * step
                 optimizer.step()
             for count in range(2, 18):
-                extra = param_with_grad(torch.float32, torch.float32, count)
-                optimizer.add_param_group({"params": [extra], "lr": Cosine(1.0, count)})
+                optimizer.add_param_group({"params": [param_with_grad(count)], "lr": Cosine(1.0, count)})
             optimizer.history(capacity=len(sizes))
             optimizer.grad_scale = torch.ones(1)
             optimizer.found_inf = torch.zeros(())
@@ -114,20 +114,19 @@ def train_variously() -> None:
 
 
 def launches_of(kinds: list[tuple[torch.dtype, torch.dtype, bool]]) -> list[Launch]:
-    with recording() as recorder:
-        groups = [{"params": [param_with_grad(p, g, 9)], "amsgrad": amsgrad} for p, g, amsgrad in kinds]
-        FusedAdamW(groups, max_grad_norm=1.0, backend="triton").step()
-        evaluate(Constant(1.0), torch.arange(9), backend="triton")
+    recorder = recording()
+    groups = [{"params": [param_with_grad(9, p, g)], "amsgrad": amsgrad} for p, g, amsgrad in kinds]
+    FusedAdamW(groups, max_grad_norm=1.0, backend="triton").step()
+    evaluate(Constant(1.0), torch.arange(9), backend="triton")
     return list(recorder.launches)
 
 
-def inspected(launch: Launch, arch: int, folder: Path) -> dict[str, Any]:
+def inspected(launch: Launch, arch: int) -> dict[str, Any]:
     """Compile one kernel, and read the result."""
     name, signature, constants = launch
     source = ASTSource(getattr(triton_kernels, name), dict(signature), dict(constants))
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=dict(backend.OPTIONS))
-    cubin = folder / "kernel.cubin"
-    cubin.write_bytes(compiled.asm["cubin"])
+    cubin = compiled.metadata_group[f"{name}.cubin"]
     usage = subprocess.run([CUOBJDUMP, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
     resources = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = compiled.asm["ptx"]
@@ -145,18 +144,13 @@ def inspected(launch: Launch, arch: int, folder: Path) -> dict[str, Any]:
 def main() -> None:
     assert not backend.INTERPRETS
     torch.set_num_threads(1)
-    with recording() as recorder:
-        train_variously()
-    found: dict[str, Any] = {
-        "launches": [name for name, _, _ in recorder.launches],
-        "launches_in_full": [str(launch) for launch in recorder.launches],
-        "compiled": {},
-    }
-    with tempfile.TemporaryDirectory() as folder:
-        os.environ["TRITON_CACHE_DIR"] = folder
-        for what, kinds in COMPILED.items():
-            wanted = [launch for launch in launches_of(kinds) if what == "mixed" or launch[0] in ("update", "norm")]
-            found["compiled"][what] = [inspected(launch, arch, Path(folder)) for arch in ARCHS for launch in wanted]
+    recorder = recording()
+    train_variously()
+    found: dict[str, Any] = {"launches": [str(launch) for launch in recorder.launches], "compiled": {}}
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE)  # so that only what has changed is compiled
+    for what, kinds in COMPILED.items():
+        wanted = [launch for launch in launches_of(kinds) if what == "mixed" or launch[0] in ("update", "norm")]
+        found["compiled"][what] = [inspected(launch, arch) for arch in ARCHS for launch in wanted]
     json.dump(found, sys.stdout)
 
 

@@ -20,7 +20,7 @@ KERNEL_FLAGS = f"-O2 -Wno-unknown-pragmas -I{SHIM} -x c++ -include cuda_runtime.
 KERNEL_FLAGS += " -fsanitize=alignment,null,bounds,signed-integer-overflow -fno-sanitize-recover=all"
 
 
-def _imported(name: str, path: Path) -> ModuleType:
+def imported(name: str, path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -29,7 +29,7 @@ def _imported(name: str, path: Path) -> ModuleType:
 
 def build(name: str = MODULE) -> Path:
     """Build the whole extension as the module ``name``; or, if that is "toy", a library of toy.cu alone."""
-    setup = _imported("nexus_setup", ROOT / "setup.py")
+    setup = imported("nexus_setup", ROOT / "setup.py")
 
     def edges(sources, flags=""):
         return [setup.Edge(f"{OBJECTS / Path(source).name}.o", "cxx", str(source), flags) for source in sources]
@@ -67,4 +67,4 @@ def build(name: str = MODULE) -> Path:
 
 def load(name: str = MODULE) -> ModuleType:
     """The extension with the CUDA kernels, which run on the CPU. See controls.Shim for what steers them."""
-    return _imported(name, build(name))
+    return imported(name, build(name))

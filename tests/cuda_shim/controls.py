@@ -15,9 +15,7 @@ ORDERS = ("ascending", "descending", "shuffled")
 
 class Launch(NamedTuple):
     kernel: str  # its name, without namespaces and template arguments
-    signature: str  # its name in full
-    grid: tuple[int, int, int]
-    block: tuple[int, int, int]
+    grid: int  # blocks
     stream: int
     device: int
     captured: bool
@@ -36,17 +34,6 @@ class Graph:
             raise RuntimeError(f"replay stopped with error {error}: {self.shim.fault()}")
 
 
-class _Record(ctypes.Structure):
-    _fields_ = (
-        ("kernel", ctypes.c_int64),
-        ("grid", ctypes.c_uint32 * 3),
-        ("block", ctypes.c_uint32 * 3),
-        ("stream", ctypes.c_void_p),
-        ("device", ctypes.c_int32),
-        ("captured", ctypes.c_int32),
-    )
-
-
 class Shim:
     """The controls of one library. A test calls reset() first: settings outlive it."""
 
@@ -56,21 +43,24 @@ class Shim:
         self.library.nexus_shim_stream.restype = ctypes.c_void_p
         self.library.nexus_shim_fail.argtypes = (ctypes.c_char_p, ctypes.c_int, ctypes.c_int)
         self.library.nexus_shim_set_order.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
-        self.library.nexus_shim_begin_capture.argtypes = (ctypes.c_void_p, ctypes.c_int)
+        self.library.nexus_shim_begin_capture.argtypes = (ctypes.c_void_p,)
+        self.library.nexus_shim_capture_mode_is_global.restype = ctypes.c_bool
         # dladdr() does not know names with internal linkage, which kernels have.
         symbols = subprocess.run(["nm", "-C", str(library)], check=True, capture_output=True, text=True).stdout
-        found = re.findall(r"^([0-9a-f]+) [tTW] (.*)$", symbols, re.MULTILINE)
-        self._names = {int(address, 16): name.replace("(anonymous namespace)::", "") for address, name in found}
+        found = re.findall(
+            r"^([0-9a-f]+) [tTW] .*?(\w+)[<(]", symbols.replace("(anonymous namespace)", ""), re.MULTILINE
+        )
+        self._names = {int(address, 16): name for address, name in found}
 
     def reset(self) -> None:
-        """One device of four multiprocessors, ascending orders; no failures, launches, calls, graphs or error.
+        """One device, ascending orders; no failures, launches, calls, graphs or error.
 
         Streams stay, and so does memory that is not freed; device 0 is current again.
         """
         self.library.nexus_shim_reset()
 
-    def set_devices(self, count: int = 1, multiprocessors: int = 4, capability: tuple[int, int] = (9, 0)) -> None:
-        self.library.nexus_shim_set_devices(count, multiprocessors, *capability)
+    def set_devices(self, count: int) -> None:
+        self.library.nexus_shim_set_devices(count)
 
     def set_order(self, blocks: str = "ascending", threads: str = "ascending", seed: int = 0) -> None:
         """The order in which blocks, and the threads of a block, run between barriers: one of ORDERS."""
@@ -85,12 +75,12 @@ class Shim:
         return self.library.nexus_shim_stream(device)
 
     @contextmanager
-    def capture(self, stream: int, relaxed: bool = False) -> Iterator[Graph]:
+    def capture(self, stream: int) -> Iterator[Graph]:
         """Keep what is enqueued on ``stream`` in a graph, instead of running it.
 
-        Calls that may wait for the device end the capture with an error, unless it is ``relaxed`` or the thread is.
+        Calls that may wait for the device end the capture with an error, unless the thread is relaxed about them.
         """
-        number = self.library.nexus_shim_begin_capture(stream, relaxed)
+        number = self.library.nexus_shim_begin_capture(stream)
         try:
             yield Graph(self, number)
         finally:
@@ -100,15 +90,13 @@ class Shim:
 
     def launches(self) -> list[Launch]:
         """What was launched since reset(); replays do not count."""
-        records = []
+        found = []
         for index in range(self.library.nexus_shim_launch_count()):
-            record = _Record()
-            self.library.nexus_shim_launch(index, ctypes.byref(record))
-            name = self._names[record.kernel]
-            kernel = re.search(r"(\w+)[<(]", name)[1]
-            grid, block, stream = tuple(record.grid), tuple(record.block), record.stream or 0
-            records.append(Launch(kernel, name, grid, block, stream, record.device, bool(record.captured)))
-        return records
+            fields = (ctypes.c_int64 * 5)()
+            self.library.nexus_shim_launch(index, fields)
+            kernel, grid, stream, device, captured = fields
+            found.append(Launch(self._names[kernel], grid, stream, device, bool(captured)))
+        return found
 
     def calls(self, function: str) -> int:
         """How often one of CUDA's functions was called since reset()."""
@@ -118,13 +106,9 @@ class Shim:
         """How many allocations of a device's memory are not freed."""
         return self.library.nexus_shim_allocations(device)
 
-    def streams(self, device: int = 0) -> int:
-        """How many streams a device has, besides the null stream."""
-        return self.library.nexus_shim_streams(device)
-
     def capture_mode_is_global(self) -> bool:
         """Whether this thread's capture mode is what it is at first."""
-        return self.library.nexus_shim_capture_mode() == 0
+        return self.library.nexus_shim_capture_mode_is_global()
 
     def fault(self) -> str:
         """What the kernel that was stopped last did wrong, and where; or the call that ended a capture."""

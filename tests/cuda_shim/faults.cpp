@@ -22,10 +22,6 @@ std::string at(const SourceLocation& location) {
   return std::string(" at ") + location.file + ":" + std::to_string(location.line);
 }
 
-[[noreturn]] void overflow(const SourceLocation& location) {
-  nexus_shim::stop(cudaErrorLaunchFailure, "signed overflow" + at(location));
-}
-
 }  // namespace
 
 extern "C" {
@@ -44,20 +40,14 @@ extern "C" {
   nexus_shim::stop(cudaErrorIllegalAddress, "index out of bounds" + at(*location));
 }
 
-[[noreturn]] void __ubsan_handle_add_overflow_abort(SourceLocation* location, uintptr_t, uintptr_t) {
-  overflow(*location);
-}
-[[noreturn]] void __ubsan_handle_sub_overflow_abort(SourceLocation* location, uintptr_t, uintptr_t) {
-  overflow(*location);
-}
-[[noreturn]] void __ubsan_handle_mul_overflow_abort(SourceLocation* location, uintptr_t, uintptr_t) {
-  overflow(*location);
-}
-[[noreturn]] void __ubsan_handle_divrem_overflow_abort(SourceLocation* location, uintptr_t, uintptr_t) {
-  overflow(*location);
-}
-[[noreturn]] void __ubsan_handle_negate_overflow_abort(SourceLocation* location, uintptr_t) {
-  overflow(*location);
-}
+#define NEXUS_SHIM_OVERFLOW(operation)                                                      \
+  [[noreturn]] void __ubsan_handle_##operation##_overflow_abort(SourceLocation* location) { \
+    nexus_shim::stop(cudaErrorLaunchFailure, "signed overflow" + at(*location));            \
+  }
+NEXUS_SHIM_OVERFLOW(add)
+NEXUS_SHIM_OVERFLOW(sub)
+NEXUS_SHIM_OVERFLOW(mul)
+NEXUS_SHIM_OVERFLOW(divrem)
+NEXUS_SHIM_OVERFLOW(negate)
 
 }  // extern "C"

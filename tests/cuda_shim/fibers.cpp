@@ -12,8 +12,8 @@
 
 #include "control.h"
 
-uint3 threadIdx;
-uint3 blockIdx;
+dim3 threadIdx;
+dim3 blockIdx;
 dim3 blockDim;
 dim3 gridDim;
 
@@ -27,8 +27,6 @@ std::mutex one_launch;
 
 namespace {
 
-constexpr uint64_t kPoison = 0xCCCCCCCCCCCCCCCC;
-
 // A stack on which threads run: one after another, until one waits and keeps it.
 struct Fiber {
   ucontext_t start;
@@ -36,28 +34,25 @@ struct Fiber {
   bool started = false;
 };
 
-enum class State : int { kReady, kWaiting, kDone };
+enum class State : int { kReady, kAtBarrier, kAtShuffle, kDone };
 
 struct Thread {
   State state;
-  Barrier barrier;
   int fiber;
-  bool predicate;
-  unsigned mask;
-  uint64_t bits;
-  int source;
+  uint64_t brought;  // to a shuffle
+  unsigned source;   // the lane whose bits it takes from there
   uint64_t received;
 };
 
 // Of the block that runs.
 Call* call = nullptr;
 Thread threads[kMaxThreads];
-int order[kMaxThreads];
-int size = 0;
-int begun = 0;
-int done = 0;
-int arrived = 0;  // of those at a barrier of the block
-int current = -1;
+std::vector<unsigned> order;
+unsigned size = 0;
+unsigned begun = 0;
+unsigned done = 0;
+unsigned arrived = 0;  // of those at the block's barrier
+unsigned current = 0;
 Fiber fibers[kMaxThreads];
 int fibers_in_use = 0;
 int running_fiber = 0;
@@ -65,20 +60,13 @@ jmp_buf scheduler;
 cudaError_t fault = cudaSuccess;
 thread_local bool in_kernel = false;
 
-void enter(int thread) {
-  current = thread;
-  const unsigned t = static_cast<unsigned>(thread);
-  threadIdx = {t % blockDim.x, t / blockDim.x % blockDim.y, t / blockDim.x / blockDim.y};
-}
-
 // The threads that nobody has begun run here, until one of them waits; then the scheduler takes another
 // fiber. A kernel without barriers so needs a single one.
 void run_threads() {
   for (;;) {
     while (begun < size) {
-      const int thread = order[begun++];
-      threads[thread].fiber = running_fiber;
-      enter(thread);
+      threadIdx = current = order[begun++];
+      threads[current].fiber = running_fiber;
       call->run();
       threads[current].state = State::kDone;
       ++done;
@@ -120,15 +108,12 @@ void resume(int fiber) {
 }  // namespace
 
 [[noreturn]] void stop(cudaError_t error, const std::string& what) {
-  char where[128];
-  snprintf(where, sizeof where, " in thread (%u, %u, %u) of block (%u, %u, %u)", threadIdx.x, threadIdx.y,
-           threadIdx.z, blockIdx.x, blockIdx.y, blockIdx.z);
-  if (current < 0) {
+  if (!in_kernel) {
     fprintf(stderr, "%s, outside of a kernel\n", what.c_str());
     abort();
   }
   fault = error;
-  control.fault = what + where;
+  control.fault = what + " in thread " + std::to_string(current) + " of block " + std::to_string(blockIdx.x);
   _longjmp(scheduler, 1);
 }
 
@@ -162,54 +147,53 @@ class SegmentationFaults {
   }
 };
 
+// Lets others run, until this thread is ready again.
 void wait() {
-  threads[current].state = State::kWaiting;
   if (_setjmp(fibers[running_fiber].context) == 0) {
     _longjmp(scheduler, 1);
   }
 }
 
-const char* name_of(Barrier kind) {
-  static const char* const kNames[] = {
-      "nothing", "__syncthreads()", "__syncthreads_or()", "__syncthreads_and()", "__syncwarp()", "a shuffle"};
-  return kNames[static_cast<int>(kind)];
-}
-
-void arrange(std::vector<int>& items, Order how) {
-  std::iota(items.begin(), items.end(), 0);
+std::vector<unsigned> arranged(unsigned count, Order how) {
+  std::vector<unsigned> items(count);
+  std::iota(items.begin(), items.end(), 0u);
   if (how == Order::kDescending) {
     std::reverse(items.begin(), items.end());
   } else if (how == Order::kShuffled) {
     std::shuffle(items.begin(), items.end(), control.random);
   }
+  return items;
+}
+
+void note_deadlock() {
+  const auto waits = [](const Thread& thread) { return thread.state != State::kDone; };
+  const Thread* waiting = std::find_if(threads, threads + size, waits);
+  fault = cudaErrorLaunchTimeout;
+  control.fault =
+      "thread " + std::to_string(waiting - threads) + " of block " + std::to_string(blockIdx.x) +
+      " waits forever at " + (waiting->state == State::kAtShuffle ? "a shuffle" : "__syncthreads()") + ": " +
+      std::to_string(size - done) + " threads of the block wait, " + std::to_string(done) + " have returned";
 }
 
 void run_block() {
   memset(nexus_shim_shared_begin, 0xCC, nexus_shim_shared_end - nexus_shim_shared_begin);
   std::fill_n(threads, size, Thread{});
-  begun = done = arrived = fibers_in_use = 0;
+  begun = done = arrived = 0;
+  fibers_in_use = 0;
   while (begun < size && fault == cudaSuccess) {
     resume(fibers_in_use++);
   }
   while (done < size && fault == cudaSuccess) {
     bool stuck = true;
-    for (int i = 0; i < size && fault == cudaSuccess; ++i) {
-      const Thread& thread = threads[order[i]];
-      if (thread.state == State::kReady) {
+    for (unsigned i = 0; i < size && fault == cudaSuccess; ++i) {
+      if (threads[order[i]].state == State::kReady) {
         stuck = false;
-        enter(order[i]);
-        resume(thread.fiber);
+        threadIdx = current = order[i];
+        resume(threads[current].fiber);
       }
     }
     if (stuck) {
-      const auto waits = [](const Thread& thread) { return thread.state == State::kWaiting; };
-      const Thread* waiting = std::find_if(threads, threads + size, waits);
-      enter(static_cast<int>(waiting - threads));
-      fault = cudaErrorLaunchTimeout;
-      control.fault = "thread " + std::to_string(current) + " of block " + std::to_string(blockIdx.x) +
-                      " waits forever at " + name_of(waiting->barrier) + ": " +
-                      std::to_string(std::count_if(threads, threads + size, waits)) +
-                      " threads of the block wait, " + std::to_string(done) + " have returned";
+      note_deadlock();
     }
   }
   if (fault != cudaSuccess) {  // their frames are abandoned
@@ -226,80 +210,46 @@ cudaError_t run(const cudaLaunchConfig_t& config, int device, Call* kernel_call)
   call = kernel_call;
   gridDim = config.gridDim;
   blockDim = config.blockDim;
-  size = static_cast<int>(blockDim.x * blockDim.y * blockDim.z);
-  std::vector<int> blocks(static_cast<size_t>(gridDim.x) * gridDim.y * gridDim.z);
-  std::vector<int> block_threads(size);
-  arrange(blocks, control.block_order);
+  size = blockDim.x;
   fault = cudaSuccess;
-  for (const int block : blocks) {
-    arrange(block_threads, control.thread_order);
-    std::copy(block_threads.begin(), block_threads.end(), order);
-    const unsigned b = static_cast<unsigned>(block);
-    blockIdx = {b % gridDim.x, b / gridDim.x % gridDim.y, b / gridDim.x / gridDim.y};
+  for (const unsigned block : arranged(gridDim.x, control.block_order)) {
+    order = arranged(size, control.thread_order);
+    blockIdx = block;
     run_block();
     if (fault != cudaSuccess) {
       break;
     }
   }
-  current = -1;
   return fault;
 }
 
-int lane() { return current % 32; }
+unsigned lane() { return current % 32; }
 
-int wait_for_block(Barrier kind, bool predicate) {
-  Thread& self = threads[current];
-  self.barrier = kind;
-  self.predicate = predicate;
+void wait_for_block() {
+  threads[current].state = State::kAtBarrier;
   if (++arrived < size) {
     wait();
-    return static_cast<int>(self.received);
-  }
-  const int count =
-      static_cast<int>(std::count_if(threads, threads + size, [](const Thread& t) { return t.predicate; }));
-  for (int i = 0; i < size; ++i) {
-    Thread& other = threads[i];
-    if (other.barrier != kind) {
-      stop(cudaErrorLaunchTimeout, std::string("one barrier for the block is ") + name_of(kind) +
-                                       " here and " + name_of(other.barrier) + " elsewhere");
-    }
-    other.state = State::kReady;
-    other.barrier = Barrier::kNone;
-    other.received = static_cast<uint64_t>(count);
+    return;
   }
   arrived = 0;
-  return count;
+  std::for_each(threads, threads + size, [](Thread& thread) { thread.state = State::kReady; });
 }
 
-uint64_t wait_for_warp(Barrier kind, unsigned mask, uint64_t bits, int source) {
+uint64_t wait_for_warp(uint64_t bits, unsigned source) {
   Thread& self = threads[current];
-  Thread* warp = &threads[current / 32 * 32];
-  const int lanes = std::min(32, size - current / 32 * 32);
-  if ((mask >> lane() & 1u) == 0) {
-    stop(cudaErrorLaunchFailure, std::string("the mask of ") + name_of(kind) + " lacks its own lane");
-  }
-  self.barrier = kind;
-  self.mask = mask;
-  self.bits = bits;
+  Thread* const warp = &self - lane();
+  Thread* const end = warp + 32;
+  self.state = State::kAtShuffle;
+  self.brought = bits;
   self.source = source;
-  for (int i = 0; i < lanes; ++i) {
-    if ((mask >> i & 1u) != 0 && (warp[i].barrier != kind || warp[i].mask != mask)) {
-      wait();
-      return self.received;
-    }
+  if (!std::all_of(warp, end, [](const Thread& thread) { return thread.state == State::kAtShuffle; })) {
+    wait();
+    return self.received;
   }
-  for (int i = 0; i < lanes; ++i) {
-    if ((mask >> i & 1u) != 0) {
-      const bool present = warp[i].source < lanes && (mask >> warp[i].source & 1u) != 0;
-      warp[i].received = present ? warp[warp[i].source].bits : kPoison;
-    }
-  }
-  for (int i = 0; i < lanes; ++i) {
-    if ((mask >> i & 1u) != 0) {
-      warp[i].state = State::kReady;
-      warp[i].barrier = Barrier::kNone;
-    }
-  }
+  std::for_each(warp, end, [=](Thread& thread) {
+    thread.received = warp[thread.source].brought;
+    thread.state = State::kReady;
+  });
   return self.received;
 }
 

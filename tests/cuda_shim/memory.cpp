@@ -23,24 +23,10 @@ size_t rounded_up(size_t bytes, size_t multiple) { return (bytes + multiple - 1)
 
 void protect(int device, int protection) {
   for (const auto& [address, allocation] : allocations) {
-    if (!allocation.freed && (device == -1 || allocation.device == device)) {
+    if (!allocation.freed && allocation.device == device) {
       mprotect(allocation.pages, allocation.size, protection);
     }
   }
-}
-
-// Copies and the like may touch the memory of every device.
-template <class Work>
-cudaError_t enqueue_access(cudaStream_t stream, Work work) {
-  if (device_of(stream) < 0) {
-    return cudaErrorInvalidResourceHandle;
-  }
-  return enqueue(stream, [work] {
-    const std::lock_guard<std::mutex> lock(one_launch);
-    const Access access(-1);
-    work();
-    return cudaSuccess;
-  });
 }
 
 }  // namespace
@@ -64,61 +50,38 @@ void forget_freed() {
 using namespace nexus_shim;
 
 cudaError_t cudaMalloc(void** address, size_t bytes) {
-  if (const cudaError_t error = called(__func__); error != cudaSuccess) {
-    return remembered(error);
-  }
-  if (const cudaError_t error = may_wait(__func__); error != cudaSuccess) {
-    return remembered(error);
-  }
-  *address = nullptr;
-  if (bytes == 0) {
+  return called(__func__, [=, function = __func__] {
+    if (const cudaError_t error = may_wait(function); error != cudaSuccess) {
+      return error;
+    }
+    const std::lock_guard<std::mutex> lock(one_launch);
+    const size_t size = rounded_up(bytes, kPage);
+    constexpr int kFlags = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE;
+    void* pages = mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, kFlags, -1, 0);
+    if (pages == MAP_FAILED) {
+      return cudaErrorMemoryAllocation;
+    }
+    memset(pages, 0xCC, size);
+    mprotect(pages, size + kPage, PROT_NONE);
+    *address = static_cast<char*>(pages) + size - rounded_up(bytes, kAlignment);
+    allocations[*address] = {current_device, static_cast<char*>(pages), size, false};
     return cudaSuccess;
-  }
-  const std::lock_guard<std::mutex> lock(one_launch);
-  const size_t size = rounded_up(bytes, kPage);
-  void* pages =
-      mmap(nullptr, size + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (pages == MAP_FAILED) {
-    return remembered(cudaErrorMemoryAllocation);
-  }
-  memset(pages, 0xCC, size);
-  mprotect(pages, size + kPage, PROT_NONE);
-  *address = static_cast<char*>(pages) + size - rounded_up(bytes, kAlignment);
-  allocations[*address] = {current_device, static_cast<char*>(pages), size, false};
-  return cudaSuccess;
+  });
 }
 
 cudaError_t cudaFree(void* address) {
-  if (const cudaError_t error = called(__func__); error != cudaSuccess) {
-    return remembered(error);
-  }
-  if (const cudaError_t error = may_wait(__func__); error != cudaSuccess) {
-    return remembered(error);
-  }
-  if (address == nullptr) {
+  return called(__func__, [=, function = __func__] {
+    if (const cudaError_t error = may_wait(function); error != cudaSuccess || address == nullptr) {
+      return error;
+    }
+    const std::lock_guard<std::mutex> lock(one_launch);
+    const auto found = allocations.find(address);
+    if (found == allocations.end() || found->second.freed) {
+      return cudaErrorInvalidValue;
+    }
+    found->second.freed = true;
     return cudaSuccess;
-  }
-  const std::lock_guard<std::mutex> lock(one_launch);
-  const auto found = allocations.find(address);
-  if (found == allocations.end() || found->second.freed) {
-    return remembered(cudaErrorInvalidValue);
-  }
-  found->second.freed = true;
-  return cudaSuccess;
-}
-
-cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t stream) {
-  if (const cudaError_t error = called(__func__); error != cudaSuccess) {
-    return remembered(error);
-  }
-  return remembered(enqueue_access(stream, [=] { memmove(to, from, bytes); }));
-}
-
-cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stream) {
-  if (const cudaError_t error = called(__func__); error != cudaSuccess) {
-    return remembered(error);
-  }
-  return remembered(enqueue_access(stream, [=] { memset(to, value, bytes); }));
+  });
 }
 
 // How many allocations a device has that are not freed.

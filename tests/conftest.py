@@ -19,7 +19,7 @@ from cuda_on_cpu import shim  # registers its backend; imports nexus
 from cuda_shim.controls import Shim
 from parity_table import pytest_runtest_call  # noqa: F401  # a hook
 from references import BACKENDS, EVERY_BACKEND, GPU_BACKENDS, tensors_where_it_runs
-from worlds import Worlds, worlds_in
+from worlds import Worlds
 
 # Several pytest processes share the processors: threads that wait for one another while they take turns are slow.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -56,8 +56,9 @@ def gpu() -> Iterator[Shim]:
 @pytest.fixture(scope="session")
 def worlds(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Worlds]:
     """Processes that train together. Tests that use them are of one `xdist_group`, "distributed"."""
-    with worlds_in(tmp_path_factory.mktemp("worlds")) as worlds:
-        yield worlds
+    worlds = Worlds(tmp_path_factory.mktemp("worlds"))
+    yield worlds
+    worlds.close()
 
 
 @pytest.fixture

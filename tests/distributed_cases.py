@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from references import MOMENT, MOMENTS, PARAMS, Float64AdamW, assert_close, make_grads, same_bits
+from side_by_side import params_of
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -18,11 +20,6 @@ from nexus.schedules import WSD
 
 SCHEDULE = WSD(warmup_steps=5, stable_steps=10, decay_steps=15, peak_lr=2e-2, min_lr=1e-4)
 OPTIONS: dict[str, Any] = {"lr": SCHEDULE, "weight_decay": 0.1, "max_grad_norm": 0.7}
-
-
-def register(backend: str) -> None:
-    if backend == "cuda on cpu":
-        import cuda_on_cpu  # noqa: F401  # registers it
 
 
 def lone_group() -> dist.ProcessGroup | None:
@@ -57,9 +54,8 @@ def make_fsdp(dtype: torch.dtype = torch.float32, device: str = "cpu", **options
     torch.manual_seed(1)
     model = Net().to(device, dtype)
     mesh = init_device_mesh(device, (dist.get_world_size(),))
-    for layer in (model.first, model.second):
-        fully_shard(layer, mesh=mesh, **options)
-    fully_shard(model, mesh=mesh, **options)
+    for module in (model.first, model.second, model):
+        fully_shard(module, mesh=mesh, **options)
     return model
 
 
@@ -114,26 +110,20 @@ def follow_one_process(
     steps: int = 10,
     tolerance: float = 1e-10,
     **options: Any,
-) -> Float64AdamW:
+) -> None:
     """Train `model` on its rows of each batch, and `alone`, in float64, on all of them; compare the two."""
     train(model, optimizer, 0, steps, rows)
     reference = train_alone(alone, steps, **OPTIONS, **options)
+    close = functools.partial(torch.testing.assert_close, rtol=tolerance)
     for (name, param), expected in zip(model.named_parameters(), reference.params, strict=True):
-        torch.testing.assert_close(
-            whole(param).detach().double(),
-            expected.detach(),
-            rtol=tolerance,
-            atol=tolerance,
-            msg=lambda m, n=name: f"{n}: {m}",
-        )
-    return reference
+        close(whole(param.detach()).double(), expected.detach(), atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+    close(getattr(optimizer, "optim", optimizer).grad_norm, reference.grad_norm, atol=0.0)
 
 
-def assert_follows(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "") -> None:
+def assert_follows(optimizer: FusedAdamW, reference: Float64AdamW) -> None:
     """Compare every parameter, moment and counter, gathered; each process compares all of them."""
-    params = [param for group in optimizer.param_groups for param in group["params"]]
-    for index, (param, expected) in enumerate(zip(params, reference.params, strict=True)):
-        where = f"{what} parameter {index} {tuple(param.shape)}"
+    for index, (param, expected) in enumerate(zip(params_of(optimizer), reference.params, strict=True)):
+        where = f"parameter {index} {tuple(param.shape)}"
         assert_close(whole(param), expected, PARAMS[param.dtype], where)
         state, expected_state = optimizer.state[param], reference.state(index)
         assert set(state) == set(expected_state), where
@@ -143,7 +133,7 @@ def assert_follows(optimizer: FusedAdamW, reference: Float64AdamW, what: str = "
                 assert getattr(state[name], "placements", None) == getattr(param, "placements", None), where
                 assert_close(whole(state[name]), expected_state[name], MOMENT[state[name].dtype], f"{where} {name}")
         assert int(state["step"]) == int(expected_state["step"]), where
-    if optimizer.grad_norm is not None and reference.max_grad_norm is not None:
+    if reference.max_grad_norm is not None:
         torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-6, atol=0.0)
 
 
@@ -159,12 +149,9 @@ def spread(tensor: Tensor, mesh: DeviceMesh, placements: list[Placement]) -> tor
 
 
 def run_both(
-    params: list[Tensor],
-    optimizer: FusedAdamW,
-    reference: Float64AdamW,
-    steps: int,
-    placements: list[Placement] | None = None,
+    optimizer: FusedAdamW, reference: Float64AdamW, steps: int, placements: list[Placement] | None = None
 ) -> None:
+    params = params_of(optimizer)
     for _ in range(steps):
         grads = [grad.to(params[0].device) for grad in make_grads(reference.params, torch.float32)]
         set_spread_grads(params, grads, placements)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-import contextlib
+import functools
+import importlib
+import inspect
 import multiprocessing
 import os
 import pickle
 import tempfile
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
@@ -54,10 +57,13 @@ class World:
             self._pipes.append(mine)
             self._processes.append(process)
 
-    def run(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """What `function(*args)` returns in each process. A failed or a hung process fails the test, by its words."""
+    def run(self, function: Callable[..., Any], *args: Any, **given: Any) -> list[Any]:
+        """What `function` returns in each process. A failed or a hung process fails the test, by its words.
+
+        Of a test by `in_processes`, it runs the body.
+        """
         for pipe in self._pipes:
-            pipe.send_bytes(pickle.dumps((function, args)))
+            pipe.send_bytes(pickle.dumps((function, args, given)))
         results, errors = [], []
         for rank, pipe in enumerate(self._pipes):
             try:
@@ -107,13 +113,29 @@ class Worlds:
             world.close()
 
 
-@contextlib.contextmanager
-def worlds_in(folder: Path) -> Iterator[Worlds]:
-    worlds = Worlds(folder)
-    try:
-        yield worlds
-    finally:
-        worlds.close()
+def in_processes(size: int | None = None, **fixed: Any) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """A test that runs in each of `size` processes that train together; None: of as many as its case says.
+
+    One is this process, which has no group. `fixed` are arguments that are the same in all cases.
+    """
+
+    def decorate(body: Callable[..., None]) -> Callable[..., None]:
+        @functools.wraps(body)  # under its name, each process finds it
+        def test(worlds: Worlds, **given: Any) -> None:
+            count = size or given.pop("size")
+            if count == 1:
+                body(**fixed, **given)
+            else:
+                worlds(count).run(test, **fixed, **given)
+
+        names = ["worlds", *([] if size else ["size"]), *inspect.signature(body).parameters]
+        kind = inspect.Parameter.KEYWORD_ONLY
+        test.__signature__ = inspect.Signature(  # type: ignore[attr-defined]  # what pytest is to give
+            [inspect.Parameter(name, kind) for name in names if name not in fixed]
+        )
+        return pytest.mark.xdist_group("distributed")(test)
+
+    return decorate
 
 
 def _serve(pipe: Connection, rank: int, size: int, file: str, device: str) -> None:
@@ -121,6 +143,7 @@ def _serve(pipe: Connection, rank: int, size: int, file: str, device: str) -> No
     groups = "gloo"
     if device == "cpu":
         os.environ.setdefault("TRITON_INTERPRET", "1")
+        importlib.import_module("cuda_on_cpu")  # registers it
     else:
         groups = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(rank)
@@ -130,12 +153,12 @@ def _serve(pipe: Connection, rank: int, size: int, file: str, device: str) -> No
     )
     while True:
         try:
-            function, args = pickle.loads(pipe.recv_bytes())
+            function, args, given = pickle.loads(pipe.recv_bytes())
         except EOFError:  # the tests are over
             return
         torch.manual_seed(20_240_404)
         try:
-            answer = None, function(*args)
+            answer = None, inspect.unwrap(function)(*args, **given)
         except BaseException:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))

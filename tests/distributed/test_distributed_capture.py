@@ -6,6 +6,7 @@ On the CPU, graphs are those of distributed_graphs.py; test_distributed_gpu.py r
 from __future__ import annotations
 
 import contextlib
+import importlib
 import math
 from collections.abc import Callable
 
@@ -20,7 +21,6 @@ from distributed_cases import (
     loss_of,
     make_fsdp,
     my_rows,
-    register,
     same_on_all_ranks,
     whole,
 )
@@ -29,14 +29,17 @@ from test_distributed_meshes import TENSOR_PARALLEL, make_layers
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor.parallel import parallelize_module
-from worlds import Worlds
+from worlds import in_processes
 
 from nexus.optim import FusedAdamW
 from nexus.training import capture_train_step
 
-pytestmark = pytest.mark.xdist_group("distributed")
-
 STEPS, BAD = 14, 8
+
+
+def graphs(device: str = "cpu") -> contextlib.AbstractContextManager[None]:
+    """Lets steps be captured."""
+    return importlib.import_module("distributed_graphs").graphs() if device == "cpu" else contextlib.nullcontext()
 
 
 def train(backend: str, device: str, how: str, captures: bool) -> tuple[list[Tensor], int]:
@@ -78,23 +81,14 @@ def train(backend: str, device: str, how: str, captures: bool) -> tuple[list[Ten
     return [*(loss.cpu() for loss in losses), *ends], captured.graph_count
 
 
-def captured_steps_equal_plain_ones(backend: str, device: str, how: str) -> None:
-    register(backend)
+@pytest.mark.parametrize("how", ["fsdp", "tensor parallel"])
+@in_processes(2, backend="cuda on cpu", device="cpu")
+def test_a_captured_training_step_equals_the_plain_one(how: str, backend: str, device: str) -> None:
     expected, _ = train(backend, device, how, captures=False)
-    graphs = contextlib.nullcontext()
-    if device == "cpu":
-        import distributed_graphs
-
-        graphs = distributed_graphs.graphs()
-    with graphs:
+    with graphs(device):
         found, count = train(backend, device, how, captures=True)
     assert count == 1
     assert same_bits(found, expected)
-
-
-@pytest.mark.parametrize("how", ["fsdp", "tensor parallel"])
-def test_a_captured_training_step_equals_the_plain_one(worlds: Worlds, how: str) -> None:
-    worlds(2).run(captured_steps_equal_plain_ones, "cuda on cpu", "cpu", how)
 
 
 def accumulated(captures: bool) -> list[Tensor]:
@@ -119,17 +113,11 @@ def accumulated(captures: bool) -> list[Tensor]:
     return [*losses, *(whole(tensor).detach().clone() for tensor in ends)]
 
 
-def accumulated_gradients_are_the_same() -> None:
-    register("cuda on cpu")
-    import distributed_graphs
-
+@in_processes(2)
+def test_captured_steps_that_accumulate_share_their_gradients() -> None:
     expected = accumulated(captures=False)
-    with distributed_graphs.graphs():
+    with graphs():
         assert same_bits(accumulated(captures=True), expected)
-
-
-def test_captured_steps_that_accumulate_share_their_gradients(worlds: Worlds) -> None:
-    worlds(2).run(accumulated_gradients_are_the_same)
 
 
 def move(param: Tensor) -> None:
@@ -146,11 +134,10 @@ CHANGES: dict[Callable[[Tensor], None], str] = {
 }
 
 
-def changed_between_replays(change: Callable[[Tensor], None]) -> None:
+@pytest.mark.parametrize("change", CHANGES)
+@in_processes(2)
+def test_what_a_graph_cannot_see_of_a_part_is_an_error(change: Callable[[Tensor], None]) -> None:
     """The step adds to what FSDP2 finds as gradients, and then drops them."""
-    register("cuda on cpu")
-    import distributed_graphs
-
     model = make_fsdp()
     optimizer = FusedAdamW(model.parameters(), backend="cuda on cpu", **OPTIONS)
 
@@ -159,15 +146,10 @@ def changed_between_replays(change: Callable[[Tensor], None]) -> None:
         optimizer.step()
         optimizer.zero_grad()
 
-    with distributed_graphs.graphs():
+    with graphs():
         step = capture_train_step(train_step, optimizer)
         for index in range(4):
             step(*map(my_rows, batch(index)))
         change(model.first.weight)
         with pytest.raises(RuntimeError, match=CHANGES[change]):
             step(*map(my_rows, batch(4)))
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_what_a_graph_cannot_see_of_a_part_is_an_error(worlds: Worlds, change: Callable[[Tensor], None]) -> None:
-    worlds(2).run(changed_between_replays, change)

@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -17,7 +17,8 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_cases import SCHEDULE as WITH_END
-from distributed_cases import Net, batch, loss_of, make_fsdp, my_rows, whole
+from distributed_cases import Net, make_fsdp, my_rows, whole
+from distributed_cases import train as train_steps
 from references import MOMENT, assert_close, same_bits
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import (
@@ -29,15 +30,12 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
-from worlds import Worlds
+from worlds import Worlds, in_processes
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Schedule
 
-pytestmark = [
-    pytest.mark.xdist_group("distributed"),
-    pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
 
 SCHEDULE = WSD(warmup_steps=3, stable_steps=None, decay_steps=12, peak_lr=2e-2)
 STOP, DECAY, END = 8, 6, 16
@@ -61,18 +59,16 @@ def new_model(device: str = "cpu") -> Net:
     return make_fsdp(DTYPE, device) if dist.is_initialized() else alone().to(device)
 
 
-def rows_of(model: torch.nn.Module) -> Callable[[Tensor], Tensor]:
-    return my_rows if isinstance(model.first.weight, DTensor) else lambda tensor: tensor
-
-
-def train(model: torch.nn.Module, optimizer: FusedAdamW, start: int, stop: int) -> None:
-    device = next(model.parameters()).device.type
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
+    """Steps, the decay of an open-ended schedule, and for torch's AdamW the rates that FusedAdamW computes itself."""
+    rows = my_rows if isinstance(model.first.weight, DTensor) else lambda tensor: tensor
     for step in range(start, stop):
-        if step == DECAY and isinstance(optimizer.param_groups[0].get("lr_schedule"), WSD):
+        group = optimizer.param_groups[0]
+        if not isinstance(optimizer, FusedAdamW):
+            group["lr"] = WITH_END(step)
+        elif step == DECAY and group.get("lr_schedule") == SCHEDULE:
             optimizer.begin_decay()
-        optimizer.zero_grad()
-        loss_of(model, *map(rows_of(model), batch(step, DTYPE, device))).backward()
-        optimizer.step()
+        train_steps(model, optimizer, step, step + 1, rows)
 
 
 def snapshot(model: torch.nn.Module, optimizer: FusedAdamW) -> dict[str, Tensor]:
@@ -87,10 +83,10 @@ def snapshot(model: torch.nn.Module, optimizer: FusedAdamW) -> dict[str, Tensor]
     return found
 
 
-def uninterrupted(lr: float | Schedule = SCHEDULE, end: int = END, device: str = "cpu") -> dict[str, Tensor]:
+def uninterrupted(lr: float | Schedule = SCHEDULE, device: str = "cpu") -> dict[str, Tensor]:
     model = alone().to(device)
     optimizer = make_optimizer(model, lr)
-    train(model, optimizer, 0, end)
+    train(model, optimizer, 0, END)
     return snapshot(model, optimizer)
 
 
@@ -139,6 +135,7 @@ def go_on(
     return snapshot(model, optimizer)
 
 
+@pytest.mark.xdist_group("distributed")
 @pytest.mark.parametrize(
     ("sizes", "lr", "flat"),
     [
@@ -162,7 +159,8 @@ def test_what_some_processes_have_saved_others_go_on_with(
         assert_same(snapshot_of_rank, uninterrupted(lr))
 
 
-def before_the_first_step(folder: Path) -> None:
+@in_processes(2)
+def test_asking_for_the_state_before_the_first_step_changes_nothing(tmp_path: Path) -> None:
     """To ask for the state makes it, and is no step."""
     model = make_fsdp(DTYPE)
     optimizer = make_optimizer(model)
@@ -172,16 +170,13 @@ def before_the_first_step(folder: Path) -> None:
     assert {float(state["step"]) for state in saved["state"].values()} == {0.0}
     for param, before in zip(model.parameters(), start, strict=True):
         assert torch.equal(param.full_tensor(), before)
-    dcp.save({"optimizer": saved}, checkpoint_id=folder)
+    dcp.save({"optimizer": saved}, checkpoint_id=tmp_path)
     train(model, optimizer, 0, END)
     assert_same(snapshot(model, optimizer), uninterrupted())
 
 
-def test_asking_for_the_state_before_the_first_step_changes_nothing(worlds: Worlds, tmp_path: Path) -> None:
-    worlds(2).run(before_the_first_step, tmp_path)
-
-
-def a_first_step_at_rate_zero_counts() -> None:
+@in_processes(2)
+def test_a_first_step_at_rate_zero_is_a_step() -> None:
     """Also over gradients of zeros, and where rank 1 has not imported what asks for the state, which rank 0 has."""
     model = make_fsdp(DTYPE)
     optimizer = FusedAdamW(model.parameters(), lr=0.0)
@@ -194,10 +189,6 @@ def a_first_step_at_rate_zero_counts() -> None:
     assert {int(optimizer.state[param]["step"]) for param in model.parameters()} == {1}
 
 
-def test_a_first_step_at_rate_zero_is_a_step(worlds: Worlds) -> None:
-    worlds(2).run(a_first_step_at_rate_zero_counts)
-
-
 # Each way in which torch gathers or spreads a state dict.
 
 WAYS: dict[str, dict[str, bool]] = {
@@ -206,11 +197,14 @@ WAYS: dict[str, dict[str, bool]] = {
     "flat": {"flatten_optimizer_state_dict": True},
     "flat, on the CPU": {"flatten_optimizer_state_dict": True, "cpu_offload": True},
     "whole": {"full_state_dict": True},
-}
-FROM_RANK_0: dict[str, dict[str, bool]] = {
     "from rank 0": {"full_state_dict": True, "broadcast_from_rank0": True},
     "from rank 0, on the CPU": {"full_state_dict": True, "broadcast_from_rank0": True, "cpu_offload": True},
 }
+
+
+def in_one_and_two(ways: Iterable[str]) -> pytest.MarkDecorator:
+    cases = [(size, way) for way in ways for size in (1, 2) if size > 1 or "rank 0" not in way]
+    return pytest.mark.parametrize(("size", "way"), cases)
 
 
 def saved_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: StateDictOptions) -> dict[str, Any]:
@@ -218,8 +212,10 @@ def saved_by(model: torch.nn.Module, optimizer: torch.optim.Optimizer, options: 
     return {} if options.broadcast_from_rank0 and dist.get_rank() > 0 else saved
 
 
-def goes_on_bit_for_bit(way: dict[str, bool]) -> None:
-    options = StateDictOptions(**way)
+@in_one_and_two(WAYS)
+@in_processes()
+def test_a_run_goes_on_bit_for_bit(way: str) -> None:
+    options = StateDictOptions(**WAYS[way])
     model = new_model()
     optimizer = make_optimizer(model)
     train(model, optimizer, 0, STOP)  # the decay has begun
@@ -236,61 +232,37 @@ def goes_on_bit_for_bit(way: dict[str, bool]) -> None:
     assert same_bits(list(found.values()), list(expected.values()))
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_a_run_of_one_process_goes_on_bit_for_bit(way: str) -> None:
-    goes_on_bit_for_bit(WAYS[way])
-
-
-@pytest.mark.parametrize("way", {**WAYS, **FROM_RANK_0})
-def test_a_run_of_two_processes_goes_on_bit_for_bit(worlds: Worlds, way: str) -> None:
-    worlds(2).run(goes_on_bit_for_bit, {**WAYS, **FROM_RANK_0}[way])
-
-
 def make(kind: str, model: torch.nn.Module) -> torch.optim.Optimizer:
     if kind == "nexus":
         return FusedAdamW(model.parameters(), lr=WITH_END, weight_decay=0.1)
     return torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
 
 
-def train_either(model: Net, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
-    for step in range(start, stop):
-        if not isinstance(optimizer, FusedAdamW):
-            optimizer.param_groups[0]["lr"] = WITH_END(step)
-        optimizer.zero_grad()
-        loss_of(model, *map(rows_of(model), batch(step, DTYPE))).backward()
-        optimizer.step()
-
-
-def other_class_goes_on(first: str, second: str, way: dict[str, bool]) -> None:
-    options = StateDictOptions(**way)
+@in_one_and_two(["nested", "flat", "from rank 0, on the CPU"])
+@pytest.mark.parametrize(("first", "second"), [("torch", "nexus"), ("nexus", "torch")])
+@in_processes()
+def test_torchs_adamw_and_nexus_go_on_from_each_other(first: str, second: str, way: str) -> None:
+    options = StateDictOptions(**WAYS[way])
     expected = new_model()
-    train_either(expected, make("torch", expected), 0, END)
+    train(expected, make("torch", expected), 0, END)
     model = new_model()
     optimizer = make(first, model)
-    train_either(model, optimizer, 0, STOP)
+    train(model, optimizer, 0, STOP)
     saved = saved_by(model, optimizer, options)
     optimizer.zero_grad()  # with gradients there, torch does not make the state that it loads into
     other = make(second, model)
     if options.flatten_optimizer_state_dict:  # torch looks for every option of the class that loads
         saved = {**get_optimizer_state_dict(model, other, options=options), **saved}
     set_optimizer_state_dict(model, other, saved, options=options)
-    train_either(model, other, STOP, END)
+    train(model, other, STOP, END)
     for param, wanted in zip(model.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(whole(param), whole(wanted), rtol=1e-12, atol=1e-12)
     assert {float(state["step"]) for state in other.state.values()} == {END}
     assert float(other.param_groups[0]["lr"]) == WITH_END(END - 1)
 
 
-@pytest.mark.parametrize("way", ["nested", "flat", "from rank 0, on the CPU"])
-@pytest.mark.parametrize(("first", "second"), [("torch", "nexus"), ("nexus", "torch")])
-def test_torchs_adamw_and_nexus_go_on_from_each_other(worlds: Worlds, first: str, second: str, way: str) -> None:
-    chosen = {**WAYS, **FROM_RANK_0}[way]
-    worlds(2).run(other_class_goes_on, first, second, chosen)
-    if way in WAYS:
-        other_class_goes_on(first, second, chosen)
-
-
-def whole_states() -> None:
+@in_processes(2)
+def test_whole_state_dicts() -> None:
     """Gathered, as one process would have them, and back."""
     model = make_fsdp(DTYPE)
     optimizer = make_optimizer(model)
@@ -317,20 +289,11 @@ def of_state(found: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: value for name, value in found.items() if " " in name}
 
 
-def test_whole_state_dicts(worlds: Worlds) -> None:
-    worlds(2).run(whole_states)
-
-
-DOCS = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
-
-
-def what_the_docs_show(folder: Path) -> None:
-    os.chdir(folder)
+@in_processes(2)
+def test_the_docs_snippets_run(tmp_path: Path) -> None:
+    os.chdir(tmp_path)
+    page = Path(__file__).resolve().parents[2] / "docs" / "distributed.md"
     variables: dict[str, object] = {}
-    for code in re.findall(r"^```py\n(.*?)^```$", DOCS.read_text("utf-8"), re.MULTILINE | re.DOTALL):
+    for code in re.findall(r"^```py\n(.*?)^```$", page.read_text("utf-8"), re.MULTILINE | re.DOTALL):
         exec(code, variables)
-
-
-def test_the_docs_snippets_run(worlds: Worlds, tmp_path: Path) -> None:
-    worlds(2).run(what_the_docs_show, tmp_path)
     assert (tmp_path / "checkpoint" / "step-00000001" / ".metadata").is_file()

@@ -1,4 +1,4 @@
-"""DDP and ZeroRedundancyOptimizer beside one process in float64 torch."""
+"""DDP, ZeroRedundancyOptimizer and the stages of a pipeline beside one process in float64 torch."""
 
 from __future__ import annotations
 
@@ -11,15 +11,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_cases import OPTIONS, SCHEDULE, Net, follow_one_process, same_on_all_ranks, train
-from references import Float64AdamW, make_grads, make_params, same_bits
+from references import Float64AdamW, make_grads, make_params, same_bits, set_grads
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
-from worlds import Worlds
+from worlds import in_processes
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
-
-pytestmark = pytest.mark.xdist_group("distributed")
 
 
 def alone(device: str = "cpu") -> Net:
@@ -31,18 +29,15 @@ def make_ddp(device: str = "cpu", **options: Any) -> DistributedDataParallel:
     return DistributedDataParallel(alone(device), **options)
 
 
-def ddp(bucket_view: bool, backend: str = "auto", device: str = "cpu") -> None:
+@pytest.mark.parametrize("bucket_view", [False, True])
+@pytest.mark.parametrize("size", [2, 3])
+@in_processes(backend="auto", device="cpu")
+def test_ddp_trains_as_one_process(bucket_view: bool, backend: str, device: str) -> None:
     model = make_ddp(device, gradient_as_bucket_view=bucket_view)
     optimizer = FusedAdamW(model.parameters(), backend=backend, **OPTIONS)
     follow_one_process(model, optimizer, alone(device), steps=30)
     assert not engine_of(optimizer).plan.norm_parts  # gradients are whole everywhere: no sum over processes
-    assert same_on_all_ranks(optimizer.grad_norm, *(param.detach() for param in model.parameters()))
-
-
-@pytest.mark.parametrize("bucket_view", [False, True])
-@pytest.mark.parametrize("size", [2, 3])
-def test_ddp_trains_as_one_process(worlds: Worlds, size: int, bucket_view: bool) -> None:
-    worlds(size).run(ddp, bucket_view)
+    assert same_on_all_ranks(optimizer.grad_norm, *model.parameters())
 
 
 def make_zero(model: torch.nn.Module, *, bucket_view: bool = False, **options: Any) -> Any:
@@ -56,19 +51,16 @@ def make_zero(model: torch.nn.Module, *, bucket_view: bool = False, **options: A
     )
 
 
-def zero(bucket_view: bool) -> None:
+@pytest.mark.parametrize("bucket_view", [False, True])
+@in_processes(2)
+def test_zero_trains_as_one_process(bucket_view: bool) -> None:
     model = make_ddp()
     optimizer = make_zero(model, bucket_view=bucket_view)
     follow_one_process(model, optimizer, alone(), steps=20)
     assert optimizer.param_groups[0]["lr"].item() == pytest.approx(SCHEDULE(19), rel=1e-15)
-    assert same_on_all_ranks(optimizer.optim.grad_norm, *(param.detach() for param in model.parameters()))
+    assert same_on_all_ranks(optimizer.optim.grad_norm, *model.parameters())
     held = sum(param.numel() for group in optimizer.optim.param_groups for param in group["params"])
     assert 0 < held < sum(param.numel() for param in model.parameters())
-
-
-@pytest.mark.parametrize("bucket_view", [False, True])
-def test_zero_trains_as_one_process(worlds: Worlds, bucket_view: bool) -> None:
-    worlds(2).run(zero, bucket_view)
 
 
 def read_back(saved: dict[str, Any]) -> dict[str, Any]:
@@ -78,7 +70,17 @@ def read_back(saved: dict[str, Any]) -> dict[str, Any]:
     return torch.load(file, weights_only=True)
 
 
-def zero_resumes(scheduled: bool) -> None:
+def gathered_by_zero(optimizer: Any) -> dict[str, Any]:
+    """Its own state dict, which one process has, for all of them."""
+    optimizer.consolidate_state_dict(to=0)
+    everything = [optimizer.state_dict() if dist.get_rank() == 0 else None]
+    dist.broadcast_object_list(everything)
+    return everything[0]
+
+
+@pytest.mark.parametrize("scheduled", [False, True])
+@in_processes(2)
+def test_a_run_with_zero_resumes(scheduled: bool) -> None:
     lr = SCHEDULE if scheduled else 0.01
     whole, resumed = make_ddp(), make_ddp()
     first, second = make_zero(whole, lr=lr), make_zero(resumed, lr=lr)
@@ -87,12 +89,7 @@ def zero_resumes(scheduled: bool) -> None:
     if scheduled:  # each process its own part, which has the schedule's counter
         second.optim.load_state_dict(read_back(first.optim.state_dict()))
     else:
-        everything: list[Any] = [None]
-        first.consolidate_state_dict(to=0)
-        if dist.get_rank() == 0:
-            everything = [read_back(first.state_dict())]
-        dist.broadcast_object_list(everything)
-        second.load_state_dict(everything[0])
+        second.load_state_dict(read_back(gathered_by_zero(first)))
     train(whole, first, 10, 20)
     train(resumed, second, 10, 20)
     assert same_bits(list(whole.parameters()), list(resumed.parameters()))
@@ -101,28 +98,19 @@ def zero_resumes(scheduled: bool) -> None:
     assert float(second.param_groups[0]["lr"]) == float(first.param_groups[0]["lr"])
 
 
-@pytest.mark.parametrize("scheduled", [False, True])
-def test_a_run_with_zero_resumes(worlds: Worlds, scheduled: bool) -> None:
-    worlds(2).run(zero_resumes, scheduled)
-
-
-def zeros_own_load_of_a_schedule() -> None:
+@in_processes(2)
+def test_zeros_own_load_which_loses_the_schedules_counter_is_an_error() -> None:
     model = make_ddp()
     first, second = make_zero(model), make_zero(model)
     train(model, first, 0, 1)
-    first.consolidate_state_dict(to=0)
-    everything: list[Any] = [first.state_dict() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(everything)
-    second.load_state_dict(everything[0])
+    second.load_state_dict(gathered_by_zero(first))
     with pytest.raises(RuntimeError, match=r"was set to .* while WSD"):
         second.step()
 
 
-def test_zeros_own_load_which_loses_the_schedules_counter_is_an_error(worlds: Worlds) -> None:
-    worlds(2).run(zeros_own_load_of_a_schedule)
-
-
-def parameters_of_its_own(scales: bool) -> None:
+@pytest.mark.parametrize("scales", [False, True])
+@in_processes(2)
+def test_processes_with_parameters_of_their_own_share_norm_and_decision(scales: bool) -> None:
     """As the stages of a pipeline have: each process has other parameters of the same model."""
     start: list[Tensor] = [param.detach() for param in make_params([(5, 3), (7,), (2, 2), (4,)])]
     mine = slice(0, 3) if dist.get_rank() == 0 else slice(3, 4)
@@ -138,15 +126,9 @@ def parameters_of_its_own(scales: bool) -> None:
             optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(bad and dist.get_rank() == 1))
         elif bad:
             grads[3][0] = math.nan  # in what rank 1 has alone
-        for param, grad in zip(params, grads[mine], strict=True):
-            param.grad = grad
+        set_grads(params, grads[mine])
         optimizer.step()
     for param, expected in zip(params, reference.params[mine], strict=True):
         torch.testing.assert_close(param.double(), expected, rtol=1e-6, atol=1e-6)
     assert same_on_all_ranks(optimizer.grad_norm, optimizer.skipped_steps)
     assert int(optimizer.skipped_steps) == 1
-
-
-@pytest.mark.parametrize("scales", [False, True])
-def test_processes_with_parameters_of_their_own_share_norm_and_decision(worlds: Worlds, scales: bool) -> None:
-    worlds(2).run(parameters_of_its_own, scales)

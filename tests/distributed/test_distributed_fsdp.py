@@ -20,26 +20,26 @@ from distributed_cases import (
     loss_of,
     make_fsdp,
     my_rows,
-    register,
     run_both,
     same_on_all_ranks,
     set_spread_grads,
     spread,
-    train,
     whole,
 )
-from references import BACKENDS, Float64AdamW, make_grads, make_params
+from references import BACKENDS, Float64AdamW, make_grads, make_params, same_bits
+from side_by_side import params_of
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy
 from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Shard, distribute_tensor
-from worlds import Worlds
+from worlds import in_processes
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.schedules import Cosine
+from nexus.training import step_in_backward
 
-pytestmark = pytest.mark.xdist_group("distributed")
+each_backend = pytest.mark.parametrize("backend", BACKENDS)
 
 # FSDP2.
 
@@ -51,24 +51,6 @@ HOW: dict[str, dict[str, Any]] = {
 }
 
 
-def fsdp_follows_the_same_gradients(backend: str, steps: int, how: str = "plain", device: str = "cpu") -> None:
-    register(backend)
-    model = make_fsdp(device=device, **HOW[how])
-    params = list(model.parameters())
-    reference = Float64AdamW([param.full_tensor() for param in params], amsgrad=True, **OPTIONS)
-    optimizer = FusedAdamW(params, backend=backend, amsgrad=True, norm_group=lone_group(), **OPTIONS)
-    for step in range(steps):
-        optimizer.zero_grad()
-        loss_of(model, *map(my_rows, batch(step, device=device))).backward()
-        grads = [param.grad.full_tensor() for param in params]
-        optimizer.step()
-        reference.step(grads)
-    assert_follows(optimizer, reference, backend)
-    assert optimizer.grad_norm is not None
-    assert same_on_all_ranks(optimizer.grad_norm, optimizer.param_groups[0]["lr"])
-    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(SCHEDULE(steps - 1), rel=1e-15)
-
-
 @pytest.mark.parametrize(
     ("size", "backend", "steps", "how"),
     [
@@ -77,13 +59,28 @@ def fsdp_follows_the_same_gradients(backend: str, steps: int, how: str = "plain"
         (3, "auto", 30, "offloaded"),
     ],
 )
-def test_fsdp_follows_float64_torch_on_the_same_gradients(
-    worlds: Worlds, size: int, backend: str, steps: int, how: str
-) -> None:
-    worlds(size).run(fsdp_follows_the_same_gradients, backend, steps, how)
+@in_processes(device="cpu")
+def test_fsdp_follows_float64_torch_on_the_same_gradients(backend: str, steps: int, how: str, device: str) -> None:
+    model = make_fsdp(device=device, **HOW[how])
+    params, plans = list(model.parameters()), []
+    reference = Float64AdamW([param.full_tensor() for param in params], amsgrad=True, **OPTIONS)
+    optimizer = FusedAdamW(params, backend=backend, amsgrad=True, norm_group=lone_group(), **OPTIONS)
+    for step in range(steps):
+        optimizer.zero_grad()
+        loss_of(model, *map(my_rows, batch(step, device=device))).backward()
+        grads = [param.grad.full_tensor() for param in params]
+        optimizer.step()
+        reference.step(grads)
+        plans.append(engine_of(optimizer).plan)
+    if backend != "reference":
+        assert all(plan is plans[-1] for plan in plans[1:])  # once it runs, a step makes no other
+    assert_follows(optimizer, reference)
+    assert same_on_all_ranks(optimizer.grad_norm, optimizer.param_groups[0]["lr"])
+    assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(SCHEDULE(steps - 1), rel=1e-15)
 
 
-def moments_stay_beside_offloaded_parts() -> None:
+@in_processes(2)
+def test_moments_are_on_the_device_of_offloaded_parts() -> None:
     """Also where the mesh is of another device, which "meta" stands for here."""
     model = make_fsdp(**HOW["offloaded"])
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
@@ -98,11 +95,11 @@ def moments_stay_beside_offloaded_parts() -> None:
         assert all(moment.placements == param.placements for moment in moments)
 
 
-def test_moments_are_on_the_device_of_offloaded_parts(worlds: Worlds) -> None:
-    worlds(2).run(moments_stay_beside_offloaded_parts)
-
-
-def fsdp_trains_as_one_process(dtype: torch.dtype, tolerance: float) -> None:
+@pytest.mark.parametrize("size", [2, 3])
+# Gradients in float32 differ by their roundings, which 40 steps at a rate of up to 0.02 carry on.
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
+@in_processes()
+def test_fsdp_trains_as_one_process_in_float64(dtype: torch.dtype, tolerance: float) -> None:
     torch.manual_seed(1)
     alone = Net().to(dtype).double()
     model = make_fsdp(dtype)
@@ -110,13 +107,22 @@ def fsdp_trains_as_one_process(dtype: torch.dtype, tolerance: float) -> None:
     follow_one_process(model, optimizer, alone, steps=40, tolerance=tolerance, eps=1e-3)
 
 
-@pytest.mark.parametrize("size", [2, 3])
-# Gradients in float32 differ by their roundings, which 40 steps at a rate of up to 0.02 carry on.
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
-def test_fsdp_trains_as_one_process_in_float64(
-    worlds: Worlds, size: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    worlds(size).run(fsdp_trains_as_one_process, dtype, tolerance)
+@in_processes(2)
+def test_updates_in_the_backward_pass_are_those_of_the_plain_loop() -> None:
+    """The root's own parameters, whose gradients come when the pass has ended, are left to the step."""
+    runs = []
+    for in_backward in (False, True):
+        model = make_fsdp()
+        optimizer = FusedAdamW(model.parameters(), lr=SCHEDULE)
+        if in_backward:
+            step_in_backward(model, optimizer)
+        for step in range(10):
+            loss_of(model, *map(my_rows, batch(step))).backward()
+            assert in_backward == all(param.grad is None for param in (*model.first.parameters(), model.second.bias))
+            optimizer.step()
+            optimizer.zero_grad()
+        runs.append([whole(param) for param in model.parameters()])
+    assert same_bits(*runs)
 
 
 # DTensors of any placement.
@@ -130,176 +136,131 @@ PLACED: dict[str, list[list[Placement]]] = {
 }
 
 
-def spread_params(placed: str, device: str = "cpu") -> tuple[list[Tensor], list[Tensor]]:
-    """The parameters as they are here, and whole."""
+def begin(
+    placed: str, backend: str, device: str = "cpu", max_grad_norm: float | None = 0.7, **options: Any
+) -> tuple[FusedAdamW, Float64AdamW]:
+    """Over parameters that are spread, and over whole ones."""
     mesh = init_device_mesh(device, (dist.get_world_size(),))
     start: list[Tensor] = [param.detach().to(device) for param in make_params(SHAPES)]
     params = [
         spread(tensor, mesh, placements) if placements else torch.nn.Parameter(tensor.clone())
         for tensor, placements in zip(start, PLACED[placed], strict=True)
     ]
-    return params, start
+    of_both = {**OPTIONS, "max_grad_norm": max_grad_norm}
+    return FusedAdamW(params, backend=backend, **of_both, **options), Float64AdamW(start, **of_both)
 
 
-def dtensors_follow(backend: str, placed: str, steps: int = 12) -> None:
-    register(backend)
-    params, start = spread_params(placed)
-    optimizer = FusedAdamW(params, backend=backend, **OPTIONS)
-    reference = Float64AdamW(start, **OPTIONS)
-    run_both(params, optimizer, reference, steps)
-    assert_follows(optimizer, reference, placed)
-    assert optimizer.grad_norm is not None
-    assert same_on_all_ranks(optimizer.grad_norm, *map(whole, params))
+@pytest.mark.parametrize("placed", PLACED)
+@each_backend
+@in_processes(3)
+def test_uneven_and_empty_parts_follow_float64_torch(backend: str, placed: str) -> None:
+    optimizer, reference = begin(placed, backend)
+    run_both(optimizer, reference, 12)
+    assert_follows(optimizer, reference)
+    assert same_on_all_ranks(optimizer.grad_norm, *map(whole, params_of(optimizer)))
     parts = [part.groups for part in engine_of(optimizer).plan.norm_parts]  # what costs a sum over processes
     assert len(parts) == {"all sharded": 1, "columns and rows": 2, "replicated": 0, "some plain": 2}[placed]
 
 
-@pytest.mark.parametrize("placed", PLACED)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_uneven_and_empty_parts_follow_float64_torch(worlds: Worlds, backend: str, placed: str) -> None:
-    worlds(3).run(dtensors_follow, backend, placed)
-
-
-def gradients_spread_otherwise(backend: str) -> None:
-    register(backend)
-    params, start = spread_params("columns and rows")
-    optimizer = FusedAdamW(params, backend=backend, **OPTIONS)
-    reference = Float64AdamW(start, **OPTIONS)
+@each_backend
+@in_processes(2)
+def test_gradients_that_are_partial_or_replicated_are_brought_to_their_places(backend: str) -> None:
+    optimizer, reference = begin("columns and rows", backend)
     for placements in ([Replicate()], [Partial()], None, [Partial()]):
-        run_both(params, optimizer, reference, 3, placements)
+        run_both(optimizer, reference, 3, placements)
     assert_follows(optimizer, reference)
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_gradients_that_are_partial_or_replicated_are_brought_to_their_places(worlds: Worlds, backend: str) -> None:
-    worlds(2).run(gradients_spread_otherwise, backend)
 
 
 # All skip, or none.
 
-
-def one_process_sees_a_nan(backend: str, value: float, device: str = "cpu") -> None:
-    register(backend)
-    params, start = spread_params("all sharded", device)
-    optimizer = FusedAdamW(params, backend=backend, skip_nonfinite=True, norm_group=lone_group(), **OPTIONS)
-    reference = Float64AdamW(start, **OPTIONS)
-    run_both(params, optimizer, reference, 3)
-    set_spread_grads(params, [grad.to(device) for grad in make_grads(start)])
-    if dist.get_rank() == dist.get_world_size() - 1:
-        params[0].grad.to_local()[0, 0] = value
-    optimizer.step()
-    assert not math.isfinite(float(optimizer.grad_norm))
-    run_both(params, optimizer, reference, 3)
-    assert_follows(optimizer, reference)
-    assert int(optimizer.skipped_steps) == 1
-    assert same_on_all_ranks(optimizer.skipped_steps, optimizer.grad_norm)
+BAD = 3
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_all_skip_what_one_process_cannot_use(worlds: Worlds, backend: str, value: float) -> None:
-    worlds(3).run(one_process_sees_a_nan, backend, value)
-
-
-def one_process_finds_an_infinity(backend: str, how: str, clips: bool) -> None:
-    register(backend)
-    options = {**OPTIONS, "max_grad_norm": 0.7 if clips else None}
-    params, start = spread_params("some plain" if how == "by hand" else "all sharded")
-    optimizer = FusedAdamW(params, backend=backend, **options)
-    reference = Float64AdamW(start, **options)
-    scaler = torch.amp.GradScaler("cpu", init_scale=4.0, growth_interval=1000)
-    for step in range(5):
-        grads = make_grads(start)
-        if how == "by hand":
-            set_spread_grads(params, grads)
-            optimizer.grad_scale = None
-            optimizer.found_inf = torch.tensor(float(step == 2 and dist.get_rank() == 1))
-            optimizer.step()
-        else:
-            scaler.scale(torch.zeros(()))
-            set_spread_grads(params, [grad * scaler.get_scale() for grad in grads])
-            if step == 2 and dist.get_rank() == 1:
-                params[0].grad.to_local()[0, 0] = math.inf
-            scaler.step(optimizer)
-            scaler.update()
-        if step != 2:
+@pytest.mark.parametrize(
+    ("placed", "sees", "clips"),
+    [
+        ("all sharded", "a nan", True),
+        ("all sharded", "an infinity", True),
+        ("all sharded", "an infinity under a scaler", False),
+        ("all sharded", "an infinity under a scaler", True),
+        ("some plain", "found_inf", False),
+        ("some plain", "found_inf", True),
+    ],
+)
+@each_backend
+@in_processes(3, device="cpu")
+def test_all_skip_what_one_process_cannot_use(backend: str, placed: str, sees: str, clips: bool, device: str) -> None:
+    skips_itself = sees in ("a nan", "an infinity")
+    optimizer, reference = begin(
+        placed, backend, device, 0.7 if clips else None, skip_nonfinite=skips_itself, norm_group=lone_group()
+    )
+    params = params_of(optimizer)
+    scaler = torch.amp.GradScaler(device, init_scale=4.0, growth_interval=1000, enabled="scaler" in sees)
+    for step in range(7):
+        grads = [grad.to(device) for grad in make_grads(reference.params, torch.float32)]
+        scale = float(scaler.scale(torch.ones((), device=device)))
+        set_spread_grads(params, [grad * scale for grad in grads])
+        here = step == BAD and dist.get_rank() == dist.get_world_size() - 1
+        if sees == "found_inf":
+            optimizer.grad_scale, optimizer.found_inf = None, torch.tensor(float(here))
+        elif here:
+            params[0].grad.to_local()[0, 0] = math.nan if sees == "a nan" else math.inf
+        scaler.step(optimizer)
+        scaler.update()
+        if step != BAD:
             reference.step(grads)
+        elif skips_itself:
+            assert not math.isfinite(float(optimizer.grad_norm))
+            assert same_on_all_ranks(optimizer.grad_norm)
     assert_follows(optimizer, reference)
     assert int(optimizer.skipped_steps) == 1
-    assert how == "by hand" or scaler.get_scale() == 2.0
+    assert not scaler.is_enabled() or scaler.get_scale() == 2.0
     assert same_on_all_ranks(optimizer.skipped_steps)
-
-
-@pytest.mark.parametrize("clips", [False, True])
-@pytest.mark.parametrize("how", ["by hand", "by a scaler"])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_all_skip_where_one_process_overflowed(worlds: Worlds, backend: str, how: str, clips: bool) -> None:
-    worlds(2).run(one_process_finds_an_infinity, backend, how, clips)
 
 
 # What is watched, and what is refused.
 
 
-def memory_moves(backend: str) -> None:
-    register(backend)
-    params, start = spread_params("all sharded")
-    optimizer = FusedAdamW(params, backend=backend, **OPTIONS)
-    reference = Float64AdamW(start, **OPTIONS)
-    run_both(params, optimizer, reference, 3)
+@each_backend
+@in_processes(2)
+def test_memory_that_moves_is_noticed(backend: str) -> None:
+    optimizer, reference = begin("all sharded", backend)
+    params = params_of(optimizer)
+    run_both(optimizer, reference, 3)
     stale = params[0]._local_tensor
     params[0]._local_tensor = stale.clone()  # as FSDP2 does when a model moves
     params[1]._local_tensor.data = params[1]._local_tensor.clone()
     expected, version = stale.clone(), params[0]._version
-    run_both(params, optimizer, reference, 3)
+    run_both(optimizer, reference, 3)
     assert torch.equal(stale, expected)
     assert params[0]._version > version
     state = optimizer.state[params[0]]
     state["exp_avg"] = state["exp_avg"].clone()  # by hand
     state["exp_avg_sq"] = state["exp_avg_sq"].full_tensor()
     state["exp_avg_sq"] = distribute_tensor(state["exp_avg_sq"], params[0].device_mesh, [Replicate()])
-    run_both(params, optimizer, reference, 3)
+    run_both(optimizer, reference, 3)
     assert_follows(optimizer, reference)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_memory_that_moves_is_noticed(worlds: Worlds, backend: str) -> None:
-    worlds(2).run(memory_moves, backend)
-
-
-def nothing_is_made_anew() -> None:
-    """Once it runs, a step over DTensors makes no plan."""
-    model = make_fsdp()
-    optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    plans = []
-    for step in range(4):
-        train(model, optimizer, step, step + 1)
-        plans.append(engine_of(optimizer).plan)
-    assert plans[1] is plans[2] is plans[3]
-
-
-def test_a_plan_is_made_once(worlds: Worlds) -> None:
-    worlds(2).run(nothing_is_made_anew)
-
-
-def what_is_refused() -> None:
-    mesh = init_device_mesh("cpu", (2,))
+@in_processes(2)
+def test_what_cannot_be_updated_is_refused_by_name() -> None:
+    mesh, other = init_device_mesh("cpu", (2,)), DeviceMesh("cpu", [0])
     local = torch.ones(2, 2)
+
+    def part(placement: Placement, of: Tensor = local, mesh: DeviceMesh = mesh) -> torch.nn.Parameter:
+        return torch.nn.Parameter(DTensor.from_local(of, mesh, [placement]))
+
     with pytest.raises(TypeError, match=r"parameter 0 of group 0 is a DTensor with the placements .*Partial"):
-        FusedAdamW([torch.nn.Parameter(DTensor.from_local(local, mesh, [Partial()]))])
-    other = DeviceMesh("cpu", [0])
+        FusedAdamW([part(Partial())])
     if dist.get_rank() == 1:
         with pytest.raises(ValueError, match="which this process does not belong"):
-            FusedAdamW([torch.nn.Parameter(DTensor.from_local(local, other, [Shard(0)]))])
+            FusedAdamW([part(Shard(0), mesh=other)])
     with pytest.raises(TypeError, match=r"torch\.view_as_real"):
-        FusedAdamW([torch.nn.Parameter(DTensor.from_local(local.to(torch.complex64), mesh, [Shard(0)]))])
-    param = torch.nn.Parameter(DTensor.from_local(local, mesh, [Shard(0)]))
+        FusedAdamW([part(Shard(0), local.to(torch.complex64))])
+    param = part(Shard(0))
     optimizer = FusedAdamW([param], lr=Cosine(0.1, 10))
     before = param.to_local().detach().clone()
     param.grad = DTensor.from_local(local.clone(), DeviceMesh("cpu", [1, 0]), [Shard(0)])
     with pytest.raises(RuntimeError, match="has a gradient on"):
         optimizer.step()
     assert torch.equal(param.to_local(), before)
-
-
-def test_what_cannot_be_updated_is_refused_by_name(worlds: Worlds) -> None:
-    worlds(2).run(what_is_refused)

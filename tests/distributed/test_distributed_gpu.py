@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
+import test_distributed_capture as capture
+import test_distributed_data_parallel as data_parallel
+import test_distributed_fsdp as fsdp
+import test_distributed_meshes as meshes
 import torch
 from distributed_cases import OPTIONS, SCHEDULE, batch, lone_group, loss_of, make_fsdp, my_rows
-from test_distributed_capture import captured_steps_equal_plain_ones
 from test_distributed_checkpoint import END, STOP, assert_same, go_on, uninterrupted
-from test_distributed_data_parallel import ddp
-from test_distributed_fsdp import fsdp_follows_the_same_gradients, one_process_sees_a_nan
-from test_distributed_meshes import tensor_parallel
 from worlds import World, Worlds
 
 from nexus.optim import FusedAdamW
@@ -35,24 +34,24 @@ def backend(request: pytest.FixtureRequest) -> str:
 
 
 def test_fsdp_follows_float64_torch(world: World, backend: str) -> None:
-    world.run(fsdp_follows_the_same_gradients, backend, 30, "plain", "cuda")
+    world.run(fsdp.test_fsdp_follows_float64_torch_on_the_same_gradients, backend, 30, "plain", "cuda")
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "offloaded"])
 def test_fsdp_with_a_policy_follows_float64_torch(world: World, how: str) -> None:
-    world.run(fsdp_follows_the_same_gradients, "auto", 30, how, "cuda")
+    world.run(fsdp.test_fsdp_follows_float64_torch_on_the_same_gradients, "auto", 30, how, "cuda")
 
 
 def test_all_skip_what_one_process_cannot_use(world: World, backend: str) -> None:
-    world.run(one_process_sees_a_nan, backend, math.nan, "cuda")
+    world.run(fsdp.test_all_skip_what_one_process_cannot_use, backend, "all sharded", "a nan", True, "cuda")
 
 
 def test_tensor_parallel_layers_train_as_one_process(world: World, backend: str) -> None:
-    world.run(tensor_parallel, backend, "cuda")
+    world.run(meshes.test_tensor_parallel_layers_train_as_one_process, backend, "cuda")
 
 
 def test_ddp_trains_as_one_process(world: World, backend: str) -> None:
-    world.run(ddp, True, backend, "cuda")
+    world.run(data_parallel.test_ddp_trains_as_one_process, True, backend, "cuda")
 
 
 def goes_on_as_if_uninterrupted(folder: Path) -> None:
@@ -66,7 +65,7 @@ def test_a_checkpoint_goes_on(world: World, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("how", ["fsdp", "tensor parallel"])
 def test_a_captured_training_step_equals_the_plain_one(world: World, backend: str, how: str) -> None:
-    world.run(captured_steps_equal_plain_ones, backend, "cuda", how)
+    world.run(capture.test_a_captured_training_step_equals_the_plain_one, how, backend, "cuda")
 
 
 def steps_while_waiting_is_an_error(backend: str) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -13,8 +11,6 @@ from distributed_cases import (
     assert_follows,
     follow_one_process,
     lone_group,
-    my_rows,
-    register,
     run_both,
     same_on_all_ranks,
     spread,
@@ -25,15 +21,15 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-from worlds import Worlds
+from worlds import in_processes
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 
-pytestmark = pytest.mark.xdist_group("distributed")
 
-
-def over_two_dimensions(inner: bool) -> None:
+@pytest.mark.parametrize("inner", [False, True])
+@in_processes(4)
+def test_what_is_replicated_along_a_dimension_is_counted_once(inner: bool) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("a", "b"))
     placed: list[list[Placement]] = [
         [Shard(0), Shard(1)],
@@ -48,25 +44,10 @@ def over_two_dimensions(inner: bool) -> None:
         params[1] = spread(start[1], mesh["b"], [Shard(0)])
     optimizer = FusedAdamW(params, **OPTIONS)
     reference = Float64AdamW(start, **OPTIONS)
-    run_both(params, optimizer, reference, 8)
+    run_both(optimizer, reference, 8)
     assert_follows(optimizer, reference)
     assert len(engine_of(optimizer).plan.norm_parts) == 4
     assert same_on_all_ranks(optimizer.grad_norm)
-
-
-@pytest.mark.parametrize("inner", [False, True])
-def test_what_is_replicated_along_a_dimension_is_counted_once(worlds: Worlds, inner: bool) -> None:
-    worlds(4).run(over_two_dimensions, inner)
-
-
-def assert_trains_as_one_process(
-    model: torch.nn.Module,
-    optimizer: FusedAdamW,
-    alone: torch.nn.Module,
-    rows: Callable[[Tensor], Tensor] = my_rows,
-) -> None:
-    reference = follow_one_process(model, optimizer, alone, rows)
-    torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-10, atol=0.0)
 
 
 def make_layers(device: str = "cpu") -> torch.nn.Sequential:
@@ -79,35 +60,30 @@ def make_layers(device: str = "cpu") -> torch.nn.Sequential:
 TENSOR_PARALLEL = {"0": ColwiseParallel(), "2": RowwiseParallel()}  # the norm stays plain
 
 
-def tensor_parallel(backend: str, device: str = "cpu") -> None:
-    register(backend)
+@pytest.mark.parametrize("backend", BACKENDS)
+@in_processes(2, device="cpu")
+def test_tensor_parallel_layers_train_as_one_process(backend: str, device: str) -> None:
     model = make_layers(device)
     parallelize_module(model, init_device_mesh(device, (dist.get_world_size(),)), TENSOR_PARALLEL)
     optimizer = FusedAdamW(model.parameters(), backend=backend, norm_group=lone_group(), **OPTIONS)
-    assert_trains_as_one_process(model, optimizer, make_layers(device), lambda tensor: tensor)
+    follow_one_process(model, optimizer, make_layers(device), lambda tensor: tensor)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_tensor_parallel_layers_train_as_one_process(worlds: Worlds, backend: str) -> None:
-    worlds(2).run(tensor_parallel, backend)
-
-
-def hybrid_and_tensor_parallel() -> None:
+@pytest.mark.slow
+@in_processes(4)
+def test_fsdp_with_tensor_parallel_layers_trains_as_one_process() -> None:
     """FSDP2 over one dimension of the mesh, tensor-parallel layers over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = make_layers()
     parallelize_module(model, mesh["tensor"], TENSOR_PARALLEL)
     fully_shard(model, mesh=mesh["data"])
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    assert_trains_as_one_process(model, optimizer, make_layers(), lambda x: x[mesh["data"].get_local_rank() :: 2])
+    follow_one_process(model, optimizer, make_layers(), lambda x: x[mesh["data"].get_local_rank() :: 2])
 
 
-@pytest.mark.slow
-def test_fsdp_with_tensor_parallel_layers_trains_as_one_process(worlds: Worlds) -> None:
-    worlds(4).run(hybrid_and_tensor_parallel)
-
-
-def hybrid_sharded(replicas: int) -> None:
+@pytest.mark.parametrize(("size", "replicas"), [(4, 2), (2, 2), (2, 1)])
+@in_processes()
+def test_hsdp_trains_as_one_process(replicas: int) -> None:
     """HSDP: FSDP2 within each replica, and copies of the parts in all of them."""
     shape = (replicas, dist.get_world_size() // replicas)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "parts"))
@@ -117,11 +93,6 @@ def hybrid_sharded(replicas: int) -> None:
     for module in (model.first, model.second, model):
         fully_shard(module, mesh=mesh)
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    assert_trains_as_one_process(model, optimizer, alone)
+    follow_one_process(model, optimizer, alone)
     summed = [part.groups for part in engine_of(optimizer).plan.norm_parts]
     assert summed == ([(mesh.get_group("parts"),)] if shape[1] > 1 else [])  # a copy counts once
-
-
-@pytest.mark.parametrize(("size", "replicas"), [(4, 2), (2, 2), (2, 1)])
-def test_hsdp_trains_as_one_process(worlds: Worlds, size: int, replicas: int) -> None:
-    worlds(size).run(hybrid_sharded, replicas)

@@ -15,14 +15,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from nexus.arguments import MAX_STEP, check_count
 from nexus.files import write_whole
-from nexus.schedules import WSD, CosineRestarts, Schedule
+from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 from nexus.schedules.curves import DECAYS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS: dict[str, Schedule] = {kind._name: kind(**kind._plotted) for kind in Schedule._types.values() if kind._name}
+KINDS: dict[str, Schedule] = {
+    "constant": Constant(lr=1e-3),
+    "sgdr": CosineRestarts(peak_lr=1e-3, cycle_length=1000, cycle_mult=2.0, warmup_steps=500),
+    "cosine": Cosine(peak_lr=1e-3, total_steps=10_000, warmup_steps=1000),
+    "wsd": WSD(warmup_steps=1000, stable_steps=7000, decay_steps=2000, peak_lr=1e-3),
+}
 """What `plot KIND` draws where nothing else is said."""
 HELP = {
     "warmup_steps": "updates of the linear rise",

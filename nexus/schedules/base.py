@@ -18,11 +18,10 @@ _Self = TypeVar("_Self", bound="Schedule")
 class Schedule(ABC):
     """A learning rate as a function of the number of completed updates. Immutable, hashable, comparable.
 
-    `schedule(step)` is the rate, `0.1 * schedule` the same schedule with its rates multiplied.
+    `schedule(step)` is the rate, `0.1 * schedule` the same schedule with its rates multiplied. A bad argument raises
+    TypeError or ValueError that names the argument, what was given and what is allowed.
     """
 
-    _name: ClassVar[str] = ""  # on the command line; without one, it is not drawn there
-    _plotted: ClassVar[dict[str, float]] = {}  # what is drawn there where nothing else is said
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
     _types: ClassVar[dict[str, type[Schedule]]] = {}
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__
@@ -89,3 +88,7 @@ class Schedule(ABC):
     def _set(self, **values: object) -> None:
         for name, value in values.items():  # the instance is frozen: __post_init__ stores what it checked
             object.__setattr__(self, name, value)
+
+    def _check_counts(self, **lowest: int) -> None:
+        for name, low in lowest.items():
+            self._set(**{name: check_count(name, getattr(self, name), low=low)})

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import ClassVar
 
 from nexus.arguments import check_count, check_number
 from nexus.schedules.base import Schedule
@@ -31,7 +30,6 @@ class CosineRestarts(Schedule):
         cycle_mult: m, at least 1; 1 or from about 1.0004 on.
         warmup_steps: W, in updates.
 
-    Raises TypeError or ValueError that names the argument, what was given and what is allowed.
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
 
     >>> schedule = CosineRestarts(peak_lr=1.0, cycle_length=4, cycle_mult=2.0)
@@ -46,24 +44,15 @@ class CosineRestarts(Schedule):
     cycle_length: int = 10_000
     cycle_mult: float = 1.0
     warmup_steps: int = 0
-    _name: ClassVar[str] = "sgdr"
-    _plotted: ClassVar[dict[str, float]] = {
-        "peak_lr": 1e-3,
-        "cycle_length": 1000,
-        "cycle_mult": 2.0,
-        "warmup_steps": 500,
-    }
-    _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
+    _rates = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:
         self._set(**checked_rates(self.peak_lr, self.min_lr))
-        self._set(cycle_length=check_count("cycle_length", self.cycle_length, low=1))
+        self._check_counts(cycle_length=1, warmup_steps=0)
         self._set(cycle_mult=check_number("cycle_mult", self.cycle_mult, low=1.0))
-        self._set(warmup_steps=check_count("warmup_steps", self.warmup_steps))
         cycle_runs(self.cycle_length, self.cycle_mult)  # raises where there would be too many
 
     def __call__(self, step: int) -> float:
-        """The rate that update `step` uses."""
         step = check_count("step", step)
         if step < self.warmup_steps:
             return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
@@ -116,7 +105,6 @@ class Cosine(Schedule):
         min_lr: the rate at step 0 of a warm-up and from `total_steps` on, from 0 to `peak_lr`.
         warmup_steps: W, in updates.
 
-    Raises TypeError or ValueError that names the argument, what was given and what is allowed.
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, with one cycle.
 
     >>> schedule = Cosine(peak_lr=1.0, total_steps=10, warmup_steps=2)
@@ -128,20 +116,16 @@ class Cosine(Schedule):
     total_steps: int
     min_lr: float = 0.0
     warmup_steps: int = 0
-    _name: ClassVar[str] = "cosine"
-    _plotted: ClassVar[dict[str, float]] = {"peak_lr": 1e-3, "total_steps": 10_000, "warmup_steps": 1000}
-    _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
+    _rates = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:
         self._set(**checked_rates(self.peak_lr, self.min_lr))
-        self._set(total_steps=check_count("total_steps", self.total_steps, low=1))
-        warmup = check_count("warmup_steps", self.warmup_steps)
-        if warmup >= self.total_steps:
-            raise ValueError(f"warmup_steps must be less than total_steps={self.total_steps}, got {warmup}")
-        self._set(warmup_steps=warmup)
+        self._check_counts(total_steps=1, warmup_steps=0)
+        if self.warmup_steps >= self.total_steps:
+            given = f"total_steps={self.total_steps}, got {self.warmup_steps}"
+            raise ValueError(f"warmup_steps must be less than {given}")
 
     def __call__(self, step: int) -> float:
-        """The rate that update `step` uses."""
         step = check_count("step", step)
         if step < self.warmup_steps:
             return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)

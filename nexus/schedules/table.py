@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from nexus import backends
-from nexus.arguments import MAX_STEP, check_count
+from nexus.arguments import MAX_STEP
 from nexus.backends import reference
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.curves import WEIGHTS
@@ -55,19 +55,10 @@ class ScheduleTable:
         Args:
             completed: 0-dim int64 tensor on the table's device, the number of completed updates.
         """
-        rows = self._wsd_rows("begin_decay")
+        schedule = self._wsd("begin_decay")
         now = completed.to(torch.float64)
-        rate = reference.evaluate(rows, completed)
-        waiting = now < rows[_DECAY, _START]
-        end = now + self._wsd().decay_steps
-        for row, column, value in (
-            (_STABLE, _START, torch.minimum(rows[_STABLE, _START], now)),
-            (_DECAY, _HIGH, rate),
-            (_DECAY, _START, now),
-            (_DONE, _START, end),
-            (_DONE, _LENGTH, torch.full_like(now, 2.0)),
-        ):
-            rows[row, column] = torch.where(waiting, value, rows[row, column])
+        begun = _decaying(self.rows, schedule, now, reference.evaluate(self.rows, completed))
+        self.rows.copy_(torch.where(now < self.rows[_DECAY, _START], begun, self.rows))
 
     def extend_stable(self, n: int, completed: Tensor) -> None:
         """Make the stable phase of a WSD `n` updates longer; once the decay has begun, this does nothing.
@@ -79,17 +70,13 @@ class ScheduleTable:
         Raises:
             ValueError: the stable phase is open-ended, or `n` is negative.
         """
-        rows = self._wsd_rows("extend_stable")
-        n = self.check_extend_stable(n)
-        shift = torch.where(completed.to(torch.float64) < rows[_DECAY, _START], float(n), 0.0)
-        rows[_DECAY:, _START] += shift
-        rows[_STABLE, _LENGTH] += shift
+        self.check_extend_stable(n)
+        waits = completed.to(torch.float64) < self.rows[_DECAY, _START]
+        _extend(self.rows, waits * int(n))
 
-    def check_extend_stable(self, n: int) -> int:
-        """`n`; raises as `extend_stable` does."""
-        n = check_count("n", n)
-        self._wsd().extend_stable(n)
-        return n
+    def check_extend_stable(self, n: int) -> None:
+        """Raise as `extend_stable` does."""
+        self._wsd("extend_stable").extend_stable(n)
 
     def edits(self) -> dict[str, Any]:
         """What `begin_decay` and `extend_stable` have changed, in plain types. Reads the device."""
@@ -112,25 +99,32 @@ class ScheduleTable:
         """Bring the table to its schedule with these `edits`; none of them: as it was at first."""
         rows = lower(self.schedule, torch.device("cpu"))
         if "extended" in edits:
-            rows[_DECAY:, _START] += edits["extended"]
-            rows[_STABLE, _LENGTH] += edits["extended"]
+            _extend(rows, edits["extended"])
         if "decay_start" in edits:
-            start = edits["decay_start"]
-            rows[_STABLE, _START] = min(float(rows[_STABLE, _START]), start)
-            rows[_DECAY, _START] = start
-            rows[_DECAY, _HIGH] = float(edits["decay_from"])
-            rows[_DONE, _START] = start + self._wsd().decay_steps
-            rows[_DONE, _LENGTH] = 2.0
+            start = rows.new_tensor(edits["decay_start"])
+            rows = _decaying(rows, self._wsd("begin_decay"), start, edits["decay_from"])
         self.rows.copy_(rows)
 
-    def _wsd(self) -> WSD:
-        assert isinstance(self.schedule, WSD)
-        return self.schedule
-
-    def _wsd_rows(self, verb: str) -> Tensor:
+    def _wsd(self, verb: str) -> WSD:
         if not isinstance(self.schedule, WSD):
             raise TypeError(f"{verb} needs a WSD schedule, this one is {self.schedule!r}")
-        return self.rows
+        return self.schedule
+
+
+def _extend(rows: Tensor, n: Tensor | int) -> None:
+    rows[_DECAY:, _START] += n
+    rows[_STABLE, _LENGTH] += n
+
+
+def _decaying(rows: Tensor, schedule: WSD, start: Tensor, rate: Tensor | float) -> Tensor:
+    """A copy of a WSD's rows, whose decay begins at `start` from `rate`."""
+    rows = rows.clone()
+    rows[_STABLE, _START] = torch.minimum(rows[_STABLE, _START], start)
+    rows[_DECAY, _START] = start
+    rows[_DECAY, _HIGH] = rate
+    rows[_DONE, _START] = start + schedule.decay_steps
+    rows[_DONE, _LENGTH] = 2.0
+    return rows
 
 
 def evaluate(

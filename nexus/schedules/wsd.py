@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import ClassVar
 
 from nexus.arguments import check_count, shown
 from nexus.schedules.base import Schedule
@@ -33,7 +32,6 @@ class WSD(Schedule):
         min_lr: the rate at step 0 and after the decay, from 0 to `peak_lr`.
         decay_type: `"linear"`, `"cosine"` or `"sqrt"`.
 
-    Raises TypeError or ValueError that names the argument, what was given and what is allowed.
     Sources: Hu et al. 2024 (MiniCPM), arXiv:2404.06395; the square-root decay: Hägele et al. 2024,
     arXiv:2405.18392.
 
@@ -50,20 +48,12 @@ class WSD(Schedule):
     peak_lr: float
     min_lr: float = 0.0
     decay_type: str = "linear"
-    _name: ClassVar[str] = "wsd"
-    _plotted: ClassVar[dict[str, float]] = {
-        "warmup_steps": 1000,
-        "stable_steps": 7000,
-        "decay_steps": 2000,
-        "peak_lr": 1e-3,
-    }
-    _rates: ClassVar[tuple[str, ...]] = ("peak_lr", "min_lr")
+    _rates = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:
-        self._set(warmup_steps=check_count("warmup_steps", self.warmup_steps))
+        self._check_counts(warmup_steps=0, decay_steps=1)
         if self.stable_steps is not None:
             self._set(stable_steps=check_count("stable_steps", self.stable_steps, also="None (open-ended)"))
-        self._set(decay_steps=check_count("decay_steps", self.decay_steps, low=1))
         self._set(**checked_rates(self.peak_lr, self.min_lr))
         if not isinstance(self.decay_type, str) or self.decay_type not in DECAYS:
             error = ValueError if isinstance(self.decay_type, str) else TypeError
@@ -71,7 +61,6 @@ class WSD(Schedule):
         self._set(decay_type=str(self.decay_type))
 
     def __call__(self, step: int) -> float:
-        """The rate that update `step` uses."""
         step = check_count("step", step)
         if step < self.warmup_steps:
             return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
@@ -79,8 +68,7 @@ class WSD(Schedule):
             return self.peak_lr
         decayed = step - self.warmup_steps - self.stable_steps
         if decayed < self.decay_steps:
-            curve = DECAYS[self.decay_type]
-            return between(self.min_lr, self.peak_lr, curve, decayed / self.decay_steps)
+            return between(self.min_lr, self.peak_lr, DECAYS[self.decay_type], decayed / self.decay_steps)
         return self.min_lr
 
     def phase(self, step: int) -> str:

@@ -68,32 +68,15 @@ def test_an_unknown_curve_is_refused_and_evaluators_make_nan_of_one(
         evaluate(Constant(1.0), torch.tensor(1), backend=backend)
 
 
-# The interface.
-
-
-@pytest.mark.parametrize("shape", [(), (0,), (3, 4), (2, 0)])
-def test_the_result_has_the_shape_of_the_steps(backend: str, shape: tuple[int, ...]) -> None:
-    steps = torch.ones(shape, dtype=torch.int64)
-    values = evaluate(Cosine(1.0, 10), steps, backend=backend)
-    assert values.dtype == torch.float64
-    assert values.shape == steps.shape
-    assert (values == Cosine(1.0, 10)(1)).all()
-
-
-def test_steps_of_any_layout(backend: str) -> None:
-    steps = torch.arange(20).reshape(4, 5).t()[::2]
-    expected = [[Cosine(1.0, 30)(step) for step in row] for row in steps.tolist()]
-    assert evaluate(Cosine(1.0, 30), steps, device=steps.device, backend=backend).float().tolist() == (
-        torch.tensor(expected).tolist()
-    )
-
-
-def test_the_default_device_plays_no_part(backend: str) -> None:
-    steps = torch.arange(5)
-    with torch.device("meta"):
-        values = evaluate(Cosine(1.0, 30), steps, backend=backend)
-    assert values.device == steps.device
-    assert float(values[0]) == 1.0
+def test_steps_of_any_shape_and_layout_are_evaluated_where_they_are(backend: str) -> None:
+    schedule, grid = Cosine(1.0, 30), torch.arange(20).reshape(4, 5)
+    for steps in (grid, grid.t()[::2], grid[1, 2], grid[1, :0], grid[:2, :0]):
+        expected = torch.tensor([schedule(step) for step in steps.flatten().tolist()])
+        for device in (None, steps.device):
+            with torch.device("meta"):  # the default device plays no part
+                values = evaluate(schedule, steps, device, backend)
+            assert (values.dtype, values.shape, values.device) == (torch.float64, steps.shape, steps.device)
+            assert torch.equal(values.flatten().float(), expected)
 
 
 @pytest.mark.parametrize(

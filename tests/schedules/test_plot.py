@@ -1,9 +1,7 @@
 """`python -m nexus plot`: the chart in the terminal, the PNG, and one line for every kind of nonsense."""
 
 import os
-import struct
 import sys
-import zlib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -17,18 +15,11 @@ needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matpl
 
 
 def size_of_png(path: Path) -> tuple[int, int]:
-    """Width and height; checks the signature, every chunk's checksum and the end."""
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    at, kinds = 8, []
-    while at < len(data):
-        (length,) = struct.unpack(">I", data[at : at + 4])
-        body = data[at + 4 : at + 8 + length]
-        assert struct.unpack(">I", data[at + 8 + length : at + 12 + length]) == (zlib.crc32(body),)
-        kinds.append(body[:4])
-        at += 12 + length
-    assert kinds[-1] == b"IEND"
-    return struct.unpack(">II", data[16:24])
+    """Width and height; reads the whole picture."""
+    from matplotlib.image import imread
+
+    height, width, _ = imread(path, format="png").shape
+    return width, height
 
 
 def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
@@ -38,11 +29,9 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     except SystemExit as stop:
         code = stop.code
     out, err = capsys.readouterr()
-    assert code == 2
-    assert out == ""
-    assert err.count("\n") == 1
-    assert err.endswith("\n")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith("python -m nexus")
+    assert err.endswith("\n")
     return err
 
 
@@ -61,15 +50,13 @@ def test_terminal_chart(kind, capsys, monkeypatch) -> None:
     assert lines[-1].endswith(f"{plot.default_steps(plot.KINDS[kind]) - 1:,}")
 
 
-def test_chart_draws_the_rates() -> None:
+def test_chart_draws_the_rates_and_names_what_fits() -> None:
     columns = 40
     text = plot.chart(WSD(10, 20, 10, peak_lr=1.0), 40, width=columns + 12, height=10, blocks=False)
     rows = [line[12:].ljust(columns) for line in text.splitlines()[:10]]
     heights = ["".join(column).count("#") for column in zip(*rows, strict=True)]
     assert heights == [*range(10), *[10] * 20, *range(10, 0, -1)]
 
-
-def test_chart_names_what_fits() -> None:
     schedule = CosineRestarts(1.0, cycle_length=100, cycle_mult=2, warmup_steps=10)
     text = plot.chart(schedule, 710, width=12 + 71)
     assert text.splitlines()[-2].split() == ["│cycle", "0", "│cycle", "1", "│cycle", "2"]
@@ -113,23 +100,22 @@ def test_default_steps_show_all(schedule, steps) -> None:
     assert plot.default_steps(schedule) == steps
 
 
-def test_spans() -> None:
-    assert plot.spans(WSD(3, 4, 5, 1.0), 20) == [
-        ("warmup", 0, 3),
-        ("stable", 3, 7),
-        ("decay", 7, 12),
-        ("done", 12, 20),
-    ]
-    assert plot.spans(WSD(0, 0, 5, 1.0), 3) == [("decay", 0, 3)]
-    restarts = CosineRestarts(1.0, cycle_length=2, cycle_mult=2, warmup_steps=3)
-    assert plot.spans(restarts, 10) == [
-        ("warmup", 0, 3),
-        ("cycle 0", 3, 5),
-        ("cycle 1", 5, 9),
-        ("cycle 2", 9, 10),
-    ]
-    assert plot.spans(restarts, 2) == [("warmup", 0, 2)]
-    assert plot.spans(CosineRestarts(1.0, cycle_length=2), 1000) == [("cosine", 0, 1000)]
+RESTARTS = CosineRestarts(1.0, cycle_length=2, cycle_mult=2, warmup_steps=3)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "spans"),
+    [
+        (WSD(3, 4, 5, 1.0), 20, [("warmup", 0, 3), ("stable", 3, 7), ("decay", 7, 12), ("done", 12, 20)]),
+        (WSD(0, 0, 5, 1.0), 3, [("decay", 0, 3)]),
+        (RESTARTS, 10, [("warmup", 0, 3), ("cycle 0", 3, 5), ("cycle 1", 5, 9), ("cycle 2", 9, 10)]),
+        (RESTARTS, 2, [("warmup", 0, 2)]),
+        (CosineRestarts(1.0, cycle_length=2), 1000, [("cosine", 0, 1000)]),
+    ],
+    ids=repr,
+)
+def test_spans(schedule, steps, spans) -> None:
+    assert plot.spans(schedule, steps) == spans
 
 
 @pytest.mark.parametrize("steps", [2, 4000, 4001, 123_457, MAX_STEP])
@@ -149,6 +135,7 @@ def test_sample_keeps_ends_and_jumps(steps: int) -> None:
 @pytest.mark.parametrize("kind", plot.KINDS)
 def test_png(kind, tmp_path, capsys) -> None:
     path = tmp_path / "lr.png"
+    path.write_bytes(b"of an older run")
     assert main(["plot", kind, "--steps", "300", "-o", str(path)]) == 0
     assert capsys.readouterr() == (f"{path}\n", "")
     assert size_of_png(path) == (1200, 540)
@@ -163,14 +150,17 @@ def test_png_of_extremes(steps, tmp_path) -> None:
         assert size_of_png(tmp_path / f"{number}.png") == (1200, 540)
 
 
-def test_arguments_reach_the_schedule(tmp_path, capsys) -> None:
-    argv = "plot wsd --warmup-steps 3 --stable-steps none --decay-steps 4 --peak-lr 0.5 --min-lr 0.1"
-    assert main([*argv.split(), "--decay-type", "sqrt"]) == 0
-    assert capsys.readouterr().out.startswith(f"{WSD(3, None, 4, 0.5, 0.1, 'sqrt')!r}\n")
-    argv = "plot sgdr --cycle-length 7 --cycle-mult 1.5 --warmup-steps 2"
-    assert main(argv.split()) == 0
-    title = repr(CosineRestarts(1e-3, 0.0, 7, 1.5, 2))
-    assert capsys.readouterr().out.startswith(f"{title}\n")
+@pytest.mark.parametrize(
+    ("options", "schedule"),
+    [
+        ("wsd --warmup-steps 3 --stable-steps none --decay-steps 4", WSD(3, None, 4, 1e-3)),
+        ("wsd --peak-lr 0.5 --min-lr 0.1 --decay-type sqrt", WSD(1000, 7000, 2000, 0.5, 0.1, "sqrt")),
+        ("sgdr --cycle-length 7 --cycle-mult 1.5 --warmup-steps 2", CosineRestarts(1e-3, 0.0, 7, 1.5, 2)),
+    ],
+)
+def test_arguments_reach_the_schedule(options, schedule, capsys) -> None:
+    assert main(["plot", *options.split()]) == 0
+    assert capsys.readouterr().out.startswith(f"{schedule!r}\n")
 
 
 @needs_matplotlib
@@ -181,14 +171,10 @@ def test_failed_write_leaves_the_old_picture(tmp_path, monkeypatch, capsys) -> N
     def disk_full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
-    with monkeypatch.context() as patched:
-        patched.setattr(os, "fsync", disk_full)
-        line = refused(capsys, "plot", "wsd", "-o", str(path))
-    assert "No space left on device" in line
+    monkeypatch.setattr(os, "fsync", disk_full)
+    assert "No space left on device" in refused(capsys, "plot", "wsd", "-o", str(path))
     assert path.read_bytes() == b"old"
     assert list(tmp_path.iterdir()) == [path]
-    assert main(["plot", "wsd", "-o", str(path)]) == 0
-    assert size_of_png(path) == (1200, 540)
 
 
 @needs_matplotlib
@@ -198,8 +184,6 @@ def test_unwritable_output(tmp_path, capsys) -> None:
     assert "Not a directory" in refused(capsys, "plot", "wsd", "-o", str(tmp_path / "file" / "lr.png"))
     (tmp_path / "folder.png").mkdir()
     assert "not a regular file" in refused(capsys, "plot", "wsd", "-o", str(tmp_path / "folder.png"))
-    assert "ends in .png, got 'lr.svg'" in refused(capsys, "plot", "wsd", "-o", "lr.svg")
-    assert "ends in .png, got ''" in refused(capsys, "plot", "wsd", "-o", "")
 
 
 def test_matplotlib_missing(tmp_path, capsys, monkeypatch) -> None:
@@ -224,18 +208,11 @@ def test_matplotlib_missing(tmp_path, capsys, monkeypatch) -> None:
         ("plot wsd --peak-lr fast", "--peak-lr: invalid float value: 'fast'"),
         ("plot wsd --warm 10", "unrecognized arguments: --warm 10"),
         ("plot wsd --warmup-steps -1", "warmup_steps must be an int from 0 to 2**53, got -1"),
-        ("plot wsd --decay-steps 0", "decay_steps must be an int from 1 to 2**53, got 0"),
-        ("plot wsd --peak-lr nan", "peak_lr must be a finite number > 0, got nan"),
-        ("plot wsd --peak-lr 0", "peak_lr must be a finite number > 0, got 0.0"),
-        ("plot wsd --min-lr 1", "min_lr must be a number from 0 to peak_lr=0.001, got 1.0"),
-        ("plot wsd --decay-type exp", "decay_type must be one of ('linear', 'cosine', 'sqrt'"),
-        ("plot sgdr --cycle-mult 0.5", "cycle_mult must be a finite number >= 1, got 0.5"),
         ("plot sgdr --cycle-mult 1.0001", "cycle_mult must be 1.0"),
-        ("plot cosine --warmup-steps 10000", "warmup_steps must be less than total_steps=10000"),
-        ("plot constant --lr -1", "lr must be a finite number >= 0, got -1.0"),
         ("plot constant --steps 1", "steps must be an int from 2 to 2**53, got 1"),
-        ("plot constant --steps -5", "steps must be"),
         ("plot constant --steps 9007199254740993", "steps must be"),
+        ("plot wsd -o lr.svg", "ends in .png, got 'lr.svg'"),
+        ("plot wsd --output=", "ends in .png, got ''"),
     ],
 )
 def test_nonsense(argv: str, said: str, capsys) -> None:

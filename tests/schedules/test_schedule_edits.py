@@ -43,6 +43,12 @@ def test_an_extension_is_carried_over_to_the_schedule_of_the_resumed_run(backend
     assert rates(resumed(optimizer, schedule, backend), 70) == schedule.extend_stable(4).values(2, 72)
 
 
+def test_an_extension_that_float32_would_round_is_exact(backend: str) -> None:
+    optimizer = FusedAdamW(make_params([(3,)]), lr=WSD(0, 5, 10, 1.0), backend=backend)
+    optimizer.extend_stable(2**24 + 1)
+    assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["edits"]["extended"] == 2**24 + 1
+
+
 def test_an_extension_and_an_early_decay_are_both_carried_over(backend: str) -> None:
     schedule = WSD(0, 5, 10, 1.0)
     optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -99,19 +98,15 @@ class StepInBackward:
 
     def remove(self) -> None:
         """Leave gradients alone from now on. What this update has done is done, and ends with the next step."""
-        for end in self._ends:
-            end.remove()
-        for hook in self._hooks.values():
-            hook.remove()
+        for handle in (*self._ends, *self._hooks.values()):
+            handle.remove()
         self._hooks.clear()
         self._parts.clear()
 
     def __enter__(self) -> StepInBackward:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         self.remove()
 
     def _find_parameters(self) -> None:
@@ -122,12 +117,12 @@ class StepInBackward:
             if param not in of_model or not param.requires_grad:
                 continue
             group, part = optimizer.param_groups[index], self._parts.get(param)
-            parts[param] = (
-                part if part is not None and part.group is group else _OneParameter(optimizer, group, param, name)
-            )
+            if part is None or part.group is not group:
+                part = _OneParameter(optimizer, group, param, name)
+            parts[param] = part
             if param not in self._hooks:
-                register = param.register_post_accumulate_grad_hook
-                self._hooks[param] = register(_hook(weakref.ref(self)))  # type: ignore[no-untyped-call]
+                hook = _hook(weakref.ref(self))
+                self._hooks[param] = param.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         self._parts = parts
 
     def _step(self, param: Tensor) -> None:
@@ -175,12 +170,6 @@ class _OneParameter(Engine):
 
     Its step does to the parameter what the owner's would, bit for bit: it begins at the owner's count of completed
     updates, which it does not advance. It takes no part in a norm or a history, which are of all parameters.
-
-    Args:
-        owner: the optimizer.
-        group: of the owner, in which the parameter is.
-        param: the parameter.
-        name: of the parameter in an error.
     """
 
     def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str) -> None:
@@ -188,17 +177,11 @@ class _OneParameter(Engine):
         self.backend = engine_of(owner).backend
         self.group = group
         self.name = name
-        self._owned_by = weakref.ref(owner)  # which keeps this, by way of a handle
+        self._owner: FusedAdamW = weakref.proxy(owner)  # which keeps this, by way of a handle
         self._param = param
         own = ParamGroup({**group, "params": [param]})
         own.outputs = group.outputs
         self._attributes: Attributes = {"param_groups": [own], "state": {}, "defaults": owner.defaults}
-
-    @property
-    def _owner(self) -> FusedAdamW:
-        owner = self._owned_by()
-        assert owner is not None
-        return owner
 
     def step_alone(self) -> None:
         """Update the parameter, which has a gradient."""
@@ -216,10 +199,9 @@ class _OneParameter(Engine):
             if mine[name] is not theirs[name]:
                 mine[name] = theirs[name]
         states = self._owner.state
-        state = states.get(self._param)
-        if state is None:
-            state = states[self._param] = {}
-        self._attributes["state"][self._param] = state
+        if states.get(self._param) is None:
+            states[self._param] = {}
+        self._attributes["state"][self._param] = states[self._param]
 
     def settle(self, attributes: Attributes) -> None:
         engine_of(self._owner).settle(attributes_of(self._owner))

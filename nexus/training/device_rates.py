@@ -30,16 +30,15 @@ class DeviceRates:
         self.table = ScheduleTable(schedule, device)
         self.counter = torch.full((), last_epoch, dtype=torch.int64, device=device)
         self.counted = last_epoch  # the counter, as the host has moved it
-        self._make_views(*self._shared.get(optimizer, (None, ())))
+        self._find_views()
 
-    def _make_views(self, rates: Tensor | None, views: tuple[Tensor, ...]) -> None:
-        groups = len(self.optimizer.param_groups)
-        if rates is None or len(views) != groups:
+    def _find_views(self) -> None:
+        optimizer, groups = self.optimizer, len(self.optimizer.param_groups)
+        if optimizer not in self._shared or len(self._shared[optimizer][1]) != groups:
             rates = torch.zeros(groups, dtype=torch.float64, device=self.counter.device)
-            views = tuple(rates.unbind())
-            self._shared[self.optimizer] = rates, views
-        self.rates, self.views = rates, views
-        self.scales = torch.ones_like(rates)
+            self._shared[optimizer] = rates, rates.unbind()
+        self.rates, self.views = self._shared[optimizer]
+        self.scales = torch.ones_like(self.rates)
         self._seen_scales = [1.0] * groups
 
     def move_to(self, step: int) -> None:
@@ -49,6 +48,11 @@ class DeviceRates:
         else:
             self.counter.fill_(step)
         self.counted = step
+
+    def go_on(self, schedule: Schedule, step: int) -> None:
+        """Take another schedule, at a step of it."""
+        self.table.replace(schedule)
+        self.move_to(step)
 
     def take_scales(self, scales: list[float]) -> None:
         """Let the next `show`, also one in a captured graph, multiply by these."""
@@ -60,7 +64,7 @@ class DeviceRates:
         """Write every group's rate at the counter."""
         groups = self.optimizer.param_groups
         if len(groups) != len(self.views):  # one was added
-            self._make_views(*self._shared.get(self.optimizer, (None, ())))
+            self._find_views()
         self.take_scales(scales)
         torch.mul(self.scales, self.optimizer.evaluator.evaluate(self.table.rows, self.counter), out=self.rates)
         for group, view in zip(groups, self.views, strict=True):

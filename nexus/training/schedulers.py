@@ -18,6 +18,7 @@ synchronising. `get_last_lr()` is computed on the host in either case, by the or
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from typing import Any, Generic, TypeVar
 
 from torch import Tensor
@@ -38,7 +39,17 @@ S = TypeVar("S", bound=Schedule)
 
 
 class ScheduleScheduler(LRScheduler, Generic[S]):
-    """What the schedulers of this module share. `scheduler.schedule` is the schedule as it now stands."""
+    """What the schedulers of this module share. `scheduler.schedule` is the schedule as it now stands.
+
+    Args:
+        optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
+        schedule: made of a scheduler's other arguments.
+        last_epoch: -1 to start; the index of the last epoch to resume.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was given and what is allowed.
+        RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
+    """
 
     def __init__(self, optimizer: Optimizer, schedule: S, last_epoch: int = -1) -> None:
         if not isinstance(optimizer, Optimizer):
@@ -82,10 +93,7 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
             self._device_rates.show(self._scales())
             return
         for group, rate in zip(self.optimizer.param_groups, self._last_lr, strict=True):
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(rate)
-            else:
-                group["lr"] = rate
+            group["lr"] = group["lr"].fill_(rate) if isinstance(group["lr"], Tensor) else rate
 
     def before_replay(self) -> None:
         """Let a graph that has captured `step()` see the groups' `"lr_scale"`."""
@@ -106,10 +114,12 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
             self._checked_scales = [check_number("lr_scale", scale) for scale in given]
         return self._checked_scales
 
-    def _edit(self, edits: dict[str, Any]) -> None:
-        """Go on with these edits of the schedule; the rate of this moment is shown anew."""
-        self._edits = edits
+    def _edit(self, edits: dict[str, Any], on_device: Callable[[DeviceRates], None]) -> None:
+        """Go on with these edits of the schedule, also `on_device`; the rate of this moment is shown anew."""
         self.schedule = edited(self._given, edits)
+        self._edits = edits
+        if self._device_rates is not None:
+            on_device(self._device_rates)
         self._show()
 
     def get_phase(self, step: int | None = None) -> str:
@@ -154,37 +164,28 @@ class ScheduleScheduler(LRScheduler, Generic[S]):
         edits, notes = resumed(self._given, saved, state_dict, last_epoch)
         for note in notes:
             warnings.warn(note, stacklevel=2)
-        if self._device_rates is not None:
-            self._device_rates.table.replace(edited(self._given, edits))
-            self._device_rates.move_to(last_epoch)
         self.last_epoch = last_epoch
         self.base_lrs = base_lrs
         self._step_count = step_count
-        self._edit(edits)
+        self._edit(edits, lambda rates: rates.go_on(self.schedule, last_epoch))
 
 
-def _own_schedules(optimizer: FusedAdamW) -> list[Schedule]:
+def _own_schedule(optimizer: FusedAdamW) -> Schedule | None:
     # A schedule that was assigned to a group is its "lr" until the next step.
-    rates = [rate for group in optimizer.param_groups for rate in (group["lr"], group.get("lr_schedule"))]
-    return [rate for rate in rates if isinstance(rate, Schedule)]
+    rates = (rate for group in optimizer.param_groups for rate in (group["lr"], group.get("lr_schedule")))
+    return next((rate for rate in rates if isinstance(rate, Schedule)), None)
 
 
-def _check_unscheduled(optimizer: FusedAdamW) -> None:
-    for schedule in _own_schedules(optimizer):
+def _check_unscheduled(optimizer: Optimizer) -> None:
+    schedule = _own_schedule(optimizer) if isinstance(optimizer, FusedAdamW) else None
+    if schedule is not None:
         raise RuntimeError(f"this FusedAdamW {OWN_SCHEDULE.format(schedule)}")
 
 
 class WSDScheduler(ScheduleScheduler[WSD]):
-    """Warmup-Stable-Decay (Hu et al. 2024, arXiv:2404.06395); see `nexus.schedules.WSD`.
+    """Warmup-Stable-Decay (Hu et al. 2024, arXiv:2404.06395), of the arguments of `nexus.schedules.WSD`.
 
-    Args:
-        optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
-        warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type: as in `nexus.schedules.WSD`.
-        last_epoch: -1 to start; the index of the last epoch to resume.
-
-    Raises:
-        TypeError, ValueError: as `nexus.schedules.WSD`.
-        RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
+    `optimizer` and `last_epoch` are those of `ScheduleScheduler`.
     """
 
     def __init__(
@@ -211,9 +212,7 @@ class WSDScheduler(ScheduleScheduler[WSD]):
         self.schedule.begin_decay(now)  # raises where the rate is 0
         if self.get_phase() in ("warmup", "stable"):
             edits = {**edits, "decay_start": now, "decay_from": self.schedule(now)}
-        if self._device_rates is not None:
-            self._device_rates.table.begin_decay(self._device_rates.counter)
-        self._edit(edits)
+        self._edit(edits, lambda rates: rates.table.begin_decay(rates.counter))
 
     def extend_stable(self, n: int) -> None:
         """Make the stable phase `n` updates longer; once the decay has begun, this does nothing.
@@ -228,22 +227,13 @@ class WSDScheduler(ScheduleScheduler[WSD]):
         edits = {**self._edits, "extended": self._edits.get("extended", 0) + n}
         if "decay_start" in edits:  # it waits again, after a step back to an earlier epoch
             edits["decay_start"] += n
-        if self._device_rates is not None:
-            self._device_rates.table.extend_stable(n, self._device_rates.counter)
-        self._edit(edits)
+        self._edit(edits, lambda rates: rates.table.extend_stable(n, rates.counter))
 
 
 class CosineRestartScheduler(ScheduleScheduler[CosineRestarts]):
     """Cosine annealing with warm restarts (Loshchilov & Hutter 2017, arXiv:1608.03983), after a warm-up.
 
-    Args:
-        optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
-        peak_lr, min_lr, cycle_length, cycle_mult, warmup_steps: as in `nexus.schedules.CosineRestarts`.
-        last_epoch: -1 to start; the index of the last epoch to resume.
-
-    Raises:
-        TypeError, ValueError: as `nexus.schedules.CosineRestarts`.
-        RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
+    The arguments are those of `nexus.schedules.CosineRestarts`; `optimizer` and `last_epoch`, of `ScheduleScheduler`.
     """
 
     def __init__(
@@ -272,16 +262,11 @@ class CosineAnnealingScheduler(ScheduleScheduler[Cosine]):
     """A linear warm-up and one half-cosine, which ends at `max_steps`; see `nexus.schedules.Cosine`.
 
     Args:
-        optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
+        optimizer, last_epoch: those of `ScheduleScheduler`.
         warmup_steps: updates of the warm-up.
         max_steps: updates in all, the warm-up included.
         peak_lr: the rate at the end of the warm-up; None takes the optimizer's own `lr`.
         min_lr: the rate at step 0 of a warm-up and at the end.
-        last_epoch: -1 to start; the index of the last epoch to resume.
-
-    Raises:
-        TypeError, ValueError: as `nexus.schedules.Cosine`.
-        RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
     """
 
     def __init__(
@@ -294,8 +279,7 @@ class CosineAnnealingScheduler(ScheduleScheduler[Cosine]):
         last_epoch: int = -1,
     ) -> None:
         if peak_lr is None and isinstance(optimizer, Optimizer):
-            if isinstance(optimizer, FusedAdamW):
-                _check_unscheduled(optimizer)
+            _check_unscheduled(optimizer)
             default = optimizer.defaults["lr"]
             peak_lr = float(optimizer.param_groups[0]["lr"] if isinstance(default, Schedule) else default)
         try:
@@ -339,7 +323,7 @@ class FollowingScheduler(LRScheduler):
         # Not as other schedulers begin: that would write the optimizer's groups, and wrap its step().
         if not isinstance(optimizer, FusedAdamW):
             raise TypeError(f"optimizer must be a nexus.optim.FusedAdamW, got {shown(optimizer)}")
-        if not _own_schedules(optimizer):
+        if _own_schedule(optimizer) is None:
             raise ValueError(
                 "no parameter group of this FusedAdamW has a schedule to follow: give it one as lr, or use a "
                 "scheduler that sets the rate"

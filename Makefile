@@ -56,7 +56,7 @@ bench: build ## time nexus beside torch
 	$(BIN)/python -m benchmarks $(ARGS)
 
 gpu: ## all that needs a GPU, with GPU_PYTHON: no network, no .venv, under ten minutes
-	$(GPU_PYTHON) benchmarks/gpu.py
+	$(GPU_PYTHON) -m benchmarks.gpu
 
 demo: build ## train a small GPT and draw its loss and rate
 	$(BIN)/python examples/gpt --out build/demo $(ARGS)

@@ -1,6 +1,6 @@
 """What `make gpu` runs on the GPU beside the tests and the benchmark. Each check writes what it found as JSON.
 
-python benchmarks/gpu_checks.py environment|small-case|rates FILE
+python -m benchmarks.gpu_checks environment|small-case|rates FILE
 """
 
 from __future__ import annotations
@@ -94,11 +94,8 @@ def rates(count: int = RATE_STEPS, names: Sequence[str] = EVALUATORS) -> dict[st
     ]
     steps = torch.arange(count)
     found: dict[str, Any] = {}
-    for name, available, detail in backends.describe():
-        if name not in names:
-            continue
+    for name, available, detail in (info for info in backends.describe() if info.name in names):
         if not available:
-            print(f"{name}: not run: {detail}")
             found[name] = {"not run": detail}
             continue
         where = "cuda" if name in ON_GPU else "cpu"
@@ -120,12 +117,8 @@ def unequal(found: dict[str, Any]) -> list[str]:
     return [name for name in EVALUATORS if found.get(name, {}).get("unequal") != 0]
 
 
-def main(arguments: list[str]) -> int:
-    check, path = arguments
+if __name__ == "__main__":
+    check, path = sys.argv[1:]
     found = {"environment": environment, "small-case": small_case, "rates": rates}[check]()
     Path(path).write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    return 1 if check == "rates" and unequal(found) else 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(1 if check == "rates" and unequal(found) else 0)

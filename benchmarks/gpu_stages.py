@@ -6,7 +6,7 @@ import os
 import signal
 import subprocess
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -22,6 +22,7 @@ class Stage:
     seconds: float
     command: Sequence[str]
     environment: Mapping[str, str] = field(default_factory=dict)
+    instead_of: str | None = None  # the stage without whose failure it is left out
     impossible: str | None = None  # why it cannot run here
     excuse: str | None = None  # where a log with these words ends in a failure, it could not run here either
 
@@ -40,27 +41,19 @@ class Outcome:
         return self.status in (FAILED, TIMED_OUT)
 
 
-class Timetable:
-    """Deals out the time of a whole run: what a stage leaves, the next may use.
-
-    Args:
-        limit_s: for everything, from now on.
-        budgets: seconds that each stage is sure of, by its name, in the order in which they run.
-    """
-
-    def __init__(self, limit_s: float, budgets: Mapping[str, float]) -> None:
-        if sum(budgets.values()) > limit_s:
-            raise ValueError(
-                f"the stages' budgets are {sum(budgets.values()):g} s together, and the limit {limit_s:g}"
-            )
-        self._end = time.monotonic() + limit_s
-        self._budgets = dict(budgets)
-
-    def limit_of(self, name: str) -> float:
-        """Seconds that the stage may take if it begins now; the budgets of those after it are kept for them."""
-        names = list(self._budgets)
-        later = sum(self._budgets[after] for after in names[names.index(name) + 1 :])
-        return max(0.0, self._end - time.monotonic() - later)
+def run_all(stages: Sequence[Stage], limit_s: float, logs: Path, folder: Path) -> Iterator[Outcome]:
+    """Run stages in `limit_s` seconds. What one leaves of its time, the next may use; those after it keep theirs."""
+    end = time.monotonic() + limit_s
+    failed = set()
+    for number, stage in enumerate(stages):
+        if stage.instead_of is not None and stage.instead_of not in failed:
+            continue
+        later = sum(after.seconds for after in stages[number + 1 :])
+        left = max(0.0, end - time.monotonic() - later)
+        outcome = run(stage, left, logs / f"{stage.name}.log", folder)
+        if outcome.failed:
+            failed.add(stage.name)
+        yield outcome
 
 
 def run(stage: Stage, limit_s: float, log: Path, folder: Path) -> Outcome:
@@ -70,16 +63,11 @@ def run(stage: Stage, limit_s: float, log: Path, folder: Path) -> Outcome:
         return Outcome(stage.name, NOT_RUN, reason=stage.impossible)
     started = time.monotonic()
     environment = {**os.environ, **stage.environment, "PYTHONUNBUFFERED": "1"}
+    streams = {"stdin": subprocess.DEVNULL, "stderr": subprocess.STDOUT}
     with log.open("wb") as output:
         try:
             process = subprocess.Popen(
-                stage.command,
-                cwd=folder,
-                env=environment,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
+                stage.command, cwd=folder, env=environment, stdout=output, start_new_session=True, **streams
             )
         except OSError as error:
             return Outcome(stage.name, FAILED, reason=f"{stage.command[0]} cannot be run: {error}")
@@ -99,12 +87,9 @@ def run(stage: Stage, limit_s: float, log: Path, folder: Path) -> Outcome:
     return Outcome(stage.name, FAILED, seconds, f"killed by signal {-code}" if code < 0 else f"exit code {code}")
 
 
-def read(log: Path, last: int | None = None) -> str:
-    """The text of a log, or its last lines; empty where there is none."""
-    if not log.exists():
-        return ""
-    text = log.read_text(encoding="utf-8", errors="replace")
-    return text if last is None else "\n".join(text.rstrip().splitlines()[-last:])
+def read(log: Path) -> str:
+    """The text of a log; empty where there is none."""
+    return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

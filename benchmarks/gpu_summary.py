@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.cases import CAPTURED, CLIP_STEP_SCHEDULE, COPY, FUSED, STEP, TORCH_LOOP
+
 MAX_NAMES = 30  # of failed tests
 
 Data = dict[str, Any]
@@ -24,43 +26,32 @@ class Target:
     bound: float
     at_least: bool = True
 
-    def of(self, row: Data) -> float | None:
-        """The figure of this row; None where it was not measured."""
-        value: Any = row
+    def result(self, rows: list[Data]) -> Data:
+        """What it came to; `met` is None where it was not measured."""
+        wanted = (self.case, self.job, self.peer)
+        value: Any = next((row for row in rows if (row["case"], row["job"], row["peer"]) == wanted), None)
+        backend = value and value["backend"]
         for key in self.figure.split("."):
             value = value and value[key]
-        return value
+        bound = f"{'at least' if self.at_least else 'at most'} {self.bound:g}"
+        met = None if value is None else (value >= self.bound if self.at_least else value <= self.bound)
+        return {"what": self.what, "value": value, "bound": bound, "met": met, "backend": backend}
 
 
-CLIPPED, CAPTURED = "clip + step + schedule", "training step, captured"
 RATIO, LOOP, HOST, REPLAY = "ratio.median", "loop.ratio.median", "host.nexus.median", "replay_host.nexus.median"
 COPIED = "1B {} parameters, share of the speed of a copy"
+CLIPPED = "the same with clip and schedule, times as fast as torch fused"
+GPT = "captured step of the demo's GPT, times as fast as torch's loop"
 TARGETS = (
-    Target(COPIED.format("float32"), "billion", "step", "copy", RATIO, 0.95),
-    Target("the same with clip and schedule, times as fast as torch fused", "billion", CLIPPED, "fused", RATIO, 1.25),
-    Target(COPIED.format("bfloat16"), "billion-bf16", "step", "copy", RATIO, 0.9),
-    Target("1000 tensors of 1,000, µs of the device", "many", "step", "fused", "nexus_us", 50, at_least=False),
-    Target("the same, µs of the host", "many", "step", "fused", HOST, 200, at_least=False),
-    Target("the same replayed, µs of the host", "many", "step", "fused", REPLAY, 20, at_least=False),
-    Target(
-        "captured step of the demo's GPT, times as fast as torch's loop", "train-gpt", CAPTURED, "torch loop", LOOP, 3
-    ),
-    Target("captured step of an MLP of 2 layers, the same", "train-mlp", CAPTURED, "torch loop", LOOP, 6),
+    Target(COPIED.format("float32"), "billion", STEP, COPY, RATIO, 0.95),
+    Target(CLIPPED, "billion", CLIP_STEP_SCHEDULE, FUSED, RATIO, 1.25),
+    Target(COPIED.format("bfloat16"), "billion-bf16", STEP, COPY, RATIO, 0.9),
+    Target("1000 tensors of 1,000, µs of the device", "many", STEP, FUSED, "nexus_us", 50, at_least=False),
+    Target("the same, µs of the host", "many", STEP, FUSED, HOST, 200, at_least=False),
+    Target("the same replayed, µs of the host", "many", STEP, FUSED, REPLAY, 20, at_least=False),
+    Target(GPT, "train-gpt", CAPTURED, TORCH_LOOP, LOOP, 3),
+    Target("captured step of an MLP of 2 layers, the same", "train-mlp", CAPTURED, TORCH_LOOP, LOOP, 6),
 )
-
-
-def targets(rows: list[Data]) -> list[Data]:
-    """What each target came to; `met` is None where it was not measured."""
-    found = []
-    for target in TARGETS:
-        wanted = (target.case, target.job, target.peer)
-        row = next((row for row in rows if (row["case"], row["job"], row["peer"]) == wanted), None)
-        value = None if row is None else target.of(row)
-        met = None if value is None else (value >= target.bound if target.at_least else value <= target.bound)
-        bound = f"{'at least' if target.at_least else 'at most'} {target.bound:g}"
-        backend = None if row is None else row["backend"]
-        found.append({"what": target.what, "value": value, "bound": bound, "met": met, "backend": backend})
-    return found
 
 
 def tests(junit: Path) -> Data | None:
@@ -80,25 +71,18 @@ def tests(junit: Path) -> Data | None:
 
 def text(results: Data) -> str:
     """For a terminal."""
-    lines = [
-        f"{results['metadata']['gpu']}, commit {results['metadata']['commit']}, {results['metadata']['date']}",
-        "",
-    ]
+    lines = ["{gpu}, commit {commit}, {date}".format(**results["metadata"]), ""]
     for stage in results["stages"]:
-        lines.append(
-            f"{stage['name']:<14} {stage['status']:<10} {stage['seconds']:>6.1f} s  {stage['reason']}".rstrip()
-        )
+        lines.append("{name:<14} {status:<10} {seconds:>6.1f} s  {reason}".format(**stage).rstrip())
     counts = results["tests"]
     if counts is not None:
-        lines += ["", f"{counts['tests']} tests, {counts['failed']} failed, {counts['skipped']} skipped"]
+        lines += ["", "{tests} tests, {failed} failed, {skipped} skipped".format(**counts)]
         lines += [f"  failed: {name}" for name in counts["names"]]
     if results["rates"]:
         lines += ["", "rates that differ from the oracle in float32"]
         for name, found in results["rates"].items():
-            count = (
-                f"{found['unequal']} of {found['steps']}" if "unequal" in found else f"not run: {found['not run']}"
-            )
-            lines.append(f"  {name:<12} {count}")
+            count = "{unequal} of {steps}" if "unequal" in found else "not run: {not run}"
+            lines.append(f"  {name:<12} {count.format(**found)}")
     lines += ["", "targets"]
     for target in results["targets"]:
         value = "not measured" if target["value"] is None else f"{target['value']:.3g}"

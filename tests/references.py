@@ -193,10 +193,6 @@ def copies(params: Sequence[Tensor]) -> list[torch.nn.Parameter]:
     return [torch.nn.Parameter(param.detach().clone()) for param in params]
 
 
-def params_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
 def make_grads(params: Sequence[Tensor], dtype: torch.dtype | None = None) -> list[Tensor]:
     """Gradients of about 1 that mostly point one way, so that every parameter moves far."""
     return [(torch.randn(param.shape) * 0.5 + 0.5).to(param.device, dtype or param.dtype) for param in params]

@@ -275,14 +275,25 @@ def test_a_state_dict_without_state(make: Make) -> object:
     torch="are saved and loaded",
     also=("test_checkpoint_foreign.py::test_what_a_wrapper_has_saved_comes_back",),
 )
+@pytest.mark.parity(
+    "Parameter groups",
+    "`(name, parameter)` pairs, and keys of the user's own",
+    torch="`group['param_names']`, and the keys; also in the state dict",
+    also=("test_torch_cases.py::test_names_come_from_the_state_dict_if_it_has_them",),
+)
 @same_of_both
-def test_entries_of_the_users_own(make: Make) -> object:
-    optimizer = trained(make)
-    optimizer.param_groups[0]["mine"] = "x"
-    state_of(optimizer)["mine"] = 7
-    other = loaded(make, kept(optimizer), steps=0)
+def test_names_and_entries_of_the_users_own(make: Make) -> object:
+    modules = [torch.nn.Linear(2, 2, dtype=torch.float64) for _ in range(2)]
+    first, other = (make([{"params": list(each.named_parameters()), "mine": "x"}]) for each in modules)
+    train(first)
+    assert first.param_groups[0]["mine"] == "x"
+    first.param_groups[0]["mine"] = "y"
+    state_of(first)["mine"] = 7
+    other.load_state_dict(kept(first))
     train(other)
-    assert (other.param_groups[0]["mine"], state_of(other).pop("mine")) == ("x", 7)
+    for group in (first.state_dict()["param_groups"][0], other.param_groups[0]):
+        assert (group["param_names"], group["mine"]) == (["weight", "bias"], "y")
+    assert state_of(other).pop("mine") == 7
     return other
 
 

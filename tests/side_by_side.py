@@ -104,6 +104,11 @@ def same_on_every_backend(run: Callable[..., object]) -> Callable[..., None]:
     return _test_of(run, lambda observe, backend: assert_found_the_same(*both(observe, backend)))
 
 
+def fails(kind: type[Exception], words: str) -> Any:
+    """The outcome that is this error, with what the pattern `words` finds in its text."""
+    return pytest.raises(kind, match=words)
+
+
 def outcomes(*, torch: Any, nexus: Any) -> Callable[[Callable[..., object]], Callable[..., None]]:
     """A test that `run(make, ...)` ends so with torch's optimizer, and so with nexus's; see `assert_outcomes`."""
     return lambda run: _test_of(run, lambda observe: assert_outcomes(observe, torch, nexus))
@@ -125,7 +130,7 @@ def _test_of(run: Callable[..., object], check: Callable[..., None]) -> Callable
 
 
 def assert_outcomes(observe: Callable[[Make], object], torchs: Any, ours: Any) -> None:
-    """What `observe` returns for torch's optimizer and for nexus's; or how it fails, as a `pytest.raises(...)`."""
+    """What `observe` returns for torch's optimizer and for nexus's, or how it `fails`."""
     for make, expected in ((fused_torch, torchs), (FusedAdamW, ours)):
         if isinstance(expected, contextlib.AbstractContextManager):
             with expected:

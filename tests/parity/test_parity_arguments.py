@@ -61,39 +61,39 @@ def as_torch(**options: Any) -> Any:
     return pytest.approx(stepped(fused_torch, **options), rel=5e-15, abs=1e-14)
 
 
-def fails(words: str, kind: type[Exception] = ValueError) -> Any:
+def error(words: str, kind: type[Exception] = ValueError) -> Any:
     return pytest.raises(kind, match="^" + re.escape(words))
 
 
-COMPARED = fails("'<=' not supported between instances of 'float'", TypeError)
-IN_THE_STEP = fails("_fused_adamw_() received an invalid combination", TypeError)
+COMPARED = error("'<=' not supported between instances of 'float'", TypeError)
+IN_THE_STEP = error("_fused_adamw_() received an invalid combination", TypeError)
 NO_RATE = "lr must be a number >= 0, a one-element tensor or a Schedule, got"
 ELEMENT = "lr as a tensor must have one element of float32 or float64"
 RANGE = "must be a finite number >= 0, got"
 # argument, value, what torch's optimizer makes of it, what nexus's does
 VALUES: list[tuple[str, Any, Any, Any]] = [
-    ("lr", -1.0, fails("Invalid learning rate: -1.0"), fails(f"lr {RANGE} -1.0 (float)")),
-    ("lr", math.nan, fails("Invalid learning rate: nan"), fails(f"lr {RANGE} nan (float)")),
-    ("eps", -1.0, fails("Invalid epsilon value: -1.0"), fails(f"eps {RANGE} -1.0 (float)")),
-    ("weight_decay", -1.0, fails("Invalid weight_decay value: -1.0"), fails(f"weight_decay {RANGE} -1.0 (float)")),
+    ("lr", -1.0, error("Invalid learning rate: -1.0"), error(f"lr {RANGE} -1.0 (float)")),
+    ("lr", math.nan, error("Invalid learning rate: nan"), error(f"lr {RANGE} nan (float)")),
+    ("eps", -1.0, error("Invalid epsilon value: -1.0"), error(f"eps {RANGE} -1.0 (float)")),
+    ("weight_decay", -1.0, error("Invalid weight_decay value: -1.0"), error(f"weight_decay {RANGE} -1.0 (float)")),
     (
         "betas",
         (0.9, 1.0),
-        fails("Invalid beta parameter at index 1: 1.0"),
-        fails("betas[1] must be a number in [0, 1), got 1.0 (float)"),
+        error("Invalid beta parameter at index 1: 1.0"),
+        error("betas[1] must be a number in [0, 1), got 1.0 (float)"),
     ),
-    ("lr", math.inf, pytest.approx([-math.inf, math.nan, math.nan], nan_ok=True), fails(f"lr {RANGE} inf")),
-    ("eps", math.inf, pytest.approx([(1 - 1e-5) ** count for count in (1, 2, 3)]), fails(f"eps {RANGE} inf")),
-    ("lr", "0.1", COMPARED, fails(NO_RATE, TypeError)),
-    ("lr", None, COMPARED, fails(NO_RATE, TypeError)),
-    ("lr", True, as_torch(lr=1.0), fails(f"{NO_RATE} True (bool)", TypeError)),
-    ("amsgrad", "no", IN_THE_STEP, fails("amsgrad must be a bool, got 'no'", TypeError)),
-    ("maximize", "no", IN_THE_STEP, fails("maximize must be a bool, got 'no'", TypeError)),
-    ("betas", (0, 0.9), fails("betas must be either both floats or both Tensors"), as_torch(betas=(0.0, 0.9))),
-    ("lr", torch.ones(2), fails("Tensor lr must be 1-element"), fails(ELEMENT)),
-    ("lr", torch.tensor(1), as_torch(lr=1.0), fails(f"{ELEMENT}, got the shape () of torch.int64")),
-    ("lr", torch.tensor(1.0).half(), as_torch(lr=1.0), fails(f"{ELEMENT}, got the shape () of torch.float16")),
-    ("lr", torch.tensor(1.0).bfloat16(), as_torch(lr=1.0), fails(f"{ELEMENT}, got the shape () of torch.bfloat16")),
+    ("lr", math.inf, pytest.approx([-math.inf, math.nan, math.nan], nan_ok=True), error(f"lr {RANGE} inf")),
+    ("eps", math.inf, pytest.approx([(1 - 1e-5) ** count for count in (1, 2, 3)]), error(f"eps {RANGE} inf")),
+    ("lr", "0.1", COMPARED, error(NO_RATE, TypeError)),
+    ("lr", None, COMPARED, error(NO_RATE, TypeError)),
+    ("lr", True, as_torch(lr=1.0), error(f"{NO_RATE} True (bool)", TypeError)),
+    ("amsgrad", "no", IN_THE_STEP, error("amsgrad must be a bool, got 'no'", TypeError)),
+    ("maximize", "no", IN_THE_STEP, error("maximize must be a bool, got 'no'", TypeError)),
+    ("betas", (0, 0.9), error("betas must be either both floats or both Tensors"), as_torch(betas=(0.0, 0.9))),
+    ("lr", torch.ones(2), error("Tensor lr must be 1-element"), error(ELEMENT)),
+    ("lr", torch.tensor(1), as_torch(lr=1.0), error(f"{ELEMENT}, got the shape () of torch.int64")),
+    ("lr", torch.tensor(1.0).half(), as_torch(lr=1.0), error(f"{ELEMENT}, got the shape () of torch.float16")),
+    ("lr", torch.tensor(1.0).bfloat16(), as_torch(lr=1.0), error(f"{ELEMENT}, got the shape () of torch.bfloat16")),
 ]
 
 

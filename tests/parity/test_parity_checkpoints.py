@@ -14,6 +14,7 @@ from references import make_params, same_bits, snapshot
 from side_by_side import (
     Make,
     errors,
+    fails,
     fused_torch,
     outcomes,
     param,
@@ -208,10 +209,7 @@ def test_groups_that_do_not_fit(shapes: list[list[int]], torchs: str, ours: str)
     why="everything is checked before anything is written",
     also=("test_checkpoint_errors.py::test_a_dict_that_does_not_fit_is_named_and_changes_nothing",),
 )
-@outcomes(
-    torch=(7,),
-    nexus=pytest.raises(ValueError, match=r"state\[1\] of the loaded .*exp_avg must be of shape \(2, 3\)"),
-)
+@outcomes(torch=(7,), nexus=fails(ValueError, r"state\[1\] of the loaded .*exp_avg must be of shape \(2, 3\)"))
 def test_moments_that_do_not_fit(make: Make) -> object:
     saved = kept(trained(make))
     saved["state"][1]["exp_avg"] = torch.zeros(7, dtype=torch.float64)

@@ -13,6 +13,7 @@ from side_by_side import (
     Make,
     assert_same,
     both,
+    fails,
     fused_torch,
     outcomes,
     param,
@@ -66,7 +67,7 @@ def test_options_by_group(make: Make) -> object:
     ),
 )
 @pytest.mark.parametrize("when", ["constructor", "add_param_group", "step"])
-@outcomes(torch=True, nexus=pytest.raises(ValueError, match=r"lr must be .*got -0\.2"))
+@outcomes(torch=True, nexus=fails(ValueError, r"lr must be .*got -0\.2"))
 def test_a_bad_option_of_a_group_or_in_mid_run(make: Make, when: str) -> object:
     bad = {"params": [param(3)], "lr": -0.2}
     optimizer = make([bad if when == "constructor" else {"params": [param(3)]}])

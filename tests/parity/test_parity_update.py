@@ -225,10 +225,7 @@ def test_amsgrad_is_switched_on(make: Make) -> object:
     "what the user does to parameters and state: `p.data = ...`, `optimizer.state.clear()`, a parameter taken out "
     "of its group",
     torch="the next step goes on from what is there",
-    also=(
-        "test_tensor_changes.py::test_swapped_storage_is_followed",
-        "test_parity_groups.py::test_groups_by_hand",
-    ),
+    also=("test_tensor_changes.py::test_swapped_storage_is_followed", "test_parity_groups.py::test_groups_by_hand"),
 )
 @same_of_both
 def test_changes_by_the_user_are_followed(make: Make) -> object:

@@ -138,7 +138,6 @@ def test_a_tensor_rate_on_loading(make: Make, saved_as: Callable[[float], Any]) 
     torch="the state dict holds the very tensor, and changes with it",
     nexus="the state dict holds a float",
     why="a checkpoint in memory is that of its moment, and can be written as JSON",
-    also=("test_rates_torch.py::test_a_tensor_rate_is_not_aliased",),
 )
 @outcomes(torch=(torch.Tensor, 0.25), nexus=(float, 0.5))
 def test_a_tensor_rate_on_saving(make: Make) -> object:
@@ -316,9 +315,8 @@ def test_hooks_of_state_dicts(make: Make) -> list[str]:
         "after loading": optimizer.register_load_state_dict_post_hook,
     }
     for name, register in when.items():
-        register(hook(f"{name} 2"))
-        register(hook(f"{name} 3"))
-        register(hook(f"{name} 1"), prepend=True)
+        for number in (2, 3, 1):
+            register(hook(f"{name} {number}"), prepend=number == 1)
     optimizer.register_state_dict_post_hook(lambda each, saved: {**saved, "mine": 1})
     optimizer.register_load_state_dict_pre_hook(other_rate)
     saved = optimizer.state_dict()

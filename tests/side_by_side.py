@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -137,14 +137,3 @@ def assert_outcomes(observe: Callable[[Make], object], torchs: Any, ours: Any) -
                 seeded(observe, make)
         else:
             assert seeded(observe, make) == expected
-
-
-def errors(observe: Callable[[Make], object], kinds: Sequence[type[Exception]] = (Exception,)) -> tuple[str, str]:
-    """ "TypeError: its words" of both, which must fail."""
-
-    def told(make: Make) -> str:
-        with pytest.raises(tuple(kinds)) as caught:
-            observe(make)
-        return f"{caught.type.__name__}: {caught.value}"
-
-    return both(told)

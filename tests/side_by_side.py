@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -108,6 +108,11 @@ def same_on_every_backend(run: Callable[..., object]) -> Callable[..., None]:
     return _test_of(run, lambda observe, backend: assert_found_the_same(*both(observe, backend)))
 
 
+def fails(kind: type[Exception], words: str) -> Any:
+    """The outcome that is this error, with what the pattern `words` finds in its text."""
+    return pytest.raises(kind, match=words)
+
+
 def outcomes(*, torch: Any, nexus: Any) -> Callable[[Callable[..., object]], Callable[..., None]]:
     """A test that `run(make, ...)` ends so with torch's optimizer, and so with nexus's; see `assert_outcomes`."""
     return lambda run: _test_of(run, lambda observe: assert_outcomes(observe, torch, nexus))
@@ -129,21 +134,10 @@ def _test_of(run: Callable[..., object], check: Callable[..., None]) -> Callable
 
 
 def assert_outcomes(observe: Callable[[Make], object], torchs: Any, ours: Any) -> None:
-    """What `observe` returns for torch's optimizer and for nexus's; or how it fails, as a `pytest.raises(...)`."""
+    """What `observe` returns for torch's optimizer and for nexus's, or how it `fails`."""
     for make, expected in ((fused_torch, torchs), (FusedAdamW, ours)):
         if isinstance(expected, contextlib.AbstractContextManager):
             with expected:
                 seeded(observe, make)
         else:
             assert seeded(observe, make) == expected
-
-
-def errors(observe: Callable[[Make], object], kinds: Sequence[type[Exception]] = (Exception,)) -> tuple[str, str]:
-    """ "TypeError: its words" of both, which must fail."""
-
-    def told(make: Make) -> str:
-        with pytest.raises(tuple(kinds)) as caught:
-            observe(make)
-        return f"{caught.type.__name__}: {caught.value}"
-
-    return both(told)

@@ -13,7 +13,8 @@ import torch
 from references import make_params, same_bits, snapshot
 from side_by_side import (
     Make,
-    errors,
+    assert_outcomes,
+    fails,
     fused_torch,
     outcomes,
     param,
@@ -137,7 +138,6 @@ def test_a_tensor_rate_on_loading(make: Make, saved_as: Callable[[float], Any]) 
     torch="the state dict holds the very tensor, and changes with it",
     nexus="the state dict holds a float",
     why="a checkpoint in memory is that of its moment, and can be written as JSON",
-    also=("test_rates_torch.py::test_a_tensor_rate_is_not_aliased",),
 )
 @outcomes(torch=(torch.Tensor, 0.25), nexus=(float, 0.5))
 def test_a_tensor_rate_on_saving(make: Make) -> object:
@@ -195,10 +195,10 @@ def test_float32_moments_of_bfloat16_parameters(make: Make) -> object:
     ],
 )
 def test_groups_that_do_not_fit(shapes: list[list[int]], torchs: str, ours: str) -> None:
-    groups = [{"params": [param(*shape)]} for shape in shapes]
-    first, second = errors(lambda make: make(groups).load_state_dict(kept(trained(make))), [ValueError])
-    assert torchs in first
-    assert ours in second
+    def load(make: Make) -> None:
+        make([{"params": [param(*shape)]} for shape in shapes]).load_state_dict(kept(trained(make)))
+
+    assert_outcomes(load, fails(ValueError, torchs), fails(ValueError, ours))
 
 
 @pytest.mark.parity(
@@ -208,10 +208,7 @@ def test_groups_that_do_not_fit(shapes: list[list[int]], torchs: str, ours: str)
     why="everything is checked before anything is written",
     also=("test_checkpoint_errors.py::test_a_dict_that_does_not_fit_is_named_and_changes_nothing",),
 )
-@outcomes(
-    torch=(7,),
-    nexus=pytest.raises(ValueError, match=r"state\[1\] of the loaded .*exp_avg must be of shape \(2, 3\)"),
-)
+@outcomes(torch=(7,), nexus=fails(ValueError, r"state\[1\] of the loaded .*exp_avg must be of shape \(2, 3\)"))
 def test_moments_that_do_not_fit(make: Make) -> object:
     saved = kept(trained(make))
     saved["state"][1]["exp_avg"] = torch.zeros(7, dtype=torch.float64)
@@ -275,14 +272,25 @@ def test_a_state_dict_without_state(make: Make) -> object:
     torch="are saved and loaded",
     also=("test_checkpoint_foreign.py::test_what_a_wrapper_has_saved_comes_back",),
 )
+@pytest.mark.parity(
+    "Parameter groups",
+    "`(name, parameter)` pairs, and keys of the user's own",
+    torch="`group['param_names']`, and the keys; also in the state dict",
+    also=("test_torch_cases.py::test_names_come_from_the_state_dict_if_it_has_them",),
+)
 @same_of_both
-def test_entries_of_the_users_own(make: Make) -> object:
-    optimizer = trained(make)
-    optimizer.param_groups[0]["mine"] = "x"
-    state_of(optimizer)["mine"] = 7
-    other = loaded(make, kept(optimizer), steps=0)
+def test_names_and_entries_of_the_users_own(make: Make) -> object:
+    modules = [torch.nn.Linear(2, 2, dtype=torch.float64) for _ in range(2)]
+    first, other = (make([{"params": list(each.named_parameters()), "mine": "x"}]) for each in modules)
+    train(first)
+    assert first.param_groups[0]["mine"] == "x"
+    first.param_groups[0]["mine"] = "y"
+    state_of(first)["mine"] = 7
+    other.load_state_dict(kept(first))
     train(other)
-    assert (other.param_groups[0]["mine"], state_of(other).pop("mine")) == ("x", 7)
+    for group in (first.state_dict()["param_groups"][0], other.param_groups[0]):
+        assert (group["param_names"], group["mine"]) == (["weight", "bias"], "y")
+    assert state_of(other).pop("mine") == 7
     return other
 
 
@@ -307,9 +315,8 @@ def test_hooks_of_state_dicts(make: Make) -> list[str]:
         "after loading": optimizer.register_load_state_dict_post_hook,
     }
     for name, register in when.items():
-        register(hook(f"{name} 2"))
-        register(hook(f"{name} 3"))
-        register(hook(f"{name} 1"), prepend=True)
+        for number in (2, 3, 1):
+            register(hook(f"{name} {number}"), prepend=number == 1)
     optimizer.register_state_dict_post_hook(lambda each, saved: {**saved, "mine": 1})
     optimizer.register_load_state_dict_pre_hook(other_rate)
     saved = optimizer.state_dict()

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 from references import make_params
-from side_by_side import Make, assert_same, both, errors
+from side_by_side import Make, assert_same, both, fails, outcomes
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch._dynamo.utils import counters
 
@@ -70,13 +69,13 @@ def test_a_rate_that_moves() -> None:
 
 
 @pytest.mark.parity("`fullgraph=True`", torch="an error: the graph breaks at the update")
-def test_fullgraph() -> None:
-    def run(make: Make) -> None:
-        optimizer = made(make)
-        train(optimizer, torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True))
-
-    told = errors(run, [torch._dynamo.exc.Unsupported])
-    assert re.search(r"cannot see what .* leave fullgraph=True out", told[1])
+@outcomes(
+    torch=pytest.raises(torch._dynamo.exc.Unsupported),
+    nexus=fails(torch._dynamo.exc.Unsupported, r"cannot see what .* leave fullgraph=True out"),
+)
+def test_fullgraph(make: Make) -> object:
+    optimizer = made(make)
+    return train(optimizer, torch.compile(lambda: optimizer.step(), backend="aot_eager", fullgraph=True))
 
 
 @pytest.mark.parity(

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from references import make_params
 from side_by_side import Make, both, outcomes, param, params_of, same_of_both, state_of, train
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.logging_tensor import capture_logs_with_logging_tensor_mode
@@ -19,32 +18,40 @@ THEME = "Hooks, closures, printing"
     torch="the closure is called once, with gradients, before the update; its loss is returned, else `None`",
     also=("test_hooks.py::test_a_closure_may_return_anything_and_run_under_any_mode",),
 )
+@pytest.mark.parity(
+    "`zero_grad()` and `zero_grad(set_to_none=False)`", torch="gradients are gone; gradients are zeros, in place"
+)
 @same_of_both
-def test_closures(make: Make) -> object:
-    own = make_params([(3,)], torch.float64)[0]
+def test_closures_and_zero_grad(make: Make) -> object:
+    own = param(3)
     optimizer = make([own], lr=0.1)
     seen: list[Any] = []
 
     def closure() -> torch.Tensor:
-        seen.append((torch.is_grad_enabled(), own.detach().tolist()))
+        seen.append((torch.is_grad_enabled(), own.tolist()))
         optimizer.zero_grad()
         loss = own.square().sum()
         loss.backward()
         return loss
 
-    start = own.detach().clone()
     with torch.no_grad():
-        loss = optimizer.step(closure)
-    assert seen == [(True, start.tolist())]
-    assert torch.equal(loss, start.square().sum())
-    assert optimizer.step() is None
+        assert optimizer.step(closure).item() == 3.0
+    assert seen == [(True, [1.0] * 3)]
+    grad = own.grad
+    optimizer.zero_grad(set_to_none=False)
+    assert own.grad is grad
+    assert not grad.any()
+    assert optimizer.step() is None  # which counts, and decays
+    optimizer.zero_grad()
+    assert own.grad is None
+    optimizer.step()  # which does not
+    assert int(state_of(optimizer)["step"]) == 2
     return optimizer
 
 
 @pytest.mark.parity(
     "step hooks, of the optimizer and of all optimizers",
     torch="run before and after the update: those of all optimizers, its own, the update, its own, those of all",
-    also=("test_hooks.py::test_a_pre_hook_may_change_the_arguments",),
 )
 @same_of_both
 def test_step_hooks(make: Make) -> object:
@@ -67,28 +74,9 @@ def test_step_hooks(make: Make) -> object:
     finally:
         for handle in handles:
             handle.remove()
-    optimizer.step()
+    optimizer.register_step_pre_hook(lambda each, args, kwargs: ((each, lambda: 7.0), {}))
+    assert optimizer.step() == 7.0  # the closure's
     assert calls == [("all before", False), ("own before", False), ("own after", True), ("all after", True)]
-    return optimizer
-
-
-@pytest.mark.parity(
-    "`zero_grad()` and `zero_grad(set_to_none=False)`", torch="gradients are gone; gradients are zeros, in place"
-)
-@same_of_both
-def test_zero_grad(make: Make) -> object:
-    optimizer = make(make_params([(3,)], torch.float64), lr=0.1)
-    own = params_of(optimizer)[0]
-    train(optimizer)
-    grad = own.grad
-    optimizer.zero_grad(set_to_none=False)
-    assert own.grad is grad
-    assert not grad.any()
-    optimizer.step()  # which counts, and decays
-    optimizer.zero_grad()
-    assert own.grad is None
-    optimizer.step()  # which does not
-    assert int(state_of(optimizer)["step"]) == 4
     return optimizer
 
 
@@ -113,21 +101,22 @@ def test_the_range_in_the_profiler(make: Make) -> object:
     nexus="same, with its own options",
     why="those of torch's implementations are not there",
 )
-def test_repr() -> None:
-    first, second = both(lambda make: repr(make([param(1)], lr=0.25)).splitlines())
-    assert (first.pop(0), second.pop(0)) == ("AdamW (", "FusedAdamW (")
-    assert [line for line in first if line in second] == [
-        "Parameter Group 0",
-        "    amsgrad: False",
-        "    betas: (0.9, 0.999)",
-        "    eps: 1e-08",
-        "    lr: 0.25",
-        "    maximize: False",
-        "    weight_decay: 0.01",
-        ")",
-    ]
-    assert (second[0], second[-1]) == (first[0], first[-1])
-    assert second[1:-1] == sorted(second[1:-1])
+@pytest.mark.parity(
+    "Parameter groups",
+    "the keys of a group",
+    torch="also `foreach, capturable, differentiable, fused, decoupled_weight_decay`",
+    nexus="also `max_grad_norm, lr_scale, lr_schedule, weight_decay_schedule`, and none of those",
+    why="they choose among torch's implementations, of which there is none here",
+)
+def test_repr_and_the_keys_of_a_group() -> None:
+    both_of = both(lambda make: make([param(1)], lr=0.25))
+    for name, optimizer in zip(("AdamW", "FusedAdamW"), both_of, strict=True):
+        (group,) = optimizer.param_groups
+        options = [f"    {key}: {group[key]}" for key in sorted(group) if key != "params"]
+        assert repr(optimizer).splitlines() == [f"{name} (", "Parameter Group 0", *options, ")"]
+    first, second = (set(optimizer.param_groups[0]) for optimizer in both_of)
+    assert first - second == {"foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
+    assert second - first == {"max_grad_norm", "lr_scale", "lr_schedule", "weight_decay_schedule"}
 
 
 @pytest.mark.parity(

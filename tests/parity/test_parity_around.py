@@ -109,7 +109,6 @@ def test_clipping_before_the_step(make: Make) -> object:
     "`swa_utils.AveragedModel` of the trained model",
     torch="averages its parameters",
     nexus="same",
-    also=("test_drop_in_schedulers.py::test_averaged_models",),
 )
 @same_of_both
 def test_an_averaged_model(make: Make) -> object:

@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 import torch
 from references import (
-    Float64AdamW,
-    assert_same_parameter,
     assert_same_run,
     make_grads,
     make_params,
@@ -32,17 +30,17 @@ def test_a_closure_may_return_anything_and_run_under_any_mode(
     backend: str, returned: Any, mode: Callable[[], Any]
 ) -> None:
     params = make_params(SHAPES)
-    optimizer = FusedAdamW(params, lr=Cosine(0.1, 9), backend=backend)
-    reference = Float64AdamW(params, lr=Cosine(0.1, 9))
+    optimizer, reference = run_beside_torch(params, backend, steps=0, lr=Cosine(0.1, 9))
+    grads = make_grads(params)
+
+    @mode()
+    def closure() -> Any:
+        optimizer.zero_grad()
+        set_grads(params, [grad.clone() for grad in grads])
+        return returned
+
     for _ in range(3):
         grads = make_grads(params)
-
-        @mode()
-        def closure(grads: list[Tensor] = grads) -> Any:
-            optimizer.zero_grad()
-            set_grads(params, [grad.clone() for grad in grads])
-            return returned
-
         assert optimizer.step(closure) == returned
         reference.step(grads)
     assert optimizer.step(closure=closure) == returned
@@ -55,23 +53,25 @@ def test_what_a_hook_or_a_closure_changes_is_in_force_at_once(backend: str, wher
     params = make_params(SHAPES)
     optimizer, reference = run_beside_torch(params, backend)
     registers = {"pre-hook": optimizer.register_step_pre_hook, "post-hook": optimizer.register_step_post_hook}
+    change: dict[str, Any] = {}
+    first, second = make_grads(params), make_grads(params)
+
+    def apply(*_: Any) -> None:
+        optimizer.param_groups[0].update(change)
+        set_grads(params, second)
+
+    handle = registers[where](apply) if where in registers else None
     for change in ({"lr": 0.1}, {"betas": (0.5, 0.7)}, {"weight_decay": 0.4}, {"eps": 0.1}, {"lr": 0.2}):
         first, second = make_grads(params), make_grads(params)
-
-        def apply(*_: Any, change: dict[str, Any] = change, grads: list[Tensor] = second) -> None:
-            optimizer.param_groups[0].update(change)
-            set_grads(params, grads)
-
         set_grads(params, first)
+        optimizer.step(apply if where == "closure" else None)
         if where == "post-hook":
             reference.step(first)
         reference.optimizer.param_groups[0].update(change)
         if where != "post-hook":
             reference.step(second)
-        handle = registers[where](apply) if where in registers else None
-        optimizer.step(None if handle else apply)
-        if handle:
-            handle.remove()
+    if handle is not None:
+        handle.remove()
     step_both(optimizer, reference)
     assert_same_run(optimizer, reference)
 
@@ -93,36 +93,41 @@ class Profiled(FusedAdamW):
         return super().step(closure)
 
 
-@pytest.mark.parametrize("kind", [Counted, Profiled])
-def test_a_step_of_a_subclass_is_wrapped_as_torch_wraps_it(kind: type[FusedAdamW]) -> None:
-    optimizer = kind(make_params([(3,)]))
-    seen: list[Any] = []
-    optimizer.register_step_post_hook(lambda each, *_: seen.append(each))
+@pytest.mark.parametrize(("kind", "wraps"), [(Counted, 1), (Profiled, 2)])
+@pytest.mark.parametrize("changes_class", [False, True])
+def test_a_step_of_a_subclass_is_wrapped_as_torch_wraps_it(
+    kind: type[FusedAdamW], wraps: int, changes_class: bool
+) -> None:
+    optimizer = (FusedAdamW if changes_class else kind)(make_params([(3,)]))
+    optimizer.__class__ = kind  # as detectron2 does
+    seen: list[str] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
     with torch.profiler.profile() as profile:
         train(optimizer, 3)
-    assert len(seen) >= 3
     ranges = {event.key: event.count for event in profile.key_averages()}
+    assert seen == [*["before"] * wraps, *["after"] * wraps] * 3
     assert ranges[f"Optimizer.step#{kind.__name__}.step"] >= 3
 
 
 def test_a_step_within_backward(backend: str) -> None:
-    params = make_params([(3,), (4,)])
-    reference = Float64AdamW(params)
-    optimizers = {param: FusedAdamW([param], backend=backend) for param in params}
+    pairs = {param: run_beside_torch([param], backend, steps=0) for param in make_params([(3,), (4,)])}
 
     def step(param: Tensor) -> None:
-        optimizers[param].step()
-        optimizers[param].zero_grad()
+        pairs[param][0].step()
+        pairs[param][0].zero_grad()
 
-    for param in params:
+    for param in pairs:
         param.register_post_accumulate_grad_hook(step)
+    first, second = pairs
     for _ in range(3):
-        before = [param.detach().clone() for param in params]
-        (params[0].square().sum() + params[1].pow(3).sum()).backward()
-        reference.step([2 * before[0], 3 * before[1].square()])
-    for index, param in enumerate(params):
+        grads = [2 * first.detach(), 3 * second.detach().square()]
+        (first.square().sum() + second.pow(3).sum()).backward()
+        for (_, reference), grad in zip(pairs.values(), grads, strict=True):
+            reference.step([grad])
+    for param, (optimizer, reference) in pairs.items():
         assert param.grad is None
-        assert_same_parameter(optimizers[param], param, reference, index)
+        assert_same_run(optimizer, reference)
 
 
 def test_an_update_is_seen_by_autograd(backend: str) -> None:

@@ -10,7 +10,18 @@ from typing import Any
 import pytest
 import torch
 from references import make_params
-from side_by_side import Make, assert_same, beside_plain, both, fused_torch, of_this_torch, param, params_of, train
+from side_by_side import (
+    Make,
+    assert_same,
+    beside_plain,
+    both,
+    fused_torch,
+    of_this_torch,
+    param,
+    params_of,
+    train,
+    train_alike,
+)
 from torch import Tensor, nn
 from torch._subclasses import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -21,43 +32,39 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 from nexus.optim import FusedAdamW
 from nexus.schedules import Constant
 
-LIMIT = 1.5
-Watch = Callable[[Make, list[nn.Parameter]], Any]  # makes what a GradScaler steps
+Watch = Callable[[Optimizer], Any]  # makes of an optimizer what a GradScaler steps
 
 # GradScaler.
 
 
-def clip(params: list[nn.Parameter]) -> None:
-    nn.utils.clip_grad_norm_(params, LIMIT)
+def clip(optimizer: Optimizer) -> None:
+    nn.utils.clip_grad_norm_(params_of(optimizer), 1.5)
 
 
-def subclass(make: Make, params: list[nn.Parameter]) -> Optimizer:
+def subclass(optimizer: Optimizer) -> Optimizer:
     """As fairseq's, detectron2's and Avalanche's."""
-    made = make(params)
 
-    class Clipping(type(made)):  # type: ignore[misc]
+    class Clipping(type(optimizer)):  # type: ignore[misc]
         def step(self, closure: Any = None) -> Any:
-            clip(params)
+            clip(self)
             return super().step(closure)
 
-    made.__class__ = Clipping
-    return made
-
-
-def pre_hook(make: Make, params: list[nn.Parameter]) -> Optimizer:
-    optimizer = make(params)
-    optimizer.register_step_pre_hook(lambda *_: clip(params))
+    optimizer.__class__ = Clipping
     return optimizer
 
 
-def in_place_of_step(make: Make, params: list[nn.Parameter], with_its_names: bool) -> Optimizer:
-    optimizer = make(params)
+def pre_hook(optimizer: Optimizer) -> Optimizer:
+    optimizer.register_step_pre_hook(lambda *_: clip(optimizer))
+    return optimizer
+
+
+def in_place_of_step(optimizer: Optimizer, with_its_names: bool) -> Optimizer:
     if with_its_names:
         torch.optim.lr_scheduler.ConstantLR(optimizer, factor=1.0)  # whose wrapper of step() is wrapped in turn
     step = optimizer.step
 
     def clip_then_step(*args: Any) -> Any:
-        clip(params)
+        clip(optimizer)
         return step()
 
     method = types.MethodType(clip_then_step, optimizer)
@@ -68,11 +75,11 @@ def in_place_of_step(make: Make, params: list[nn.Parameter], with_its_names: boo
 class Wrapper:
     """As many a NoamOpt: not an optimizer, and passes on what it is asked."""
 
-    def __init__(self, optimizer: Optimizer, params: list[nn.Parameter]) -> None:
-        self.optimizer, self.params = optimizer, params
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
 
     def step(self) -> None:
-        clip(self.params)
+        clip(self.optimizer)
         self.optimizer.step()
 
     def __getattr__(self, name: str) -> Any:
@@ -84,14 +91,14 @@ WATCHES: dict[str, Watch] = {
     "a hook": pre_hook,
     "a method put in its place": functools.partial(in_place_of_step, with_its_names=False),
     "a function with the names of step": functools.partial(in_place_of_step, with_its_names=True),
-    "a wrapper": lambda make, params: Wrapper(make(params), params),
+    "a wrapper": Wrapper,
 }
 
 
 def scaled_run(make: Make, watch: Watch) -> list[Tensor]:
     """Steps of which one overflows, under a GradScaler."""
     params = make_params([(3,), (2, 2)], torch.float64)
-    optimizer = watch(lambda *args: make(*args, lr=0.1), params)
+    optimizer = watch(make(params, lr=0.1))
     scaler = torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3)
     for step in range(8):
         loss = sum((param * (step + 1.0)).sum() for param in params)
@@ -117,48 +124,27 @@ def test_clipping_before_the_update(watch: Watch, backend: str) -> None:
     plain, ours = beside_plain(lambda make: scaled_run(make, watch), backend)
     torch.testing.assert_close(ours, plain, rtol=1e-12, atol=0)
     fused, _ = both(lambda make: scaled_run(make, watch))
-    if watch is not WATCHES["a wrapper"]:  # there, the overflow makes everything NaN
+    if watch is not Wrapper:  # there, the overflow makes everything NaN
         assert all(each.isfinite().all() for each in fused)
     assert not torch.allclose(fused[0], plain[0], rtol=1e-4, equal_nan=True)
 
 
-def gradient_that_is_seen(hook: bool) -> float:
-    """Of 3, under a scale of 64: by a hook for all optimizers, or after the step."""
+@pytest.mark.parametrize("looks", [False, True])
+def test_only_who_looks_makes_a_scaler_unscale_before_the_update(looks: bool) -> None:
     weight = param(2)
     optimizer = FusedAdamW([weight])
     torch.optim.lr_scheduler.StepLR(optimizer, 1)  # which wraps step()
-    seen: list[float] = []
-    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(float(weight.grad[0]))) if hook else None
+    seen: list[Tensor] = []
+    handle = register_optimizer_step_pre_hook(lambda *_: seen.append(weight.grad.clone())) if looks else None
     scaler = torch.amp.GradScaler("cpu", init_scale=64.0)
     scaler.scale((weight * 3.0).sum()).backward()
     scaler.step(optimizer)
     if handle is not None:
         handle.remove()
-    return seen[0] if hook else float(weight.grad[0])
+    assert [grad.tolist() for grad in (*seen, weight.grad)] == ([[3.0] * 2] * 2 if looks else [[3.0 * 64] * 2])
 
 
-def test_only_who_looks_makes_a_scaler_unscale_before_the_update() -> None:
-    assert gradient_that_is_seen(hook=True) == 3.0
-    assert gradient_that_is_seen(hook=False) == 3.0 * 64
-
-
-# Hooks.
-
-
-@pytest.mark.parametrize("changed_class", [False, True])
-def test_hooks_run_once_under_a_subclass_that_calls_step(changed_class: bool) -> None:
-    class Counting(FusedAdamW):
-        def step(self, closure: Any = None) -> Any:
-            return super().step(closure)
-
-    seen: list[str] = []
-    optimizer = FusedAdamW([param(2)]) if changed_class else Counting([param(2)])
-    if changed_class:  # as detectron2 does
-        optimizer.__class__ = Counting
-    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
-    train(optimizer, 3)
-    assert seen == ["before", "after"] * 3
+# Subclasses.
 
 
 def test_a_subclass_may_have_names_of_its_own() -> None:
@@ -174,9 +160,7 @@ def test_a_subclass_may_have_names_of_its_own() -> None:
             return super().step(closure)
 
     ours, plain = Noam([param(3)]), torch.optim.AdamW([param(3)], lr=0.1)
-    for optimizer in (ours, plain):
-        torch.manual_seed(0)
-        train(optimizer)
+    train_alike(ours, plain)
     assert ours._step == 3
     assert_same(plain, ours)
 
@@ -204,33 +188,33 @@ def traced_step(optimizer: Optimizer) -> Callable[[Tensor], Tensor]:
 )
 @of_this_torch
 def test_a_trace_does_not_lose_the_update(backend: str) -> None:
-    def run(make: Make) -> tuple[list[float], list[float]]:
+    ones = torch.ones(3, dtype=torch.float64)
+
+    def trains(make: Make) -> bool:
+        """Whether the graph of a step does."""
         optimizer = make([param(3)], lr=0.1)
         train(optimizer, 1)
-        (weight,) = params_of(optimizer)
-        graph = make_fx(traced_step(optimizer))(torch.ones(3, dtype=torch.float64))
-        before = weight.tolist()
-        graph(torch.ones(3, dtype=torch.float64))
-        return before, weight.tolist()
+        graph = make_fx(traced_step(optimizer))(ones)
+        before = params_of(optimizer)[0].tolist()
+        graph(ones)
+        return params_of(optimizer)[0].tolist() != before
 
-    before, after = run(fused_torch)
-    assert before != after
+    assert trains(fused_torch)
     if backend == "reference":
-        before, after = run(lambda *args, **options: FusedAdamW(*args, **options, backend=backend))
-        assert before != after
+        assert trains(functools.partial(FusedAdamW, backend=backend))
         return
-    optimizer = FusedAdamW([param(3)], lr=0.1, backend=backend)
+    weight = param(3)
+    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
     for trained in (0, 1):  # before there is a plan, and after
-        values = params_of(optimizer)[0].tolist()
-        params_of(optimizer)[0].grad = torch.ones(3, dtype=torch.float64)
+        values, weight.grad = weight.tolist(), ones
         for trace in (
-            lambda: make_fx(traced_step(optimizer))(torch.ones(3, dtype=torch.float64)),
-            lambda: make_fx(traced_step(optimizer), pre_dispatch=True)(torch.ones(3, dtype=torch.float64)),
-            lambda: torch.func.functionalize(lambda x: (optimizer.step(), x)[1])(torch.ones(3)),
+            make_fx(traced_step(optimizer)),
+            make_fx(traced_step(optimizer), pre_dispatch=True),
+            torch.func.functionalize(lambda x: (optimizer.step(), x)[1]),
         ):
             with pytest.raises(RuntimeError, match=r"a function that is traced .*backend='reference'"):
-                trace()
-        assert params_of(optimizer)[0].tolist() == values
+                trace(ones)
+        assert weight.tolist() == values
         assert len(optimizer.state) == trained
         train(optimizer, 1)
 

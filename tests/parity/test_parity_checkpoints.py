@@ -354,7 +354,6 @@ def test_copies_go_on_the_same(make: Make, copied: Callable[[Any], Any]) -> obje
     "Copies",
     "`swa_utils.AveragedModel` of the trained model",
     torch="averages its parameters",
-    also=("test_drop_in_schedulers.py::test_averaged_models",),
 )
 @pytest.mark.parity(
     "Copies",

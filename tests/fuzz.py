@@ -127,11 +127,8 @@ class Case:
         torch.save(self.optimizer.state_dict(), file)
         file.seek(0)
         counted = self.optimizer.skipped_steps
-        groups = []
-        for group, now in zip(self.groups, self.optimizer.param_groups, strict=True):
-            groups.append({**group, "params": now["params"]})
-            if isinstance(group["lr"], Tensor):
-                groups[-1]["lr"] = group["lr"].clone()
+        pairs = zip(self.groups, self.optimizer.param_groups, strict=True)
+        groups = [{**group, "lr": copy.deepcopy(group["lr"]), "params": now["params"]} for group, now in pairs]
         self.optimizer = self.make(groups)
         self.optimizer.load_state_dict(torch.load(file, weights_only=True))
         self.optimizer.skipped_steps.copy_(counted)
@@ -163,9 +160,6 @@ class Case:
             self.step()
             if self.dice.random() < 0.3:
                 self.dice.choice(events)()
-        self.check()
-
-    def check(self) -> None:
         assert int(self.optimizer.skipped_steps) == self.skipped
         for index, param in enumerate(self.params):
             state = self.optimizer.state.get(param, {})

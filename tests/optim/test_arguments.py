@@ -14,7 +14,7 @@ import numpy
 import pytest
 import torch
 from references import copies, make_params, same_bits, snapshot
-from side_by_side import params_of, train
+from side_by_side import train
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import Constant
@@ -143,17 +143,9 @@ def test_numbers_of_any_library_are_numbers(backend: str, given: dict[str, Any])
         train(optimizer)
         group = optimizer.param_groups[0]
         assert {name: group[name] for name in plain} == plain
-        assert all(isinstance(group[name], int | float) for name in ("eps", "max_grad_norm") if name in given)
+        kept = [group[name] for name in plain if name != "betas" and not isinstance(given[name], torch.Tensor)]
+        assert all(isinstance(value, int | float) for value in kept)  # no array, which may change later
         assert same_bits(snapshot(optimizer), snapshot(expected))
-
-
-def test_an_array_that_changes_later_changes_nothing() -> None:
-    rate = numpy.array(0.5)
-    optimizer = FusedAdamW(make_params([(2,)]), lr=rate)
-    rate[()] = 100.0
-    train(optimizer, 1)
-    assert optimizer.param_groups[0]["lr"] == 0.5
-    assert (params_of(optimizer)[0].abs() < 10).all()
 
 
 # Parameters.

@@ -43,14 +43,6 @@ def test_the_norm_of_many_groups_dtypes_and_missing_gradients(backend: str) -> N
     assert_same_run(optimizer, reference)
 
 
-def test_the_norm_is_only_computed_where_someone_asks(backend: str) -> None:
-    params = make_params([(5,)])
-    assert FusedAdamW(params, backend=backend).grad_norm is None
-    assert FusedAdamW(params, backend=backend, max_grad_norm=math.inf).grad_norm is not None
-    assert FusedAdamW(params, backend=backend, skip_nonfinite=True).grad_norm is not None
-    assert FusedAdamW([{"params": params, "max_grad_norm": 1.0}], backend=backend).grad_norm is not None
-
-
 def test_the_norms_tensor_is_never_replaced(backend: str) -> None:
     optimizer, reference = run_beside_torch(make_params([(5,)]), backend, max_grad_norm=1.0)
     norm, address = optimizer.grad_norm, optimizer.grad_norm.data_ptr()
@@ -65,8 +57,9 @@ def test_clipping_switched_while_training(backend: str) -> None:
     optimizer, reference = run_beside_torch(make_params([(50,), (7,)]), backend, steps=0)
     for limit in (None, 0.5, 3.0, None, math.inf, 0.5):
         optimizer.param_groups[0]["max_grad_norm"] = reference.max_grad_norm = limit
-        step_both(optimizer, reference, steps=2)
-        assert (optimizer.grad_norm is None) == (limit is None)
+        for _ in range(2):
+            assert (optimizer.grad_norm is None) == (limit is None)
+            step_both(optimizer, reference, steps=1)
     assert_same_run(optimizer, reference)
 
 

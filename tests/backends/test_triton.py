@@ -116,16 +116,17 @@ def test_layouts_that_differ_equal_torch(layouts: tuple[str, str]) -> None:
     assert_same_run(optimizer, reference)
 
 
-@pytest.mark.parametrize("amsgrad", [False, True])
-def test_infinite_parameters_and_gradients_that_are_not_finite(amsgrad: bool) -> None:
-    (param,) = make_params([(40,)])
+@pytest.mark.parametrize("options", [{}, {"amsgrad": True}, {"max_grad_norm": 1.0}], ids=str)
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_infinite_parameters_and_gradients_that_are_not_finite(value: float, options: dict[str, Any]) -> None:
+    params = make_params([(40,), (4,)])
     with torch.no_grad():
-        param[:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
-    optimizer, reference = run_beside_torch([param], "triton", steps=0, amsgrad=amsgrad)
+        params[0][:3] = torch.tensor([torch.inf, -torch.inf, torch.nan])
+    optimizer, reference = run_beside_torch(params, "triton", steps=0, **options)
     for _ in range(2):
-        (grad,) = make_grads([param])
-        grad[5], grad[6] = torch.inf, torch.nan
-        step_both(optimizer, reference, steps=1, grads=[grad])
+        grads = make_grads(params)
+        grads[0][5] = value
+        step_both(optimizer, reference, steps=1, grads=grads)
     step_both(optimizer, reference, steps=2)
     assert_same_run(optimizer, reference)
 

@@ -183,7 +183,7 @@ void run_block(const std::vector<unsigned>& order) {
 
 cudaError_t run(const cudaLaunchConfig_t& config, int device, Call* kernel_call) {
   const std::lock_guard<std::mutex> lock(one_launch);
-  const Access access(device);
+  set_access(device, true);
   const SegmentationFaults caught;
   call = kernel_call;
   gridDim = config.gridDim;
@@ -197,6 +197,7 @@ cudaError_t run(const cudaLaunchConfig_t& config, int device, Call* kernel_call)
       break;
     }
   }
+  set_access(device, false);
   return fault;
 }
 

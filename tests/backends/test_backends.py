@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,6 @@ import torch
 
 from nexus import backends
 from nexus.backends import cuda, native, reference, triton
-from nexus.backends import extension as extension_module
 
 CPU, GPU, OTHER_GPU = torch.device("cpu"), torch.device("cuda", 0), torch.device("cuda", 1)
 
@@ -68,51 +68,47 @@ def test_what_cannot_be_is_refused(there: Any, name: str, devices: list[torch.de
         backends.select(name, devices)
 
 
-class TestCuda:
-    """Why the CUDA backend cannot run, in the order in which it is found out."""
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """That of a machine with a GPU for which it has code."""
+    cuda._unavailable_on.cache_clear()
+    extension = SimpleNamespace(
+        CudaRecords=None, cuda_architectures="sm_80 sm_90", cuda_missing_code=lambda index: ""
+    )
+    monkeypatch.setattr(cuda, "extension", extension)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
+    return extension
 
-    @pytest.fixture
-    def extension(self, monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
-        """That of a machine with a GPU."""
-        cuda._unavailable_on.cache_clear()
-        extension = SimpleNamespace(
-            CudaRecords=None, cuda_architectures="sm_80 sm_90", cuda_missing_code=lambda index: ""
-        )
-        monkeypatch.setattr(cuda, "extension", extension)
-        monkeypatch.setattr(torch.version, "cuda", "13.0")
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: (7, 0))
-        monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: "Tesla V100")
-        return extension
 
-    def test_nothing_is_missing(self, extension: SimpleNamespace) -> None:
-        assert cuda.unavailable([GPU, OTHER_GPU]) is None
+# What is changed of it, and the reason then.
+REASONS: dict[str, tuple[str, Any, str]] = {
+    "no extension": ("nexus.backends.extension.extension", None, "the extension cannot be imported: no such file"),
+    "no code": ("nexus.backends.cuda.extension", SimpleNamespace(), "the extension has no CUDA code: "),
+    "a torch without CUDA": ("torch.version.cuda", None, "this PyTorch is not built for CUDA$"),
+    "no device": ("torch.cuda.is_available", lambda: False, "PyTorch finds no CUDA device$"),
+}
 
-    def test_no_extension(self, extension: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(extension_module, "extension", None)
-        monkeypatch.setattr(extension_module, "_import_error", "no such file", raising=False)
-        assert "the extension" in (cuda.unavailable() or "")
 
-    def test_no_code(self, extension: SimpleNamespace) -> None:
-        del extension.CudaRecords
-        assert (cuda.unavailable() or "").startswith("the extension has no CUDA code: ")
+@pytest.mark.parametrize(("where", "value", "words"), REASONS.values(), ids=list(REASONS))
+@pytest.mark.usefixtures("extension")
+def test_why_cuda_cannot_run(monkeypatch: pytest.MonkeyPatch, where: str, value: Any, words: str) -> None:
+    assert cuda.unavailable([GPU, OTHER_GPU]) is None
+    monkeypatch.setattr("nexus.backends.extension._import_error", "no such file", raising=False)
+    monkeypatch.setattr(where, value)
+    assert re.match(words, cuda.unavailable() or "")
 
-    def test_a_torch_without_cuda(self, extension: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.version, "cuda", None)
-        assert cuda.unavailable() == "this PyTorch is not built for CUDA"
 
-    def test_no_device(self, extension: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-        assert cuda.unavailable() == "PyTorch finds no CUDA device"
+def test_an_older_driver_is_named(extension: SimpleNamespace) -> None:
+    extension.cuda_missing_code = lambda index: "cudaErrorInsufficientDriver (CUDA driver version is ...)"
+    assert "InsufficientDriver (CUDA driver version is ...). Update the driver" in (cuda.unavailable([GPU]) or "")
 
-    def test_an_older_driver(self, extension: SimpleNamespace) -> None:
-        extension.cuda_missing_code = lambda index: "cudaErrorInsufficientDriver (CUDA driver version is ...)"
-        assert "InsufficientDriver (CUDA driver version is ...). Update the driver" in (cuda.unavailable([GPU]) or "")
 
-    def test_an_older_gpu(self, extension: SimpleNamespace) -> None:
-        extension.cuda_missing_code = lambda index: "cudaErrorNoKernelImageForDevice" if index == 1 else ""
-        assert cuda.unavailable([GPU]) is None
-        reason = cuda.unavailable([GPU, OTHER_GPU])
-        assert reason is not None
-        for words in ("sm_80 sm_90", "cuda:1 (Tesla V100, sm_70)", "NEXUS_CUDA_ARCHS=sm_70", "NoKernelImage"):
-            assert words in reason
+def test_an_older_gpu_is_named(extension: SimpleNamespace) -> None:
+    extension.cuda_missing_code = lambda index: "cudaErrorNoKernelImageForDevice" if index == 1 else ""
+    assert cuda.unavailable([GPU]) is None
+    reason = cuda.unavailable([GPU, OTHER_GPU]) or ""
+    for words in ("sm_80 sm_90", "cuda:1 (Tesla V100, sm_70)", "NEXUS_CUDA_ARCHS=sm_70", "NoKernelImage"):
+        assert words in reason

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from cases import CHUNK
-from cuda_on_cpu import NAME, captured_step, extension, runner_of, shim
+from cuda_on_cpu import NAME, captured_step, runner_of, shim
 from cuda_shim.controls import Shim
 from references import (
     Float64AdamW,
@@ -362,15 +362,3 @@ def test_several_devices_share_one_norm(gpu: Shim) -> None:
     for device_plan in split.values():
         assert int(device_plan.state.completed) == 3
         torch.testing.assert_close(device_plan.state.grad_norm, reference.grad_norm, rtol=1e-12, atol=0.0)
-
-
-# Beyond what a test can allocate.
-
-
-@pytest.mark.parametrize("numel", [2**31 - 1, 2**31, 2**31 + CHUNK + 1, 2**40 + 3])
-def test_chunks_of_huge_tensors(numel: int) -> None:
-    module = extension()
-    count = module.chunk_count(numel)
-    begin, size = module.chunk(numel, count - 1)
-    assert begin == (count - 1) * CHUNK
-    assert begin + size == numel

@@ -6,23 +6,15 @@ import math
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run, copies, set_grads
+from references import assert_same_run, make_grads, make_params, run_beside_torch, set_grads, step_both
 
 pytest.importorskip("triton")
-from triton_cases import CPU, GPU, grads_of, own_params, params_on, step_pair
-
 from nexus.backends import triton as backend
 from nexus.backends.records import layout
 from nexus.backends.triton_tables import CHUNK_ELEMENTS, CapturedGroups, DeviceTable, chunk_words, words
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.schedules import Cosine
-
-
-@pytest.fixture(params=[CPU, GPU])
-def device(request: pytest.FixtureRequest) -> str:
-    return request.param
-
 
 # The tables.
 
@@ -66,10 +58,11 @@ def test_graphs_share_a_table_that_is_fixed() -> None:
 
 
 def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = params_on("cpu", [(5,), (3,)])
+    params = make_params([(5,), (3,)])
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": Cosine(0.1, 9)}]
     optimizer = FusedAdamW(groups, max_grad_norm=math.inf, backend="triton")
-    step_pair(optimizer, Float64AdamW(params), steps=1)
+    set_grads(params, make_grads(params))
+    optimizer.step()
     monkeypatch.setattr(backend, "is_capturing", lambda device: True)
     optimizer.step()  # runs here, too; what matters is the tables that it leaves to a graph
     monkeypatch.undo()
@@ -133,24 +126,20 @@ def test_chunks_cover_every_tensor_once() -> None:
 # Pointers that move.
 
 
-def test_pointers_that_move_are_followed(device: str) -> None:
-    params = params_on(device, [(9,), (300,)])
-    optimizer, reference = FusedAdamW(copies(params), backend="triton"), Float64AdamW(params)
-    own = own_params(optimizer)
-    for step in range(6):
-        step_pair(optimizer, reference, steps=1)  # gradients are new tensors
-        if step == 2:
-            own[1].data = own[1].data.clone()
-        if step == 3:
-            for grad in (param.grad for param in own):
-                grad.zero_()
+@pytest.mark.usefixtures("device")
+def test_pointers_that_move_are_followed() -> None:
+    params = make_params([(9,), (300,)])
+    optimizer, reference = run_beside_torch(params, "triton")  # gradients are new tensors
+    params[1].data = params[1].data.clone()
+    step_both(optimizer, reference, steps=3)
     assert_same_run(optimizer, reference)
 
 
-def test_parameters_that_share_memory_are_refused(device: str) -> None:
-    memory = torch.zeros(10, device=device)
+@pytest.mark.usefixtures("device")
+def test_parameters_that_share_memory_are_refused() -> None:
+    memory = torch.zeros(10)
     params = [torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[6:]), torch.nn.Parameter(memory[5:8])]
-    set_grads(params, grads_of(params))
+    set_grads(params, make_grads(params))
     FusedAdamW(params[:2], backend="triton").step()
     with pytest.raises(ValueError, match="share memory"):
         FusedAdamW(params, backend="triton").step()

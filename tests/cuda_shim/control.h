@@ -70,15 +70,8 @@ cudaError_t may_wait(const char* function);
 // The stream's device, the current one for the null stream, or -1 where there is no such stream.
 int device_of(cudaStream_t stream);
 
-// While it lives, memory of this device is accessible.
-class Access {
- public:
-  explicit Access(int device);
-  ~Access();
-
- private:
-  int device_;
-};
+// Opens or closes the memory of a device.
+void set_access(int device, bool open);
 
 // Forgets freed memory.
 void forget_freed();

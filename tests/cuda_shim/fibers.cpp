@@ -27,81 +27,71 @@ std::mutex one_launch;
 
 namespace {
 
-// A stack on which threads run: one after another, until one waits and keeps it.
-struct Fiber {
-  ucontext_t start;
-  jmp_buf context;
-  bool started = false;
-};
-
 enum class State : int { kReady, kAtBarrier, kAtShuffle, kDone };
 
+// A thread of a block, with a stack that later blocks use again.
 struct Thread {
   State state;
-  int fiber;
   uint64_t brought;  // to a shuffle
   unsigned source;   // the lane whose bits it takes from there
   uint64_t received;
+  ucontext_t start;
+  jmp_buf context;
+  bool started;
 };
 
 // Of the block that runs.
 Call* call = nullptr;
 Thread threads[kMaxThreads];
-std::vector<unsigned> order;
 unsigned size = 0;
-unsigned begun = 0;
 unsigned done = 0;
 unsigned arrived = 0;  // of those at the block's barrier
 unsigned current = 0;
-Fiber fibers[kMaxThreads];
-int fibers_in_use = 0;
-int running_fiber = 0;
 jmp_buf scheduler;
 cudaError_t fault = cudaSuccess;
 thread_local bool in_kernel = false;
 
-// The threads that nobody has begun run here, until one of them waits; then the scheduler takes another
-// fiber. A kernel without barriers so needs a single one.
-void run_threads() {
-  for (;;) {
-    while (begun < size) {
-      threadIdx = current = order[begun++];
-      threads[current].fiber = running_fiber;
-      call->run();
-      threads[current].state = State::kDone;
-      ++done;
-    }
-    if (_setjmp(fibers[running_fiber].context) == 0) {
-      _longjmp(scheduler, 1);
-    }
+// Lets others run, until this thread is resumed.
+void wait(State state) {
+  threads[current].state = state;
+  if (_setjmp(threads[current].context) == 0) {
+    _longjmp(scheduler, 1);
   }
 }
 
-void start(Fiber& fiber) {
-  if (fiber.start.uc_stack.ss_sp == nullptr) {
+void run_thread() {
+  for (;;) {
+    call->run();
+    ++done;
+    wait(State::kDone);
+  }
+}
+
+void start(Thread& thread) {
+  if (thread.start.uc_stack.ss_sp == nullptr) {
     constexpr size_t kStack = 128 << 10;
     constexpr size_t kGuard = 4 << 10;  // faults when a stack overflows
     void* memory = mmap(nullptr, kGuard + kStack, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) {
       throw std::bad_alloc();
     }
-    getcontext(&fiber.start);
-    fiber.start.uc_stack.ss_sp = static_cast<char*>(memory) + kGuard;
-    fiber.start.uc_stack.ss_size = kStack;
+    getcontext(&thread.start);
+    thread.start.uc_stack.ss_sp = static_cast<char*>(memory) + kGuard;
+    thread.start.uc_stack.ss_size = kStack;
   }
-  makecontext(&fiber.start, run_threads, 0);
-  fiber.started = true;
-  setcontext(&fiber.start);
+  makecontext(&thread.start, run_thread, 0);
+  thread.started = true;
+  setcontext(&thread.start);
 }
 
-// Returns when the fiber's thread waits, when all threads of the fiber are done, or at a fault.
-void resume(int fiber) {
-  running_fiber = fiber;
+// Returns when the thread waits, when it is done, or at a fault.
+void resume(unsigned thread) {
+  threadIdx = current = thread;
   if (_setjmp(scheduler) == 0) {
-    if (fibers[fiber].started) {
-      _longjmp(fibers[fiber].context, 1);
+    if (threads[thread].started) {
+      _longjmp(threads[thread].context, 1);
     }
-    start(fibers[fiber]);
+    start(threads[thread]);
   }
 }
 
@@ -147,13 +137,6 @@ class SegmentationFaults {
   }
 };
 
-// Lets others run, until this thread is ready again.
-void wait() {
-  if (_setjmp(fibers[running_fiber].context) == 0) {
-    _longjmp(scheduler, 1);
-  }
-}
-
 std::vector<unsigned> arranged(unsigned count, Order how) {
   std::vector<unsigned> items(count);
   std::iota(items.begin(), items.end(), 0u);
@@ -175,21 +158,16 @@ void note_deadlock() {
       std::to_string(size - done) + " threads of the block wait, " + std::to_string(done) + " have returned";
 }
 
-void run_block() {
+void run_block(const std::vector<unsigned>& order) {
   memset(nexus_shim_shared_begin, 0xCC, nexus_shim_shared_end - nexus_shim_shared_begin);
-  std::fill_n(threads, size, Thread{});
-  begun = done = arrived = 0;
-  fibers_in_use = 0;
-  while (begun < size && fault == cudaSuccess) {
-    resume(fibers_in_use++);
-  }
+  std::for_each(threads, threads + size, [](Thread& thread) { thread.state = State::kReady; });
+  done = arrived = 0;
   while (done < size && fault == cudaSuccess) {
     bool stuck = true;
-    for (unsigned i = 0; i < size && fault == cudaSuccess; ++i) {
-      if (threads[order[i]].state == State::kReady) {
+    for (const unsigned thread : order) {
+      if (threads[thread].state == State::kReady && fault == cudaSuccess) {
         stuck = false;
-        threadIdx = current = order[i];
-        resume(threads[current].fiber);
+        resume(thread);
       }
     }
     if (stuck) {
@@ -197,7 +175,7 @@ void run_block() {
     }
   }
   if (fault != cudaSuccess) {  // their frames are abandoned
-    std::for_each(fibers, fibers + fibers_in_use, [](Fiber& fiber) { fiber.started = false; });
+    std::for_each(threads, threads + size, [](Thread& thread) { thread.started = false; });
   }
 }
 
@@ -205,7 +183,7 @@ void run_block() {
 
 cudaError_t run(const cudaLaunchConfig_t& config, int device, Call* kernel_call) {
   const std::lock_guard<std::mutex> lock(one_launch);
-  const Access access(device);
+  set_access(device, true);
   const SegmentationFaults caught;
   call = kernel_call;
   gridDim = config.gridDim;
@@ -213,22 +191,21 @@ cudaError_t run(const cudaLaunchConfig_t& config, int device, Call* kernel_call)
   size = blockDim.x;
   fault = cudaSuccess;
   for (const unsigned block : arranged(gridDim.x, control.block_order)) {
-    order = arranged(size, control.thread_order);
     blockIdx = block;
-    run_block();
+    run_block(arranged(size, control.thread_order));
     if (fault != cudaSuccess) {
       break;
     }
   }
+  set_access(device, false);
   return fault;
 }
 
 unsigned lane() { return current % 32; }
 
 void wait_for_block() {
-  threads[current].state = State::kAtBarrier;
   if (++arrived < size) {
-    wait();
+    wait(State::kAtBarrier);
     return;
   }
   arrived = 0;
@@ -239,11 +216,13 @@ uint64_t wait_for_warp(uint64_t bits, unsigned source) {
   Thread& self = threads[current];
   Thread* const warp = &self - lane();
   Thread* const end = warp + 32;
-  self.state = State::kAtShuffle;
   self.brought = bits;
   self.source = source;
-  if (!std::all_of(warp, end, [](const Thread& thread) { return thread.state == State::kAtShuffle; })) {
-    wait();
+  const auto waits = [&](const Thread& thread) {
+    return &thread == &self || thread.state == State::kAtShuffle;
+  };
+  if (!std::all_of(warp, end, waits)) {
+    wait(State::kAtShuffle);
     return self.received;
   }
   std::for_each(warp, end, [=](Thread& thread) {

@@ -21,18 +21,15 @@ std::map<void*, Allocation> allocations;
 
 size_t rounded_up(size_t bytes, size_t multiple) { return (bytes + multiple - 1) / multiple * multiple; }
 
-void protect(int device, int protection) {
+}  // namespace
+
+void set_access(int device, bool open) {
   for (const auto& [address, allocation] : allocations) {
     if (!allocation.freed && allocation.device == device) {
-      mprotect(allocation.pages, allocation.size, protection);
+      mprotect(allocation.pages, allocation.size, open ? PROT_READ | PROT_WRITE : PROT_NONE);
     }
   }
 }
-
-}  // namespace
-
-Access::Access(int device) : device_(device) { protect(device, PROT_READ | PROT_WRITE); }
-Access::~Access() { protect(device_, PROT_NONE); }
 
 void forget_freed() {
   for (auto it = allocations.begin(); it != allocations.end();) {

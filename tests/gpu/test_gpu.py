@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
 import torch
-from references import Float64AdamW, assert_same_run, copies, make_grads, make_params, set_grads
+from references import (
+    Float64AdamW,
+    assert_same_run,
+    copies,
+    make_grads,
+    make_params,
+    params_of,
+    run_beside_torch,
+    set_grads,
+    step_both,
+)
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
@@ -22,30 +32,8 @@ def name(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
-def params_on(device: str, shapes: Sequence[tuple[int, ...]], dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    return [torch.nn.Parameter(param.detach().to(device)) for param in make_params(shapes, dtype)]
-
-
-def grads_of(params: Sequence[Tensor]) -> list[Tensor]:
-    return [grad.to(param.device) for grad, param in zip(make_grads(params), params, strict=True)]
-
-
-def own_params(optimizer: torch.optim.Optimizer) -> list[Tensor]:
-    return [param for group in optimizer.param_groups for param in group["params"]]
-
-
-def step_pair(optimizer: FusedAdamW, reference: Float64AdamW, steps: int) -> None:
-    for _ in range(steps):
-        grads = grads_of(own_params(optimizer))
-        set_grads(own_params(optimizer), grads)
-        reference.step(grads)
-        optimizer.step()
-
-
-@pytest.fixture
-def sync_debug_mode() -> Iterator[Callable[[str], None]]:
-    yield torch.cuda.set_sync_debug_mode
-    torch.cuda.set_sync_debug_mode("default")
+def params_on(device: str, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
+    return [torch.nn.Parameter(param.detach().to(device)) for param in make_params(shapes)]
 
 
 def test_no_step_waits_for_the_device(name: str, sync_debug_mode: Callable[[str], None]) -> None:
@@ -75,17 +63,15 @@ def test_no_step_waits_for_the_device(name: str, sync_debug_mode: Callable[[str]
 
 def test_a_step_follows_the_callers_stream(name: str) -> None:
     params = params_on("cuda", SHAPES)
-    optimizer, reference = FusedAdamW(copies(params), backend=name), Float64AdamW(params)
-    own = own_params(optimizer)
-    step_pair(optimizer, reference, steps=1)
+    optimizer, reference = run_beside_torch(params, name, steps=1)
     late = torch.cuda.Stream()
     for _ in range(3):
-        grads = grads_of(params)
-        set_grads(own, [torch.full_like(grad, torch.nan) for grad in grads])
+        grads = make_grads(params)
+        set_grads(params, [torch.full_like(grad, torch.nan) for grad in grads])
         late.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(late):
             torch.cuda._sleep(20_000_000)
-            for param, grad in zip(own, grads, strict=True):
+            for param, grad in zip(params, grads, strict=True):
                 param.grad.copy_(grad)
             optimizer.step()
         torch.cuda.current_stream().wait_stream(late)
@@ -94,30 +80,28 @@ def test_a_step_follows_the_callers_stream(name: str) -> None:
 
 
 def test_a_captured_step_goes_on_with_its_schedule(name: str) -> None:
-    options = {"lr": WSD(3, 4, 5, 1e-2), "max_grad_norm": 1.0}
     params = params_on("cuda", SHAPES)
-    optimizer, reference = FusedAdamW(copies(params), backend=name, **options), Float64AdamW(params, **options)
-    own = own_params(optimizer)
+    optimizer, reference = run_beside_torch(params, name, steps=0, lr=WSD(3, 4, 5, 1e-2), max_grad_norm=1.0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        step_pair(optimizer, reference, steps=2)
+        step_both(optimizer, reference, steps=2)
     torch.cuda.current_stream().wait_stream(side)
 
     graphs = []
     for _ in range(2):  # the second is captured without a step in between
-        static = [torch.zeros_like(param) for param in own]
-        set_grads(own, static)
+        static = [torch.zeros_like(param) for param in params]
+        set_grads(params, static)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             optimizer.step()
         graphs.append((graph, static))
     for step in range(9):
         if step % 3 == 2:
-            step_pair(optimizer, reference, steps=1)  # gradients elsewhere, eagerly
+            step_both(optimizer, reference, steps=1)  # gradients elsewhere, eagerly
             continue
         graph, static = graphs[step % 2]
-        grads = grads_of(params)
+        grads = make_grads(params)
         for target, grad in zip(static, grads, strict=True):
             target.copy_(grad)
         graph.replay()
@@ -131,11 +115,11 @@ def test_parameters_on_several_devices_have_one_norm(name: str) -> None:
     optimizer = FusedAdamW(copies(params), max_grad_norm=0.5, backend=name)
     reference = Float64AdamW([param.to("cuda:0") for param in params], max_grad_norm=0.5)
     for _ in range(4):
-        grads = grads_of(params)
-        set_grads(own_params(optimizer), grads)
+        grads = make_grads(params)
+        set_grads(params_of(optimizer), grads)
         optimizer.step()
         reference.step([grad.to("cuda:0") for grad in grads])
-    for param, expected in zip(own_params(optimizer), reference.params, strict=True):
+    for param, expected in zip(params_of(optimizer), reference.params, strict=True):
         torch.testing.assert_close(param.to("cuda:0").double(), expected, rtol=5e-7, atol=1e-6)
 
 
@@ -148,14 +132,14 @@ def test_steps_beside_torchs_fused_optimizer(name: str) -> None:
     fused = torch.optim.AdamW(theirs, lr=1.0, fused=True, **options)
     scheduler = torch.optim.lr_scheduler.LambdaLR(fused, schedule)
     for _ in range(200):
-        grads = grads_of(params)
-        set_grads(own_params(ours), grads)
+        grads = make_grads(params)
+        set_grads(params_of(ours), grads)
         set_grads(theirs, [grad.clone() for grad in grads])
         ours.step()
         torch.nn.utils.clip_grad_norm_(theirs, 1.0)
         fused.step()
         scheduler.step()
-    for own, param, their in zip(own_params(ours), params, theirs, strict=True):
+    for own, param, their in zip(params_of(ours), params, theirs, strict=True):
         assert float((their - param).detach().abs().mean()) > 0.05
         # From float64, torch comes to be 1.2e-5 away in these 200 steps, nexus 7e-7 (measured on a CPU).
         torch.testing.assert_close(own, their, rtol=0.0, atol=3e-5)

@@ -158,7 +158,7 @@ def _serve(pipe: Connection, rank: int, size: int, file: str, device: str) -> No
             return
         torch.manual_seed(20_240_404)
         try:
-            answer = None, inspect.unwrap(function)(*args, **given)
+            answer = None, getattr(function, "__wrapped__", function)(*args, **given)
         except BaseException:
             answer = traceback.format_exc(), None
         pipe.send_bytes(pickle.dumps(answer))

@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from distributed_cases import SCHEDULE, Net, batch, loss_of, train_alone
-from torch import Tensor
+from distributed_cases import SCHEDULE, Net, batch, loss_of, train_alone, whole
+from references import Float64AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -22,8 +22,8 @@ from nexus.training.schedulers import WSDScheduler
 
 ROWS = 12  # of a batch
 UPDATES = 30
-DRIVERS = ("inside", "nexus", "torch")  # what evaluates the schedule
-DECAY = 0.1
+RATES = [SCHEDULE(t) for t in range(UPDATES)]
+DECAY, CLIP = 0.1, 0.7
 
 
 @contextlib.contextmanager
@@ -37,67 +37,25 @@ def fresh_accelerate(**environment: str) -> Iterator[None]:
                 yield
 
 
-def make_model(dtype: torch.dtype) -> Net:
+def make_model(dtype: torch.dtype = torch.float32) -> Net:
     torch.manual_seed(1)
     return Net().to(dtype)
-
-
-def make_loader(size: int, dtype: torch.dtype, updates: int = UPDATES) -> DataLoader[Any]:
-    xs, ys = zip(*(batch(step, dtype) for step in range(updates)), strict=True)
-    return DataLoader(TensorDataset(torch.cat(xs), torch.cat(ys)), batch_size=size)
 
 
 def make_optimizer(
     model: torch.nn.Module, driver: str, *, lengthened: int = 1, **options: Any
 ) -> tuple[FusedAdamW, Any]:
-    """The optimizer and its scheduler, if any. The scheduler's phases may be lengthened."""
+    """The optimizer, and the scheduler that drives it, if any. The scheduler's phases may be lengthened."""
     if driver == "inside":
         return FusedAdamW(model.parameters(), lr=SCHEDULE, weight_decay=DECAY, **options), None
-    phases = {
-        f"{name}_steps": lengthened * getattr(SCHEDULE, f"{name}_steps") for name in ("warmup", "stable", "decay")
-    }
-    schedule = WSD(**phases, peak_lr=SCHEDULE.peak_lr, min_lr=SCHEDULE.min_lr)
     optimizer = FusedAdamW(model.parameters(), lr=1.0, weight_decay=DECAY, **options)
-    if driver == "torch":
-        return optimizer, LambdaLR(optimizer, schedule)
-    return optimizer, WSDScheduler(optimizer, **phases, peak_lr=schedule.peak_lr, min_lr=schedule.min_lr)
-
-
-def prepare(accelerator: Accelerator, *parts: Any) -> tuple[Any, ...]:
-    """Of parts of which some are None."""
-    prepared = iter(accelerator.prepare(*(part for part in parts if part is not None)))
-    return tuple(None if part is None else next(prepared) for part in parts)
-
-
-def train(
-    accelerator: Accelerator, model: Any, optimizer: Any, loader: Any, scheduler: Any, max_norm: float | None = None
-) -> list[float]:
-    """A loop as accelerate's documentation has it. Returns the rate of every update, read where it was used."""
-    inner, rates = optimizer.optimizer, []
-    handle = inner.register_step_post_hook(lambda *_: rates.append(float(inner.param_groups[0]["lr"])))
-    for x, y in loader:
-        with accelerator.accumulate(model):
-            accelerator.backward(loss_of(model, x, y))
-            if accelerator.sync_gradients and max_norm is not None:
-                accelerator.clip_grad_norm_(model.parameters(), max_norm)
-            optimizer.step()
-            if scheduler is not None:
-                scheduler.step()
-            optimizer.zero_grad()
-    handle.remove()
-    return rates
-
-
-def trained_without(max_grad_norm: float | None, updates: int = UPDATES) -> list[Tensor]:
-    """The parameters after float64 torch alone: one process, whole batches, no accelerate."""
-    alone = make_model(torch.float64)
-    train_alone(alone, updates, lr=SCHEDULE, weight_decay=DECAY, max_grad_norm=max_grad_norm)
-    return [param.detach() for param in alone.parameters()]
-
-
-def assert_trained(model: torch.nn.Module, expected: list[Tensor]) -> None:
-    for param, value in zip(model.parameters(), expected, strict=True):
-        torch.testing.assert_close(param.detach(), value, rtol=1e-10, atol=1e-10)  # as under DDP
+    phases = [lengthened * steps for steps in (SCHEDULE.warmup_steps, SCHEDULE.stable_steps, SCHEDULE.decay_steps)]
+    make: Any = {
+        "nothing": lambda *_: None,
+        "nexus": WSDScheduler,
+        "torch": lambda optimizer, *arguments: LambdaLR(optimizer, WSD(*arguments)),
+    }[driver]
+    return optimizer, make(optimizer, *phases, SCHEDULE.peak_lr, SCHEDULE.min_lr)
 
 
 def accelerator_with_a_scaler(**options: Any) -> Accelerator:
@@ -107,3 +65,102 @@ def accelerator_with_a_scaler(**options: Any) -> Accelerator:
     accelerator.native_amp = True
     accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=7)
     return accelerator
+
+
+class Run:
+    """A loop as accelerate's documentation has it, beside float64 torch on the same gradients.
+
+    Args:
+        accelerator: that prepares everything.
+        driver: what evaluates the schedule: "inside", "nexus", "torch" or "nothing".
+        dtype: of the model.
+        rows: of each process's batch.
+        clips: "ours" or "accelerate's"; both clip to the same norm.
+        updates: how many there are batches for.
+        options: for `make_optimizer`.
+    """
+
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        driver: str,
+        dtype: torch.dtype = torch.float32,
+        *,
+        rows: int = ROWS,
+        clips: str = "ours",
+        updates: int = UPDATES,
+        **options: Any,
+    ) -> None:
+        model = make_model(dtype)
+        self.accelerator, self.clips_itself = accelerator, clips == "ours"
+        self.own, scheduler = make_optimizer(
+            model, driver, max_grad_norm=CLIP if self.clips_itself else None, **options
+        )
+        amsgrad = options.get("amsgrad", False)
+        self.reference = Float64AdamW(
+            list(model.parameters()), lr=SCHEDULE, weight_decay=DECAY, max_grad_norm=CLIP, amsgrad=amsgrad
+        )
+        xs, ys = zip(*(batch(step, dtype) for step in range(updates)), strict=True)
+        loader = DataLoader(TensorDataset(torch.cat(xs), torch.cat(ys)), batch_size=rows)
+        parts = [model, self.own, loader] if scheduler is None else [model, self.own, loader, scheduler]
+        self.model, self.optimizer, self.loader, *rest = accelerator.prepare(*parts)
+        self.scheduler = rest[0] if rest else None
+        self.rates: list[float] = []
+
+    def updates(self, batches: Iterable[Any] | None = None, overflows: Collection[int] = ()) -> Iterator[bool]:
+        """Train, and tell after each update whether its gradients, of all processes, have overflowed.
+
+        Args:
+            batches: those of the loader, if not given.
+            overflows: the updates whose last loss is too large in this process.
+        """
+        number = 0
+        for x, y in self.loader if batches is None else batches:
+            with self.accelerator.accumulate(self.model):
+                last = self.accelerator.sync_gradients
+                too_large = last and number in overflows
+                self.accelerator.backward(loss_of(self.model, x * 1e6 if too_large else x, y))
+                overflowed = last and not self.finish_gradients()
+                self.optimizer.step()
+                if last and not overflowed:
+                    self.rates.append(self.rate())
+                if self.scheduler is not None:
+                    self.scheduler.step()
+                self.optimizer.zero_grad()
+            if last:
+                yield overflowed
+                number += 1
+
+    def finish_gradients(self) -> bool:
+        """Let the reference make its step, unless there was an overflow, and clip. Returns whether it has."""
+        scale = 1.0 if self.accelerator.scaler is None else self.accelerator.scaler.get_scale()
+        grads = [whole(param.grad).double() / scale for param in self.model.parameters()]
+        finite = all(bool(grad.isfinite().all()) for grad in grads)
+        if finite:
+            self.reference.step(grads)
+        if not self.clips_itself:
+            self.accelerator.clip_grad_norm_(self.model.parameters(), CLIP)
+        return finite
+
+    def rate(self) -> float:
+        """The rate that the last step has used, as a user would log it: a scheduler has no tensor for it."""
+        used = float(self.own.param_groups[0]["lr"])
+        if self.scheduler is not None:
+            (logged,) = self.scheduler.get_last_lr()
+            assert type(logged) is float
+            assert logged == used
+        return used
+
+    def train(self, batches: Iterable[Any] | None = None) -> list[float]:
+        """The rates of updates of which none overflows."""
+        before = len(self.rates)
+        assert not any(self.updates(batches))
+        return self.rates[before:]
+
+
+def assert_trained(model: torch.nn.Module, max_grad_norm: float | None = CLIP) -> None:
+    """As by float64 torch alone: one process, whole batches, no accelerate."""
+    alone = make_model(torch.float64)
+    train_alone(alone, UPDATES, lr=SCHEDULE, weight_decay=DECAY, max_grad_norm=max_grad_norm)
+    for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(whole(param.detach()), expected.detach(), rtol=1e-10, atol=1e-10)

@@ -1,8 +1,7 @@
-"""`LearningRateMonitor` of nexus.integrations: the rates of Lightning's runs as floats, each that of its update."""
+"""Rates in Lightning's logs: `LearningRateMonitor` of nexus.integrations, and Lightning's own, and its `log`."""
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
 import runpy
@@ -13,21 +12,19 @@ from typing import Any
 import pytest
 import torch
 from lightning_cases import (
+    EVERY_WAY,
+    RATES,
     SCHEDULE,
     STEPS,
+    WAYS,
     Batches,
-    Configure,
     JsonLogger,
-    Overflowing,
     Regression,
+    csv_column,
     fit,
     inside,
-    own_scheduler,
     pl,
-    scheduled,
-    torchs,
-    torchs_scheduler,
-    torchs_scheduler_over_a_tensor,
+    quiet,
 )
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
@@ -38,39 +35,15 @@ from nexus.integrations import lightning as nexus_lightning
 from nexus.integrations.lightning import LearningRateMonitor
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine, CosineRestarts
-from nexus.training.schedulers import FollowingScheduler
 
-# Lightning asks torch's pytree for a class that torch 2.13 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore:`isinstance.treespec, LeafSpec.` is deprecated:FutureWarning")
+pytestmark = quiet
+each_way = pytest.mark.parametrize("way", EVERY_WAY)
 
-RATES = [SCHEDULE(t) for t in range(STEPS)]
 BATCHES = [(epoch, batch) for epoch in range(5) for batch in range(5)]
 
 
-def followed(module: Regression) -> dict[str, Any]:
-    optimizer = inside(module)
-    return scheduled(optimizer, FollowingScheduler(optimizer))
-
-
-def torchs_over_a_tensor(module: Regression) -> dict[str, Any]:
-    rate = torch.tensor(1.0, dtype=torch.float64)
-    optimizer = torch.optim.AdamW(module.parameters(), lr=rate, weight_decay=0.1, foreach=False)
-    return scheduled(optimizer, LambdaLR(optimizer, SCHEDULE))
-
-
-EVERY_WAY = [
-    inside,
-    followed,
-    own_scheduler,
-    torchs_scheduler,
-    torchs_scheduler_over_a_tensor,
-    torchs,
-    torchs_over_a_tensor,
-]
-
-
-def name_of(configure: Configure) -> str:
-    return "lr-AdamW" if configure in (torchs, torchs_over_a_tensor) else "lr-FusedAdamW"
+def name_of(way: str) -> str:
+    return "lr-AdamW" if "AdamW" in way else "lr-FusedAdamW"
 
 
 def floats(lrs: dict[str, list[Any]]) -> dict[str, list[float]]:
@@ -79,37 +52,56 @@ def floats(lrs: dict[str, list[Any]]) -> dict[str, list[float]]:
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
-@pytest.mark.parametrize("configure", EVERY_WAY)
-def test_every_rate_is_the_float_that_its_update_uses(tmp_path: Path, configure: Configure, accumulated: int) -> None:
+@each_way
+def test_every_rate_is_the_float_that_its_update_uses(tmp_path: Path, way: str, accumulated: int) -> None:
     loggers, monitor = [JsonLogger(), pl.loggers.CSVLogger(tmp_path)], LearningRateMonitor("step")
-    module = fit(tmp_path, configure, logger=loggers, callbacks=[monitor], accumulate_grad_batches=accumulated)
-    name = name_of(configure)
+    options = {"logger": loggers, "callbacks": [monitor], "accumulate_grad_batches": accumulated}
+    module = fit(tmp_path, EVERY_WAY[way], **options)
+    name = name_of(way)
     assert loggers[0].column(name) == RATES
-    loggers[1].save()
-    with open(Path(loggers[1].log_dir) / "metrics.csv", encoding="utf-8") as file:
-        logged = {int(row["step"]): float(row[name]) for row in csv.DictReader(file)}
-    assert logged == dict(enumerate(RATES))
+    assert csv_column(loggers[1], name) == dict(enumerate(RATES))
     updates = [epoch * -(-5 // accumulated) + batch // accumulated for epoch, batch in BATCHES]
     assert floats(monitor.lrs) == {name: [SCHEDULE(t) for t in updates if t < STEPS]}  # one for each batch
     assert json.loads(json.dumps(monitor.lrs)) == monitor.lrs
     assert module.trainer.callback_metrics[name] == torch.tensor(RATES[-1])
 
 
-@pytest.mark.parametrize("configure", EVERY_WAY)
+@each_way
 @pytest.mark.parametrize("interval", ["epoch", None])
-def test_rates_at_the_start_of_epochs(tmp_path: Path, configure: Configure, interval: str | None) -> None:
+def test_rates_at_the_start_of_epochs(tmp_path: Path, way: str, interval: str | None) -> None:
     logger, monitor = JsonLogger(), LearningRateMonitor(interval)
-    fit(tmp_path, configure, logger=logger, callbacks=[monitor], accumulate_grad_batches=2)
-    name, updates = name_of(configure), [3 * epoch + batch // 2 for epoch, batch in BATCHES]
+    fit(tmp_path, EVERY_WAY[way], logger=logger, callbacks=[monitor], accumulate_grad_batches=2)
+    name, updates = name_of(way), [3 * epoch + batch // 2 for epoch, batch in BATCHES]
     if interval == "epoch":
         starts = range(0, STEPS, 3)
         expected = [SCHEDULE(t) for t in starts]
         assert {step: row[name] for step, row in logger.rows.items()} == {t: SCHEDULE(t) for t in starts}
     else:  # without a scheduler, which says which of the two it is: both
-        again = {epoch * 5 for epoch in range(5)} if configure is inside else set()
+        again = {epoch * 5 for epoch in range(5)} if way == "inside" else set()
         expected = [SCHEDULE(t) for i, t in enumerate(updates) for _ in range(1 + (i in again)) if t < STEPS]
         assert logger.column(name) == RATES
     assert floats(monitor.lrs) == {name: expected}
+
+
+# Lightning hands a rate that is a tensor to torch.tensor(), which says that it copies.
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")
+@pytest.mark.parametrize("way", WAYS)
+def test_lightnings_own_monitor_logs_what_is_in_the_group(tmp_path: Path, way: str) -> None:
+    """Where that is a tensor, so is the rate: CSVLogger reads it, and JSON refuses it."""
+    logger = pl.loggers.CSVLogger(tmp_path)
+    fit(tmp_path, WAYS[way], logger=logger, callbacks=[pl.callbacks.LearningRateMonitor("step")])
+    late = way == "inside"  # without a scheduler, the rate of the step before is there when a batch begins
+    assert csv_column(logger, "lr-FusedAdamW") == {t: SCHEDULE(max(0, t - late)) for t in range(STEPS)}
+    logger, monitor = JsonLogger(), pl.callbacks.LearningRateMonitor("step", True, True)
+    if way == "torch's scheduler":
+        fit(tmp_path, WAYS[way], logger=logger, callbacks=[monitor])
+        assert logger.column("lr-FusedAdamW") == RATES
+        assert monitor.lrs == {"lr-FusedAdamW": RATES}
+        assert logger.column("lr-FusedAdamW-momentum") == [0.9] * STEPS
+        assert logger.column("lr-FusedAdamW-weight_decay") == [0.1] * STEPS
+    else:
+        with pytest.raises(TypeError, match="Tensor is not JSON serializable"):
+            fit(tmp_path, WAYS[way], logger=logger, callbacks=[monitor])
 
 
 def test_it_is_lightnings_monitor_and_logs_what_that_logs_of_torchs_adamw(tmp_path: Path) -> None:
@@ -160,6 +152,14 @@ RESTARTS = CosineRestarts(0.1, cycle_length=4)
 DECAYS = Cosine(0.2, 12, 0.01)
 
 
+class LoggedByItself(Regression):
+    """With Lightning's `log`, the rates that its steps have used."""
+
+    def on_train_batch_end(self, *args: Any) -> None:
+        for group, name in zip(self.trainer.optimizers[0].param_groups, ("first", "second"), strict=True):
+            self.log(name, group["lr"])
+
+
 def two_groups(module: Regression) -> FusedAdamW:
     first, last = module.net[0], module.net[2]
     groups = [
@@ -170,20 +170,23 @@ def two_groups(module: Regression) -> FusedAdamW:
 
 
 def test_every_group_has_its_own_rate_and_weight_decay(tmp_path: Path) -> None:
-    logger, monitor = JsonLogger(), LearningRateMonitor("step", log_momentum=True, log_weight_decay=True)
-    fit(tmp_path, two_groups, logger=logger, callbacks=[monitor])
-    expected = {
-        "lr-FusedAdamW/first": [0.3 * rate for rate in RATES],
-        "lr-FusedAdamW/pg2": [RESTARTS(t) for t in range(STEPS)],
-    }
+    loggers = [JsonLogger(), pl.loggers.CSVLogger(tmp_path)]
+    monitor = LearningRateMonitor("step", log_momentum=True, log_weight_decay=True)
+    fit(tmp_path, two_groups, LoggedByItself, logger=loggers, callbacks=[monitor])
+    first, second = [0.3 * rate for rate in RATES], [RESTARTS(t) for t in range(STEPS)]
+    expected = {"lr-FusedAdamW/first": first, "lr-FusedAdamW/pg2": second}
     assert floats(monitor.lrs) == expected
     expected |= {
         "lr-FusedAdamW/first-weight_decay": [DECAYS(t) for t in range(STEPS)],
         "lr-FusedAdamW/pg2-weight_decay": [0.05] * STEPS,
         "lr-FusedAdamW/first-momentum": [0.9] * STEPS,
         "lr-FusedAdamW/pg2-momentum": [0.9] * STEPS,
+        "first": first,
+        "second": second,
     }
-    assert {name: logger.column(name) for name in logger.rows[0]} == expected
+    names = set(loggers[0].rows[0]) - {"epoch"}
+    assert {name: loggers[0].column(name) for name in names} == expected
+    assert {name: list(csv_column(loggers[1], name).values()) for name in names} == expected
     assert monitor.last_weight_decay_values["lr-FusedAdamW/first-weight_decay"] == DECAYS(STEPS - 1)
 
 
@@ -227,24 +230,6 @@ def test_what_has_changed_between_steps_is_what_the_next_step_uses(tmp_path: Pat
     assert history[0].read().lr[:, 0].tolist() == monitor.lrs["lr-FusedAdamW/pg1"]
 
 
-def test_after_a_skipped_step_the_rate_is_that_of_the_step_which_comes_again(tmp_path: Path) -> None:
-    monitor, scaler = LearningRateMonitor("step"), torch.amp.GradScaler("cpu", init_scale=2.0**10)
-    plugins = [pl.plugins.precision.MixedPrecision("16-mixed", "cpu", scaler)]
-    fit(tmp_path, inside, Overflowing, plugins=plugins, logger=JsonLogger(), callbacks=[monitor])
-    assert floats(monitor.lrs) == {"lr-FusedAdamW": [SCHEDULE(t - (t > 5)) for t in range(STEPS)]}
-
-
-@pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended before:UserWarning")  # in mid-epoch
-@pytest.mark.filterwarnings("ignore:Checkpoint directory .* is not empty:UserWarning")
-@pytest.mark.parametrize("configure", EVERY_WAY)
-def test_a_resumed_run_goes_on_with_the_rate_of_its_update(tmp_path: Path, configure: Configure) -> None:
-    monitors = [LearningRateMonitor("step") for _ in range(2)]
-    for monitor, resume in zip(monitors, [{}, {"ckpt_path": tmp_path / "step=7.ckpt"}], strict=True):
-        checkpoint = pl.callbacks.ModelCheckpoint(tmp_path, "{step}", every_n_train_steps=7, save_top_k=-1)
-        fit(tmp_path, configure, resume=resume, logger=JsonLogger(), callbacks=[monitor, checkpoint])
-    assert [floats(monitor.lrs)[name_of(configure)] for monitor in monitors] == [RATES, RATES[7:]]
-
-
 def test_the_device_is_asked_once_for_each_schedule_and_only_when_something_is_logged(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -286,11 +271,9 @@ def test_pytorch_lightning_will_do(tmp_path: Path) -> None:
 
         configure_optimizers = inside
 
-    logger = older.loggers.CSVLogger(tmp_path)
-    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
-    trainer = older.Trainer(
-        accelerator="cpu", max_epochs=1, log_every_n_steps=1, logger=logger, callbacks=[monitor], **quiet
-    )
+    options = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+    options |= {"max_epochs": 1, "log_every_n_steps": 1, "logger": older.loggers.CSVLogger(tmp_path)}
+    trainer = older.Trainer(accelerator="cpu", callbacks=[monitor], **options)
     trainer.fit(Module(), Batches(STEPS))
     assert floats(monitor.lrs) == {"lr-FusedAdamW": RATES}
 
@@ -308,10 +291,7 @@ def test_a_lightning_that_reads_groups_elsewhere_is_refused(monkeypatch: pytest.
         runpy.run_path(nexus_lightning.__file__)
 
 
-def test_the_old_path_has_the_same_class() -> None:
+def test_the_old_path_has_the_same_class_and_no_package_imports_lightning_unasked() -> None:
     assert importlib.import_module("nexus.training.lightning").LearningRateMonitor is LearningRateMonitor
-
-
-def test_no_package_imports_lightning_unasked() -> None:
     for package in (nexus.training, nexus.integrations):
         assert "lightning" not in Path(package.__file__).read_text("utf-8")

@@ -70,8 +70,10 @@ def test_lowering_equals_formula(schedule: Schedule) -> None:
     assert all(0 <= row.start <= MAX_STEP or row.start == NEVER for row in segments)
     assert all(int(float(row.start)) == row.start and int(float(row.length)) == row.length for row in segments)
     if isinstance(schedule, WSD):
-        assert [row.curve for row in segments] == [Curve.RISE, 0, DECAYS[schedule.decay_type], Curve.CONSTANT]
-        assert (schedule.stable_steps is not None) or [row.start for row in segments[2:]] == [2**62, 2**62]
+        decay = DECAYS[schedule.decay_type]
+        assert [row.curve for row in segments] == [Curve.RISE, Curve.CONSTANT, decay, Curve.CONSTANT]
+        if schedule.stable_steps is None:
+            assert [row.start for row in segments[2:]] == [NEVER, NEVER]
     for step in [*range(200), *boundaries(schedule)]:
         rate = schedule(step)
         assert rate == interpret(segments, step), step

@@ -70,20 +70,18 @@ def default_steps(schedule: Schedule) -> int:
 
 def spans(schedule: Schedule, steps: int) -> list[Span]:
     """The phases in the first `steps` updates; of warm restarts, each cycle, if they are few."""
+    if not isinstance(schedule, CosineRestarts):
+        starts = sorted({segment.start for segment in schedule.segments() if segment.start < steps} | {steps})
+        return [Span(schedule.phase(a), a, b) for a, b in itertools.pairwise(starts)]
     found: list[Span] = []
-    if isinstance(schedule, CosineRestarts):
-        start = min(schedule.warmup_steps, steps)
-        found += [Span("warmup", 0, start)] if start else []
-        cycles: list[Span] = []
-        while start < steps and len(cycles) <= MAX_CYCLES:
-            index, _, length = schedule.cycle(start)
-            cycles.append(Span(f"cycle {index}", start, min(start + length, steps)))
-            start = cycles[-1].stop
-        if len(cycles) > MAX_CYCLES:
-            cycles = [Span("cosine", cycles[0].start, steps)]
-        return found + cycles
-    starts = sorted({segment.start for segment in schedule.segments() if segment.start < steps} | {steps})
-    return [Span(schedule.phase(a), a, b) for a, b in itertools.pairwise(starts)]
+    start = 0
+    while start < steps:
+        index, _, length = schedule.cycle(start)
+        if index == MAX_CYCLES:
+            return [*found[:-MAX_CYCLES], Span("cosine", schedule.warmup_steps, steps)]
+        found.append(Span("warmup" if index < 0 else f"cycle {index}", start, min(start + length, steps)))
+        start = found[-1].stop
+    return found
 
 
 def sample(schedule: Schedule, steps: int) -> list[int]:
@@ -108,6 +106,7 @@ def chart(schedule: Schedule, steps: int, *, width: int = 80, height: int = 10, 
                 0                     23
     """
     levels = " ▁▂▃▄▅▆▇█" if blocks else " #"
+    side, corner, bottom = "│└─" if blocks else "|+-"
     wide = max(24, width - 10 - len(" |"))  # room for two step numbers
     rates = [schedule((2 * column + 1) * steps // (2 * wide)) for column in range(wide)]
     phases = spans(schedule, steps)
@@ -117,12 +116,12 @@ def chart(schedule: Schedule, steps: int, *, width: int = 80, height: int = 10, 
     for row in reversed(range(height)):
         label = f"{top:.4g}" if row == height - 1 else "0" if row == 0 else ""
         cells = (max(0, min(level - row * (len(levels) - 1), len(levels) - 1)) for level in filled)
-        lines.append(f"{label:>10} {'│' if blocks else '|'}" + "".join(levels[cell] for cell in cells))
-    lines.append(" " * 11 + ("└" + "─" * wide if blocks else "+" + "-" * wide))
+        lines.append(f"{label:>10} {side}" + "".join(levels[cell] for cell in cells))
+    lines.append(" " * 11 + corner + bottom * wide)
     names = [" "] * wide
     for phase in phases:
         a, b = phase.start * wide // steps, phase.stop * wide // steps
-        edge = ("│" if blocks else "|") if phase.start else ""
+        edge = side if phase.start else ""
         fits = len(edge + phase.name) <= b - a
         names[a:b] = (edge + phase.name * fits)[: b - a].ljust(b - a)
     last = f"{steps - 1:,}"
@@ -199,12 +198,7 @@ _count_or_none.__name__ = "int"  # argparse names it: "invalid int value"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m nexus plot`: for each schedule, its own arguments."""
     kinds = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join(KINDS) + "}")
-    parse: dict[str, Callable[[str], Any]] = {
-        "int": int,
-        "float": float,
-        "str": str,
-        "int | None": _count_or_none,
-    }
+    parse: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "int | None": _count_or_none}
     for kind, schedule in KINDS.items():
         name = type(schedule).__name__
         options = kinds.add_parser(kind, help=name, description=f"draw {name}", allow_abbrev=False)
@@ -221,27 +215,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws what `add_arguments` parsed; returns the exit code."""
+    kind: Any = type(KINDS[args.kind])
     try:
-        kind: Any = type(KINDS[args.kind])
         schedule = kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
         steps = default_steps(schedule) if args.steps is None else check_count("steps", args.steps, low=2)
-        if args.output is not None and not args.output.lower().endswith(".png"):
-            raise ValueError(f"output must be a path that ends in .png, got {args.output!r}")
+        if args.output is not None:
+            if not args.output.lower().endswith(".png"):
+                raise ValueError(f"output must be a path that ends in .png, got {args.output!r}")
+            draw(schedule, args.output, steps)
     except ValueError as error:
-        return _refuse(str(error))
-    if args.output is None:
-        print(repr(schedule))
-        width = shutil.get_terminal_size().columns
-        print(chart(schedule, steps, width=width, blocks=_prints_blocks()))
-        return 0
-    try:
-        draw(schedule, args.output, steps)
+        reason = str(error)
     except ImportError as error:
-        return _refuse(f"a picture needs matplotlib ({error}): pip install 'nexus-optim[plot]'")
+        reason = f"a picture needs matplotlib ({error}): pip install 'nexus-optim[plot]'"
     except OSError as error:
-        return _refuse(f"cannot write {args.output!r}: {error.strerror or error}")
-    print(args.output)
-    return 0
+        reason = f"cannot write {args.output!r}: {error.strerror or error}"
+    else:
+        width = shutil.get_terminal_size().columns
+        print(args.output or f"{schedule!r}\n{chart(schedule, steps, width=width, blocks=_prints_blocks())}")
+        return 0
+    print(f"python -m nexus plot: {reason}", file=sys.stderr)
+    return 2
 
 
 def _prints_blocks() -> bool:
@@ -250,8 +243,3 @@ def _prints_blocks() -> bool:
     except UnicodeEncodeError:
         return False
     return True
-
-
-def _refuse(reason: str) -> int:
-    print(f"python -m nexus plot: {reason}", file=sys.stderr)
-    return 2

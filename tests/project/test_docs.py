@@ -12,15 +12,10 @@ from benchmarks.cli import main as benchmarks_main
 from nexus.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [
-    ROOT / "README.md",
-    ROOT / "CONTRIBUTING.md",
-    ROOT / "benchmarks" / "README.md",
-    ROOT / "examples" / "README.md",
-    *sorted((ROOT / "docs").rglob("*.md")),
-]
-NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
-TEXTS = dict(zip(NAMES, [page.read_text("utf-8") for page in PAGES], strict=True))
+PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md", "docs/**/*.md"]
+TEXTS = {
+    path.relative_to(ROOT).as_posix(): path.read_text("utf-8") for page in PAGES for path in sorted(ROOT.glob(page))
+}
 
 # What the words around a snippet take for granted.
 GIVEN = {
@@ -44,9 +39,7 @@ def commands(text: str, start: str) -> list[str]:
 
 
 PROGRAMS = {"python -m nexus": main, "python -m benchmarks": benchmarks_main, "python examples/gpt": gpt_main}
-SHOWN = [
-    (name, program, command) for name in NAMES for program in PROGRAMS for command in commands(TEXTS[name], program)
-]
+SHOWN = [(program, command) for text in TEXTS.values() for program in PROGRAMS for command in commands(text, program)]
 
 
 def test_there_is_something_to_test() -> None:
@@ -54,13 +47,13 @@ def test_there_is_something_to_test() -> None:
     assert snippets["README.md"] >= 1
     assert snippets["docs/optimizer.md"] >= 5
     assert sum(count for name, count in snippets.items() if name.startswith("docs/schedules/")) >= 5
-    assert sum(command.startswith("python -m nexus plot") for _, _, command in SHOWN) >= 6
+    assert sum(command.startswith("python -m nexus plot") for _, command in SHOWN) >= 6
     assert len(commands(TEXTS["CONTRIBUTING.md"], "python -m pytest")) >= 4
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
 @pytest.mark.parametrize("name", [name for name, text in TEXTS.items() if blocks(text, "python")])
-def test_code(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_code(name, tmp_path, monkeypatch) -> None:
     """The snippets of a page, one after the other, as a reader would paste them."""
     monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
@@ -69,15 +62,8 @@ def test_code(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
         exec(compile(code, name, "exec"), variables)
 
 
-@pytest.mark.parametrize(("name", "program", "command"), SHOWN)
-def test_command(
-    name: str,
-    program: str,
-    command: str,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> None:
+@pytest.mark.parametrize(("program", "command"), dict.fromkeys(SHOWN))
+def test_command(program, command, tmp_path, monkeypatch, capsys) -> None:
     """Plots are drawn; of every other command, the options are looked up in its help."""
     arguments = shlex.split(command.removeprefix(program))
     if arguments[:1] == ["plot"] and "--help" not in arguments and "…" not in command:
@@ -95,7 +81,7 @@ def test_command(
     assert [word for word in arguments if word.startswith("-") and word not in text] == []
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", TEXTS)
 def test_what_a_page_names_exists(name: str) -> None:
     """Targets of make, tests, links, pictures, and each path in backticks with a folder or a source file's suffix."""
     text, folder = TEXTS[name], (ROOT / name).parent

@@ -27,44 +27,35 @@ def run(name: str) -> dict[str, object]:
         return runpy.run_path(str(EXAMPLES / f"{name}.py"))
 
 
-def printed_by(name: str) -> list[str]:
-    """What the README says that an example prints."""
-    (block,) = re.findall(rf"^```\n\$ python examples/{name}.py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return [re.sub(r"\s+", " ", line).strip() for line in block.splitlines()]
-
-
-def close(line: str, expected: str) -> bool:
-    """The same words, and numbers that are alike."""
-    number = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
-    a, b = (re.split(number, re.sub(r"\s+", " ", text).strip()) for text in (line, expected))
-    return a[::2] == b[::2] and [float(x) for x in a[1::2]] == pytest.approx([float(x) for x in b[1::2]], rel=0.2)
-
-
-def changed_lines(before: str, after: str) -> list[str]:
-    """Those in which two examples differ, without their docstrings and empty lines."""
-    codes = [
-        re.sub(r'^""".*?"""\n', "", (EXAMPLES / f"{name}.py").read_text("utf-8"), flags=re.DOTALL).splitlines()
-        for name in (before, after)
-    ]
-    return [line for line in difflib.ndiff(*codes) if line[:1] in "+-" and line[1:].strip()]
+def shown(language: str, command: str) -> list[str]:
+    """What the README shows below a command."""
+    (block,) = re.findall(rf"^```{language}\n\$ {re.escape(command)}\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
+    return block.splitlines()
 
 
 def assert_prints(lines: list[str], name: str) -> None:
-    """What the README says, with numbers that are alike."""
-    assert len(lines) == len(printed_by(name))
-    assert all(map(close, lines, printed_by(name)))
+    """The words that the README says, with numbers that are alike."""
+    number = r"(\d+(?:\.\d+)?(?:e-?\d+)?)"
+    expected = shown("", f"python examples/{name}.py")
+    assert len(lines) == len(expected)
+    for pair in zip(lines, expected, strict=True):
+        a, b = (re.split(number, " ".join(line.split())) for line in pair)
+        assert a[::2] == b[::2]
+        assert [float(x) for x in a[1::2]] == pytest.approx([float(x) for x in b[1::2]], rel=0.2)
 
 
-def diff_in_readme(before: str, after: str) -> list[str]:
-    (block,) = re.findall(rf"^```diff\n\$ diff {before}.py {after}.py\n(.*?)^```$", README, re.MULTILINE | re.DOTALL)
-    return block.splitlines()
+def code(name: str) -> list[str]:
+    """The lines of an example without its docstring."""
+    text = (EXAMPLES / f"{name}.py").read_text("utf-8")
+    return re.sub(r'^""".*?"""\n', "", text, flags=re.DOTALL).splitlines()
 
 
 @pytest.mark.parametrize(("before", "after", "most"), [(*THREE[:2], 8), (*THREE[1:], 2)])
 def test_a_few_lines_differ(before: str, after: str, most: int) -> None:
-    changed = changed_lines(before, after)
+    differences = difflib.ndiff(code(before), code(after))
+    changed = [line for line in differences if line[:1] in "+-" and line[1:].strip()]
     assert 0 < len(changed) <= most
-    assert sorted(changed) == sorted(diff_in_readme(before, after))
+    assert sorted(changed) == sorted(shown("diff", f"diff {before}.py {after}.py"))
 
 
 def test_three_reach_the_same_losses(capsys: pytest.CaptureFixture[str]) -> None:

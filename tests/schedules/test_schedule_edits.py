@@ -24,8 +24,12 @@ def rates(optimizer: FusedAdamW, steps: int) -> list[float]:
     return used
 
 
-def resumed(optimizer: FusedAdamW, schedule: WSD, backend: str) -> FusedAdamW:
-    other = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
+def make(lr: WSD | float, backend: str) -> FusedAdamW:
+    return FusedAdamW(make_params([(3,)]), lr=lr, backend=backend)
+
+
+def resumed(optimizer: FusedAdamW, schedule: WSD) -> FusedAdamW:
+    other = make(schedule, optimizer.backend)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # the schedules differ on purpose
         other.load_state_dict(optimizer.state_dict())
@@ -36,27 +40,27 @@ def resumed(optimizer: FusedAdamW, schedule: WSD, backend: str) -> FusedAdamW:
     "schedule", [WSD(0, 5, 10, 1.0), WSD(0, 5, 10, 0.5), WSD(0, 50, 10, 1.0), WSD(2, 5, 4, 1.0)], ids=str
 )
 def test_an_extension_is_carried_over_to_the_schedule_of_the_resumed_run(backend: str, schedule: WSD) -> None:
-    optimizer = FusedAdamW(make_params([(3,)]), lr=WSD(0, 5, 10, 1.0), backend=backend)
+    optimizer = make(WSD(0, 5, 10, 1.0), backend)
     optimizer.extend_stable(3)
     optimizer.extend_stable(1)
     rates(optimizer, 2)
-    assert rates(resumed(optimizer, schedule, backend), 70) == schedule.extend_stable(4).values(2, 72)
+    assert rates(resumed(optimizer, schedule), 70) == schedule.extend_stable(4).values(2, 72)
 
 
 def test_an_extension_that_float32_would_round_is_exact(backend: str) -> None:
-    optimizer = FusedAdamW(make_params([(3,)]), lr=WSD(0, 5, 10, 1.0), backend=backend)
+    optimizer = make(WSD(0, 5, 10, 1.0), backend)
     optimizer.extend_stable(2**24 + 1)
     assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["edits"]["extended"] == 2**24 + 1
 
 
 def test_an_extension_and_an_early_decay_are_both_carried_over(backend: str) -> None:
     schedule = WSD(0, 5, 10, 1.0)
-    optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
+    optimizer = make(schedule, backend)
     optimizer.extend_stable(20)
     rates(optimizer, 7)
     optimizer.begin_decay()
     expected = schedule.extend_stable(20).begin_decay(7).values(7, 20)
-    assert rates(resumed(resumed(optimizer, schedule, backend), schedule, backend), 13) == expected
+    assert rates(resumed(resumed(optimizer, schedule), schedule), 13) == expected
 
 
 def test_a_group_without_edits_does_not_undo_those_of_another(backend: str) -> None:
@@ -75,7 +79,7 @@ def test_a_group_without_edits_does_not_undo_those_of_another(backend: str) -> N
 
 def test_an_equal_schedule_that_is_assigned_anew_is_as_it_was_given(backend: str) -> None:
     schedule = WSD(0, 100, 10, 1.0)
-    optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
+    optimizer = make(schedule, backend)
     rates(optimizer, 2)
     optimizer.begin_decay()
     assert rates(optimizer, 3) == schedule.begin_decay(2).values(2, 5)
@@ -88,7 +92,7 @@ def test_an_equal_schedule_that_is_assigned_anew_is_as_it_was_given(backend: str
 
 
 def test_a_schedule_that_waits_for_its_first_step_is_saved(backend: str) -> None:
-    optimizer = FusedAdamW(make_params([(3,)]), lr=0.1, backend=backend)
+    optimizer = make(0.1, backend)
     optimizer.param_groups[0]["lr"] = WSD(0, 5, 10, 1.0)
     assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["type"] == "WSD"
 

@@ -1,4 +1,4 @@
-"""The schedules against values worked out by hand, torch's own schedulers, and their own lowering."""
+"""The schedules against values worked out by hand, torch's own schedulers, their own lowering and every evaluator."""
 
 import itertools
 import json
@@ -16,9 +16,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import CosineAnnealingLR, CosineAnnealingWarmRestarts, LinearLR, LRScheduler
 
 pytest.importorskip("hypothesis")
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from schedule_cases import boundaries
+from schedule_cases import assert_equal_to_oracle, boundaries
 
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, Segment
 from nexus.schedules.curves import DECAYS, MAX_SEGMENTS, NEVER, between
@@ -70,8 +70,10 @@ def test_lowering_equals_formula(schedule: Schedule) -> None:
     assert all(0 <= row.start <= MAX_STEP or row.start == NEVER for row in segments)
     assert all(int(float(row.start)) == row.start and int(float(row.length)) == row.length for row in segments)
     if isinstance(schedule, WSD):
-        assert [row.curve for row in segments] == [Curve.RISE, 0, DECAYS[schedule.decay_type], Curve.CONSTANT]
-        assert (schedule.stable_steps is not None) or [row.start for row in segments[2:]] == [2**62, 2**62]
+        decay = DECAYS[schedule.decay_type]
+        assert [row.curve for row in segments] == [Curve.RISE, Curve.CONSTANT, decay, Curve.CONSTANT]
+        if schedule.stable_steps is None:
+            assert [row.start for row in segments[2:]] == [NEVER, NEVER]
     for step in [*range(200), *boundaries(schedule)]:
         rate = schedule(step)
         assert rate == interpret(segments, step), step
@@ -98,11 +100,19 @@ schedules = wsd | restarts | cosine
 
 @settings(max_examples=300, deadline=None)
 @given(schedules, st.lists(st.integers(0, 300) | st.integers(0, MAX_STEP), max_size=20))
+@example(WSD(0, 0, 1, 1.0), [])
+@example(WSD(0, None, 1, 1.0), [])
+@example(WSD(1, 0, 1, 1.0, 1.0), [])
+@example(CosineRestarts(1.0, cycle_length=1, cycle_mult=1.0), [])
+@example(CosineRestarts(1.0, cycle_length=1, cycle_mult=3.0), [121])  # pytorch's goes astray there
+@example(CosineRestarts(1.0, cycle_length=10, cycle_mult=1.1), [10**8, 10**8 + 1])
+@example(Cosine(1.0, 1), [])
 def test_any_schedule_equals_its_lowering_and_stays_in_range(schedule, steps) -> None:
-    segments = schedule.segments()
+    segments, steps = schedule.segments(), [*steps, *boundaries(schedule)]
+    assert_equal_to_oracle(schedule, steps)
     # low + 1 * (high - low) may round one unit away from high.
     top = math.nextafter(schedule.peak_lr, math.inf)
-    for step in [*steps, *boundaries(schedule)]:
+    for step in steps:
         rate = schedule(step)
         assert rate == interpret(segments, step), step
         assert schedule.min_lr <= rate <= top, step

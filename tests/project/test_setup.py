@@ -1,4 +1,4 @@
-"""How setup.py finds nvcc and what it does without it, on a small extension and with scripts in nvcc's place."""
+"""How setup.py builds, and what it does without a compiler, on a small extension and with scripts in nvcc's place."""
 
 import importlib.util
 import os
@@ -11,7 +11,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+EXTENSION = "_native" + sysconfig.get_config_var("EXT_SUFFIX")
 REASON_FILE, CUDA_REASON_FILE = "_native_build_failure.txt", "_native_cuda_failure.txt"
+NO_COMPILER = "/nonexistent/c++"
 
 # It notes how it was called, and compiles with the C++ compiler.
 WORKING_NVCC = """#!/bin/sh
@@ -85,17 +87,25 @@ def tree(setup, tmp_path):
 
 def put_nvcc(folder, text):
     """Make ``text`` the nvcc of a toolkit, and return its CUDA_HOME."""
-    (folder / "cuda" / "bin").mkdir(parents=True, exist_ok=True)
-    (folder / "cuda" / "bin" / "nvcc").write_text(text)
-    (folder / "cuda" / "bin" / "nvcc").chmod(0o755)
+    nvcc = folder / "cuda" / "bin" / "nvcc"
+    nvcc.parent.mkdir(parents=True, exist_ok=True)
+    nvcc.write_text(text)
+    nvcc.chmod(0o755)
     return str(folder / "cuda")
 
 
-def build(tree, nvcc, **variables):
+def build(tree, *options, nvcc=WORKING_NVCC, **variables):
+    """Build in place, or as the options say, where nothing but ``variables`` steers the build."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("NEXUS_", "CUDA_"))}
     environment |= variables | {"CUDA_HOME": put_nvcc(tree, nvcc)}
-    command = [sys.executable, "setup.py", "build_ext", "--inplace"]
+    command = [sys.executable, "setup.py", "build_ext", *(options or ["--inplace"])]
     return subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, timeout=120)
+
+
+def succeed(*arguments, **variables):
+    result = build(*arguments, **variables)
+    assert result.returncode == 0, result.stdout + result.stderr
+    return result
 
 
 def answer(tree):
@@ -110,16 +120,23 @@ def calls(tree, word):
     return [line for line in (tree / "calls").read_text().splitlines() if word in line]
 
 
-def test_kernels_are_compiled_by_nvcc_and_only_once(tree):
-    first = build(tree, WORKING_NVCC)
-    assert first.returncode == 0, first.stdout + first.stderr
+def gencode(numbers):
+    """Code for each GPU, and PTX for those between and after them."""
+    code = [f"-gencode=arch=compute_{number},code=sm_{number}" for number in numbers]
+    ptx = sorted({numbers[0], numbers[-1]})
+    return code + [f"-gencode=arch=compute_{number},code=compute_{number}" for number in ptx]
+
+
+def test_everything_is_compiled_only_once(tree):
+    succeed(tree)
     assert answer(tree) == 42
     assert not (tree / "nexus" / CUDA_REASON_FILE).exists()
-    assert len(calls(tree, "-c csrc/cuda/kernel.cu")) == 1
+    (call,) = calls(tree, "-c csrc/cuda/kernel.cu")
+    assert [word for word in call.split() if word.startswith("-gencode")] == gencode([80, 90, 120])
     assert len(calls(tree, "-c csrc/python/cuda_module.cpp")) == 1
-    assert "no work to do" in build(tree, WORKING_NVCC).stdout
+    assert "no work to do" in build(tree).stdout
     # With other flags nothing is current.
-    assert build(tree, WORKING_NVCC, NEXUS_CUDA_ARCHS="sm_90").returncode == 0
+    succeed(tree, NEXUS_CUDA_ARCHS="sm_90")
     assert len(calls(tree, "-c csrc/cuda/kernel.cu")) == 2
 
 
@@ -131,15 +148,11 @@ def test_kernels_are_compiled_by_nvcc_and_only_once(tree):
         (" sm_120,sm_75; sm_75", [75, 120]),
     ],
 )
-def test_code_is_made_for_each_gpu_and_ptx_for_others(tree, archs, expected):
-    result = build(tree, WORKING_NVCC, NEXUS_CUDA_ARCHS=archs)
-    assert result.returncode == 0, result.stdout + result.stderr
-    (call,) = calls(tree, "-c csrc/cuda/kernel.cu")
-    code = [word.removeprefix("-gencode=") for word in call.split() if word.startswith("-gencode=")]
-    assert code == [
-        *(f"arch=compute_{number},code=sm_{number}" for number in expected),
-        *(f"arch=compute_{number},code=compute_{number}" for number in sorted({expected[0], expected[-1]})),
-    ]
+def test_code_is_made_for_each_gpu_and_ptx_for_others(setup, monkeypatch, tmp_path, archs, expected):
+    monkeypatch.setenv("CUDA_HOME", put_nvcc(tmp_path, WORKING_NVCC))
+    monkeypatch.setenv("NEXUS_CUDA_ARCHS", archs)
+    monkeypatch.delenv("NEXUS_CUDA", raising=False)
+    assert setup.find_cuda().flags().split() == gencode(expected)
 
 
 @pytest.mark.parametrize(
@@ -149,44 +162,58 @@ def test_code_is_made_for_each_gpu_and_ptx_for_others(tree, archs, expected):
         ({"NEXUS_CUDA_ARCHS": "90"}, "NEXUS_CUDA_ARCHS holds '90'; it has to be a list such as 'sm_90 sm_120'"),
         ({"NEXUS_CUDA_ARCHS": "sm_90 native", "NEXUS_CUDA": "0"}, "NEXUS_CUDA_ARCHS holds 'native'"),
         ({"NEXUS_CUDA_ARCHS": "sm_90 sm_100"}, "holds 'sm_100'; {nvcc} offers sm_75, sm_80, sm_90, sm_120"),
+        ({"nvcc": BROKEN_NVCC, "NEXUS_CUDA": "1"}, "broken today"),
+        ({"nvcc": FAILING_NVCC, "NEXUS_CUDA": "1"}, "no licence"),
+        ({"CXX": NO_COMPILER, "NEXUS_REQUIRE_NATIVE": "1"}, "no working C++ compiler"),
     ],
+    ids=["cuda", "archs", "unneeded archs", "archs not offered", "broken nvcc", "failing nvcc", "no compiler"],
 )
-def test_wrong_settings_are_errors(tree, variables, words):
-    result = build(tree, WORKING_NVCC, **variables)
+def test_wrong_settings_and_what_is_required_but_cannot_be_built_are_errors(tree, variables, words):
+    result = build(tree, **variables)
     assert result.returncode != 0
     assert words.format(nvcc=tree / "cuda/bin/nvcc") in result.stderr
+    assert not (tree / "nexus" / EXTENSION).exists()
 
 
-@pytest.mark.parametrize(
-    ("nvcc", "variables", "reason"),
-    [
+def test_without_kernels_the_build_goes_on_and_says_why(tree):
+    succeed(tree)
+    for nvcc, variables, reason in (
         (WORKING_NVCC, {"NEXUS_CUDA": "0"}, "NEXUS_CUDA=0 was set when nexus was built"),
         (BROKEN_NVCC, {}, "broken today"),
         (FAILING_NVCC, {"NEXUS_CUDA": "auto"}, "no licence"),
         (WORKING_NVCC.replace("sm_", "sm_1"), {}, "nvcc compiles for none of sm_80, "),
-    ],
-    ids=["not wanted", "broken", "failing", "of another age"],
-)
-def test_without_kernels_the_build_goes_on_and_says_why(tree, nvcc, variables, reason):
-    assert build(tree, WORKING_NVCC).returncode == 0
-    result = build(tree, nvcc, NEXUS_REQUIRE_NATIVE="1", **variables)
-    assert result.returncode == 0, result.stdout + result.stderr
-    assert "warning: nexus is installed without its CUDA kernels" in result.stderr
-    assert reason in (tree / "nexus" / CUDA_REASON_FILE).read_text()
-    assert not (tree / "nexus" / REASON_FILE).exists()
-    assert answer(tree) == 0
-
-    assert build(tree, WORKING_NVCC).returncode == 0
+    ):
+        result = succeed(tree, nvcc=nvcc, NEXUS_REQUIRE_NATIVE="1", **variables)
+        assert "warning: nexus is installed without its CUDA kernels" in result.stderr
+        assert reason in (tree / "nexus" / CUDA_REASON_FILE).read_text()
+        assert not (tree / "nexus" / REASON_FILE).exists()
+        assert answer(tree) == 0
+    succeed(tree)
     assert not (tree / "nexus" / CUDA_REASON_FILE).exists()
     assert answer(tree) == 42
 
 
-@pytest.mark.parametrize(("nvcc", "words"), [(BROKEN_NVCC, "broken today"), (FAILING_NVCC, "no licence")])
-def test_required_kernels_that_cannot_be_built_are_an_error(tree, nvcc, words):
-    result = build(tree, nvcc, NEXUS_CUDA="1")
-    assert result.returncode != 0
-    assert words in result.stderr
-    assert not (tree / "nexus" / ("_native" + sysconfig.get_config_var("EXT_SUFFIX"))).exists()
+@pytest.mark.parametrize(
+    ("package", "options"), [("nexus", ["--inplace"]), ("lib/nexus", ["-b", "lib"])], ids=["in place", "for a wheel"]
+)
+def test_without_a_compiler_the_build_goes_on_and_says_why(tree, package, options):
+    package = tree / package
+    package.mkdir(parents=True, exist_ok=True)
+    (package / EXTENSION).write_bytes(b"of an older source")
+    result = succeed(tree, *options, CXX=NO_COMPILER)
+    assert "warning: nexus is installed without its native extension" in result.stderr
+    assert NO_COMPILER in (package / REASON_FILE).read_text()
+    assert not (package / EXTENSION).exists()
+
+    succeed(tree, *options)
+    assert (package / EXTENSION).exists()
+    assert not (package / REASON_FILE).exists()
+
+
+def test_a_failed_compile_is_quoted(tree):
+    (tree / "csrc" / "python" / "module.cpp").write_text("#error not today\n")
+    succeed(tree)
+    assert "not today" in (tree / "nexus" / REASON_FILE).read_text()
 
 
 def test_a_missing_nvcc_is_said_to_be_missing(setup, monkeypatch):
@@ -198,6 +225,5 @@ def test_a_missing_nvcc_is_said_to_be_missing(setup, monkeypatch):
 
 def test_the_toolkit_of_cuda_home_comes_first(setup, monkeypatch, tmp_path):
     for variable in ("CUDA_PATH", "CUDA_HOME"):
-        (tmp_path / variable).mkdir()
         monkeypatch.setenv(variable, put_nvcc(tmp_path / variable, WORKING_NVCC))
         assert setup.find_cuda().nvcc == str(tmp_path / variable / "cuda/bin/nvcc")

@@ -16,6 +16,7 @@ if not torch.cuda.is_available():  # before Triton is imported: without a GPU, i
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import cuda_on_cpu  # noqa: F401  # registers its backend; imports nexus
+from graphs_on_cpu import graphs  # noqa: F401  # a fixture
 from parity_table import pytest_runtest_call  # noqa: F401  # a hook
 from references import BACKENDS, EVERY_BACKEND, GPU_BACKENDS, tensors_where_it_runs
 from worlds import Worlds, worlds_in

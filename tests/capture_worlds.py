@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
+from cuda_on_cpu import NAME
+from references import same_bits
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
@@ -15,6 +19,7 @@ from nexus.training.schedulers import WSDScheduler
 
 SCHEDULE = WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2)
 STEPS = 14
+NO_GRADIENT = torch.empty(0, dtype=torch.bool, device="cpu")
 
 
 class World:
@@ -53,21 +58,74 @@ class World:
         found = list(self.model.state_dict().values())
         for param in self.model.parameters():
             found += [value for value in self.optimizer.state.get(param, {}).values() if isinstance(value, Tensor)]
-        for group in self.optimizer.param_groups:
-            found.append(torch.as_tensor(group["lr"]))
+        found += [torch.as_tensor(group["lr"]) for group in self.optimizer.param_groups]
         found += [value() if callable(value) else torch.as_tensor(value) for value in self.extra]
         if isinstance(self.optimizer, FusedAdamW):
             found.append(self.optimizer.skipped_steps)
         if self.device != "cpu":
             found.append(torch.cuda.get_rng_state(self.device))
+        found += [NO_GRADIENT if param.grad is None else param.grad for param in self.model.parameters()]
         return [tensor.detach().cpu().clone() for tensor in found] + [torch.get_rng_state()]
 
-    def gradients(self) -> list[Tensor | None]:
-        return [None if p.grad is None else p.grad.detach().cpu().clone() for p in self.model.parameters()]
+
+def plain_step(world: World, clears: str = "before", set_to_none: bool = True) -> Callable[..., Tensor]:
+    """A train step that clears gradients `"before"`, `"after"` or `"never"`."""
+
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        if clears == "before":
+            world.optimizer.zero_grad(set_to_none)
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        if clears == "after":
+            world.optimizer.zero_grad(set_to_none)
+        return loss
+
+    return train_step
+
+
+def train(
+    world: World,
+    step: Callable[..., Tensor],
+    steps: int = STEPS,
+    first: int = 0,
+    *,
+    batch: Callable[[int], tuple[Tensor, ...]] | None = None,
+    before: Callable[[int], object] = lambda index: None,
+) -> list[Tensor]:
+    """The losses of some steps; `before` is called with the index of each."""
+    losses = []
+    for index in range(first, first + steps):
+        before(index)
+        losses.append(step(*(batch or world.batch)(index)).detach().cpu().clone())
+    return losses
+
+
+def run(name: str, world: World) -> list[Tensor]:
+    """What a loop returns, and all that it leaves."""
+    return [*LOOPS[name](world), *world.state()]
+
+
+def assert_same_ends(use: Callable[[World], object]) -> None:
+    """Of a world where steps are plain, and of one where they are captured."""
+    ends = []
+    for captured in (False, True):
+        world = World(NAME, captured)
+        use(world)
+        ends.append(world.state())
+    assert same_bits(*ends)
+
+
+def cleared(world: World, **how: Any) -> list[Tensor]:
+    return train(world, world.step(plain_step(world, **how)))
 
 
 Loop = Callable[[World], list[Tensor]]
-LOOPS: dict[str, Loop] = {}
+LOOPS: dict[str, Loop] = {
+    "cleared_at_the_start": cleared,
+    "cleared_at_the_start_in_place": partial(cleared, set_to_none=False),
+    "cleared_at_the_end": partial(cleared, clears="after"),
+}
 
 
 def loop(function: Loop) -> Loop:
@@ -75,80 +133,26 @@ def loop(function: Loop) -> Loop:
     return function
 
 
-def plain_step(world: World) -> Callable[..., Tensor]:
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        world.optimizer.zero_grad()
-        loss = world.loss(x, y)
-        loss.backward()
-        world.optimizer.step()
-        return loss
-
-    return train_step
-
-
-def train(world: World, step: Callable[..., Tensor], steps: int = STEPS, first: int = 0) -> list[Tensor]:
-    return [step(*world.batch(first + index)).detach().cpu().clone() for index in range(steps)]
-
-
-@loop
-def cleared_at_the_start(world: World) -> list[Tensor]:
-    return train(world, world.step(plain_step(world)))
-
-
-@loop
-def cleared_at_the_start_in_place(world: World) -> list[Tensor]:
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        world.optimizer.zero_grad(set_to_none=False)
-        loss = world.loss(x, y)
-        loss.backward()
-        world.optimizer.step()
-        return loss
-
-    return train(world, world.step(train_step))
-
-
-@loop
-def cleared_at_the_end(world: World) -> list[Tensor]:
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        loss = world.loss(x, y)
-        loss.backward()
-        world.optimizer.step()
-        world.optimizer.zero_grad()
-        return loss
-
-    return train(world, world.step(train_step))
+def fill_gradients(world: World, value: float) -> None:
+    for param in world.model.parameters():
+        param.grad = torch.full_like(param, value)
 
 
 @loop
 def cleared_outside(world: World) -> list[Tensor]:
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        loss = world.loss(x, y)
-        loss.backward()
-        world.optimizer.step()
-        return loss
-
-    losses, step = [], world.step(train_step)
-    for index in range(STEPS):
+    def before(index: int) -> None:
         if index % 3 == 1:
             world.optimizer.zero_grad()
-        elif index % 3 == 2:  # with other gradients there
-            for param in world.model.parameters():
-                param.grad = torch.full_like(param, 0.01 * index)
-        losses.append(step(*world.batch(index)).detach().clone())
-    return losses
+        elif index % 3 == 2:
+            fill_gradients(world, 0.01 * index)
+
+    return train(world, world.step(plain_step(world, clears="never")), before=before)
 
 
 @loop
 def never_cleared(world: World) -> list[Tensor]:
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        loss = world.loss(x, y)
-        loss.backward()
-        world.optimizer.step()
-        return loss
-
-    for param in world.model.parameters():  # left from before
-        param.grad = torch.full_like(param, 0.5)
-    return train(world, world.step(train_step))
+    fill_gradients(world, 0.5)  # left from before
+    return cleared(world, clears="never")
 
 
 @loop
@@ -158,27 +162,19 @@ def accumulated(world: World) -> list[Tensor]:
         loss.backward()
         return loss
 
-    def update(x: Tensor, y: Tensor) -> Tensor:
-        loss = world.loss(x, y)
-        loss.backward()
-        world.optimizer.step()
-        world.optimizer.zero_grad(set_to_none=False)
-        return loss
-
-    losses, steps = [], (world.step(accumulate), world.step(accumulate), world.step(update))
-    for index in range(STEPS):
-        losses.append(steps[index % 3](*world.batch(index)).detach().clone())
-    return losses
+    update = plain_step(world, clears="after", set_to_none=False)
+    steps = [world.step(step) for step in (accumulate, accumulate, update)]
+    return [loss for index in range(STEPS) for loss in train(world, steps[index % 3], 1, index)]
 
 
 @loop
 def other_shapes_in_turns(world: World) -> list[Tensor]:
+    found: list[Tensor] = []
     step = world.step(plain_step(world))
-    losses = []
     for index in range(STEPS):
-        losses.append(step(*world.batch(index, size=5 + index % 3)).detach().clone())
-        losses += [grad for grad in world.gradients() if grad is not None]
-    return losses
+        found += train(world, step, 1, index, batch=partial(world.batch, size=5 + index % 3))
+        found += [param.grad.cpu().clone() for param in world.model.parameters()]
+    return found
 
 
 @loop
@@ -218,7 +214,7 @@ def autocast_outside(world: World) -> list[Tensor]:
     losses = []
     for index in range(STEPS):
         with torch.autocast(world.device, torch.bfloat16, enabled=index % 4 != 3):
-            losses.append(step(*world.batch(index)).detach().clone())
+            losses += train(world, step, 1, index)
     return losses
 
 
@@ -235,11 +231,10 @@ def scaled(world: World) -> list[Tensor]:
         scaler.update()
         return loss
 
-    losses, step = [], world.step(train_step)
-    for index in range(STEPS):
-        spike = torch.tensor(float("inf") if index == 5 else 1.0)
-        losses.append(step(*world.batch(index), spike).detach().clone())
-    return losses
+    def batch(index: int) -> tuple[Tensor, ...]:
+        return *world.batch(index), torch.tensor(float("inf") if index == 5 else 1.0)
+
+    return train(world, world.step(train_step), batch=batch)
 
 
 @loop
@@ -265,38 +260,30 @@ def checkpointed(world: World) -> list[Tensor]:
     """Saved and loaded in place between replays."""
     step = world.step(plain_step(world))
     losses = train(world, step, 5)
-    saved = {"model": world.model.state_dict(), "optimizer": world.optimizer.state_dict()}
-    saved["model"] = {name: value.clone() for name, value in saved["model"].items()}
-    saved["optimizer"]["state"] = {
-        key: {name: value.clone() for name, value in state.items()}
-        for key, state in saved["optimizer"]["state"].items()
-    }
+    saved = copy.deepcopy([world.model.state_dict(), world.optimizer.state_dict()])
     losses += train(world, step, 1, first=5)
     world.optimizer.param_groups[0].update(weight_decay=0.5, max_grad_norm=0.1)
     losses += train(world, step, 2, first=6)
-    world.model.load_state_dict(saved["model"])
-    world.optimizer.load_state_dict(saved["optimizer"])
+    world.model.load_state_dict(saved[0])
+    world.optimizer.load_state_dict(saved[1])
     return losses + train(world, step, 6, first=5)
 
 
 @loop
 def edited(world: World) -> list[Tensor]:
     """Hyperparameters and schedule are changed between replays."""
-    step, group = world.step(plain_step(world)), world.optimizer.param_groups[0]
-    losses = train(world, step, 4)
-    group["weight_decay"] = 0.5
-    losses += train(world, step, 2, first=4)
-    group["max_grad_norm"] = 0.05
-    losses += train(world, step, 2, first=6)
-    group["betas"], group["lr_scale"] = (0.5, 0.9), 0.5
-    losses += train(world, step, 2, first=8)
-    world.optimizer.extend_stable(2)
-    losses += train(world, step, 1, first=10)
-    world.optimizer.begin_decay()
-    return losses + train(world, step, 3, first=11)
+    group = world.optimizer.param_groups[0]
+    changes: dict[int, Callable[[], object]] = {
+        4: partial(group.update, weight_decay=0.5),
+        6: partial(group.update, max_grad_norm=0.05),
+        8: partial(group.update, betas=(0.5, 0.9), lr_scale=0.5),
+        10: partial(world.optimizer.extend_stable, 2),
+        11: world.optimizer.begin_decay,
+    }
+    return train(world, world.step(plain_step(world)), before=lambda index: changes.get(index, object)())
 
 
-def _scheduled(world: World, inside: bool) -> list[Tensor]:
+def scheduled(world: World, inside: bool) -> list[Tensor]:
     world.optimizer = FusedAdamW(world.model.parameters(), backend=world.optimizer.backend, max_grad_norm=0.5)
     scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
     inner = plain_step(world)
@@ -314,7 +301,7 @@ def _scheduled(world: World, inside: bool) -> list[Tensor]:
             scheduler.extend_stable(2)
         if index == 9:
             world.optimizer.param_groups[0]["lr_scale"] = 0.5
-        losses.append(step(*world.batch(index)).detach().clone())
+        losses += train(world, step, 1, index)
         if not inside:
             scheduler.step()
         losses.append(torch.tensor([*scheduler.get_last_lr(), scheduler.last_epoch], dtype=torch.float64))
@@ -323,14 +310,8 @@ def _scheduled(world: World, inside: bool) -> list[Tensor]:
     return losses
 
 
-@loop
-def scheduler_inside(world: World) -> list[Tensor]:
-    return _scheduled(world, inside=True)
-
-
-@loop
-def scheduler_outside(world: World) -> list[Tensor]:
-    return _scheduled(world, inside=False)
+LOOPS["scheduler_inside"] = partial(scheduled, inside=True)
+LOOPS["scheduler_outside"] = partial(scheduled, inside=False)
 
 
 @loop
@@ -351,7 +332,7 @@ def torchs_own(world: World) -> list[Tensor]:
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(world.optimizer, 10)
     losses, step = [], world.step(plain_step(world))
     for index in range(STEPS):
-        losses += train(world, step, 1, first=index)
+        losses += train(world, step, 1, index)
         scheduler.step()
     return losses
 
@@ -362,9 +343,11 @@ def skipped(world: World) -> list[Tensor]:
         world.model.parameters(), lr=SCHEDULE, backend=world.optimizer.backend, skip_nonfinite=True
     )
     history = world.optimizer.history(capacity=100)
-    step, losses = world.step(plain_step(world)), []
-    for index in range(STEPS):
+
+    def batch(index: int) -> tuple[Tensor, ...]:
         x, y = world.batch(index)
-        step(x, y * (float("nan") if index in (0, 4) else 1.0))
+        return x, y * (float("nan") if index in (0, 4) else 1.0)
+
+    train(world, world.step(plain_step(world)), batch=batch)
     rows = history.read()
-    return [*losses, rows.step, rows.lr, rows.skipped, rows.grad_norm.nan_to_num(-1.0)]
+    return [rows.step, rows.lr, rows.skipped, rows.grad_norm.nan_to_num(-1.0)]

@@ -17,6 +17,7 @@ if not torch.cuda.is_available():  # before Triton is imported: without a GPU, i
 
 from cuda_on_cpu import shim  # registers its backend; imports nexus
 from cuda_shim.controls import Shim
+from graphs_on_cpu import graphs  # noqa: F401  # a fixture
 from parity_table import pytest_runtest_call  # noqa: F401  # a hook
 from references import BACKENDS, EVERY_BACKEND, GPU_BACKENDS, tensors_where_it_runs
 from worlds import Worlds

@@ -60,8 +60,6 @@ def _waiting(func: Any) -> Callable[..., Any]:
 
 
 class Graphs(graphs_on_cpu.Graphs):
-    """See `nexus.training.graph_device.GraphDevice`."""
-
     def capture(self, run: Callable[[], Any]) -> tuple[graphs_on_cpu.Graph, Any]:
         with (
             mock.patch.object(graphs_on_cpu, "_Recorder", _Recorder),

@@ -1,4 +1,4 @@
-"""CUDA graphs without a GPU: a double of `nexus.training.graph_device` that records a step and can run it again.
+"""CUDA graphs without a GPU: a double of `nexus.training.capture.device` that records a step and can run it again.
 
 What a step does is recorded operation by operation, with the tensors it does it to. A replay repeats these
 operations on these tensors, and nothing else: a number from the host is what it was, and Python does not run.
@@ -10,12 +10,16 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
+from unittest import mock
 
+import pytest
 import torch
 from cuda_on_cpu import Backend, Runner, extension, shim
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from nexus.training.capture import device as graph_device
 
 
 class Graph:
@@ -54,7 +58,7 @@ class _Recorder(TorchDispatchMode):
         result = func(*args, **kwargs)
         given = {tensor.untyped_storage()._cdata for tensor in _tensors((args, kwargs))}
         made = [tensor for tensor in _tensors(result) if tensor.untyped_storage()._cdata not in given]
-        args, kwargs = _without_graph(args), _without_graph(kwargs)
+        args, kwargs = tree_map_only(Tensor, Tensor.detach, (args, kwargs))
 
         def work() -> None:
             again = func(*args, **kwargs)
@@ -70,14 +74,8 @@ class _Recorder(TorchDispatchMode):
             block.copy_(value)
 
 
-def _without_graph(tree: Any) -> Any:
-    from torch.utils._pytree import tree_map_only
-
-    return tree_map_only(Tensor, lambda tensor: tensor.detach(), tree)
-
-
 class Graphs:
-    """See `nexus.training.graph_device.GraphDevice`. `events` tells what was done, in which order."""
+    """See `nexus.training.capture.device.GraphDevice`. `events` tells what was done, in which order."""
 
     def __init__(self) -> None:
         self.device = torch.device("cpu")
@@ -114,10 +112,20 @@ class Graphs:
         torch.set_rng_state(state)
 
 
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
+    """Lets steps on the CPU be captured."""
+    shim().reset()
+    double = Graphs()
+    monkeypatch.setattr(graph_device, "graph_device", lambda device: double)
+    yield double
+    shim().reset()
+
+
 @contextlib.contextmanager
 def _kernels_captured(graph: Graph) -> Iterator[None]:
     """Let kernels that are launched on the shim's devices go into a graph of the shim."""
-    run, evaluate = Runner._run, Backend.evaluate
+    run = Runner._run
 
     def captured_run(self: Runner, *args: Any) -> None:
         self.stream = shim().stream()
@@ -130,17 +138,14 @@ def _kernels_captured(graph: Graph) -> Iterator[None]:
 
     def captured_evaluate(self: Backend, table: Tensor, steps: Tensor) -> Tensor:
         out = torch.empty(steps.shape, dtype=torch.float64)
-        count = steps.numel()
+        rows, count = table.shape[0], steps.numel()
 
         def work() -> None:
-            extension().cuda_evaluate(0, table.data_ptr(), table.shape[0], steps.data_ptr(), count, out.data_ptr(), 0)
+            extension().cuda_evaluate(0, table.data_ptr(), rows, steps.data_ptr(), count, out.data_ptr(), 0)
 
         work()
         graph.work.append(work)
         return out
 
-    Runner._run, Backend.evaluate = captured_run, captured_evaluate
-    try:
+    with mock.patch.object(Runner, "_run", captured_run), mock.patch.object(Backend, "evaluate", captured_evaluate):
         yield
-    finally:
-        Runner._run, Backend.evaluate = run, evaluate

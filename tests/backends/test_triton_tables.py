@@ -86,17 +86,17 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_a_graph_cannot_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    params = params_on("cpu", [(5,)])
-    optimizer, reference = FusedAdamW(copies(params), backend="triton"), Float64AdamW(params)
-    set_grads(own_params(optimizer), grads_of(params))
+    optimizer, reference = run_beside_torch(make_params([(5,)]), "triton", steps=0)
+    (param,) = optimizer.param_groups[0]["params"]
+    param.grad = torch.ones(5)
     monkeypatch.setattr(backend, "_loaded", set())
     monkeypatch.setattr(backend, "is_capturing", lambda device: True)
     with pytest.raises(RuntimeError, match="make a step before the capture"):
         optimizer.step()
     monkeypatch.setattr(backend, "is_capturing", lambda device: False)
-    step_pair(optimizer, reference, steps=1)
+    step_both(optimizer, reference, steps=1)
     monkeypatch.setattr(backend, "is_capturing", lambda device: True)
-    step_pair(optimizer, reference, steps=1)  # runs here, too
+    step_both(optimizer, reference, steps=1)  # runs here, too
     optimizer.param_groups[0]["max_grad_norm"] = 1.0
     with pytest.raises(RuntimeError, match="make a step before the capture"):  # of the norm, there was none
         optimizer.step()

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from capture_worlds import LOOPS, World, plain_step, train
+from capture_worlds import LOOPS, World, plain_step, run, train
 from references import same_bits
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -42,14 +42,8 @@ class GpuWorld(World):
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_captured_steps_equal_plain_ones(name: str, backend: str) -> None:
-    plain = GpuWorld(backend, captured=False)
-    expected = LOOPS[name](plain)
-    end, gradients = plain.state(), plain.gradients()
-    captured = GpuWorld(backend, captured=True)
-    assert same_bits(LOOPS[name](captured), expected)
-    assert same_bits(captured.state(), end)
-    for now, then in zip(captured.gradients(), gradients, strict=True):
-        assert (now is None and then is None) or torch.equal(now, then)
+    expected, found = (run(name, GpuWorld(backend, captured)) for captured in (False, True))
+    assert same_bits(found, expected)
 
 
 def captured_loop(backend: str, lr: Any, **options: Any) -> tuple[Any, FusedAdamW, Tensor]:

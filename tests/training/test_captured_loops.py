@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import runpy
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from cuda_on_cpu import NAME, shim
+from cuda_on_cpu import NAME
 from fake_gpu import FakeGpu
 from gpt import corpus, train
 from gpt.model import GPTConfig
@@ -20,23 +19,12 @@ from graphs_on_cpu import Graphs
 from benchmarks import training as loops
 from benchmarks.cases import CAPTURED, EAGER, TRAINING_CASES
 from nexus.optim import FusedAdamW
-from nexus.training.capture import device as graph_device
 
 pytestmark = pytest.mark.xdist_group("demo")  # one corpus for all
 
 TINY = Size(GPTConfig(layers=1, heads=2, width=8, context=16), 2, held_out_windows=4)
 STEPS = 23
 WARMUP = 3  # plain steps before a capture
-
-
-@pytest.fixture(autouse=True)
-def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
-    """Lets steps on the CPU be captured."""
-    shim().reset()
-    double = Graphs()
-    monkeypatch.setattr(graph_device, "graph_device", lambda device: double)
-    yield double
-    shim().reset()
 
 
 def training(text: corpus.Corpus, steps: int = STEPS) -> Training:

@@ -3,89 +3,68 @@
 import math
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from test_schedulers import GIVEN, Run, attach, both
 from torch import nn
-from torch.optim import AdamW, Optimizer
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, Cosine
+from nexus.schedules import Cosine, CosineRestarts
 from nexus.training.schedulers import CosineAnnealingScheduler, CosineRestartScheduler, WSDScheduler
 
-WSD_ARGS = {"warmup_steps": 3, "stable_steps": 5, "decay_steps": 6, "peak_lr": 1e-2, "min_lr": 1e-4}
-SCHEDULERS: list[Callable[[Optimizer], LRScheduler]] = [
-    lambda optimizer: WSDScheduler(optimizer, **WSD_ARGS),
-    lambda optimizer: CosineRestartScheduler(optimizer, peak_lr=1.0),
-    lambda optimizer: CosineAnnealingScheduler(optimizer, 2, 9, peak_lr=1.0),
+Attach = Callable[[Optimizer], LRScheduler]
+SCHEDULERS: list[Attach] = [
+    lambda optimizer: attach(optimizer, GIVEN),
+    lambda optimizer: attach(optimizer, CosineRestarts(1.0)),
+    lambda optimizer: attach(optimizer, Cosine(1.0, 9, warmup_steps=2)),
     lambda optimizer: CosineAnnealingScheduler(optimizer, 2, 9),
 ]
-NAN = math.nan
-
-both = pytest.mark.parametrize("kind", [AdamW, FusedAdamW])
 
 
-def make(kind: Callable[..., Optimizer], lr: Any = 0.5) -> Optimizer:
-    parameter = nn.Parameter(torch.ones(2))
-    parameter.grad = torch.ones(2)
-    return kind([parameter], lr=lr)
-
-
-def rates(optimizer: Optimizer) -> list[float]:
-    return [float(group["lr"]) for group in optimizer.param_groups]
-
-
-def used_rates(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> list[float]:
-    used = []
-    for _ in range(steps):
-        used += rates(optimizer)
-        optimizer.step()
-        scheduler.step()
-    return used
+def torchs(optimizer: Optimizer) -> LRScheduler:
+    return LambdaLR(optimizer, lambda step: 1.0)
 
 
 def test_two_drivers_are_refused() -> None:
-    optimizer = make(FusedAdamW)
-    SCHEDULERS[0](optimizer)
+    optimizer = Run("FusedAdamW").optimizer
 
     def still_refused() -> None:
         with pytest.raises(RuntimeError, match=r"WSDScheduler drives this.*Attach one of the two alone"):
-            LambdaLR(optimizer, lambda step: 1.0)
+            torchs(optimizer)
 
     still_refused()
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
-    for wrong, error in ((5, KeyError), (-2, ValueError)):
-        with pytest.raises(error):
+    for wrong, error, name in ((5, KeyError, "initial_lr"), (-2, ValueError, "last_epoch")):
+        with pytest.raises(error, match=name):
             CosineRestartScheduler(optimizer, 1.0, last_epoch=wrong)
         still_refused()
 
 
-@pytest.mark.parametrize("attach", [*SCHEDULERS, lambda optimizer: LambdaLR(optimizer, lambda step: 1.0)])
-def test_an_optimizer_with_its_own_schedule_takes_no_other(attach: Callable[[Optimizer], LRScheduler]) -> None:
+@pytest.mark.parametrize(
+    ("attach", "assigned"),
+    [*((attach, False) for attach in (*SCHEDULERS, torchs)), *((attach, True) for attach in SCHEDULERS)],
+)
+def test_an_optimizer_with_its_own_schedule_takes_no_other(attach: Attach, assigned: bool) -> None:
     schedule = Cosine(1.0, 9)
-    optimizer = make(FusedAdamW, lr=schedule)
+    run = Run("FusedAdamW", schedule=None, lr=0.5 if assigned else schedule)
+    run.optimizer.param_groups[0]["lr"] = schedule
     with pytest.raises(RuntimeError, match=r"evaluates its own schedule.*Leave the scheduler out, or give"):
-        attach(optimizer)
-    optimizer.step()
-    optimizer.step()
-    assert rates(optimizer) == [schedule(1)]
-
-
-@pytest.mark.parametrize("attach", SCHEDULERS)
-def test_a_schedule_that_was_assigned_takes_no_other(attach: Callable[[Optimizer], LRScheduler]) -> None:
-    optimizer = make(FusedAdamW)
-    optimizer.param_groups[0]["lr"] = Cosine(1.0, 9)
-    with pytest.raises(RuntimeError, match="evaluates its own schedule"):
-        attach(optimizer)
+        attach(run.optimizer)
+    for _ in range(2):
+        run.model(torch.ones(3)).sum().backward()
+        run.optimizer.step()
+    assert run.rates() == [schedule(1)]
 
 
 @pytest.mark.parametrize("optimizer_first", [True, False])
 @both
-def test_warnings_are_torchs(kind: Callable[..., Optimizer], optimizer_first: bool) -> None:
-    def messages(attach: Callable[[Optimizer], LRScheduler]) -> list[tuple[type[Warning], str]]:
-        optimizer = make(kind)
+def test_warnings_are_torchs(kind: str, optimizer_first: bool) -> None:
+    def messages(attach: Attach) -> list[tuple[type[Warning], str]]:
+        optimizer = Run(kind, schedule=None).optimizer
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             scheduler = attach(optimizer)
@@ -96,34 +75,32 @@ def test_warnings_are_torchs(kind: Callable[..., Optimizer], optimizer_first: bo
             scheduler.step(7)
         return [(warning.category, str(warning.message)) for warning in caught]
 
-    expected = messages(lambda optimizer: LambdaLR(optimizer, lambda step: 1.0))
+    expected = messages(torchs)
     assert len(expected) == (1 if optimizer_first else 2)
     assert all(messages(attach) == expected for attach in SCHEDULERS)
 
 
 @both
-def test_an_edit_that_fails_changes_nothing(kind: Callable[..., Optimizer]) -> None:
-    optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **{**WSD_ARGS, "min_lr": 0.0})
+def test_an_edit_that_fails_changes_nothing(kind: str) -> None:
+    schedule = replace(GIVEN, min_lr=0.0)
+    run = Run(kind, schedule=schedule)
     with pytest.raises(ValueError, match="nothing to decay from"):
-        scheduler.begin_decay()
+        run.scheduler.begin_decay()
     for wrong in (-1, 1.5, None):
         with pytest.raises((TypeError, ValueError), match="n must be an int"):
-            scheduler.extend_stable(wrong)  # type: ignore[arg-type]
-    assert used_rates(optimizer, scheduler, 20) == WSD(3, 5, 6, 1e-2).values(0, 20)
+            run.scheduler.extend_stable(wrong)
+    assert run.train(20) == schedule.values(0, 20)
 
-    open_ended = WSDScheduler(make(kind), **{**WSD_ARGS, "stable_steps": None})
     with pytest.raises(ValueError, match="no end to extend"):
-        open_ended.extend_stable(4)
+        Run(kind, schedule=replace(GIVEN, stable_steps=None)).scheduler.extend_stable(4)
 
 
 @pytest.mark.parametrize(
     ("scheduler", "arguments", "named"),
     [
-        *((WSDScheduler, {name: wrong}, name) for name in WSD_ARGS for wrong in (-1, "3")),
+        *((WSDScheduler, {name: wrong}, name) for name in vars(GIVEN) for wrong in (-1, "3")),
         (WSDScheduler, {"decay_steps": 0}, "decay_steps"),
         (WSDScheduler, {"min_lr": 1.0}, "min_lr"),
-        (WSDScheduler, {"decay_type": "quadratic"}, "decay_type"),
         (CosineRestartScheduler, {"peak_lr": 0.0}, "peak_lr"),
         (CosineRestartScheduler, {"peak_lr": 1.0, "cycle_length": 0}, "cycle_length"),
         (CosineRestartScheduler, {"peak_lr": 1.0, "cycle_mult": 0.5}, "cycle_mult"),
@@ -135,49 +112,19 @@ def test_an_edit_that_fails_changes_nothing(kind: Callable[..., Optimizer]) -> N
         *((WSDScheduler, {"optimizer": wrong}, "optimizer") for wrong in (None, nn.Linear(1, 1))),
     ],
 )
-def test_bad_arguments(scheduler: Callable[..., LRScheduler], arguments: dict[str, Any], named: str) -> None:
-    for kind in (AdamW, FusedAdamW):
-        optimizer = make(kind)
-        defaults = {"optimizer": optimizer, **(WSD_ARGS if scheduler is WSDScheduler else {})}
-        with pytest.raises((TypeError, ValueError), match=rf"^{named}\b.*got"):
-            scheduler(**{**defaults, **arguments})
-        assert rates(optimizer) == [0.5]
-        assert "initial_lr" not in optimizer.param_groups[0]
+@both
+def test_bad_arguments(scheduler: Callable[..., Any], arguments: dict[str, Any], named: str, kind: str) -> None:
+    run = Run(kind, schedule=None)
+    defaults = {"optimizer": run.optimizer, **(vars(GIVEN) if scheduler is WSDScheduler else {})}
+    with pytest.raises((TypeError, ValueError), match=rf"^{named}\b.*got"):
+        scheduler(**{**defaults, **arguments})
+    assert run.rates() == [0.5]
+    assert "initial_lr" not in run.optimizer.param_groups[0]
 
 
 @both
-def test_a_bad_scale_is_named(kind: Callable[..., Optimizer]) -> None:
-    optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    optimizer.step()
-    optimizer.param_groups[0]["lr_scale"] = NAN
+def test_a_bad_scale_is_named(kind: str) -> None:
+    run = Run(kind, 1)
+    run.optimizer.param_groups[0]["lr_scale"] = math.nan
     with pytest.raises(ValueError, match="lr_scale must be a finite number"):
-        scheduler.step()
-
-
-@both
-def test_a_bad_state_changes_nothing(kind: Callable[..., Optimizer]) -> None:
-    optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    used_rates(optimizer, scheduler, 4)
-    state = scheduler.state_dict()
-    for wrong in (
-        None,
-        {},
-        {**state, "last_epoch": -1},
-        {**state, "last_epoch": 2.5},
-        {**state, "schedule": None},
-        {**state, "schedule": {**state["schedule"], "decay_steps": 0}},
-        {**state, "schedule": Cosine(1.0, 9).to_dict()},
-        LambdaLR(make(AdamW), lambda step: 1.0).state_dict(),
-    ):
-        with pytest.raises((TypeError, ValueError)):
-            scheduler.load_state_dict(wrong)  # type: ignore[arg-type]
-        assert scheduler.state_dict() == state
-    assert used_rates(optimizer, scheduler, 12) == WSD(3, 5, 6, 1e-2, 1e-4).values(4, 16)
-
-
-@both
-def test_last_epoch_needs_a_loaded_optimizer(kind: Callable[..., Optimizer]) -> None:
-    with pytest.raises(KeyError, match="initial_lr"):
-        WSDScheduler(make(kind), **WSD_ARGS, last_epoch=5)
+        run.scheduler.step()

@@ -1,30 +1,22 @@
 """Schedulers that go on from a state dict: the constructor's schedule, the saved place, the saved edits."""
 
 import itertools
-import math
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
-from test_schedulers import WSD_ARGS, make, rates, through_a_file, train
-from torch.optim import Optimizer
+from test_schedulers import GIVEN, Run, same, through_a_file
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
-from nexus.training.schedulers import (
-    CosineAnnealingScheduler,
-    CosineRestartScheduler,
-    ScheduleScheduler,
-    WSDScheduler,
-)
 
 KINDS = ("SGD", "FusedAdamW", "reference")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_pair = pytest.mark.parametrize(("saving", "loading"), list(itertools.product(KINDS[:2], KINDS)))
-GIVEN = WSD(**WSD_ARGS)
 WITHOUT = {"extended": None, "decay_start": None, "decay_from": None}
+Edit = Callable[[Any], None]
 
 
 def begin_decay(who: Any) -> None:
@@ -36,27 +28,15 @@ def extend(who: Any) -> None:
     who.extend_stable(1)
 
 
-def attach(optimizer: Optimizer, schedule: Schedule) -> Any:
-    if isinstance(schedule, WSD):
-        return WSDScheduler(optimizer, **vars(schedule))
-    if isinstance(schedule, CosineRestarts):
-        return CosineRestartScheduler(optimizer, **vars(schedule))
-    assert isinstance(schedule, Cosine)
-    arguments = {"max_steps" if name == "total_steps" else name: value for name, value in vars(schedule).items()}
-    return CosineAnnealingScheduler(optimizer, **arguments)
-
-
-def after(kind: str, steps: int, *edits: Callable[[Any], None], then: int = 0) -> dict[str, Any]:
+def after(kind: str, steps: int, *edits: Edit, then: int = 0) -> dict[str, Any]:
     """The state of a scheduler of GIVEN that was edited after so many steps."""
-    model, optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    train(model, optimizer, scheduler, steps)
+    run = Run(kind, steps)
     for edit in edits:
-        edit(scheduler)
-    train(model, optimizer, scheduler, then)
-    state = through_a_file(scheduler.state_dict())
+        edit(run.scheduler)
+    run.train(then)
+    state = through_a_file(run.scheduler.state_dict())
     assert state["schedule"] == GIVEN.to_dict()
-    return {**state, "standing": scheduler.schedule}
+    return {**state, "standing": run.scheduler.schedule}
 
 
 def old(state: dict[str, Any]) -> dict[str, Any]:
@@ -67,23 +47,17 @@ def old(state: dict[str, Any]) -> dict[str, Any]:
 
 def load(kind: str, schedule: Schedule, state: dict[str, Any]) -> tuple[Any, list[float], list[str]]:
     """A scheduler of `schedule` that goes on from a state, the rates of its next updates, and what it warned of."""
-    model, optimizer = make(kind)
-    scheduler: ScheduleScheduler[Any] = attach(optimizer, schedule)
-    rows = scheduler._device_rates and scheduler._device_rates.table.rows
+    run = Run(kind, schedule=schedule)
+    rates = run.scheduler._device_rates
+    rows = rates and rates.table.rows
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        scheduler.load_state_dict(state)
+        run.scheduler.load_state_dict(state)
     assert all(warning.filename == __file__ for warning in caught)
-    assert (scheduler._device_rates and scheduler._device_rates.table.rows) is rows  # a graph may read it
-    assert scheduler.last_epoch == state["last_epoch"]
-    assert rates(optimizer) == scheduler.get_last_lr()
-    return scheduler, train(model, optimizer, scheduler, 20), [str(warning.message) for warning in caught]
-
-
-def same(kind: str, used: list[float], expected: list[float]) -> bool:
-    """Bit for bit; the reference's square root and cosine are torch's."""
-    ulps = 2 if kind == "reference" else 0
-    return all(abs(a - b) <= ulps * math.ulp(b) for a, b in zip(used, expected, strict=True))
+    assert (rates and rates.table.rows) is rows  # a graph may read it
+    assert run.scheduler.last_epoch == state["last_epoch"]
+    assert run.rates() == run.scheduler.get_last_lr()
+    return run.scheduler, run.train(20), [str(warning.message) for warning in caught]
 
 
 def differ(**fields: tuple[Any, Any]) -> list[str]:
@@ -109,17 +83,14 @@ def differ(**fields: tuple[Any, Any]) -> list[str]:
 def test_the_constructor_wins_and_each_difference_is_said(
     kind: str, before: Schedule, now: Schedule, fields: dict[str, Any]
 ) -> None:
-    model, optimizer = make(kind)
-    first = attach(optimizer, before)
-    train(model, optimizer, first, 7)
-    state = first.state_dict()
+    state = Run(kind, 7, before).scheduler.state_dict()
     without = {name: value for name, value in state.items() if name != "edits"}
     for saved in (state, without):
-        second, used, said = load(kind, now, saved)
+        scheduler, used, said = load(kind, now, saved)
         assert sorted(said) == sorted(differ(**fields))
-        assert second.schedule == now
+        assert scheduler.schedule == now
         assert same(kind, used, now.values(7, 27))
-        assert second.state_dict()["schedule"] == now.to_dict()
+        assert scheduler.state_dict()["schedule"] == now.to_dict()
 
 
 OTHERS = [
@@ -164,21 +135,21 @@ def test_an_extension_is_made_to_the_constructors_schedule(saving: str, loading:
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 @pytest.mark.parametrize("edits", [(extend,), (begin_decay,), (extend, begin_decay), ()], ids=len)
-def test_an_optimizer_with_that_schedule_resumes_alike(edits: tuple[Callable[[Any], None], ...], other: WSD) -> None:
-    def run(optimizer: FusedAdamW, steps: int) -> list[float]:
+def test_an_optimizer_with_that_schedule_resumes_alike(edits: tuple[Edit, ...], other: WSD) -> None:
+    def rates(optimizer: FusedAdamW, steps: int) -> list[float]:
         used = []
         for _ in range(steps):
             for param in optimizer.param_groups[0]["params"]:
                 param.grad = param.detach().clone()
             optimizer.step()
-            used += rates(optimizer)
+            used.append(float(optimizer.param_groups[0]["lr"]))
         return used
 
-    first, second = (FusedAdamW(make("SGD")[0].parameters(), lr=schedule) for schedule in (GIVEN, other))
-    run(first, 6)
+    first, second = (FusedAdamW(Run("SGD").model.parameters(), lr=schedule) for schedule in (GIVEN, other))
+    rates(first, 6)
     for edit in edits:
         edit(first)
-    run(first, 1)
+    rates(first, 1)
     saved = through_a_file(first.state_dict())
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -186,16 +157,15 @@ def test_an_optimizer_with_that_schedule_resumes_alike(edits: tuple[Callable[[An
     state = after("FusedAdamW", 6, *edits, then=1)
     assert state["edits"] == saved["param_groups"][0]["lr_schedule"]["edits"]
     _, used, said = load("FusedAdamW", other, state)
-    assert used == run(second, 20)
+    assert used == rates(second, 20)
     assert said == [str(warning.message).replace("lr_schedule.", "schedule.") for warning in caught]
 
 
 @pytest.mark.parametrize("edit", [extend, begin_decay])
 @each_kind
-def test_edits_before_the_load_are_not_those_of_the_loaded_run(kind: str, edit: Callable[[Any], None]) -> None:
-    model, optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    train(model, optimizer, scheduler, 5)
+def test_edits_before_the_load_are_not_those_of_the_loaded_run(kind: str, edit: Edit) -> None:
+    run = Run(kind, 5)
+    scheduler = run.scheduler
     state = scheduler.state_dict()
     edit(scheduler)
     scheduler.load_state_dict(state)
@@ -204,14 +174,13 @@ def test_edits_before_the_load_are_not_those_of_the_loaded_run(kind: str, edit: 
     twice = scheduler.schedule
     scheduler.load_state_dict(scheduler.state_dict())
     assert scheduler.schedule == twice
-    assert train(model, optimizer, scheduler, 15) == twice.values(5, 20)
+    assert run.train(15) == twice.values(5, 20)
 
 
 @each_kind
 def test_edits_after_a_step_back(kind: str) -> None:
-    model, optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    train(model, optimizer, scheduler, 6)
+    run = Run(kind, 6)
+    scheduler = run.scheduler
     scheduler.begin_decay()
     with pytest.warns(UserWarning, match="epoch parameter"):
         scheduler.step(4)
@@ -219,7 +188,7 @@ def test_edits_after_a_step_back(kind: str) -> None:
     assert scheduler.schedule == replace(GIVEN, stable_steps=6)
     resumed, used, said = load(kind, GIVEN, scheduler.state_dict())
     assert (resumed.schedule, said) == (scheduler.schedule, [])
-    assert used == train(model, optimizer, scheduler, 20) == scheduler.schedule.values(4, 24)
+    assert used == run.train(20) == scheduler.schedule.values(4, 24)
 
 
 # State dicts of earlier releases.
@@ -261,66 +230,64 @@ def test_the_constructor_wins_over_an_old_state_too(kind: str) -> None:
 
 # What is refused.
 
+BAD_EDITS: list[tuple[Any, str]] = [
+    ("x", "edits must be a dict of .*, got 'x'"),
+    ([1], "edits must be a dict"),
+    ({"foo": 1}, "edits must be a dict of .*'decay_start'.*got {'foo': 1}"),
+    ({"decay_start": 3}, "edits must be a dict"),
+    ({"extended": -1}, "extended in edits must be an int from 0 .*got -1"),
+    ({"extended": 1.5}, "extended in edits must be an int"),
+    ({"extended": 2**53}, "stable_steps must be an int from 0"),
+    ({"decay_start": -1, "decay_from": 1e-2}, "decay_start in edits must be an int from 0"),
+    ({"decay_start": True, "decay_from": 1e-2}, "decay_start in edits must be an int from 0"),
+    ({"decay_start": 2**62, "decay_from": 1e-2}, "stable_steps must be an int from 0"),
+    ({"decay_start": 6, "decay_from": "1"}, "decay_from in edits must be a finite number"),
+    ({"decay_start": 6, "decay_from": 1e-5}, r"min_lr must be a number from 0 to peak_lr=1e-05"),
+    ({"decay_start": 6, "decay_from": 0.0}, r"peak_lr must be a finite number > 0"),
+]
+SAVED = {"schedule": GIVEN.to_dict(), "edits": WITHOUT, "last_epoch": 9, "base_lrs": [0.5], "_step_count": 10}
+BAD_STATES: list[tuple[Any, type[Exception], str]] = [
+    (None, ValueError, "it needs 'schedule' and 'last_epoch', got None"),
+    ({}, ValueError, r"it needs 'schedule' and 'last_epoch', got \[\]"),
+    ({"last_epoch": 4, "lr_lambdas": [None]}, ValueError, "not a WSDScheduler's state dict: .*'lr_lambdas'"),
+    (SAVED | {"last_epoch": -1}, ValueError, "last_epoch must be an int from 0"),
+    (SAVED | {"last_epoch": 2.5}, TypeError, "last_epoch must be an int from 0"),
+    (SAVED | {"_step_count": -1}, ValueError, "_step_count must be an int from 0"),
+    (SAVED | {"base_lrs": None}, TypeError, "None"),
+    (SAVED | {"schedule": None}, TypeError, "a schedule must be a dict"),
+    (SAVED | {"schedule": GIVEN.to_dict() | {"decay_steps": 0}}, ValueError, "decay_steps must be"),
+    (SAVED | {"schedule": Cosine(1.0, 9).to_dict()}, ValueError, "holds a Cosine schedule, WSDScheduler takes WSD"),
+    # Warnings are errors in these tests.
+    (SAVED | {"schedule": replace(GIVEN, peak_lr=1.0).to_dict()}, UserWarning, r"peak_lr was 1\.0"),
+    *(
+        (SAVED | {"edits": edits}, ValueError, rf"extend_stable\(\).*{words}.*; or set .* to {{}}, to go")
+        for edits, words in BAD_EDITS
+    ),
+]
 
-@pytest.mark.parametrize(
-    ("edits", "words"),
-    [
-        ("x", "edits must be a dict of .*, got 'x'"),
-        ([1], "edits must be a dict"),
-        ({"foo": 1}, "edits must be a dict of .*'decay_start'.*got {'foo': 1}"),
-        ({"decay_start": 3}, "edits must be a dict"),
-        ({"extended": -1}, "extended in edits must be an int from 0 .*got -1"),
-        ({"extended": 1.5}, "extended in edits must be an int"),
-        ({"extended": 2**53}, "stable_steps must be an int from 0"),
-        ({"decay_start": -1, "decay_from": 1e-2}, "decay_start in edits must be an int from 0"),
-        ({"decay_start": True, "decay_from": 1e-2}, "decay_start in edits must be an int from 0"),
-        ({"decay_start": 2**62, "decay_from": 1e-2}, "stable_steps must be an int from 0"),
-        ({"decay_start": 6, "decay_from": "1"}, "decay_from in edits must be a finite number"),
-        ({"decay_start": 6, "decay_from": 1e-5}, r"min_lr must be a number from 0 to peak_lr=1e-05"),
-        ({"decay_start": 6, "decay_from": 0.0}, r"peak_lr must be a finite number > 0"),
-    ],
-    ids=str,
-)
+
+@pytest.mark.parametrize(("state", "error", "words"), BAD_STATES)
 @each_kind
-def test_bad_edits_change_nothing(kind: str, edits: Any, words: str) -> None:
-    model, optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    train(model, optimizer, scheduler, 4)
-    scheduler.extend_stable(2)
-    before = scheduler.state_dict()
-    with pytest.raises(ValueError, match=rf"extend_stable\(\).*{words}.*; or set .* to {{}}, to go"):
-        scheduler.load_state_dict({**before, "last_epoch": 9, "edits": edits})
-    assert scheduler.state_dict() == before
-    assert train(model, optimizer, scheduler, 20) == GIVEN.extend_stable(2).values(4, 24)
+def test_a_bad_state_changes_nothing(kind: str, state: Any, error: type[Exception], words: str) -> None:
+    run = Run(kind, 4)
+    run.scheduler.extend_stable(2)
+    before = run.scheduler.state_dict()
+    with pytest.raises(error, match=words):
+        run.scheduler.load_state_dict(state)
+    run.optimizer.param_groups[0]["lr_scale"] = -1.0
+    with pytest.raises(ValueError, match="lr_scale"):
+        run.scheduler.load_state_dict(SAVED)
+    run.optimizer.param_groups[0]["lr_scale"] = 1.0
+    assert run.scheduler.state_dict() == before
+    assert run.train(20) == GIVEN.extend_stable(2).values(4, 24)
 
 
 @each_kind
 def test_a_cosine_has_no_edits(kind: str) -> None:
-    _, optimizer = make(kind)
-    scheduler = CosineRestartScheduler(optimizer, 1.0)
+    scheduler = Run(kind, schedule=CosineRestarts(1.0)).scheduler
     state = scheduler.state_dict()
     assert state["edits"] == {}
     for none in ({}, None, WITHOUT):
         scheduler.load_state_dict({**state, "edits": none})
     with pytest.raises(ValueError, match=r"edits must be a dict of nothing, got {'extended': 1}"):
         scheduler.load_state_dict({**state, "edits": {"extended": 1}})
-
-
-@each_kind
-def test_a_load_that_is_stopped_changes_nothing(kind: str) -> None:
-    model, optimizer = make(kind)
-    scheduler = WSDScheduler(optimizer, **WSD_ARGS)
-    train(model, optimizer, scheduler, 4)
-    before = scheduler.state_dict()
-    other = {**before, "schedule": replace(GIVEN, peak_lr=1.0).to_dict(), "last_epoch": 9}
-    with pytest.raises(UserWarning, match=r"peak_lr was 1\.0"):  # warnings are errors in these tests
-        scheduler.load_state_dict(other)
-    for wrong in ({"base_lrs": None}, {"_step_count": -1}):
-        with pytest.raises((TypeError, ValueError)):
-            scheduler.load_state_dict({**before, "last_epoch": 9, **wrong})
-    optimizer.param_groups[0]["lr_scale"] = -1.0
-    with pytest.raises(ValueError, match="lr_scale"):
-        scheduler.load_state_dict({**before, "last_epoch": 9})
-    optimizer.param_groups[0]["lr_scale"] = 1.0
-    assert scheduler.state_dict() == before
-    assert train(model, optimizer, scheduler, 20) == GIVEN.values(4, 24)

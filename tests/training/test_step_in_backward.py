@@ -47,14 +47,19 @@ def batch(step: int) -> Tensor:
 
 
 Run = tuple[Tied, FusedAdamW]
-Change = Callable[[Tied, FusedAdamW], object]
+Use = Callable[[Tied, FusedAdamW], object]
+Make = Callable[[Tied, str], FusedAdamW]
 
 
-def two_runs(backend: str, make: Callable[..., FusedAdamW] | None = None, **options: Any) -> tuple[Run, Run]:
+def with_options(**options: Any) -> Make:
+    return lambda model, backend: FusedAdamW(model.parameters(), backend=backend, **options)
+
+
+def two_runs(backend: str, make: Make | None = None, **options: Any) -> tuple[Run, Run]:
     first = Tied()
     second = copy.deepcopy(first)
-    make = make or (lambda model: FusedAdamW(model.parameters(), backend=backend, **options))
-    return (first, make(first)), (second, make(second))
+    make = make or with_options(**options)
+    return (first, make(first, backend)), (second, make(second, backend))
 
 
 def train(model: Tied, optimizer: FusedAdamW, steps: range) -> None:
@@ -90,15 +95,11 @@ def grouped(model: Tied, backend: str) -> FusedAdamW:
     return FusedAdamW(groups, lr=WSD(3, 10, 10, 0.02), maximize=False, backend=backend)
 
 
-def of_dtype(dtype: torch.dtype) -> Callable[[Tied, str], FusedAdamW]:
+def of_dtype(dtype: torch.dtype) -> Make:
     return lambda model, backend: FusedAdamW(model.to(dtype).parameters(), lr=WSD(3, 10, 10, 0.02), backend=backend)
 
 
-def with_options(**options: Any) -> Callable[[Tied, str], FusedAdamW]:
-    return lambda model, backend: FusedAdamW(model.parameters(), backend=backend, **options)
-
-
-OPTIMIZERS: dict[str, Callable[[Tied, str], FusedAdamW]] = {
+OPTIMIZERS: dict[str, Make] = {
     "float": with_options(lr=0.01),
     "schedule": with_options(lr=WSD(3, 10, 10, 0.02), weight_decay=Cosine(0.1, 30), amsgrad=True),
     "groups": grouped,
@@ -108,8 +109,8 @@ OPTIMIZERS: dict[str, Callable[[Tied, str], FusedAdamW]] = {
 
 
 @pytest.mark.parametrize("make", OPTIMIZERS.values(), ids=OPTIMIZERS)
-def test_it_equals_the_plain_loop(backend: str, make: Callable[[Tied, str], FusedAdamW]) -> None:
-    plain, ours = two_runs(backend, lambda model: make(model, backend))
+def test_it_equals_the_plain_loop(backend: str, make: Make) -> None:
+    plain, ours = two_runs(backend, make)
     histories = [optimizer.history(50) for _, optimizer in (plain, ours)]
     with step_in_backward(*ours):
         train(*plain, range(25))
@@ -150,12 +151,12 @@ def removed(model: Tied, optimizer: FusedAdamW) -> None:
     del optimizer.state[model.hidden.bias]
 
 
-def settings(**options: Any) -> Change:
+def settings(**options: Any) -> Use:
     return lambda model, optimizer: optimizer.param_groups[0].update(options)
 
 
 # What users do between two steps.
-CHANGES: dict[str, Change] = {
+CHANGES: dict[str, Use] = {
     "storage swapped": swap,
     "another layout": other_layout,
     "a new schedule": settings(lr=Cosine(0.05, 40)),
@@ -172,18 +173,16 @@ CHANGES: dict[str, Change] = {
 }
 
 
-@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
-def test_what_users_change_between_steps(backend: str, change: Change) -> None:
-    plain, ours = two_runs(backend, lr=WSD(2, None, 4, 0.02))
-    with step_in_backward(*ours):
-        for each in (plain, ours):
-            train(*each, range(4))
-            change(*each)
-            train(*each, range(4, 9))
-        assert_same(plain, ours)
+def between_steps(change: Use) -> Use:
+    def loop(model: Tied, optimizer: FusedAdamW) -> None:
+        train(model, optimizer, range(4))
+        change(model, optimizer)
+        train(model, optimizer, range(4, 9))
+
+    return loop
 
 
-def under(make_scheduler: Callable[[FusedAdamW], Any]) -> Change:
+def under(make_scheduler: Callable[[FusedAdamW], Any]) -> Use:
     def loop(model: Tied, optimizer: FusedAdamW) -> None:
         scheduler = make_scheduler(optimizer)
         for step in range(10):
@@ -203,16 +202,17 @@ def with_a_closure(model: Tied, optimizer: FusedAdamW) -> list[float]:
     return [optimizer.step(functools.partial(closure, step)).item() for step in range(4)]
 
 
-LOOPS: dict[str, Change] = {
-    "torch's scheduler": under(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8)),
-    "nexus's scheduler": under(lambda optimizer: WSDScheduler(optimizer, 2, 5, 5, 0.02)),
-    "a closure": with_a_closure,
+LOOPS: dict[str, tuple[Any, Use]] = {
+    **{name: (WSD(2, None, 4, 0.02), between_steps(change)) for name, change in CHANGES.items()},
+    "torch's scheduler": (0.02, under(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8))),
+    "nexus's scheduler": (0.02, under(lambda optimizer: WSDScheduler(optimizer, 2, 5, 5, 0.02))),
+    "a closure": (0.02, with_a_closure),
 }
 
 
-@pytest.mark.parametrize("loop", LOOPS.values(), ids=LOOPS)
-def test_other_loops(backend: str, loop: Change) -> None:
-    plain, ours = two_runs(backend, lr=0.02)
+@pytest.mark.parametrize(("lr", "loop"), LOOPS.values(), ids=LOOPS)
+def test_other_loops_and_what_users_change_between_steps(backend: str, lr: Any, loop: Use) -> None:
+    plain, ours = two_runs(backend, lr=lr)
     expected = loop(*plain)
     with step_in_backward(*ours):
         assert loop(*ours) == expected
@@ -222,36 +222,31 @@ def test_other_loops(backend: str, loop: Change) -> None:
 # What cannot be.
 
 
-def ask_for_a_norm(model: Tied, optimizer: FusedAdamW) -> None:
-    optimizer.param_groups[0]["max_grad_norm"] = 1.0
-
-
-def accumulate(model: Tied, optimizer: FusedAdamW) -> None:
-    model(batch(2), 2).backward()
-
-
 @pytest.mark.parametrize(
-    ("spoil", "words"),
+    ("accumulates", "words"),
     [
-        (ask_for_a_norm, "set them to None and False"),
-        (accumulate, r"has a second gradient before optimizer.step\(\): .*remove\(\)"),
+        (False, "set them to None and False"),
+        (True, r"has a second gradient before optimizer.step\(\): .*remove\(\)"),
     ],
 )
-def test_what_a_backward_pass_refuses_changes_nothing(backend: str, spoil: Change, words: str) -> None:
+def test_what_a_backward_pass_refuses_changes_nothing(backend: str, accumulates: bool, words: str) -> None:
     plain, ours = two_runs(backend)
     model, optimizer = ours
     with step_in_backward(*ours):
         train(*ours, range(2))
-        spoil(*ours)
+        if accumulates:
+            model(batch(2), 2).backward()
+        else:
+            optimizer.param_groups[0]["max_grad_norm"] = 1.0
         before = state_of(*ours)
         with pytest.raises(RuntimeError, match=words):
             model(batch(3), 3).backward()
         assert same_bits(before, state_of(*ours))
         optimizer.param_groups[0]["max_grad_norm"] = None
         optimizer.zero_grad()
-        if spoil is accumulate:
+        if accumulates:
             optimizer.step()  # ends the update of batch 2
-        train(*ours, range(3 if spoil is accumulate else 2, 5))
+        train(*ours, range(3 if accumulates else 2, 5))
     train(*plain, range(5))  # the same batches, as if nothing had been
     assert_same(plain, ours)
 
@@ -304,10 +299,6 @@ def test_a_gradient_that_cannot_be_read_is_named_and_changes_nothing_else(backen
         assert model.weight.grad is not None
 
 
-def optimizer_of(model: nn.Module) -> FusedAdamW:
-    return FusedAdamW(model.parameters())
-
-
 class Parallel(nn.parallel.DistributedDataParallel):
     """Without processes."""
 
@@ -317,18 +308,15 @@ class Parallel(nn.parallel.DistributedDataParallel):
 
 
 LAYER = nn.Linear(1, 1)
+OURS = FusedAdamW(LAYER.parameters())
+NOT_ITS_OWN = "no parameter of the model that requires a gradient is the optimizer's"
 NEEDS_ALL = r"need the gradients of all parameters.*step after the backward pass"
 REFUSED: dict[str, tuple[Any, Any, type[Exception], str]] = {
-    "no model": (3, optimizer_of(LAYER), TypeError, "model must be a torch.nn.Module, got 3"),
+    "no model": (3, OURS, TypeError, "model must be a torch.nn.Module, got 3"),
     "no optimizer": (LAYER, 3, TypeError, "optimizer must be a nexus.optim.FusedAdamW, got 3"),
     "torch's": (LAYER, torch.optim.AdamW(LAYER.parameters()), TypeError, "must be a nexus.optim.FusedAdamW"),
-    "of another model": (
-        nn.Linear(1, 1),
-        optimizer_of(LAYER),
-        ValueError,
-        "no parameter of the model that requires a gradient is the optimizer's",
-    ),
-    "data parallel": (Parallel(LAYER), optimizer_of(LAYER), TypeError, "before they are averaged over the ranks"),
+    "of another model": (nn.Linear(1, 1), OURS, ValueError, NOT_ITS_OWN),
+    "data parallel": (Parallel(LAYER), OURS, TypeError, "before they are averaged over the ranks"),
     "clipping": (LAYER, FusedAdamW(LAYER.parameters(), max_grad_norm=1.0), RuntimeError, NEEDS_ALL),
     "skipping": (LAYER, FusedAdamW(LAYER.parameters(), skip_nonfinite=True), RuntimeError, NEEDS_ALL),
 }
@@ -356,11 +344,10 @@ def test_twice_is_refused_and_again_is_not(backend: str) -> None:
 
 
 def test_copies_do_not_step_in_backward(backend: str) -> None:
-    model = Tied()
-    optimizer = FusedAdamW(model.parameters(), backend=backend)
-    with step_in_backward(model, optimizer):
-        train(model, optimizer, range(2))
-        other, other_optimizer = copy.deepcopy((model, optimizer))
-    other(batch(2)).backward()
-    assert other.hidden.weight.grad is not None
-    other_optimizer.step()
+    run, _ = two_runs(backend)
+    with step_in_backward(*run):
+        train(*run, range(2))
+        model, optimizer = copy.deepcopy(run)
+    model(batch(2)).backward()
+    assert model.hidden.weight.grad is not None
+    optimizer.step()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from typing import NamedTuple, cast
 
 import torch
@@ -64,6 +66,8 @@ def select(name: str, devices: list[torch.device]) -> Backend:
         if types <= backend.DEVICE_TYPES:
             reason = backend.unavailable(devices)
             if reason is None:
+                if reasons and cuda.has_code():  # and not for this GPU, or this driver
+                    _say_once(f"{backend.NAME!r} runs in the place of {reasons[-1]}")
                 return backend
             reasons.append(f"backend {backend.NAME!r}: {reason}")
     if reasons:
@@ -76,6 +80,11 @@ def select(name: str, devices: list[torch.device]) -> Backend:
     raise ValueError(
         f"nexus has no kernels for {_listed(types)}; backend='reference' runs there in plain PyTorch, slowly"
     )
+
+
+@functools.cache
+def _say_once(words: str) -> None:
+    warnings.warn(f"nexus: {words}", RuntimeWarning, stacklevel=2)
 
 
 def _listed(types: set[str] | frozenset[str]) -> str:

@@ -27,7 +27,7 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     reason = why_no_extension()
     if reason is not None:
         return reason
-    if not hasattr(extension, "CudaRecords"):
+    if not has_code():
         failure = Path(__file__).parents[1] / "_native_cuda_failure.txt"
         why = failure.read_text().strip() if failure.is_file() else "it was built without NEXUS_CUDA"
         return f"the extension has no CUDA code: {why}"
@@ -38,6 +38,11 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     devices = list(devices) or [torch.device("cuda")]
     indices = {torch.cuda.current_device() if device.index is None else device.index for device in devices}
     return next(filter(None, map(_unavailable_on, sorted(indices))), None)
+
+
+def has_code() -> bool:
+    """Whether the extension was built with the CUDA kernels."""
+    return hasattr(extension, "CudaRecords")
 
 
 @functools.cache

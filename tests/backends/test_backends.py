@@ -24,6 +24,7 @@ def there(monkeypatch: pytest.MonkeyPatch) -> Any:
             name = module.__name__.rpartition(".")[2]
             monkeypatch.setattr(module, "unavailable", lambda devices=(), name=name: reasons[name])
         monkeypatch.setattr(triton, "DEVICE_TYPES", frozenset({"cuda"}))
+        monkeypatch.setattr(cuda, "has_code", lambda: False)
 
     return set_reasons
 
@@ -38,6 +39,15 @@ def test_auto_takes_the_best_there_is(there: Any, reasons: dict[str, str | None]
     assert backends.select("auto", [CPU]) is native
     assert backends.select("reference", [GPU, CPU]) is reference
     assert backends.select("triton", [GPU]) is triton
+
+
+def test_a_gpu_that_the_cuda_kernels_are_not_for_is_named_once(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    there(cuda="none for cuda:0 (Tesla T4, sm_75)", triton=None)
+    monkeypatch.setattr(cuda, "has_code", lambda: True)
+    backends._say_once.cache_clear()
+    with pytest.warns(RuntimeWarning, match=r"'triton' runs in the place of backend 'cuda': none for .*Tesla T4"):
+        assert backends.select("auto", [GPU]) is triton
+    assert backends.select("auto", [GPU]) is triton  # warnings are errors here
 
 
 def test_without_kernels_for_a_gpu_the_error_says_how_to_get_them(there: Any) -> None:

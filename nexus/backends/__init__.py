@@ -61,7 +61,7 @@ def select(name: str, devices: list[torch.device]) -> Backend:
     if types <= {"cpu"}:
         # The reference, if it must be: nexus.optim has warned. Not Triton's interpreter, which is there for tests.
         return _BACKENDS[native.NAME if native.unavailable() is None else reference.NAME]
-    reasons = []
+    reasons: list[str] = []
     for backend in _FUSED:
         if types <= backend.DEVICE_TYPES:
             reason = backend.unavailable(devices)

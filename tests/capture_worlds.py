@@ -68,10 +68,18 @@ class World:
         return [tensor.detach().cpu().clone() for tensor in found] + [torch.get_rng_state()]
 
 
-def plain_step(world: World, clears: str = "before", set_to_none: bool = True) -> Callable[..., Tensor]:
-    """A train step that clears gradients `"before"`, `"after"` or `"never"`."""
+def plain_step(
+    world: World, clears: str = "before", set_to_none: bool = True, then: Callable[[Tensor], Any] = lambda loss: None
+) -> Callable[..., Any]:
+    """A train step.
 
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
+    Args:
+        clears: when it clears gradients: `"before"`, `"after"` or `"never"`.
+        set_to_none: how it clears them.
+        then: is called with the loss at the end; what it returns is returned in the place of the loss.
+    """
+
+    def train_step(x: Tensor, y: Tensor) -> Any:
         if clears == "before":
             world.optimizer.zero_grad(set_to_none)
         loss = world.loss(x, y)
@@ -79,7 +87,8 @@ def plain_step(world: World, clears: str = "before", set_to_none: bool = True) -
         world.optimizer.step()
         if clears == "after":
             world.optimizer.zero_grad(set_to_none)
-        return loss
+        result = then(loss)
+        return loss if result is None else result
 
     return train_step
 
@@ -197,15 +206,14 @@ def trees(world: World) -> list[Tensor]:
 
 @loop
 def autocast_inside(world: World) -> list[Tensor]:
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        world.optimizer.zero_grad()
-        with torch.autocast(world.device, torch.bfloat16):
-            loss = world.loss(x, y) + world.loss(x, y)  # the weights are cast once for both
-        loss.backward()
-        world.optimizer.step()
-        return loss
+    loss = world.loss
 
-    return train(world, world.step(train_step))
+    @torch.autocast(world.device, torch.bfloat16)
+    def twice(x: Tensor, y: Tensor) -> Tensor:
+        return loss(x, y) + loss(x, y)  # the weights are cast once for both
+
+    world.loss = twice
+    return cleared(world)
 
 
 @loop
@@ -242,17 +250,14 @@ def averaged_weights(world: World) -> list[Tensor]:
     averages = [param.detach().clone() for param in world.model.parameters()]
     calls = torch.zeros((), dtype=torch.int64, device=world.device)
     world.extra = [*averages, calls]
-    inner = plain_step(world)
 
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        loss = inner(x, y)
-        with torch.no_grad():
-            torch._foreach_lerp_(averages, list(world.model.parameters()), 0.1)
-            calls.add_(1)
-            world.model[0].weight.clamp_(-0.4, 0.4)  # after the kernels have written it
-        return loss
+    @torch.no_grad()
+    def average(loss: Tensor) -> None:
+        torch._foreach_lerp_(averages, list(world.model.parameters()), 0.1)
+        calls.add_(1)
+        world.model[0].weight.clamp_(-0.4, 0.4)  # after the kernels have written it
 
-    return train(world, world.step(train_step))
+    return cleared(world, then=average)
 
 
 @loop
@@ -260,12 +265,13 @@ def checkpointed(world: World) -> list[Tensor]:
     """Saved and loaded in place between replays."""
     step = world.step(plain_step(world))
     losses = train(world, step, 5)
-    saved = copy.deepcopy([world.model.state_dict(), world.optimizer.state_dict()])
+    parts = (world.model, world.optimizer)
+    saved = copy.deepcopy([part.state_dict() for part in parts])
     losses += train(world, step, 1, first=5)
     world.optimizer.param_groups[0].update(weight_decay=0.5, max_grad_norm=0.1)
     losses += train(world, step, 2, first=6)
-    world.model.load_state_dict(saved[0])
-    world.optimizer.load_state_dict(saved[1])
+    for part, state in zip(parts, saved, strict=True):
+        part.load_state_dict(state)
     return losses + train(world, step, 6, first=5)
 
 
@@ -286,16 +292,8 @@ def edited(world: World) -> list[Tensor]:
 def scheduled(world: World, inside: bool) -> list[Tensor]:
     world.optimizer = FusedAdamW(world.model.parameters(), backend=world.optimizer.backend, max_grad_norm=0.5)
     scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
-    inner = plain_step(world)
-
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        loss = inner(x, y)
-        if inside:
-            scheduler.step()
-        return loss
-
     world.extra = [scheduler._device_rates.counter]
-    losses, step = [], world.step(train_step)
+    losses, step = [], world.step(plain_step(world, then=lambda loss: scheduler.step() if inside else None))
     for index in range(STEPS):
         if index == 6:
             scheduler.extend_stable(2)

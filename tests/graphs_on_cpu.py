@@ -92,7 +92,6 @@ class Graphs:
         self.events.append("capture")
         graph = Graph(self.events)
         recorder = _Recorder(graph)
-        random_state = torch.get_rng_state()
         try:
             with recorder, _kernels_captured(graph):
                 result = run()
@@ -100,7 +99,6 @@ class Graphs:
                 raise self.fail
         finally:
             recorder.restore()
-            torch.set_rng_state(random_state)
         return graph, result
 
     def random_state(self) -> Tensor:

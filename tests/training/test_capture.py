@@ -37,13 +37,8 @@ def test_eager_steps_equal_plain_ones(name: str, backend: str) -> None:
 
 def test_the_order_of_things(graphs: Graphs) -> None:
     world = World(NAME, captured=True)
-    inner = plain_step(world)
-
-    def train_step(x: Tensor, y: Tensor) -> Tensor:
-        graphs.events.append("run")
-        return inner(x, y)
-
-    train(world, world.step(train_step, warmup=4), 6)
+    step = plain_step(world, then=lambda loss: graphs.events.append("run"))
+    train(world, world.step(step, warmup=4), 6)
     assert graphs.events == [
         *["side stream", "run", "main stream"] * 4,
         *["random state", "capture", "run", "set random state", "replay"],

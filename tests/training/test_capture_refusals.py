@@ -71,16 +71,13 @@ def test_a_step_that_raises(at: int, graphs: Graphs) -> None:
     error = KeyError("the very one")
 
     def use(world: World) -> None:
-        inner = plain_step(world)
         fails = False
 
-        def train_step(x: Tensor, y: Tensor) -> Tensor:
-            loss = inner(x, y)
+        def then(loss: Tensor) -> None:
             if fails:
                 raise error
-            return loss
 
-        step = world.step(train_step)
+        step = world.step(plain_step(world, then=then))
         for index in range(6):
             if index == at and (world.captured or at < 3):
                 fails = True
@@ -108,20 +105,8 @@ def test_a_capture_that_fails(graphs: Graphs) -> None:
 # What is refused after a plain step.
 
 
-def followed_by(world: World, extra: Callable[[Tensor], Any]) -> Step:
-    """A step that returns what `extra` makes of its loss, or the loss."""
-    inner = plain_step(world)
-
-    def train_step(x: Tensor, y: Tensor) -> Any:
-        loss = inner(x, y)
-        result = extra(loss)
-        return loss if result is None else result
-
-    return train_step
-
-
 def reading(read: Callable[[Tensor], Any]) -> Build:
-    return lambda world: followed_by(world, read)
+    return lambda world: plain_step(world, then=read)
 
 
 def reading_in_the_backward_pass(world: World) -> Step:
@@ -132,7 +117,7 @@ def reading_in_the_backward_pass(world: World) -> Step:
 def writing_a_rate(world: World) -> Step:
     lr = torch.tensor(1e-3)
     world.optimizer = FusedAdamW(world.model.parameters(), lr=lr, backend=NAME)
-    return followed_by(world, lambda loss: lr.fill_(0.5) and None)
+    return plain_step(world, then=lambda loss: lr.fill_(0.5) and None)
 
 
 def setting_an_option(world: World) -> Step:
@@ -140,26 +125,26 @@ def setting_an_option(world: World) -> Step:
         group = world.optimizer.param_groups[0]
         group["weight_decay"] = 0.9 * group["weight_decay"]
 
-    return followed_by(world, decay)
+    return plain_step(world, then=decay)
 
 
 def stepping_torchs_scheduler(world: World) -> Step:
     world.optimizer = FusedAdamW(world.model.parameters(), lr=torch.tensor(1e-2), backend=NAME)
     scheduler = ExponentialLR(world.optimizer, 0.9)
-    return followed_by(world, lambda loss: scheduler.step())
+    return plain_step(world, then=lambda loss: scheduler.step())
 
 
 def stepping_a_scheduler_over_torchs_optimizer(world: World) -> Step:
     lr = torch.tensor(1e-2)
     world.optimizer = torch.optim.AdamW(world.model.parameters(), lr=lr, fused=True, capturable=True)
     scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
-    return followed_by(world, lambda loss: scheduler.step())
+    return plain_step(world, then=lambda loss: scheduler.step())
 
 
 def moving_a_scheduler_by_number(world: World) -> Step:
     world.optimizer = FusedAdamW(world.model.parameters(), backend=NAME)
     scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
-    return followed_by(world, lambda loss: scheduler.step(3))
+    return plain_step(world, then=lambda loss: scheduler.step(3))
 
 
 WAITS = rf"cannot be captured: {{}}.* \({re.escape(__file__)}:\d+\) makes the host wait .*torch.where"

@@ -13,14 +13,10 @@ import torch
 from references import (
     Float64AdamW,
     assert_same_run,
-    copies,
     make_params,
-    same_bits,
-    snapshot,
     step_both,
-    through_a_file,
 )
-from side_by_side import fused_torch, train, train_alike
+from side_by_side import fused_torch, train
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
@@ -127,43 +123,6 @@ def test_every_error_input_is_an_error() -> None:
 
 
 # State dicts.
-
-
-def trained(backend: str, **options: Any) -> tuple[list[torch.nn.Parameter], FusedAdamW]:
-    params = make_params([(4, 3), (4,)])
-    optimizer = FusedAdamW(params, backend=backend, **options)
-    train(optimizer)
-    return params, optimizer
-
-
-@pytest.mark.parametrize("numbers", [False, True], ids=["counts are tensors", "counts are numbers"])
-def test_a_state_dict_from_a_file_goes_on_the_same(backend: str, numbers: bool) -> None:
-    for _, options in cases():
-        params, optimizer = trained(backend, **options)
-        saved = through_a_file(optimizer.state_dict())
-        torch.testing.assert_close(saved, optimizer.state_dict(), rtol=0, atol=0)
-        if numbers:  # as of older versions of torch
-            for state in saved["state"].values():
-                state["step"] = state["step"].item()
-        other = FusedAdamW(copies(params), backend=backend)
-        other.load_state_dict(saved)
-        torch.testing.assert_close(other.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
-        train_alike(optimizer, other)
-        assert same_bits(snapshot(optimizer), snapshot(other))
-
-
-@pytest.mark.parametrize("missing", ["maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable"])
-def test_it_can_load_an_older_state_dict(backend: str, missing: str) -> None:
-    for _, options in cases():
-        params, optimizer = trained(backend, **options)
-        peer = torch.optim.AdamW(copies(params))
-        peer.load_state_dict(optimizer.state_dict())
-        older = peer.state_dict()
-        for group in older["param_groups"]:
-            del group[missing]
-        optimizer.load_state_dict(older)
-        train(optimizer, 1)
-        assert optimizer.param_groups[0]["amsgrad"] == bool(options.get("amsgrad", False))
 
 
 @pytest.mark.parity(

@@ -51,7 +51,7 @@ def loaded(make: Make, saved: dict[str, Any], **options: Any) -> torch.optim.Opt
     "`torch.load(weights_only=True)` reads it",
     nexus="the same, and `nexus_format`, a number",
     why="a checkpoint of a later release is refused and not misread",
-    also=("test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",),
+    also=("test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",),
 )
 def test_what_a_state_dict_holds() -> None:
     def seen(make: Make) -> list[Any]:
@@ -90,7 +90,7 @@ def test_the_dtype_of_steps_that_are_saved() -> None:
     "options, on loading: `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`",
     torch="come from the state dict; where an older one lacks the last two, they are `False`",
     nexus="same",
-    also=("test_torch_cases.py::test_it_can_load_an_older_state_dict",),
+    also=("test_checkpoint_foreign.py::test_the_same_numbers_go_on",),
 )
 def test_options_come_from_the_state_dict() -> None:
     options: dict[str, Any] = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}
@@ -169,7 +169,7 @@ def test_a_tensor_rate_on_saving() -> None:
     why="a dict may be loaded twice",
     also=(
         "test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",
-        "test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",
+        "test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",
     ),
 )
 def test_moments_on_loading() -> None:

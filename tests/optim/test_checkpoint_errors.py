@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from references import copies, make_params, same_bits, snapshot
-from side_by_side import param, train
+from side_by_side import param, state_of, train
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
@@ -28,19 +28,18 @@ def make(kind: Any = FusedAdamW, steps: int = 3, **options: Any) -> Any:
     return optimizer
 
 
-def everything(optimizer: FusedAdamW) -> list[Any]:
-    """Plain values beside the tensors of `snapshot`: groups, schedules and their counters, and torch's generator."""
-    saved = optimizer.state_dict()
-    plain = copy.deepcopy(saved["param_groups"])
-    return [*plain, list(saved["state"]), int(optimizer.skipped_steps), torch.get_rng_state().tolist()]
+def plain_values(optimizer: FusedAdamW) -> list[Any]:
+    """What `snapshot` has not: groups, schedules and their counters, and torch's generator."""
+    saved = copy.deepcopy(optimizer.state_dict())
+    return [saved["param_groups"], list(saved["state"]), int(optimizer.skipped_steps), torch.get_rng_state().tolist()]
 
 
 def assert_refused(optimizer: FusedAdamW, saved: Any, words: str, error: type[Exception] = ValueError) -> str:
-    before, settings = snapshot(optimizer), everything(optimizer)
+    before, settings = snapshot(optimizer), plain_values(optimizer)
     with pytest.raises(error, match=words) as caught:
         optimizer.load_state_dict(saved)
     assert same_bits(before, snapshot(optimizer))
-    assert settings == everything(optimizer)
+    assert settings == plain_values(optimizer)
     return str(caught.value)
 
 
@@ -82,11 +81,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("/param_groups", 3, NONE),
     ("/nexus_format", 2, "'nexus_format' .* is 2 .*reads up to 1: a newer"),
     ("/nexus_format", "1.5", "'nexus_format' .* is '1.5'"),
-    (
-        "",
-        lambda all_: {"nexus_format": 99, "state": all_["param_groups"]},
-        "'nexus_format' .* is 99 .*update nexus",
-    ),
+    ("", lambda saved: {"nexus_format": 99, "state": saved["param_groups"]}, "'nexus_format' .* 99 .*update nexus"),
     ("/param_groups/1", GONE, "has 1 parameter groups, this optimizer 2"),
     ("/param_groups/1", "group", " must be a dict with 'params'"),
     ("/param_groups/1/params", GONE, " must be a dict with 'params'"),
@@ -121,11 +116,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("/state/1/exp_avg_sq", [0.0], ": exp_avg_sq must .*got list"),
     ("/state/1/exp_avg", lambda moment: moment.int(), ": exp_avg must be .*floating point.*, got torch.int32"),
     ("/state/1/exp_avg", lambda moment: moment.to_sparse(), ": exp_avg must be dense.*sparse_coo"),
-    (
-        "/state/1/exp_avg",
-        lambda moment: moment.to("meta"),
-        ": exp_avg must be .*not on meta, got .* on meta. Without",
-    ),
+    ("/state/1/exp_avg", lambda each: each.to("meta"), ": exp_avg must be .*not on meta, got .* on meta. Without"),
     ("/state/1/exp_avg", freed, ": exp_avg has no memory"),
     ("/state/1/exp_avg_sq", lambda moment: moment.index_fill(1, torch.tensor(3), -1e-30), ": exp_avg_sq is negative"),
     ("/state/1/exp_avg_sq", lambda moment: (-moment).to(torch.float8_e5m2), ": exp_avg_sq is negative somewhere"),
@@ -202,27 +193,24 @@ def test_what_is_bad_can_be_left_out(path: str, value: Any) -> None:
 def test_a_trainers_checkpoint_is_refused_with_the_place_of_the_optimizers_in_it() -> None:
     optimizer, inner = make(lr=SCHEDULE), make(lr=SCHEDULE).state_dict()
     weights = {"0.weight": torch.zeros(5)}
-    for saved, place in (
-        ({"epoch": 3, "model": weights, "optimizer": inner}, "state_dict['optimizer']"),
-        (
-            {"epoch": 3, "state_dict": weights, "optimizer_states": [inner, inner]},
-            "state_dict['optimizer_states'][0]",
-        ),
-        (weights, "what state_dict() returned"),
-    ):
+    places = {
+        "what state_dict() returned": weights,
+        "state_dict['optimizer']": {"epoch": 3, "model": weights, "optimizer": inner},
+        "state_dict['optimizer_states'][0]": {"epoch": 3, "state_dict": weights, "optimizer_states": [inner, inner]},
+    }
+    for place, saved in places.items():
         assert_refused(optimizer, saved, re.escape(f"got the keys {sorted(saved)}; pass {place}") + "$")
         if saved is not weights:
             optimizer.load_state_dict(eval(place, {"state_dict": saved}))
 
 
-@pytest.mark.parametrize(
-    ("entry", "error", "words"),
-    [
-        (threading.Lock(), TypeError, "pickle '_thread.lock' object"),
-        (param(2) * 2, RuntimeError, "deepcopy"),  # no leaf
-    ],
-    ids=["a lock", "no leaf"],
-)
+UNCOPYABLE = {
+    "a lock": (threading.Lock(), TypeError, "pickle '_thread.lock' object"),
+    "no leaf": (param(2) * 2, RuntimeError, "deepcopy"),
+}
+
+
+@pytest.mark.parametrize(("entry", "error", "words"), UNCOPYABLE.values(), ids=UNCOPYABLE)
 @pytest.mark.parametrize("place", ["param_groups", "state"])
 def test_what_cannot_be_copied_is_found_before_anything_is_written(
     place: str, entry: Any, error: type[Exception], words: str
@@ -240,13 +228,12 @@ def test_the_same_names_in_another_order_are_refused() -> None:
         train(optimizer, 1)
         return optimizer
 
-    optimizer, permuted, renamed = named("a", "b", "c"), named("a", "c", "b"), named("c", "d", "e")
+    optimizer, permuted, renamed = (named(*names) for names in ("abc", "acb", "cde"))
     words = r"param_groups\[0\]\['param_names'\]\[1\] .* is 'c', that of this optimizer 'b': .*in the saved order"
     assert_refused(optimizer, permuted.state_dict(), words)
     optimizer.load_state_dict(renamed.state_dict())  # as torch does
     assert optimizer.param_groups[0]["param_names"] == ["c", "d", "e"]
-    first, other = (list(each.state.values())[1]["exp_avg"] for each in (optimizer, renamed))
-    assert same_bits([first], [other])
+    assert same_bits(*(list(state_of(each, 1).values()) for each in (optimizer, renamed)))
 
 
 @pytest.mark.parametrize("given", [None, 3, [], "state"])
@@ -255,22 +242,16 @@ def test_something_else_than_a_dict(given: Any) -> None:
         make().load_state_dict(given)
 
 
-OTHERS = [
-    torch.optim.SGD,
-    functools.partial(torch.optim.Adam, weight_decay=0.1),
-    torch.optim.NAdam,
-    torch.optim.RAdam,
-    functools.partial(torch.optim.NAdam, decoupled_weight_decay=True),
-    functools.partial(torch.optim.RAdam, decoupled_weight_decay=True),
-    torch.optim.Adagrad,
-    torch.optim.Adafactor,
-    torch.optim.RMSprop,
+OTHERS: list[tuple[str, dict[str, Any]]] = [
+    *((name, {}) for name in ("SGD", "NAdam", "RAdam", "Adagrad", "Adafactor", "RMSprop")),
+    *((name, {"decoupled_weight_decay": True}) for name in ("NAdam", "RAdam")),
+    ("Adam", {"weight_decay": 0.1}),
 ]
 
 
-@pytest.mark.parametrize("kind", OTHERS)
+@pytest.mark.parametrize(("name", "options"), OTHERS)
 @pytest.mark.parametrize("steps", [0, 3])
-def test_another_optimizers_state_is_refused(kind: Any, steps: int) -> None:
-    saved = make(kind, steps=steps, lr=0.1).state_dict()
+def test_another_optimizers_state_is_refused(name: str, options: dict[str, Any], steps: int) -> None:
+    saved = make(getattr(torch.optim, name), steps=steps, lr=0.1, **options).state_dict()
     words = r"param_groups\[0\] of the loaded state dict is not AdamW's: it has .*Load it into the class"
     assert_refused(make(), saved, words)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-import io
+import itertools
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,13 +13,10 @@ import torch
 from references import (
     Float64AdamW,
     assert_same_run,
-    copies,
     make_params,
-    same_bits,
-    snapshot,
     step_both,
 )
-from side_by_side import train
+from side_by_side import fused_torch, train
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
@@ -63,25 +60,22 @@ def as_numbers(options: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_input_equals_the_for_loop_in_float64(backend: str, dtype: torch.dtype) -> None:
-    seen = set()
-    for description, options in cases(dtype):
-        for implementation in IMPLEMENTATIONS:
-            # Contiguous, transposed, every other element, one number.
-            views = [
-                torch.randn(2, 3),
-                torch.randn(3, 2, 5).transpose(0, 2),
-                torch.randn(5, 2)[..., 0],
-                torch.randn(()),
-            ]
-            params = [torch.nn.Parameter(view.to(dtype)) for view in views]
-            given = copy.deepcopy({**options, **implementation})
-            own: list[dict[str, Any]] = [{}, {"lr": 0.1, "weight_decay": 0.0}, {"weight_decay": 0.5}, {}]
-            groups = [{"params": [param], **option} for param, option in zip(params, own, strict=True)]
-            reference = Float64AdamW([dict(group) for group in groups], **as_numbers(given))
-            optimizer = FusedAdamW(groups, backend=backend, **given)
-            step_both(optimizer, reference, steps=5)
-            assert_same_run(optimizer, reference, description)
-            seen.add(description)
+    own: list[dict[str, Any]] = [{}, {"lr": 0.1, "weight_decay": 0.0}, {"weight_decay": 0.5}, {}]
+    for (description, options), implementation in itertools.product(cases(dtype), IMPLEMENTATIONS):
+        views = {
+            "contiguous": torch.randn(2, 3),
+            "transposed": torch.randn(3, 2, 5).transpose(0, 2),
+            "every other element": torch.randn(5, 2)[..., 0],
+            "one number": torch.randn(()),
+        }
+        params = [torch.nn.Parameter(view.to(dtype)) for view in views.values()]
+        groups = [{"params": [param], **option} for param, option in zip(params, own, strict=True)]
+        given = copy.deepcopy({**options, **implementation})
+        reference = Float64AdamW([dict(group) for group in groups], **as_numbers(given))
+        optimizer = FusedAdamW(groups, backend=backend, **given)
+        step_both(optimizer, reference, steps=5)
+        assert_same_run(optimizer, reference, description)
+    seen = {description for description, _ in cases(dtype)}
     assert {"default", "amsgrad", "Tensor lr, Tensor betas, with capturable"} <= seen
 
 
@@ -131,50 +125,6 @@ def test_every_error_input_is_an_error() -> None:
 # State dicts.
 
 
-def trained(backend: str, **options: Any) -> tuple[list[torch.nn.Parameter], FusedAdamW]:
-    params = make_params([(4, 3), (4,)])
-    optimizer = FusedAdamW(params, backend=backend, **options)
-    train(optimizer)
-    return params, optimizer
-
-
-@pytest.mark.parametrize("numbers", [False, True], ids=["counts are tensors", "counts are numbers"])
-def test_a_state_dict_from_a_file_goes_on_the_same(backend: str, numbers: bool) -> None:
-    for _, options in cases():
-        params, optimizer = trained(backend, **options)
-        file = io.BytesIO()
-        torch.save(optimizer.state_dict(), file)
-        file.seek(0)
-        saved = torch.load(file, weights_only=True)
-        torch.testing.assert_close(saved, optimizer.state_dict(), rtol=0, atol=0)
-        if numbers:  # as of older versions of torch
-            for state in saved["state"].values():
-                state["step"] = state["step"].item()
-        other = FusedAdamW(copies(params), backend=backend)
-        other.load_state_dict(saved)
-        torch.testing.assert_close(other.state_dict(), optimizer.state_dict(), rtol=0, atol=0)
-        for each in (optimizer, other):
-            torch.manual_seed(1)
-            train(each)
-        assert same_bits(snapshot(optimizer), snapshot(other))
-
-
-@pytest.mark.parametrize("missing", ["maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable"])
-def test_it_can_load_an_older_state_dict(backend: str, missing: str) -> None:
-    for _, options in cases():
-        params, optimizer = trained(backend, **options)
-        peer = torch.optim.AdamW(copies(params))
-        peer.load_state_dict(optimizer.state_dict())
-        older = peer.state_dict()
-        for group in older["param_groups"]:
-            del group[missing]
-        for each in (optimizer, peer):
-            each.load_state_dict(older)
-        train(optimizer, 1)
-        for name in ("amsgrad", "maximize"):
-            assert optimizer.param_groups[0][name] == peer.param_groups[0][name]
-
-
 @pytest.mark.parity(
     "State dicts",
     "names of parameters, on loading",
@@ -191,7 +141,7 @@ def test_names_come_from_the_state_dict_if_it_has_them(named_before: bool, named
     before = FusedAdamW(given(named_before, "before."), lr=0.5)
     train(before, 1)
     after = FusedAdamW(given(named_after, "after."))
-    peer = torch.optim.AdamW(given(named_after, "after."), fused=True)
+    peer = fused_torch(given(named_after, "after."))
     for optimizer in (after, peer):
         optimizer.load_state_dict(copy.deepcopy(before.state_dict()))
     train(after, 1)

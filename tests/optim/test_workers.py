@@ -22,18 +22,17 @@ from references import (
     set_grads,
     snapshot,
 )
-from side_by_side import Make, both, of_this_torch, param, train
+from side_by_side import Make, both, of_this_torch, param, params_of, state_of, train
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import Cosine
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
 State = dict[str, Tensor]
 
 
 def shared(weight: Tensor, dtype: torch.dtype = torch.float64) -> State:
-    moments = {name: torch.zeros_like(weight).share_memory_() for name in MOMENTS}
+    moments = {name: torch.zeros_like(weight).share_memory_() for name in ("exp_avg", "exp_avg_sq")}
     return {"step": torch.zeros((), dtype=dtype).share_memory_(), **moments}
 
 
@@ -113,10 +112,9 @@ def test_a_load_into_shared_memory_is_refused_before_anything_is_written() -> No
     assert not optimizer.state[weight]["exp_avg"].any()
 
 
-def take_steps(optimizer: torch.optim.Optimizer, grads: list[list[Tensor]]) -> None:
-    params = optimizer.param_groups[0]["params"]
-    for round_ in grads:
-        set_grads(params, round_)
+def take_steps(optimizer: torch.optim.Optimizer, rounds: list[list[Tensor]]) -> None:
+    for grads in rounds:
+        set_grads(params_of(optimizer), grads)
         optimizer.step()
 
 
@@ -161,11 +159,8 @@ def test_two_optimizers_on_two_threads(backend: str) -> None:
     rounds = [[make_grads(own) for _ in range(8)] for own in start]
 
     def run(which: int) -> list[Tensor]:
-        own = copies(start[which])
-        optimizer = FusedAdamW(own, lr=Cosine(0.1, 20), max_grad_norm=1.0, backend=backend)
-        for grads in rounds[which]:
-            set_grads(own, grads)
-            optimizer.step()
+        optimizer = FusedAdamW(copies(start[which]), lr=Cosine(0.1, 20), max_grad_norm=1.0, backend=backend)
+        take_steps(optimizer, rounds[which])
         return snapshot(optimizer)
 
     expected = [run(0), run(1)]
@@ -190,5 +185,5 @@ def test_other_threads_may_read_the_state_in_the_middle_of_a_step() -> None:
     done.set()
     thread.join()
     assert seen
-    assert int(optimizer.state[weight]["step"]) == 50
+    assert int(state_of(optimizer)["step"]) == 50
     assert (weight == weight[0]).all()

@@ -59,7 +59,7 @@ NAMES = {"step", "exp_avg", "exp_avg_sq"}
     "`torch.load(weights_only=True)` reads it",
     nexus="the same, and `nexus_format`, a number",
     why="a checkpoint of a later release is refused and not misread",
-    also=("test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",),
+    also=("test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",),
 )
 @pytest.mark.parity(
     "dtype of `step` in a state dict",
@@ -86,7 +86,7 @@ def test_what_a_state_dict_holds(make: Make) -> object:
 @pytest.mark.parity(
     "options, on loading: `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`",
     torch="come from the state dict; where an older one lacks the last two, they are `False`",
-    also=("test_torch_cases.py::test_it_can_load_an_older_state_dict",),
+    also=("test_checkpoint_foreign.py::test_the_same_numbers_go_on",),
 )
 @pytest.mark.parametrize("older", [False, True])
 @same_of_both
@@ -154,7 +154,7 @@ def test_a_tensor_rate_on_saving(make: Make) -> object:
     why="a dict may be loaded twice",
     also=(
         "test_checkpoint.py::test_moments_that_a_graph_points_to_are_loaded_in_place",
-        "test_torch_cases.py::test_a_state_dict_from_a_file_goes_on_the_same",
+        "test_checkpoint.py::test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit",
     ),
 )
 @outcomes(torch=(False, False), nexus=(False, True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import os
 import re
@@ -19,6 +20,7 @@ from unittest import mock
 import pytest
 import torch
 import torch.distributed as dist
+from gpt import corpus
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
 from worlds import FORKS, Worlds, launch
 
@@ -26,6 +28,9 @@ pytestmark = pytest.mark.xdist_group("distributed")
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "fsdp2.py"
+
+
+load_once = functools.cache(corpus.load)
 
 
 def run_example(*arguments: str) -> str:
@@ -36,6 +41,7 @@ def run_example(*arguments: str) -> str:
         mock.patch.dict(os.environ, environment),
         mock.patch.object(sys, "argv", [str(EXAMPLE), *arguments]),
         mock.patch.object(dist, "destroy_process_group"),  # the world goes on
+        mock.patch.object(corpus, "load", load_once),
         contextlib.redirect_stdout(printed),
     ):
         runpy.run_path(str(EXAMPLE), run_name="__main__")

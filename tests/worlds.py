@@ -8,6 +8,7 @@ import inspect
 import multiprocessing
 import os
 import pickle
+import sys
 import tempfile
 import traceback
 from collections.abc import Callable
@@ -136,6 +137,27 @@ def in_processes(size: int | None = None, **fixed: Any) -> Callable[[Callable[..
         return pytest.mark.xdist_group("distributed")(test)
 
     return decorate
+
+
+def launch(file: Path, module: str, *arguments: str) -> str:
+    """What a launcher and the processes that it starts print, into `file`. A fork has imported torch already."""
+    launcher = FORKS.Process(target=_launch, args=(file, module, arguments))
+    launcher.start()
+    launcher.join(2 * LIMIT)
+    launcher.terminate()  # if it hangs
+    printed = file.read_text("utf-8")
+    # Gloo's threads of torch 2.13 sometimes abort a process that has done its work, also with torch's AdamW alone.
+    assert launcher.exitcode == 0 or "terminate called without an active exception" in printed, printed
+    return printed
+
+
+def _launch(file: Path, module: str, arguments: tuple[str, ...]) -> None:
+    with file.open("w") as printed:
+        os.dup2(printed.fileno(), 1)
+        os.dup2(printed.fileno(), 2)
+    os.environ.update(OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
+    sys.argv = [module, *arguments]
+    importlib.import_module(module).main()
 
 
 def _serve(pipe: Connection, rank: int, size: int, file: str, device: str) -> None:

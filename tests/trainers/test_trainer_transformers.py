@@ -70,18 +70,10 @@ def gpt2(dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
     return GPT2LMHeadModel(config).to(dtype)
 
 
-def llama(seed: int = 0) -> PreTrainedModel:
-    torch.manual_seed(seed)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=31,
-            hidden_size=8,
-            intermediate_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=8,
-        )
-    )
+def llama() -> PreTrainedModel:
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 31, "hidden_size": 8, "intermediate_size": 16, "max_position_embeddings": 8}
+    return LlamaForCausalLM(LlamaConfig(num_hidden_layers=2, num_attention_heads=2, **sizes))
 
 
 def float64_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Tensor:
@@ -94,14 +86,17 @@ def float64_loss(outputs: Any, labels: Tensor, num_items_in_batch: Tensor) -> Te
 def make_trainer(
     model: PreTrainedModel,
     folder: Path,
-    optimizer: tuple[type[Optimizer], dict[str, Any]],
+    optimizer: tuple[type[Optimizer], dict[str, Any]] | Optimizer,
     attach: Callable[[Optimizer], Any] | None,
     *,
     callbacks: list[TrainerCallback] | None = None,
     compute_loss: Callable[..., Tensor] | None = None,
     **options: Any,
 ) -> Trainer:
-    """A Trainer whose optimizer has Trainer's groups, and Trainer's own scheduler if `attach` makes none."""
+    """A Trainer whose optimizer has Trainer's groups, if it is not given whole.
+
+    It has the scheduler that `attach` makes for the optimizer, or Trainer's own.
+    """
     settings = {
         "max_steps": STEPS,
         "per_device_train_batch_size": 3,
@@ -115,15 +110,16 @@ def make_trainer(
         "use_cpu": True,
         "disable_tqdm": True,
     }
+    whole = isinstance(optimizer, Optimizer)
     trainer = Trainer(
         model,
         TrainingArguments(str(folder), **{**settings, **options}),
         train_dataset=make_data(),
         compute_loss_func=compute_loss,
-        optimizer_cls_and_kwargs=optimizer,
         callbacks=callbacks,
+        **({"optimizers": (optimizer, attach(optimizer))} if whole else {"optimizer_cls_and_kwargs": optimizer}),
     )
-    if attach is not None:
+    if attach is not None and not whole:
         trainer.lr_scheduler = attach(trainer.create_optimizer())
     return trainer
 
@@ -147,6 +143,10 @@ WAYS: dict[str, tuple[float | Schedule, Callable[[Any], Any] | None, Schedule | 
 each_way = pytest.mark.parametrize("way", WAYS)
 
 
+SAVING = {"save_strategy": "steps", "save_steps": 4}  # an epoch is 6 updates
+CLIPPING = {"clip": 0.5, "max_grad_norm": 0.0}  # in the optimizer, and not by Trainer
+
+
 def fused_trainer(
     way: str, model: PreTrainedModel, folder: Path, clip: float | None = None, **options: Any
 ) -> Trainer:
@@ -154,12 +154,19 @@ def fused_trainer(
     return make_trainer(model, folder, (FusedAdamW, {"lr": lr, "max_grad_norm": clip}), attach, **options)
 
 
-def torch_trainer(way: str, model: PreTrainedModel, folder: Path, **options: Any) -> Trainer:
-    """The same with torch's AdamW."""
-    _, _, oracle = WAYS[way]
-    plain = {"foreach": False, "fused": False, "lr": 1e-2 if oracle is None else 1.0}
-    attach = None if oracle is None else lambda optimizer: LambdaLR(optimizer, oracle)
-    return make_trainer(model, folder, (torch.optim.AdamW, plain), attach, **options)
+@pytest.fixture(scope="module")
+def torchs_run(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Schedule | None], Trainer]:
+    """What torch's AdamW has trained at the rates of an oracle, or of Trainer's scheduler; made once for each."""
+
+    @functools.cache
+    def run(oracle: Schedule | None) -> Trainer:
+        plain = {"foreach": False, "fused": False, "lr": 1e-2 if oracle is None else 1.0}
+        attach = None if oracle is None else lambda optimizer: LambdaLR(optimizer, oracle)
+        folder = tmp_path_factory.mktemp("torch")
+        given = (torch.optim.AdamW, plain)
+        return train(make_trainer(gpt2(), folder, given, attach, compute_loss=float64_loss, **SAVING))
+
+    return run
 
 
 def train(trainer: Trainer, resume: Path | None = None) -> Trainer:
@@ -196,17 +203,16 @@ def assert_same_trained(trainer: Trainer, expected: Trainer) -> None:
 
 @pytest.mark.parametrize("clips", ["Trainer", "FusedAdamW"])
 @each_way
-def test_a_run_is_that_of_torchs_adamw(way: str, clips: str, tmp_path: Path) -> None:
-    own = {"clip": 0.5, "max_grad_norm": 0.0} if clips == "FusedAdamW" else {}
+def test_a_run_is_that_of_torchs_adamw(way: str, clips: str, tmp_path: Path, torchs_run: Any) -> None:
+    own, oracle = CLIPPING if clips == "FusedAdamW" else {}, WAYS[way][2]
     trainer = train(fused_trainer(way, gpt2(), tmp_path, compute_loss=float64_loss, **own))
-    expected = train(torch_trainer(way, gpt2(), tmp_path, compute_loss=float64_loss))
+    expected = torchs_run(oracle)
 
     assert_same_trained(trainer, expected)
     assert [group["weight_decay"] for group in unwrapped(trainer).param_groups] == [0.1, 0.0]
     norms = logged(trainer, "grad_norm")
     assert norms == pytest.approx(logged(expected, "grad_norm"), rel=1e-12)
     assert sum(norm > 0.5 for norm in norms) > STEPS / 2  # clipping has had something to do
-    oracle = WAYS[way][2]
     rates = logged(trainer, "learning_rate")
     assert rates == (logged(expected, "learning_rate") if oracle is None else oracle.values(0, STEPS))
     assert len(set(rates)) > 5
@@ -215,12 +221,13 @@ def test_a_run_is_that_of_torchs_adamw(way: str, clips: str, tmp_path: Path) -> 
 class Beside(TrainerCallback):
     """Steps the float64 reference with the gradients that Trainer's optimizer is about to see."""
 
-    def __init__(self, optimizer: FusedAdamW, **options: Any) -> None:
-        groups = [
-            {"params": group["params"], "weight_decay": group["weight_decay"]} for group in optimizer.param_groups
-        ]
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+    def on_train_begin(self, *_: Any, optimizer: Any, **__: Any) -> None:
+        groups = [{name: group[name] for name in ("params", "weight_decay")} for group in optimizer.param_groups]
         self.params = [param for group in groups for param in group["params"]]
-        self.reference = Float64AdamW(groups, **options)
+        self.reference = Float64AdamW(groups, **self.options)
 
     def on_pre_optimizer_step(self, *_: Any, **__: Any) -> None:
         self.reference.step([param.grad for param in self.params])
@@ -229,11 +236,9 @@ class Beside(TrainerCallback):
 @pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
 @pytest.mark.parametrize("way", [way for way in WAYS if WAYS[way][2]])
 def test_updates_of_llama_are_those_of_float64_torch(way: str, bf16: bool, tmp_path: Path) -> None:
-    model = llama()
-    trainer = fused_trainer(way, model, tmp_path, clip=0.5, max_grad_norm=0.0, bf16=bf16)
-    trainer.create_optimizer()
-    beside = Beside(trainer.optimizer, lr=WAYS[way][2], max_grad_norm=0.5)
-    trainer.add_callback(beside)
+    model, oracle = llama(), WAYS[way][2]
+    beside = Beside(lr=oracle, max_grad_norm=0.5)
+    trainer = fused_trainer(way, model, tmp_path, callbacks=[beside], bf16=bf16, **CLIPPING)
     computed_in = set()
     model.model.layers[0].mlp.register_forward_hook(lambda *given: computed_in.add(given[2].dtype))
     trainer.train()
@@ -241,15 +246,14 @@ def test_updates_of_llama_are_those_of_float64_torch(way: str, bf16: bool, tmp_p
     assert computed_in == {torch.bfloat16 if bf16 else torch.float32}
     assert beside.reference.completed == STEPS
     assert_same_run(unwrapped(trainer), beside.reference, way)
-    assert logged(trainer, "learning_rate") == WAYS[way][2].values(0, STEPS)
+    assert logged(trainer, "learning_rate") == oracle.values(0, STEPS)
     assert float(unwrapped(trainer).grad_norm) == pytest.approx(logged(trainer, "grad_norm")[-1], rel=1e-6)
 
 
 @each_way
 def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(way: str, tmp_path: Path) -> None:
-    saving = {"clip": 0.5, "max_grad_norm": 0.0, "save_strategy": "steps", "save_steps": 4}  # an epoch is 6 updates
-    first = train(fused_trainer(way, gpt2(torch.float32), tmp_path, **saving))
-    second = fused_trainer(way, gpt2(torch.float32, seed=1), tmp_path / "second", **saving)
+    first = train(fused_trainer(way, gpt2(torch.float32), tmp_path, **SAVING, **CLIPPING))
+    second = fused_trainer(way, gpt2(torch.float32, seed=1), tmp_path / "second", **SAVING, **CLIPPING)
     train(second, tmp_path / "checkpoint-4")
 
     assert second.state.global_step == STEPS
@@ -261,37 +265,23 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(way: str, tmp_path: 
 
 
 @pytest.mark.parametrize("way", ["WSD inside", "Trainer's scheduler"])
-def test_a_run_that_torchs_adamw_began_goes_on(way: str, tmp_path: Path) -> None:
-    saving = {"save_strategy": "steps", "save_steps": 4}
-    whole = train(torch_trainer(way, gpt2(), tmp_path, compute_loss=float64_loss, **saving))
-    resumed = fused_trainer(way, gpt2(seed=1), tmp_path / "second", compute_loss=float64_loss)
-    train(resumed, tmp_path / "checkpoint-4")
+def test_a_run_that_torchs_adamw_began_goes_on(way: str, tmp_path: Path, torchs_run: Any) -> None:
+    whole = torchs_run(WAYS[way][2])
+    resumed = fused_trainer(way, gpt2(seed=1), tmp_path, compute_loss=float64_loss)
+    train(resumed, Path(whole.args.output_dir) / "checkpoint-4")
     assert_same_trained(resumed, whole)
     assert logged(resumed, "learning_rate") == logged(whole, "learning_rate")
 
 
-def test_an_optimizer_made_by_hand_is_taken(tmp_path: Path) -> None:
-    settings = {"max_steps": STEPS, "logging_steps": 1, "save_strategy": "no", "report_to": "none", "use_cpu": True}
-
-    def run(make: Callable[..., Optimizer], rate: float | Schedule, attach: Callable[[Any], Any]) -> Trainer:
-        model = gpt2()
-        optimizer = make(model.parameters(), lr=rate, weight_decay=0.1)
-        return train(
-            Trainer(
-                model,
-                TrainingArguments(str(tmp_path), **settings),
-                train_dataset=make_data(),
-                compute_loss_func=float64_loss,
-                optimizers=(optimizer, attach(optimizer)),
-            )
-        )
-
-    plain = functools.partial(torch.optim.AdamW, foreach=False, fused=False)
-    expected = run(plain, 1.0, lambda optimizer: LambdaLR(optimizer, SCHEDULE))
-    for rate, attach in ((1e-3, wsd_scheduler), (SCHEDULE, FollowingScheduler)):
-        trainer = run(FusedAdamW, rate, attach)
-        assert_same_trained(trainer, expected)
-        assert logged(trainer, "learning_rate") == SCHEDULE.values(0, STEPS)
+@pytest.mark.parametrize("way", ["WSD inside", "WSDScheduler"])
+def test_an_optimizer_made_by_hand_is_taken(way: str, tmp_path: Path, torchs_run: Any) -> None:
+    (lr, attach, oracle), model = WAYS[way], gpt2()
+    matrices = [param for param in model.parameters() if param.dim() > 1]
+    vectors = [param for param in model.parameters() if param.dim() == 1]
+    groups = [{"params": matrices, "weight_decay": 0.1}, {"params": vectors, "weight_decay": 0.0}]
+    trainer = train(make_trainer(model, tmp_path, FusedAdamW(groups, lr=lr), attach, compute_loss=float64_loss))
+    assert_same_trained(trainer, torchs_run(oracle))
+    assert logged(trainer, "learning_rate") == oracle.values(0, STEPS)
 
 
 # A schedule inside the optimizer.

@@ -86,7 +86,7 @@ def test_no_difference_from_the_compiled_backend(where_triton_runs: str) -> None
     with torch.device("cpu"):
         params = [param for dtype in DTYPES for param in make_params([(1000,)], dtype)]
         native = FusedAdamW(params, backend="native", **options)
-        own = FusedAdamW([param.detach().clone().to(where_triton_runs) for param in params], backend="triton", **options)
+        own = FusedAdamW([p.detach().clone().to(where_triton_runs) for p in params], backend="triton", **options)
         for _ in range(STEPS):
             grads = make_grads(params)
             set_grads(params, grads)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 # Before torch is imported, and inherited by processes that tests start: without it, MKL's matrix products may differ
 # in their last bits with the alignment of their inputs, and many tests compare the bits of two runs of a model.
@@ -21,6 +21,8 @@ from graphs_on_cpu import graphs  # noqa: F401  # a fixture
 from parity_table import pytest_runtest_call  # noqa: F401  # a hook
 from references import BACKENDS, EVERY_BACKEND, GPU_BACKENDS, tensors_where_it_runs
 from worlds import Worlds
+
+from nexus.backends import triton
 
 # Several pytest processes share the processors: threads that wait for one another while they take turns are slow.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
@@ -52,6 +54,26 @@ def gpu() -> Iterator[Shim]:
     shim().reset()
     yield shim()
     shim().reset()
+
+
+ON_CPU = pytest.param("cpu", marks=pytest.mark.skipif(not triton.INTERPRETS, reason="Triton runs on the GPU"))
+ON_GPU = pytest.param(
+    "gpu", marks=[pytest.mark.gpu, pytest.mark.skipif(triton.INTERPRETS, reason="Triton runs on the CPU")]
+)
+
+
+@pytest.fixture(params=[ON_CPU, ON_GPU])
+def where_triton_runs(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The CPU, by Triton's interpreter, and a GPU where there is one. Tensors are made there."""
+    with tensors_where_it_runs(request.param):
+        yield torch.get_default_device().type
+
+
+@pytest.fixture
+def sync_debug_mode() -> Iterator[Callable[[str], None]]:
+    """Sets what a wait for the GPU does, for one test."""
+    yield torch.cuda.set_sync_debug_mode
+    torch.cuda.set_sync_debug_mode("default")
 
 
 @pytest.fixture(scope="session")

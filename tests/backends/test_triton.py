@@ -37,7 +37,7 @@ from nexus.backends.triton_tables import CHUNK_ELEMENTS
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Cosine, evaluate
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.usefixtures("where_triton_runs")
 SIZES = [(), (0,), (1,), (7,), (CHUNK_ELEMENTS - 1,), (CHUNK_ELEMENTS,), (CHUNK_ELEMENTS + 1,), (0, 5), (13, 17)]
 BLOCK, CHUNK = 64, 256  # where tensors are divided small
 DIVIDED = [0, 1, BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK, 3 * CHUNK + 67, 1009]
@@ -81,23 +81,23 @@ def test_every_pair_of_dtypes_in_one_optimizer_equals_torch() -> None:
     run(params, [grad for _, grad in pairs], max_grad_norm=1.0)
 
 
-def test_no_difference_from_the_compiled_backend(device: str) -> None:
+def test_no_difference_from_the_compiled_backend(where_triton_runs: str) -> None:
     options: dict[str, Any] = {"lr": WSD(3, 4, 20, 1e-2), "amsgrad": True, "weight_decay": 0.1}
     with torch.device("cpu"):
         params = [param for dtype in DTYPES for param in make_params([(1000,)], dtype)]
         native = FusedAdamW(params, backend="native", **options)
-        own = FusedAdamW([param.detach().clone().to(device) for param in params], backend="triton", **options)
+        own = FusedAdamW([p.detach().clone().to(where_triton_runs) for p in params], backend="triton", **options)
         for _ in range(STEPS):
             grads = make_grads(params)
             set_grads(params, grads)
-            set_grads(params_of(own), [grad.to(device) for grad in grads])
+            set_grads(params_of(own), [grad.to(where_triton_runs) for grad in grads])
             native.step()
             own.step()
     # beta**t may differ in the last bit of float64, which float32 mostly does not see: in the interpreter, never.
     for mine, expected in zip(snapshot(own), snapshot(native), strict=True):
         if mine.dtype != torch.float64:
             unequal = float((mine.cpu() != expected).double().mean())
-            assert unequal <= (0.0 if device == "cpu" else 1e-2)
+            assert unequal <= (0.0 if where_triton_runs == "cpu" else 1e-2)
 
 
 def test_the_comparison_notices_a_kernel_that_does_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

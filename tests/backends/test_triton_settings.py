@@ -28,7 +28,7 @@ from triton_cases import DTYPES, STEPS
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine, CosineRestarts
 
-pytestmark = pytest.mark.usefixtures("device")
+pytestmark = pytest.mark.usefixtures("where_triton_runs")
 
 
 # Groups, rates and counters.

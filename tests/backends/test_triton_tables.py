@@ -9,6 +9,8 @@ import torch
 from references import assert_same_run, make_grads, make_params, run_beside_torch, set_grads, step_both
 
 pytest.importorskip("triton")
+import triton_interpreter  # noqa: F401  # mends it
+
 from nexus.backends import triton as backend
 from nexus.backends.records import layout
 from nexus.backends.triton_tables import CHUNK_ELEMENTS, CapturedGroups, DeviceTable, chunk_words, words
@@ -126,7 +128,7 @@ def test_chunks_cover_every_tensor_once() -> None:
 # Pointers that move.
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("where_triton_runs")
 def test_pointers_that_move_are_followed() -> None:
     params = make_params([(9,), (300,)])
     optimizer, reference = run_beside_torch(params, "triton")  # gradients are new tensors
@@ -135,7 +137,7 @@ def test_pointers_that_move_are_followed() -> None:
     assert_same_run(optimizer, reference)
 
 
-@pytest.mark.usefixtures("device")
+@pytest.mark.usefixtures("where_triton_runs")
 def test_parameters_that_share_memory_are_refused() -> None:
     memory = torch.zeros(10)
     params = [torch.nn.Parameter(memory[:6]), torch.nn.Parameter(memory[6:]), torch.nn.Parameter(memory[5:8])]

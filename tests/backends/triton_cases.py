@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+import triton_interpreter  # noqa: F401  # mends it
 from references import assert_same_run, make_grads, run_beside_torch, step_both
 from torch import Tensor
 

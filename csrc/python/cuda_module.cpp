@@ -104,7 +104,7 @@ void define_cuda(py::module_& m) {
   m.def("cuda_evaluate", &evaluate, release());
   py::class_<CudaRecords, WatchedRecords>(m, "CudaRecords", py::module_local(),
                                           py::custom_type_setup(collect_garbage))
-      .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
+      .def(constructor())
       .def("divide", &CudaRecords::divide)
       .def("fill_state", &CudaRecords::fill_state)
       .def("sum_of_squares", &CudaRecords::sum_of_squares, release())

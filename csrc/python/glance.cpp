@@ -21,7 +21,6 @@ bool Glance::look(const WatchedRecords::Parameter& parameter, void*& data, Objec
 void Glance::remember(const py::dict& attributes) {
   const auto last = std::exchange(parameters_, {});  // until the end: what dies may call back
   const auto last_settings = std::exchange(settings_, {});
-  versions_.clear();
   generation_ = watch_.generation_;
   is_remembered_ = watch_.same_groups(attributes.ptr()) && watch_.in_place(watch_.setting_tensors_);
   for (const WatchedRecords::Parameter& parameter : watch_.parameters_) {
@@ -31,8 +30,8 @@ void Glance::remember(const py::dict& attributes) {
   }
   for (const WatchedRecords::GroupSnapshot& group : watch_.groups_) {
     settings_.push_back(watch_.settings_of(group.group.get()));
-    versions_.push_back(dict_version(group.group.get()));
   }
+  writes_ = Object(watch_.writes());
 }
 
 bool Glance::same(const py::dict& attributes) const {
@@ -40,13 +39,9 @@ bool Glance::same(const py::dict& attributes) const {
       !watch_.in_place(watch_.setting_tensors_)) {
     return false;
   }
-  for (size_t i = 0; i < versions_.size(); ++i) {
-    PyObject* group = watch_.groups_[i].group.get();
-    if (unchanged(group, versions_[i])) {
-      continue;
-    }
+  for (size_t i = 0; i < settings_.size() && watch_.writes() != writes_.get(); ++i) {
     for (size_t k = 0; k < settings_[i].size(); ++k) {
-      if (item(group, watch_.setting_name(k)) != settings_[i][k].get()) {
+      if (item(watch_.groups_[i].group.get(), watch_.setting_name(k)) != settings_[i][k].get()) {
         return false;
       }
     }

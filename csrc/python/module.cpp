@@ -117,7 +117,7 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("same", &nexus::Glance::same);
   py::class_<WatchedRecords>(m, "WatchedRecords", py::module_local(),
                              py::custom_type_setup(nexus::collect_garbage))
-      .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
+      .def(nexus::constructor())
       .def("begin", &WatchedRecords::begin)
       .def("fill_groups", &WatchedRecords::fill_groups)
       .def("fill_tensors", &WatchedRecords::fill_tensors)
@@ -140,7 +140,7 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
       .def("release_gradients", &WatchedRecords::release_gradients);
   py::class_<CpuRecords, WatchedRecords>(m, "CpuRecords", py::module_local(),
                                          py::custom_type_setup(nexus::collect_garbage))
-      .def(py::init<py::tuple, py::tuple, int64_t, py::object, int64_t, py::object, py::object, py::tuple>())
+      .def(nexus::constructor())
       .def("divide", &CpuRecords::divide)
       .def("fill_state", &CpuRecords::fill_state)
       .def("sum_of_squares", &CpuRecords::sum_of_squares)

@@ -3,7 +3,6 @@
 
 #include <Python.h>
 
-#include <cstdint>
 #include <utility>
 
 namespace nexus {
@@ -44,20 +43,6 @@ inline PyObject* item(PyObject* dict, PyObject* key) {
     PyErr_Clear();
   }
   return value;
-}
-
-// A number that changes whenever the dict does, or 0 where CPython has none (from 3.12 on it is deprecated).
-inline uint64_t dict_version(PyObject* dict) {
-#if PY_VERSION_HEX < 0x030C0000
-  return reinterpret_cast<PyDictObject*>(dict)->ma_version_tag;
-#else
-  (void)dict;
-  return 0;
-#endif
-}
-
-inline bool unchanged(PyObject* dict, uint64_t version) {
-  return version != 0 && dict_version(dict) == version;
 }
 
 }  // namespace nexus

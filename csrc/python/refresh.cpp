@@ -27,6 +27,7 @@ bool WatchedRecords::same_groups(PyObject* attributes) const {
   if (groups != seen_groups_.get() || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
     return false;
   }
+  const bool written = writes() != seen_writes_.get();
   size_t k = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     const GroupSnapshot& seen = groups_[i];
@@ -36,7 +37,7 @@ bool WatchedRecords::same_groups(PyObject* attributes) const {
         PyList_GET_SIZE(params) != seen.count) {
       return false;
     }
-    if (!unchanged(group, seen.version) && item(group, params_name_.get()) != params) {
+    if (written && item(group, params_name_.get()) != params) {
       return false;
     }
     for (Py_ssize_t j = 0; j < seen.count; ++j, ++k) {
@@ -50,11 +51,11 @@ bool WatchedRecords::same_groups(PyObject* attributes) const {
 
 Change WatchedRecords::same_settings() {
   Change change = in_place(setting_tensors_) ? Change::kNone : Change::kSettings;
+  if (writes() == seen_writes_.get()) {
+    return change;
+  }
   for (size_t i = 0; i < groups_.size(); ++i) {
     GroupSnapshot& seen = groups_[i];
-    if (unchanged(seen.group.get(), seen.version)) {
-      continue;
-    }
     for (size_t k = 0; k < seen.settings.size(); ++k) {
       PyObject* value = item(seen.group.get(), setting_name(k));
       if (value == seen.settings[k].get()) {
@@ -74,9 +75,9 @@ Change WatchedRecords::same_settings() {
       }
       change = Change::kSettings;
     }
-    if (change == Change::kNone) {
-      seen.version = dict_version(seen.group.get());
-    }
+  }
+  if (change == Change::kNone) {
+    seen_writes_ = Object(writes());
   }
   return change;
 }

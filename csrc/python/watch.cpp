@@ -7,11 +7,13 @@
 
 namespace nexus {
 
-WatchedRecords::WatchedRecords(const py::tuple& setting_names, const py::tuple& state_names,
-                               int64_t storage_references, const py::object& count_users,
-                               int64_t storage_users, const py::object& grad_descriptor,
-                               const py::object& exchange_api, const py::tuple& dtypes)
+WatchedRecords::WatchedRecords(const py::tuple& setting_names, const py::list& writes,
+                               const py::tuple& state_names, int64_t storage_references,
+                               const py::object& count_users, int64_t storage_users,
+                               const py::object& grad_descriptor, const py::object& exchange_api,
+                               const py::tuple& dtypes)
     : setting_names_(setting_names.ptr()),
+      writes_(writes.ptr()),
       grad_descriptor_(grad_descriptor.ptr()),
       version_descriptor_(Object::own(PyObject_GetAttrString(
           reinterpret_cast<PyObject*>(PyDescr_TYPE(grad_descriptor.ptr())), "_version"))),
@@ -45,7 +47,7 @@ void WatchedRecords::begin(const py::dict& attributes) {
     if (params == nullptr || !PyList_Check(params)) {
       throw std::invalid_argument("every parameter group must be a dict whose 'params' is a list");
     }
-    groups_.push_back({Object(group), Object(params), PyList_GET_SIZE(params), {}, 0});
+    groups_.push_back({Object(group), Object(params), PyList_GET_SIZE(params), {}});
   }
   watch_settings();
   state_.reset(attributes.ptr());
@@ -63,9 +65,9 @@ void WatchedRecords::fill_tensors(const std::string& block) {
 void WatchedRecords::watch_settings() {
   setting_tensors_.clear();
   for (GroupSnapshot& seen : groups_) {
-    seen.version = 0;
     seen.settings = settings_of(seen.group.get());
   }
+  seen_writes_ = Object(writes());
 }
 
 std::vector<Object> WatchedRecords::settings_of(PyObject* group) const {

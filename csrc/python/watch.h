@@ -25,12 +25,13 @@ enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
 // backend share.
 class WatchedRecords {
  public:
-  // `setting_names`: the keys of a group whose values are watched; the first is "lr". For `state_names` to
+  // `setting_names`: the keys of a group whose values are watched; the first is "lr". `writes`: a list of one
+  // int, which is another one whenever a group was written to. For `state_names` to
   // `storage_users` see StateWatch. `grad_descriptor`: torch's getter of Tensor.grad. For the rest see
   // Reader.
-  WatchedRecords(const py::tuple& setting_names, const py::tuple& state_names, int64_t storage_references,
-                 const py::object& count_users, int64_t storage_users, const py::object& grad_descriptor,
-                 const py::object& exchange_api, const py::tuple& dtypes);
+  WatchedRecords(const py::tuple& setting_names, const py::list& writes, const py::tuple& state_names,
+                 int64_t storage_references, const py::object& count_users, int64_t storage_users,
+                 const py::object& grad_descriptor, const py::object& exchange_api, const py::tuple& dtypes);
 
   // Forgets everything, and takes groups and state as they are now for what is expected from here on.
   // `attributes`: the optimizer's __dict__, which is not held: it owns these records.
@@ -109,7 +110,6 @@ class WatchedRecords {
     Object params;
     Py_ssize_t count;
     std::vector<Object> settings;
-    uint64_t version;  // of `group` when its settings were last compared
   };
   struct FixedTensor {
     Object tensor;
@@ -118,6 +118,7 @@ class WatchedRecords {
   };
 
   void watch_settings();
+  PyObject* writes() const { return PyList_GET_ITEM(writes_.get(), 0); }
   bool same_groups(PyObject* attributes) const;
   Change same_settings();
   bool in_place(const std::vector<FixedTensor>& tensors) const;
@@ -136,6 +137,7 @@ class WatchedRecords {
   Object local_part(PyObject* tensor, PyObject* placements) const;
 
   Object setting_names_;
+  Object writes_;
   Object grad_descriptor_;
   Object version_descriptor_;
   Reader reader_;
@@ -145,6 +147,7 @@ class WatchedRecords {
   uint64_t generation_ = 0;  // another after each begin()
   Object seen_groups_;
   std::vector<GroupSnapshot> groups_;
+  Object seen_writes_;  // when their settings were last compared
   StateWatch state_;
   std::vector<Parameter> parameters_;
   std::vector<int64_t> layouts_;

@@ -42,6 +42,10 @@ GroupSettings: TypeAlias = dict[str, Any]
 record `Group` (csrc/record.h)."""
 
 
+GROUP_WRITES = [0]
+"""How often parameter groups, of any optimizer, were written to: a number that a watch compares in each step."""
+
+
 STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 """The keys of a parameter's state whose tensors a step uses."""
 

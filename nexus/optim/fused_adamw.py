@@ -240,7 +240,7 @@ class FusedAdamW(Optimizer):
         finally:
             self.param_groups = groups
         if isinstance(param_group, ParamGroup):  # of another optimizer, whose scheduler may go on with it
-            dict.update(param_group, added)
+            param_group.update(added)
             added = param_group
         else:
             param_group["params"] = added["params"]  # a generator that was given is at its end

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from operator import is_
@@ -13,7 +14,7 @@ from torch._guards import TracingContext
 from torch._subclasses import FakeTensor
 
 from nexus.arguments import as_real, check_number, shown
-from nexus.backends.interface import GroupSettings, Rate
+from nexus.backends.interface import GROUP_WRITES, GroupSettings, Rate
 from nexus.schedules import Schedule
 
 SCHEDULABLE = ("lr", "weight_decay")
@@ -58,10 +59,12 @@ class ParamGroup(dict[str, Any]):
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         self._refuse_scheduler(key)
+        GROUP_WRITES[0] += 1
         return super().setdefault(key, default)
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._refuse_scheduler(key)
+        GROUP_WRITES[0] += 1
         super().__setitem__(key, value)
 
     def schedules(self) -> list[tuple[str, Schedule]]:
@@ -154,6 +157,21 @@ class ParamGroup(dict[str, Any]):
                 f"a {self.driver} drives this optimizer's rate on the device, and would overwrite what another "
                 "scheduler writes. Attach one of the two alone."
             )
+
+
+def _counted(name: str) -> Callable[..., Any]:
+    write = getattr(dict, name)
+
+    @functools.wraps(write)
+    def counted(self: ParamGroup, *args: Any, **kwargs: Any) -> Any:
+        GROUP_WRITES[0] += 1
+        return write(self, *args, **kwargs)
+
+    return counted
+
+
+for _name in ("__delitem__", "__ior__", "clear", "pop", "popitem", "update"):  # the other ways to write to a dict
+    setattr(ParamGroup, _name, _counted(_name))
 
 
 def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | None) -> ParamGroup:

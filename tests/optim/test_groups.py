@@ -115,3 +115,36 @@ def test_many_groups_cost_no_more_each() -> None:
         return lines / count
 
     assert lines_each(80) <= lines_each(20)
+
+
+@pytest.mark.parametrize(
+    "write",
+    [
+        lambda group: group.__setitem__("lr", 0.25),
+        lambda group: group.update(lr=0.25),
+        lambda group: group.__ior__({"lr": 0.25}),
+        lambda group: (group.pop("lr"), group.setdefault("lr", 0.25)),
+        lambda group: (group.__delitem__("lr"), group.update({"lr": 0.25})),
+        lambda group: (items := {**group, "lr": 0.25}, group.clear(), group.update(items)),
+    ],
+    ids=["=", "update", "|=", "pop", "del", "clear"],
+)
+def test_however_a_group_is_written_to_the_next_step_sees_it(write: Any, backend: str) -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = FusedAdamW([weight], lr=0.5, weight_decay=0.0, backend=backend)
+    for expected in (-0.5, -1.0, -1.25):
+        weight.grad = torch.ones(1)
+        optimizer.step()
+        torch.testing.assert_close(weight.detach(), torch.full((1,), expected))
+        if expected == -1.0:
+            write(optimizer.param_groups[0])
+
+
+def test_an_item_that_is_popped_is_noticed() -> None:
+    weight = torch.nn.Parameter(torch.zeros(1))
+    optimizer = FusedAdamW([weight])
+    weight.grad = torch.ones(1)
+    optimizer.step()
+    optimizer.param_groups[0].popitem()
+    with pytest.raises(KeyError):
+        optimizer.step()

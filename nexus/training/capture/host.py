@@ -83,8 +83,8 @@ class HostState:
         for group, options in self._groups:
             for key in _options(group):
                 if key not in options:
-                    dict.pop(group, key)
-            dict.update(group, options)  # a ParamGroup asks questions about each
+                    group.pop(key)
+            group.update(options)
         for scheduler, attributes in self._schedulers:
             vars(scheduler).update(attributes)
         for rates, counted in self._counted:

@@ -90,7 +90,7 @@ def test_the_dtype_of_steps_that_are_saved() -> None:
     "options, on loading: `lr`, `betas`, `eps`, `weight_decay`, `amsgrad`, `maximize`",
     torch="come from the state dict; where an older one lacks the last two, they are `False`",
     nexus="same",
-    also=("test_torch_cases.py::test_it_can_load_an_older_state_dict",),
+    also=("test_checkpoint_foreign.py::test_the_same_numbers_go_on",),
 )
 def test_options_come_from_the_state_dict() -> None:
     options: dict[str, Any] = {"lr": 0.5, "betas": (0.5, 0.6), "eps": 1e-3, "weight_decay": 0.2}

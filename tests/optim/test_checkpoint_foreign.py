@@ -61,16 +61,20 @@ def bitsandbytes_32_bits(saved: dict[str, Any]) -> None:
         state.update(step=int(state["step"]), state1=state.pop("exp_avg"), state2=state.pop("exp_avg_sq"))
 
 
-def averaged_counts(saved: dict[str, Any]) -> None:
-    for state in saved["state"].values():
-        state["step"] = (state["step"] + 4.0) / 2
+def counts(changed: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], None]:
+    def change(saved: dict[str, Any]) -> None:
+        for state in saved["state"].values():
+            state["step"] = changed(state["step"])
+
+    return change
 
 
 FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
     "a count in the group": count_in_the_group(int),
     "a count in the group, a tensor": count_in_the_group(lambda n: torch.tensor([n], dtype=torch.int32)),
     "bitsandbytes in 32 bits": bitsandbytes_32_bits,
-    "counts that are averages": averaged_counts,
+    "counts that are averages": counts(lambda count: (count + 4.0) / 2),
+    "counts that are numbers, as older versions of torch have them": counts(float),
     "empty entries": lambda saved: saved["state"].update({2: {}}),
 }
 

@@ -40,7 +40,8 @@ def test_counts_go_on_beyond_what_float32_holds(backend: str, start: int, way: s
         if way == "in place":
             optimizer.state[param]["step"].fill_(start)
         saved["state"][index]["step"] = torch.tensor(start, dtype=torch.float64)
-        reference.state(index)["step"].data = torch.tensor(start, dtype=torch.float64)
+        step = reference.state(index)["step"]
+        step.data = step.double().fill_(start)
     if way == "load_state_dict":
         optimizer.load_state_dict(saved)
     step_both(optimizer, reference, steps=5)

@@ -91,26 +91,24 @@ def test_a_rate_below_half_precision_is_not_rounded_to_it(backend: str) -> None:
 # Hyperparameters that are changed by hand while training.
 
 
-CHANGES: list[dict[str, Any]] = [
-    {"lr": 0.02},
-    {"lr": torch.tensor(0.2)},
-    {"weight_decay": 0.3},
-    {"lr": 0.3},
-    {"lr": torch.tensor(0.4, dtype=torch.float64)},
-    {"betas": (0.8, 0.9)},
-    {"betas": [0.7, 0.95]},
-    {"eps": 1e-3},
-    {"maximize": True},
-    {"lr": 0.0},
-    {"lr": 0.5, "maximize": False},
-    {"lr": 1},
-    {},
-]
-
-
 def test_every_hyperparameter_may_change(backend: str) -> None:
+    changes: list[dict[str, Any]] = [
+        {"lr": 0.02},
+        {"lr": torch.tensor(0.2)},
+        {"weight_decay": 0.3},
+        {"lr": 0.3},
+        {"lr": torch.tensor(0.4, dtype=torch.float64)},
+        {"betas": (0.8, 0.9)},
+        {"betas": [0.7, 0.95]},
+        {"eps": 1e-3},
+        {"maximize": True},
+        {"lr": 0.0},
+        {"lr": 0.5, "maximize": False},
+        {"lr": 1},
+        {},
+    ]
     optimizer, reference = run_beside_torch(make_params([(5,), (40,)]), backend, steps=1)
-    for change in CHANGES:
+    for change in changes:
         optimizer.param_groups[0].update(change)
         reference.optimizer.param_groups[0].update(change)
         if "lr" in change:

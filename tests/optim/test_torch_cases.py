@@ -10,12 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from references import (
-    Float64AdamW,
-    assert_same_run,
-    make_params,
-    step_both,
-)
+from references import Float64AdamW, assert_same_run, copies, make_params, step_both
 from side_by_side import fused_torch, train
 from torch import Tensor
 
@@ -123,6 +118,21 @@ def test_every_error_input_is_an_error() -> None:
 
 
 # State dicts.
+
+
+@pytest.mark.parametrize("missing", ["maximize", "amsgrad", "foreach", "fused", "capturable", "differentiable"])
+def test_it_can_load_an_older_state_dict(backend: str, missing: str) -> None:
+    for _, options in cases():
+        params = make_params([(4, 3), (4,)])
+        optimizer, peer = FusedAdamW(params, backend=backend, **options), torch.optim.AdamW(copies(params))
+        train(optimizer)
+        peer.load_state_dict(optimizer.state_dict())
+        older = peer.state_dict()
+        for group in older["param_groups"]:
+            del group[missing]
+        optimizer.load_state_dict(older)
+        train(optimizer, 1)
+        assert optimizer.param_groups[0]["amsgrad"] == bool(options.get("amsgrad", False))
 
 
 @pytest.mark.parity(

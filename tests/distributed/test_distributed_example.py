@@ -12,7 +12,7 @@ import runpy
 import shutil
 import signal
 import sys
-from datetime import timedelta
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,13 +22,12 @@ import torch
 import torch.distributed as dist
 from gpt import corpus
 from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
-from worlds import FORKS, Worlds, launch
+from worlds import World, Worlds, launch
 
 pytestmark = pytest.mark.xdist_group("distributed")
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "fsdp2.py"
-
 
 load_once = functools.cache(corpus.load)
 
@@ -82,20 +81,17 @@ def test_torchrun_launches_the_example(tmp_path: Path) -> None:
 HALF = 150_000  # bytes, of about 300,000 that each of two processes writes into one file
 
 
-def killed_while_saving(rank: int, folder: Path, limit: int | None) -> None:
-    """One process of the example, from step 10 to 20; ended by the kernel in the write of byte `limit` of a file."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'world'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=30))
+def killed_while_saving(folder: Path, limits: tuple[int | None, int | None]) -> None:
+    """From step 10 to 20; ended by the kernel in the write of byte `limit` of a file."""
+    limit = limits[dist.get_rank()]
     if limit is not None:
         signal.signal(signal.SIGXFSZ, signal.SIG_DFL)  # Python ignores it
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-    run_example("--stop", "20", "--checkpoint", str(folder / "saved"))
+    run_example("--stop", "20", "--checkpoint", str(folder))
 
 
-def killed_while_removing(rank: int, folder: Path) -> None:
+def killed_while_removing(folder: Path) -> None:
     """The same, and rank 0 ends when it has removed one file of the save before."""
 
     def remove_one_file(of: Path) -> None:
@@ -103,19 +99,14 @@ def killed_while_removing(rank: int, folder: Path) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
     with mock.patch.object(shutil, "rmtree", remove_one_file):
-        killed_while_saving(rank, folder, None)
+        run_example("--stop", "20", "--checkpoint", str(folder))
 
 
-def exit_codes(function: Any, *arguments: tuple[Any, ...]) -> list[int | None]:
-    """Of processes of their own, one for each tuple."""
-    processes = [FORKS.Process(target=function, args=(rank, *rest)) for rank, rest in enumerate(arguments)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(60)
-        process.kill()  # if it hangs
-        process.join()
-    return [process.exitcode for process in processes]
+def gone_ranks(world: World, function: Callable[..., None], *arguments: Any) -> list[int]:
+    """Those that ended without an answer."""
+    with pytest.raises(AssertionError) as failed:
+        world.run(function, *arguments)
+    return [int(rank) for rank in re.findall(r"^rank (\d) of 2: (?:EOF|Connection)\w*Error", str(failed.value), re.M)]
 
 
 @pytest.fixture(scope="module")
@@ -153,27 +144,28 @@ def assert_goes_on(worlds: Worlds, checkpoint: Path, steps: list[int], expected:
         torch.testing.assert_close(what(found), what(expected), rtol=0, atol=0)
 
 
+@pytest.fixture
+def checkpoint(tmp_path: Path, first_save: Path) -> Path:
+    shutil.copytree(first_save, tmp_path / "saved")
+    return tmp_path / "saved"
+
+
 @pytest.mark.parametrize("limits", [(None, HALF), (HALF, HALF)], ids=["one", "both"])
 def test_a_run_that_is_killed_while_it_saves_goes_on_from_the_save_before(
-    worlds: Worlds, tmp_path: Path, first_save: Path, whole_run: dict[str, Any], limits: tuple[int | None, int | None]
+    worlds: Worlds, checkpoint: Path, whole_run: dict[str, Any], limits: tuple[int | None, int | None]
 ) -> None:
-    checkpoint = tmp_path / "saved"
-    shutil.copytree(first_save, checkpoint)
-    codes = exit_codes(killed_while_saving, *((tmp_path, limit) for limit in limits))
-    for rank, limit in enumerate(limits):
-        if limit is not None:
-            assert codes[rank] == -signal.SIGXFSZ
-            assert (checkpoint / "step-00000020" / f"__{rank}_0.distcp").stat().st_size == limit
+    killed = [rank for rank, limit in enumerate(limits) if limit is not None]
+    assert gone_ranks(World(2, checkpoint.parent), killed_while_saving, checkpoint, limits) == killed
+    for rank in killed:
+        assert (checkpoint / "step-00000020" / f"__{rank}_0.distcp").stat().st_size == HALF
     assert not (checkpoint / "step-00000020" / ".metadata").exists()
     assert_goes_on(worlds, checkpoint, [20, 30], whole_run)
 
 
 def test_a_run_that_is_killed_while_it_removes_the_save_before_goes_on_from_the_new_one(
-    worlds: Worlds, tmp_path: Path, first_save: Path, whole_run: dict[str, Any]
+    worlds: Worlds, checkpoint: Path, whole_run: dict[str, Any]
 ) -> None:
-    checkpoint = tmp_path / "saved"
-    shutil.copytree(first_save, checkpoint)
-    assert exit_codes(killed_while_removing, (tmp_path,), (tmp_path,))[0] == -signal.SIGKILL
+    assert gone_ranks(World(2, checkpoint.parent), killed_while_removing, checkpoint) == [0]
     assert (checkpoint / "step-00000010" / ".metadata").is_file()
     assert not (checkpoint / "step-00000010" / "__0_0.distcp").exists()
     assert_goes_on(worlds, checkpoint, [30], whole_run)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import test_distributed_capture as capture
@@ -28,30 +30,26 @@ def world(worlds: Worlds) -> World:
     return worlds(min(torch.cuda.device_count(), 4), "cuda")
 
 
-@pytest.fixture(params=["cuda", "triton"])
-def backend(request: pytest.FixtureRequest) -> str:
-    return request.param
+ON_BACKENDS: list[tuple[Callable[..., None], dict[str, Any]]] = [
+    (fsdp.test_fsdp_follows_float64_torch_on_the_same_gradients, {"steps": 30, "how": "plain"}),
+    (fsdp.test_all_skip_what_one_process_cannot_use, {"placed": "all sharded", "sees": "a nan", "clips": True}),
+    (meshes.test_tensor_parallel_layers_train_as_one_process, {}),
+    (data_parallel.test_ddp_trains_as_one_process, {"bucket_view": True}),
+    (capture.test_a_captured_training_step_equals_the_plain_one, {"how": "fsdp"}),
+    (capture.test_a_captured_training_step_equals_the_plain_one, {"how": "tensor parallel"}),
+]
+each_backend = pytest.mark.parametrize("backend", ["cuda", "triton"])
 
 
-def test_fsdp_follows_float64_torch(world: World, backend: str) -> None:
-    world.run(fsdp.test_fsdp_follows_float64_torch_on_the_same_gradients, backend, 30, "plain", "cuda")
+@each_backend
+@pytest.mark.parametrize(("test", "given"), ON_BACKENDS)
+def test_what_passes_on_the_cpu(world: World, backend: str, test: Callable[..., None], given: dict[str, Any]) -> None:
+    world.run(test, backend=backend, device="cuda", **given)
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "offloaded"])
 def test_fsdp_with_a_policy_follows_float64_torch(world: World, how: str) -> None:
     world.run(fsdp.test_fsdp_follows_float64_torch_on_the_same_gradients, "auto", 30, how, "cuda")
-
-
-def test_all_skip_what_one_process_cannot_use(world: World, backend: str) -> None:
-    world.run(fsdp.test_all_skip_what_one_process_cannot_use, backend, "all sharded", "a nan", True, "cuda")
-
-
-def test_tensor_parallel_layers_train_as_one_process(world: World, backend: str) -> None:
-    world.run(meshes.test_tensor_parallel_layers_train_as_one_process, backend, "cuda")
-
-
-def test_ddp_trains_as_one_process(world: World, backend: str) -> None:
-    world.run(data_parallel.test_ddp_trains_as_one_process, True, backend, "cuda")
 
 
 def goes_on_as_if_uninterrupted(folder: Path) -> None:
@@ -61,11 +59,6 @@ def goes_on_as_if_uninterrupted(folder: Path) -> None:
 
 def test_a_checkpoint_goes_on(world: World, tmp_path: Path) -> None:
     world.run(goes_on_as_if_uninterrupted, tmp_path)
-
-
-@pytest.mark.parametrize("how", ["fsdp", "tensor parallel"])
-def test_a_captured_training_step_equals_the_plain_one(world: World, backend: str, how: str) -> None:
-    world.run(capture.test_a_captured_training_step_equals_the_plain_one, how, backend, "cuda")
 
 
 def steps_while_waiting_is_an_error(backend: str) -> None:
@@ -84,5 +77,6 @@ def steps_while_waiting_is_an_error(backend: str) -> None:
     assert float(optimizer.param_groups[0]["lr"]) == pytest.approx(SCHEDULE(4), rel=1e-15)
 
 
+@each_backend
 def test_no_step_waits_for_the_device(world: World, backend: str) -> None:
     world.run(steps_while_waiting_is_an_error, backend)

@@ -124,18 +124,15 @@ def make_trainer(
     return trainer
 
 
-def wsd_scheduler(optimizer: Optimizer) -> WSDScheduler:
-    return WSDScheduler(optimizer, 3, 6, 4, peak_lr=1e-2, min_lr=1e-4, decay_type="sqrt")
-
-
-def cosine_scheduler(optimizer: Optimizer) -> CosineAnnealingScheduler:
-    return CosineAnnealingScheduler(optimizer, 3, 12, peak_lr=1e-2, min_lr=1e-4)
-
+make_wsd = functools.partial(
+    WSDScheduler, warmup_steps=3, stable_steps=6, decay_steps=4, peak_lr=1e-2, min_lr=1e-4, decay_type="sqrt"
+)
+make_cosine = functools.partial(CosineAnnealingScheduler, warmup_steps=3, max_steps=12, peak_lr=1e-2, min_lr=1e-4)
 
 # The rate given to FusedAdamW, what makes its scheduler, and the oracle; None for Trainer's own scheduler.
 WAYS: dict[str, tuple[float | Schedule, Callable[[Any], Any] | None, Schedule | None]] = {
-    "WSDScheduler": (1e-3, wsd_scheduler, SCHEDULE),
-    "CosineAnnealingScheduler": (1e-3, cosine_scheduler, COSINE),
+    "WSDScheduler": (1e-3, make_wsd, SCHEDULE),
+    "CosineAnnealingScheduler": (1e-3, make_cosine, COSINE),
     "Trainer's scheduler": (1e-2, None, None),
     "WSD inside": (SCHEDULE, FollowingScheduler, SCHEDULE),
     "Cosine inside": (COSINE, FollowingScheduler, COSINE),

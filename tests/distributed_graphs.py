@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
 import graphs_on_cpu
 import torch
 import torch.distributed as dist
-from cuda_on_cpu import Runner, shim
 from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.distributed.fsdp._fully_shard import _fsdp_param
 from torch.utils._pytree import tree_map
 
-from nexus.backends import watched
 from nexus.training.capture import device as graph_device
 
 
@@ -60,44 +58,12 @@ def _waiting(func: Any) -> Callable[..., Any]:
 
 
 class Graphs(graphs_on_cpu.Graphs):
+    recorder = _Recorder
+
     def capture(self, run: Callable[[], Any]) -> tuple[graphs_on_cpu.Graph, Any]:
-        with (
-            mock.patch.object(graphs_on_cpu, "_Recorder", _Recorder),
-            mock.patch.object(graphs_on_cpu, "_kernels_captured", _kernels_captured),
-            # What FSDP2 frees stays in the pool of the graph, where replays find it.
-            mock.patch.object(_fsdp_param, "free_storage"),
-        ):
+        # What FSDP2 frees stays in the pool of the graph, where replays find it.
+        with mock.patch.object(_fsdp_param, "free_storage"):
             return super().capture(run)
-
-
-@contextmanager
-def _kernels_captured(graph: graphs_on_cpu.Graph) -> Iterator[None]:
-    """Let the kernels before the sum over processes go into one graph of the shim, those after it into another."""
-    run, total_everywhere = Runner._run, watched.total_everywhere
-    capture = ExitStack()
-
-    def begin(runner: Runner) -> None:
-        runner.stream = shim().stream()
-        kernels = capture.enter_context(shim().capture(runner.stream))
-        capture.callback(lambda: graph.work.append(kernels.replay))
-
-    def captured_run(self: Runner, *args: Any) -> None:
-        def total(*sums: Any) -> Tensor | None:
-            capture.close()
-            found_inf = total_everywhere(*sums)
-            begin(self)
-            return found_inf
-
-        begin(self)
-        try:
-            with mock.patch.object(watched, "total_everywhere", total):
-                run(self, *args)
-        finally:
-            capture.close()
-            self.stream = 0
-
-    with mock.patch.object(Runner, "_run", captured_run):
-        yield
 
 
 @contextmanager

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from nexus.backends import watched
 from nexus.training.capture import device as graph_device
 
 
@@ -77,6 +78,8 @@ class _Recorder(TorchDispatchMode):
 class Graphs:
     """See `nexus.training.capture.device.GraphDevice`. `events` tells what was done, in which order."""
 
+    recorder = _Recorder
+
     def __init__(self) -> None:
         self.device = torch.device("cpu")
         self.events: list[str] = []
@@ -91,7 +94,7 @@ class Graphs:
     def capture(self, run: Callable[[], Any]) -> tuple[Graph, Any]:
         self.events.append("capture")
         graph = Graph(self.events)
-        recorder = _Recorder(graph)
+        recorder = self.recorder(graph)
         try:
             with recorder, _kernels_captured(graph):
                 result = run()
@@ -122,17 +125,29 @@ def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[Graphs]:
 
 @contextlib.contextmanager
 def _kernels_captured(graph: Graph) -> Iterator[None]:
-    """Let kernels that are launched on the shim's devices go into a graph of the shim."""
-    run = Runner._run
+    """Let kernels that are launched on the shim go into a graph of it; after a sum over processes, into another."""
+    run, total_everywhere = Runner._run, watched.total_everywhere
+    capture = contextlib.ExitStack()
+
+    def begin(runner: Runner) -> None:
+        runner.stream = shim().stream()
+        kernels = capture.enter_context(shim().capture(runner.stream))
+        capture.callback(lambda: graph.work.append(kernels.replay))
 
     def captured_run(self: Runner, *args: Any) -> None:
-        self.stream = shim().stream()
+        def total(*sums: Any) -> Tensor | None:
+            capture.close()
+            found_inf = total_everywhere(*sums)
+            begin(self)
+            return found_inf
+
+        begin(self)
         try:
-            with shim().capture(self.stream) as kernels:
+            with mock.patch.object(watched, "total_everywhere", total):
                 run(self, *args)
         finally:
+            capture.close()
             self.stream = 0
-        graph.work.append(kernels.replay)
 
     def captured_evaluate(self: Backend, table: Tensor, steps: Tensor) -> Tensor:
         out = torch.empty(steps.shape, dtype=torch.float64)

@@ -2,158 +2,115 @@
 
 from __future__ import annotations
 
-import contextlib
 import gc
 import warnings
-from collections.abc import Iterator
-from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from nexus.training.capture.device import CudaGraphs, graph_device
 
-events: list[str] = []
-
-
-class Cuda:
-    """Stands in for what CudaGraphs uses of torch.cuda. `broken`: ending a capture fails, and elsewhere it warns."""
-
-    broken = False
-    on = ""  # the name of the current stream
-
-    class Stream:
-        def __init__(self, device: Any, name: str = "side") -> None:
-            self.name = name
-
-        def wait_stream(self, other: Any) -> None:
-            events.append(f"{self.name} waits for {other.name}")
-
-    class CUDAGraph:
-        def capture_begin(self, pool: Any, capture_error_mode: str) -> None:
-            assert not gc.isenabled()
-            events.append(f"begin in pool {pool}, {capture_error_mode}, on {Cuda.on}")
-
-        def capture_end(self) -> None:
-            events.append("end")
-            if Cuda.broken:
-                raise RuntimeError("capture was invalidated")
-            warnings.warn("The CUDA Graph is empty.", stacklevel=2)
-
-    def __init__(self) -> None:
-        self.pools = 0
-        self.default_generators = [self]
-
-    def current_stream(self, device: Any) -> Stream:
-        return self.Stream(device, Cuda.on)
-
-    def current_device(self) -> int:
-        return 0
-
-    @contextlib.contextmanager
-    def stream(self, stream: Stream) -> Iterator[None]:
-        before, Cuda.on = Cuda.on, stream.name
-        yield
-        Cuda.on = before
-
-    def graph_pool_handle(self) -> int:
-        self.pools += 1
-        return self.pools
-
-    def synchronize(self, device: Any) -> None:
-        events.append("synchronize")
-
-    def empty_cache(self) -> None:
-        events.append("empty cache")
-
-    def clone_state(self) -> str:
-        return "spare"
-
-    def _cuda_endAllocateToPool(self, device: int, pool: int) -> None:
-        events.append(f"allocator leaves pool {pool}")
-
-    def _cuda_releasePool(self, device: int, pool: int) -> None:
-        events.append(f"pool {pool} is released")
-
-    def graphsafe_set_state(self, state: str) -> None:
-        events.append(f"generator takes {state}")
+USED = ["CUDAGraph", "Stream", "current_device", "current_stream", "default_generators"]
+USED += ["empty_cache", "graph_pool_handle", "stream", "synchronize"]
+GENERATOR = "default_generators.__getitem__()"
+RECOVERY = ["current_device", "_cuda_endAllocateToPool", "current_device", "_cuda_releasePool"]
+RECOVERY += [f"{GENERATOR}.graphsafe_set_state", "graph_pool_handle", "Stream"]
 
 
 @pytest.fixture
-def device(monkeypatch: pytest.MonkeyPatch) -> Iterator[CudaGraphs]:
-    events.clear()
-    monkeypatch.setattr(Cuda, "on", "the caller's")
-    double = Cuda()
-    for name in dir(double):
-        if hasattr(torch.cuda, name) and not name.startswith("_"):
-            monkeypatch.setattr(torch.cuda, name, getattr(double, name))
+def cuda(monkeypatch: pytest.MonkeyPatch) -> mock.MagicMock:
+    double = mock.MagicMock()
+    double.graph_pool_handle.side_effect = [1, 2]
+    double.stream.return_value.__exit__.return_value = None  # swallows no exception
+    for name in USED:
+        monkeypatch.setattr(torch.cuda, name, getattr(double, name))
     for name in ("_cuda_endAllocateToPool", "_cuda_releasePool"):
         monkeypatch.setattr(torch.cuda.memory, name, getattr(double, name))
+    return double
+
+
+def make_graphs(cuda: mock.MagicMock) -> CudaGraphs:
     found = graph_device(torch.device("cuda", 0))
     assert isinstance(found, CudaGraphs)
-    yield found
-    assert gc.isenabled()
+    cuda.reset_mock()
+    return found
+
+
+def calls(cuda: mock.MagicMock) -> list[str]:
+    return [name for name, *_ in cuda.mock_calls]
 
 
 def test_there_are_graphs_on_cuda_alone() -> None:
     assert graph_device(torch.device("cpu")) is None
 
 
-def test_the_side_stream_waits_and_is_waited_for(device: CudaGraphs) -> None:
-    with contextlib.suppress(KeyError), device.side_stream():
-        events.append(f"on {Cuda.on}")
-    assert events == ["side waits for the caller's", "on side", "the caller's waits for side"]
+def test_the_side_stream_waits_and_is_waited_for(cuda: mock.MagicMock) -> None:
+    graphs = make_graphs(cuda)
+    cuda.run.side_effect = KeyError
+    with pytest.raises(KeyError), graphs.side_stream():
+        cuda.run()
+    inside = ["stream", "stream().__enter__", "run", "stream().__exit__"]
+    assert calls(cuda) == ["current_stream", "Stream().wait_stream", *inside, "current_stream().wait_stream"]
+    side, current = cuda.Stream.return_value, cuda.current_stream.return_value
+    side.wait_stream.assert_called_with(current)
+    cuda.stream.assert_called_with(side)
+    current.wait_stream.assert_called_with(side)
 
 
-EMPTY = pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
-RECOVERY = ["allocator leaves pool 1", "pool 1 is released", "generator takes spare"]
-
-
-@EMPTY
 @pytest.mark.parametrize("broken", [False, True])
 @pytest.mark.parametrize("error", [None, KeyError("mine")], ids=str)
-def test_a_capture(error: KeyError | None, broken: bool, device: CudaGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_capture(error: KeyError | None, broken: bool, cuda: mock.MagicMock) -> None:
     """An error in it is raised as it is; one that CUDA has ended leaves nothing to the next."""
 
     def run() -> int:
-        events.append(f"run on {Cuda.on}")
+        assert not gc.isenabled()
+        cuda.run()
         if error is not None:
             raise error
         return 5
 
-    begin = "begin in pool {}, thread_local, on side"
-    with monkeypatch.context() as patch:
-        patch.setattr(Cuda, "broken", broken)
-        if error is None and not broken:
-            graph, result = device.capture(run)
-            assert isinstance(graph, Cuda.CUDAGraph)
-            assert result == 5
-        else:
-            with pytest.raises(RuntimeError if error is None else KeyError) as raised:
-                device.capture(run)
-            assert str(raised.value) == "capture was invalidated" if error is None else raised.value is error
-    recovered = RECOVERY if broken else []
-    assert events == ["synchronize", "empty cache", begin.format(1), "run on side", "end", *recovered]
-    events.clear()
-    device.capture(lambda: None)
-    assert events[2] == begin.format(2 if broken else 1)
+    graphs, graph = make_graphs(cuda), cuda.CUDAGraph.return_value
+    invalidated = RuntimeError("capture was invalidated")
+    graph.capture_end.side_effect = invalidated if broken else None
+    if error is None and not broken:
+        assert graphs.capture(run) == (graph, 5)
+    else:
+        with pytest.raises((KeyError, RuntimeError)) as raised:
+            graphs.capture(run)
+        assert raised.value is (error or invalidated)
+    assert gc.isenabled()
+    assert calls(cuda) == [
+        *["synchronize", "empty_cache", "stream", "stream().__enter__"],
+        *["CUDAGraph", "current_device", "default_generators.__getitem__", f"{GENERATOR}.clone_state"],
+        *["CUDAGraph().capture_begin", "run", "CUDAGraph().capture_end"],
+        *(RECOVERY if broken else []),
+        "stream().__exit__",
+    ]
+    cuda.stream.assert_called_with(cuda.Stream.return_value)
+    graph.capture_begin.assert_called_with(pool=1, capture_error_mode="thread_local")
+    if broken:
+        generator = cuda.default_generators.__getitem__.return_value
+        generator.graphsafe_set_state.assert_called_with(generator.clone_state.return_value)
+        for release in (cuda._cuda_endAllocateToPool, cuda._cuda_releasePool):
+            release.assert_called_once_with(cuda.current_device.return_value, 1)
+    graph.capture_end.side_effect = None
+    graphs.capture(lambda: None)
+    graph.capture_begin.assert_called_with(pool=2 if broken else 1, capture_error_mode="thread_local")
 
 
-def test_an_empty_graph_hides_no_error(device: CudaGraphs) -> None:
-    def run() -> None:
-        raise KeyError("mine")
+def test_an_empty_graph_hides_no_error(cuda: mock.MagicMock) -> None:
+    graphs, error = make_graphs(cuda), KeyError("mine")
+    cuda.CUDAGraph.return_value.capture_end.side_effect = lambda: warnings.warn("The graph is empty", stacklevel=2)
+    with pytest.raises(KeyError) as raised:  # warnings are errors here
+        graphs.capture(mock.Mock(side_effect=error))
+    assert raised.value is error
 
-    with pytest.raises(KeyError, match="mine"):  # warnings are errors here
-        device.capture(run)
 
-
-@EMPTY
-def test_a_torch_that_recovers_by_itself(device: CudaGraphs, monkeypatch: pytest.MonkeyPatch) -> None:
-    def ended(device: int, pool: int) -> None:
-        raise RuntimeError("not currently recording to the pool")
-
-    monkeypatch.setattr(torch.cuda.memory, "_cuda_endAllocateToPool", ended)
-    monkeypatch.setattr(Cuda, "broken", True)
+def test_a_torch_that_recovers_by_itself(cuda: mock.MagicMock) -> None:
+    graphs = make_graphs(cuda)
+    cuda.CUDAGraph.return_value.capture_end.side_effect = RuntimeError("capture was invalidated")
+    cuda._cuda_endAllocateToPool.side_effect = RuntimeError("not currently recording to the pool")
     with pytest.raises(RuntimeError, match="capture was invalidated"):
-        device.capture(lambda: None)
-    assert events[-2:] == ["end", "generator takes spare"]  # and the pool is not released twice
+        graphs.capture(lambda: None)
+    cuda._cuda_releasePool.assert_not_called()  # which torch has done

@@ -104,33 +104,25 @@ OTHERS = [
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)
 @each_pair
-@pytest.mark.parametrize("at", [2, 6, 9], ids=lambda at: f"at{at}")
-def test_a_decay_that_was_begun_goes_on(saving: str, loading: str, at: int, other: WSD) -> None:
-    start = min(at, 8)  # at 9 it had begun by itself, which is no edit
-    state = after(saving, at, begin_decay, then=2)
-    edits = {"decay_start": at, "decay_from": GIVEN(at)} if at < 8 else {}
+@pytest.mark.parametrize(("edit", "at"), [(begin_decay, 2), (begin_decay, 6), (begin_decay, 9), (extend, 4)])
+def test_edits_are_made_to_the_constructors_schedule(
+    saving: str, loading: str, edit: Edit, at: int, other: WSD
+) -> None:
+    state = after(saving, at, edit, then=2)
+    edits: dict[str, Any] = {}
+    expected = other
+    if edit is extend:
+        edits = {"extended": 4}
+        expected = other if other.stable_steps is None else other.extend_stable(4)
+    elif at < 8:  # at 9 the decay had begun by itself, which is no edit
+        edits = {"decay_start": at, "decay_from": GIVEN(at)}
+        expected = replace(other, warmup_steps=0, stable_steps=at, peak_lr=GIVEN(at))
     assert state["edits"] == {**WITHOUT, **edits}
     scheduler, used, said = load(loading, other, state)
     assert len(said) == sum(value != getattr(other, name) for name, value in vars(GIVEN).items())
     assert scheduler.state_dict()["edits"] == state["edits"]
-    if edits:
-        falls = WSD(0, start, other.decay_steps, GIVEN(at), other.min_lr, other.decay_type)
-        assert scheduler.get_phase(at) == "decay"
-    else:
-        falls = other
-    assert same(loading, used, falls.values(at + 2, at + 22))
-
-
-@pytest.mark.parametrize("other", OTHERS, ids=str)
-@each_pair
-def test_an_extension_is_made_to_the_constructors_schedule(saving: str, loading: str, other: WSD) -> None:
-    state = after(saving, 4, extend)
-    assert state["edits"] == {**WITHOUT, "extended": 4}
-    scheduler, used, _ = load(loading, other, state)
-    expected = other if other.stable_steps is None else other.extend_stable(4)
-    assert scheduler.schedule == expected
-    assert same(loading, used, expected.values(4, 24))
-    assert scheduler.state_dict()["edits"] == state["edits"]
+    assert scheduler.get_phase(at + 2) == expected.phase(at + 2)
+    assert same(loading, used, expected.values(at + 2, at + 22))
 
 
 @pytest.mark.parametrize("other", OTHERS, ids=str)

@@ -18,9 +18,8 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.cuda import Cuda
 from benchmarks.report import file_name, metadata, write_json
-from benchmarks.timing import PROCESSOR
+from benchmarks.timing import PROCESSOR, Cuda
 from nexus.optim import FusedAdamW
 from nexus.training import step_in_backward
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 STEP = "step"
 STEP_SCHEDULE = "step + schedule"
@@ -144,19 +144,14 @@ AnyCase = Case | TrainingCase
 def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[Shape, ...]:
     """The parameters of a GPT with learned positions, biases and tied embeddings, as GPT-2 has them."""
 
-    def block() -> Iterator[Shape]:
-        yield from [(width,), (width,)]  # layer norm
-        yield from [(3 * width, width), (3 * width,)]  # queries, keys, values
-        yield from [(width, width), (width,)]  # out of the attention
-        yield from [(width,), (width,)]  # layer norm
-        yield from [(4 * width, width), (4 * width,)]  # MLP
-        yield from [(width, 4 * width), (width,)]
-
-    blocks = [shape for _ in range(layers) for shape in block()]
-    return ((vocabulary, width), (context, width), *blocks, (width,), (width,))
+    norm = ((width,), (width,))
+    attention = ((3 * width, width), (3 * width,), (width, width), (width,))
+    mlp = ((4 * width, width), (4 * width,), (width, 4 * width), (width,))
+    return ((vocabulary, width), (context, width), *(*norm, *attention, *norm, *mlp) * layers, *norm)
 
 
 _THIRD_PARTY = (FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON, OPTIMI, TORCHAO, APEX)
+_LARGE: dict[str, Any] = {"repeats": 40, "quick_repeats": 5, "memory_bound": True, "devices": (CUDA,)}
 _TINY, _SMALL = (64,), (1000,)
 _GPT, _DEEP = gpt_shapes(3, 128, 256, 256), gpt_shapes(12, 64, 256, 256)
 _GPT2, _BILLION = gpt_shapes(12, 768, 50257, 1024), gpt_shapes(24, 1792, 50257, 1024)
@@ -179,26 +174,8 @@ CASES = {
             peers=(FUSED, FOREACH),
         ),
         Case("many", "1000 tensors of 1,000 elements", (_SMALL,) * 1000, 150, 15, cuda_peers=_THIRD_PARTY),
-        Case(
-            "billion",
-            "GPT of 1.02B parameters",
-            _BILLION,
-            repeats=40,
-            quick_repeats=5,
-            cuda_peers=_THIRD_PARTY,
-            memory_bound=True,
-            devices=(CUDA,),
-        ),
-        Case(
-            "billion-bf16",
-            "GPT of 1.02B bfloat16 parameters",
-            _BILLION,
-            repeats=40,
-            quick_repeats=5,
-            memory_bound=True,
-            dtype=BFLOAT16,
-            devices=(CUDA,),
-        ),
+        Case("billion", "GPT of 1.02B parameters", _BILLION, cuda_peers=_THIRD_PARTY, **_LARGE),
+        Case("billion-bf16", "GPT of 1.02B bfloat16 parameters", _BILLION, dtype=BFLOAT16, **_LARGE),
     )
 }
 TRAINING_CASES = {

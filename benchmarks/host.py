@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.contestants import SCHEDULE, WARMUP_STEPS, factors, make_params, rate_scale
-from benchmarks.peers import PEAK_LR
-from benchmarks.rows import HostRow, Spread
+from benchmarks.contestants import factors, make_params, rate_scale
+from benchmarks.peers import PEAK_LR, SCHEDULE, WARMUP_STEPS
+from benchmarks.report import HostRow, Spread
 from benchmarks.timing import interleaved, microseconds
 from nexus.optim import FusedAdamW
 from nexus.training.schedulers import WSDScheduler

@@ -25,7 +25,7 @@ from benchmarks.cases import (
     TORCHAO,
     TRAINING_CASES,
 )
-from benchmarks.rows import Comparison, Row, Spread
+from benchmarks.report import Comparison, Row, Spread
 from benchmarks.table import conditions
 from nexus.plot import save
 

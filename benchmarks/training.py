@@ -16,21 +16,8 @@ from gpt.run import Size
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.cases import (
-    CAPTURABLE,
-    CAPTURED,
-    CUDA,
-    DEMO_GPT,
-    FOREACH,
-    FUSED,
-    GPT2,
-    MLP,
-    NEXUS_EAGER,
-    TORCH_FUSED_LOOP,
-    TORCH_GRAPH,
-    TORCH_LOOP,
-    TrainingCase,
-)
+from benchmarks import cases
+from benchmarks.cases import CAPTURED, CUDA, DEMO_GPT, GPT2, MLP, TORCH_GRAPH, TrainingCase
 from benchmarks.peers import MAX_GRAD_NORM, PEAK_LR, PEERS, SCHEDULE, warmup
 from benchmarks.timing import PROCESSOR, Device
 from nexus.optim import FusedAdamW
@@ -41,6 +28,7 @@ MLP_BATCH, MLP_WIDTHS = 64, (784, 256, 10)
 SIZES = {DEMO_GPT: Size(), GPT2: Size(GPTConfig(layers=12, heads=12, width=768, context=1024), batch=8)}
 VOCABULARIES = {DEMO_GPT: VOCABULARY, GPT2: 50257}
 ON_CPU = {GPT2: (1, 128)}  # rows and length of a batch where the usual one would take too long
+LOOPS = {cases.TORCH_LOOP: cases.FOREACH, cases.TORCH_FUSED_LOOP: cases.FUSED, TORCH_GRAPH: cases.CAPTURABLE}
 CHECKED_STEPS = 20
 
 Batch = tuple[Tensor, Tensor]
@@ -171,11 +159,10 @@ def nexus(case: TrainingCase, job: str, device: Device = PROCESSOR) -> Trainee:
 
 def peer(case: TrainingCase, job: str, name: str, device: Device = PROCESSOR) -> Trainee:
     """The loop that `name` stands for."""
-    if name == NEXUS_EAGER:
+    if name == cases.NEXUS_EAGER:
         return nexus(case, name, device)
     trainee = Trainee(case, device)
-    way = {TORCH_LOOP: FOREACH, TORCH_FUSED_LOOP: FUSED, TORCH_GRAPH: CAPTURABLE}[name]
-    optimizer = PEERS[way].make([{"params": trainee.params}], device.where)
+    optimizer = PEERS[LOOPS[name]].make([{"params": trainee.params}], device.where)
     if name == TORCH_GRAPH:
         _capture(trainee, optimizer, device)
         return trainee

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,14 +62,13 @@ class Case:
         """
         return 0.1 if self.dtype == BFLOAT16 else 5e-3
 
-    def jobs_on(self, device: str) -> tuple[str, ...]:
-        """What is timed on this kind of device."""
-        return self.jobs
-
-    def peers_on(self, device: str, job: str) -> tuple[str, ...]:
-        """Whom it is set beside on this kind of device."""
-        peers = self.cuda_peers if device == CUDA else self.peers
-        return (*peers, COPY) if self.memory_bound and job == STEP else peers
+    def comparisons(self, device: str) -> Iterator[tuple[str, str]]:
+        """Each job, and each peer that it is set beside on this kind of device."""
+        for job in self.jobs:
+            for peer in self.cuda_peers if device == CUDA else self.peers:
+                yield job, peer
+            if self.memory_bound and job == STEP:
+                yield job, COPY
 
     def bytes_needed(self, device: str) -> int:
         """At most: parameter, gradient and two moments of two optimizers, and three temporaries of foreach.
@@ -122,13 +122,10 @@ class TrainingCase:
         """Of the losses' difference in the first steps. Rounding is a tenth of it or less."""
         return 5e-2 if self.autocast else 5e-3
 
-    def jobs_on(self, device: str) -> tuple[str, ...]:
-        """What is timed on this kind of device."""
-        return tuple(job for kind, job in TRAINING_PEERS if kind == device)
-
-    def peers_on(self, device: str, job: str) -> tuple[str, ...]:
-        """Whom it is set beside on this kind of device."""
-        return TRAINING_PEERS[device, job]
+    def comparisons(self, device: str) -> Iterator[tuple[str, str]]:
+        """Each job, and each peer that it is set beside on this kind of device."""
+        for (kind, job), peers in TRAINING_PEERS.items():
+            yield from ((job, peer) for peer in peers if kind == device)
 
     def bytes_needed(self, device: str) -> int:
         """At most."""

@@ -29,10 +29,9 @@ def measure(case: AnyCase, repeats: int, device: Device = PROCESSOR) -> Iterator
     Whatever one of them ends in, the others go on.
     """
     repeats = min(repeats, BFLOAT16_REPEATS) if case.dtype == BFLOAT16 else repeats
-    for job in case.jobs_on(device.kind):
-        for name in case.peers_on(device.kind, job):
-            yield _row_or_reason(case, job, name, repeats, device)
-            device.settle()
+    for job, name in case.comparisons(device.kind):
+        yield _row_or_reason(case, job, name, repeats, device)
+        device.settle()
 
 
 def _row_or_reason(case: AnyCase, job: str, name: str, repeats: int, device: Device) -> Row | LeftOut:

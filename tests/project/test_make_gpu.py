@@ -232,8 +232,7 @@ def test_the_small_case_finds_a_kernel_that_does_nothing(monkeypatch: pytest.Mon
 def test_a_target_names_a_row_that_the_benchmark_has(target: gpu_summary.Target) -> None:
     case = {**CASES, **TRAINING_CASES}[target.case]
     assert CUDA in case.by_default
-    assert target.job in case.jobs_on(CUDA)
-    assert target.peer in case.peers_on(CUDA, target.job)
+    assert (target.job, target.peer) in case.comparisons(CUDA)
 
 
 @pytest.mark.parametrize(("case", "bound"), [("train-gpt", 3), ("train-mlp", 6)])

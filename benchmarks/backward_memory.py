@@ -43,7 +43,7 @@ def peak(way: str, device: str, width: int, layers: int) -> float:
 
 
 def _resident_peak() -> int:
-    """KiB. Not of getrusage(), which begins with the peak of the process that has started this one."""
+    """KiB, on Linux. Not of getrusage(), which begins with the peak of the process that has started this one."""
     return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 

@@ -11,16 +11,14 @@ from __future__ import annotations
 
 import argparse
 import os
-import resource
 import subprocess
 import sys
 from pathlib import Path
 
 import torch
 
-from benchmarks.cuda import Cuda
 from benchmarks.report import file_name, metadata, write_json
-from benchmarks.timing import PROCESSOR
+from benchmarks.timing import PROCESSOR, Cuda
 from nexus.optim import FusedAdamW
 from nexus.training import step_in_backward
 
@@ -30,8 +28,6 @@ MIB = 2**20
 
 def peak(way: str, device: str, width: int, layers: int) -> float:
     """MiB of parameters, gradients, moments and activations."""
-    if device == "cuda":
-        torch.cuda.init()
     before = 0 if device == "cuda" else _resident_peak()
     model = torch.nn.Sequential(*(torch.nn.Linear(width, width, bias=False) for _ in range(layers))).to(device)
     optimizer = FusedAdamW(model.parameters(), lr=1e-3)
@@ -47,12 +43,8 @@ def peak(way: str, device: str, width: int, layers: int) -> float:
 
 
 def _resident_peak() -> int:
-    """KiB. Not of getrusage(), which begins with the peak of the process that has started this one."""
-    try:
-        status = Path("/proc/self/status").read_text()
-    except OSError:  # no Linux
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return int(status.partition("VmHWM:")[2].split()[0])
+    """KiB, on Linux. Not of getrusage(), which begins with the peak of the process that has started this one."""
+    return int(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
 
 
 def main() -> int:

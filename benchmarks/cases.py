@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 STEP = "step"
 STEP_SCHEDULE = "step + schedule"
@@ -61,14 +62,13 @@ class Case:
         """
         return 0.1 if self.dtype == BFLOAT16 else 5e-3
 
-    def jobs_on(self, device: str) -> tuple[str, ...]:
-        """What is timed on this kind of device."""
-        return self.jobs
-
-    def peers_on(self, device: str, job: str) -> tuple[str, ...]:
-        """Whom it is set beside on this kind of device."""
-        peers = self.cuda_peers if device == CUDA else self.peers
-        return (*peers, COPY) if self.memory_bound and job == STEP else peers
+    def comparisons(self, device: str) -> Iterator[tuple[str, str]]:
+        """Each job, and each peer that it is set beside on this kind of device."""
+        for job in self.jobs:
+            for peer in self.cuda_peers if device == CUDA else self.peers:
+                yield job, peer
+            if self.memory_bound and job == STEP:
+                yield job, COPY
 
     def bytes_needed(self, device: str) -> int:
         """At most: parameter, gradient and two moments of two optimizers, and three temporaries of foreach.
@@ -122,13 +122,10 @@ class TrainingCase:
         """Of the losses' difference in the first steps. Rounding is a tenth of it or less."""
         return 5e-2 if self.autocast else 5e-3
 
-    def jobs_on(self, device: str) -> tuple[str, ...]:
-        """What is timed on this kind of device."""
-        return tuple(job for kind, job in TRAINING_PEERS if kind == device)
-
-    def peers_on(self, device: str, job: str) -> tuple[str, ...]:
-        """Whom it is set beside on this kind of device."""
-        return TRAINING_PEERS[device, job]
+    def comparisons(self, device: str) -> Iterator[tuple[str, str]]:
+        """Each job, and each peer that it is set beside on this kind of device."""
+        for (kind, job), peers in TRAINING_PEERS.items():
+            yield from ((job, peer) for peer in peers if kind == device)
 
     def bytes_needed(self, device: str) -> int:
         """At most."""
@@ -144,19 +141,14 @@ AnyCase = Case | TrainingCase
 def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[Shape, ...]:
     """The parameters of a GPT with learned positions, biases and tied embeddings, as GPT-2 has them."""
 
-    def block() -> Iterator[Shape]:
-        yield from [(width,), (width,)]  # layer norm
-        yield from [(3 * width, width), (3 * width,)]  # queries, keys, values
-        yield from [(width, width), (width,)]  # out of the attention
-        yield from [(width,), (width,)]  # layer norm
-        yield from [(4 * width, width), (4 * width,)]  # MLP
-        yield from [(width, 4 * width), (width,)]
-
-    blocks = [shape for _ in range(layers) for shape in block()]
-    return ((vocabulary, width), (context, width), *blocks, (width,), (width,))
+    norm = ((width,), (width,))
+    attention = ((3 * width, width), (3 * width,), (width, width), (width,))
+    mlp = ((4 * width, width), (4 * width,), (width, 4 * width), (width,))
+    return ((vocabulary, width), (context, width), *(*norm, *attention, *norm, *mlp) * layers, *norm)
 
 
 _THIRD_PARTY = (FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON, OPTIMI, TORCHAO, APEX)
+_LARGE: dict[str, Any] = {"repeats": 40, "quick_repeats": 5, "memory_bound": True, "devices": (CUDA,)}
 _TINY, _SMALL = (64,), (1000,)
 _GPT, _DEEP = gpt_shapes(3, 128, 256, 256), gpt_shapes(12, 64, 256, 256)
 _GPT2, _BILLION = gpt_shapes(12, 768, 50257, 1024), gpt_shapes(24, 1792, 50257, 1024)
@@ -179,26 +171,8 @@ CASES = {
             peers=(FUSED, FOREACH),
         ),
         Case("many", "1000 tensors of 1,000 elements", (_SMALL,) * 1000, 150, 15, cuda_peers=_THIRD_PARTY),
-        Case(
-            "billion",
-            "GPT of 1.02B parameters",
-            _BILLION,
-            repeats=40,
-            quick_repeats=5,
-            cuda_peers=_THIRD_PARTY,
-            memory_bound=True,
-            devices=(CUDA,),
-        ),
-        Case(
-            "billion-bf16",
-            "GPT of 1.02B bfloat16 parameters",
-            _BILLION,
-            repeats=40,
-            quick_repeats=5,
-            memory_bound=True,
-            dtype=BFLOAT16,
-            devices=(CUDA,),
-        ),
+        Case("billion", "GPT of 1.02B parameters", _BILLION, cuda_peers=_THIRD_PARTY, **_LARGE),
+        Case("billion-bf16", "GPT of 1.02B bfloat16 parameters", _BILLION, dtype=BFLOAT16, **_LARGE),
     )
 }
 TRAINING_CASES = {

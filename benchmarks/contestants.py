@@ -12,16 +12,12 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.cases import BFLOAT16, CLIP_STEP_SCHEDULE, COPY, NEXUS_TRITON, STEP, Case, Shape
-from benchmarks.peers import PEAK_LR, PEERS
+from benchmarks.peers import MAX_GRAD_NORM, PEAK_LR, PEERS, SCHEDULE, warmup
 from benchmarks.timing import PROCESSOR, Device
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD
 
-WARMUP_STEPS = 100
 MAX_DRAWN = 1 << 18  # random numbers of a tensor
 MAX_COPIED = 1 << 26  # float32 numbers at once: more than any cache holds
-MAX_GRAD_NORM = 1.0  # below the norm of every case's gradients, so that all are clipped
-SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
 BFLOAT16_REMARK = "its moments are bfloat16, those of nexus float32"
 
 
@@ -66,11 +62,6 @@ class Contestant:
         return float(largest / way)
 
 
-def warmup(step: int, scale: float = 1.0) -> float:
-    """The factor that torch's schedulers multiply a base rate of `PEAK_LR` by; `SCHEDULE` says the same."""
-    return scale * min(1.0, step / WARMUP_STEPS)
-
-
 def make_params(
     shapes: tuple[Shape, ...], dtype: torch.dtype = torch.float32, device: torch.device = PROCESSOR.where
 ) -> list[Tensor]:
@@ -89,10 +80,6 @@ def _noise(shape: Shape, generator: torch.Generator) -> Tensor:
     return drawn.repeat(-(-numel // MAX_DRAWN))[:numel].view(shape)
 
 
-def _params_of(case: Case, device: Device) -> list[Tensor]:
-    return make_params(case.shapes, getattr(torch, case.dtype), device.where)
-
-
 def rate_scale(index: int, groups: int) -> float:
     """Of group `index`: from 0.5 to 1.5."""
     return 0.5 + index / (groups - 1) if groups > 1 else 1.0
@@ -100,19 +87,17 @@ def rate_scale(index: int, groups: int) -> float:
 
 def nexus_optimizer(case: Case, job: str, params: list[Tensor], backend: str = "auto") -> FusedAdamW:
     """One whose `step` does the whole job."""
-    clip = MAX_GRAD_NORM if job == CLIP_STEP_SCHEDULE else None
     if job == STEP:
-        return FusedAdamW(params, lr=PEAK_LR, max_grad_norm=clip, backend=backend)
-    groups = [
-        {"params": part, "lr": rate_scale(i, case.groups) * SCHEDULE}
-        for i, part in enumerate(_dealt(params, case.groups))
-    ]
+        return FusedAdamW(params, lr=PEAK_LR, backend=backend)
+    parts = enumerate(_dealt(params, case.groups))
+    groups = [{"params": part, "lr": rate_scale(i, case.groups) * SCHEDULE} for i, part in parts]
+    clip = MAX_GRAD_NORM if job == CLIP_STEP_SCHEDULE else None
     return FusedAdamW(groups, max_grad_norm=clip, backend=backend)
 
 
 def nexus(case: Case, job: str, device: Device = PROCESSOR, backend: str = "auto") -> Contestant:
     """The optimizer of this package."""
-    params = _params_of(case, device)
+    params = make_params(case.shapes, getattr(torch, case.dtype), device.where)
     optimizer = nexus_optimizer(case, job, params, backend)
     return Contestant(optimizer.step, params, optimizer.step, optimizer=optimizer)
 
@@ -123,7 +108,7 @@ def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contest
         return nexus(case, job, device, "triton")
     if name == COPY:
         return Contestant(copy(case, job, device))
-    params = _params_of(case, device)
+    params = make_params(case.shapes, getattr(torch, case.dtype), device.where)
     optimizer = PEERS[name].make([{"params": part} for part in _dealt(params, case.groups)], device.where)
     scheduler = None if job == STEP else LambdaLR(optimizer, factors(case.groups))
 
@@ -137,14 +122,11 @@ def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contest
         if scheduler is not None:
             scheduler.step()
 
-    return Contestant(
-        call=call,
-        params=params,
-        in_graph=clip_and_step if PEERS[name].capturable else None,
-        # A scheduler computes the rate on the host: a graph would hold that of one step for ever.
-        beside_graph=None if scheduler is None else scheduler.step,
-        remark=BFLOAT16_REMARK if case.dtype == BFLOAT16 else "",
-    )
+    in_graph = clip_and_step if PEERS[name].capturable else None
+    # A scheduler computes the rate on the host: a graph would hold that of one step for ever.
+    beside_graph = None if scheduler is None else scheduler.step
+    remark = BFLOAT16_REMARK if case.dtype == BFLOAT16 else ""
+    return Contestant(call, params, in_graph, beside_graph, remark=remark)
 
 
 def copy(case: Case, job: str, device: Device = PROCESSOR) -> Callable[[], object]:

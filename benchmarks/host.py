@@ -12,10 +12,10 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.contestants import SCHEDULE, WARMUP_STEPS, factors, make_params, rate_scale
-from benchmarks.peers import PEAK_LR
-from benchmarks.rows import HostRow, Spread
-from benchmarks.timing import interleaved, microseconds
+from benchmarks.contestants import factors, make_params, rate_scale
+from benchmarks.peers import PEAK_LR, SCHEDULE, WARMUP_STEPS
+from benchmarks.report import HostRow, Spread
+from benchmarks.timing import Call, interleaved, microseconds
 from nexus.optim import FusedAdamW
 from nexus.training.schedulers import WSDScheduler
 
@@ -31,7 +31,7 @@ def measure_host(repeats: int) -> Iterator[HostRow]:
     yield from _allocations()
 
 
-def _in_turns(first: Callable[[], object], second: Callable[[], object], repeats: int) -> list[tuple[float, float]]:
+def _in_turns(first: Call, second: Call, repeats: int) -> list[tuple[float, float]]:
     return interleaved(partial(microseconds, first), partial(microseconds, second), repeats)
 
 
@@ -42,7 +42,7 @@ def _group_list(groups: int) -> list[dict[str, Any]]:
 def _schedulers(groups: int, repeats: int) -> Iterator[HostRow]:
     """A step of each kind of scheduler, and what the built-in schedule adds to the optimizer's own step."""
     of = f"{groups} group{'s' * (groups > 1)}"
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Call] = {}
     for kind, rate in (("float", float), ("tensor", torch.tensor)):
         torch_groups = [{**group, "lr": rate(PEAK_LR)} for group in _group_list(groups)]
         torch_optimizer = torch.optim.AdamW(torch_groups, foreach=False)
@@ -57,9 +57,8 @@ def _schedulers(groups: int, repeats: int) -> Iterator[HostRow]:
         yield HostRow(what, "µs", Spread.of([a for a, _ in times]))
 
     plain = FusedAdamW(_group_list(groups))
-    scheduled = FusedAdamW(
-        [{**group, "lr": rate_scale(i, groups) * SCHEDULE} for i, group in enumerate(_group_list(groups))]
-    )
+    rates = [rate_scale(i, groups) * SCHEDULE for i in range(groups)]
+    scheduled = FusedAdamW([{**group, "lr": rate} for group, rate in zip(_group_list(groups), rates, strict=True)])
     times = _in_turns(scheduled.step, plain.step, repeats)
     yield HostRow(f"built-in Schedule adds to nexus step(), {of}", "µs", Spread.of([a - b for a, b in times]))
 

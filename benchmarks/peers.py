@@ -13,8 +13,12 @@ from torch.optim import Optimizer
 
 from benchmarks.cases import APEX, CAPTURABLE, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
 from nexus import backends
+from nexus.schedules import WSD
 
 PEAK_LR = 1e-3
+WARMUP_STEPS = 10
+SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
+MAX_GRAD_NORM = 0.5  # below the norm of every case's gradients, and of most training steps
 # Said to each, since their defaults differ.
 OPTIONS: dict[str, Any] = {"lr": PEAK_LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}
 
@@ -52,6 +56,11 @@ PEERS = {
     TORCHAO: Peer({}, "torchao.optim", "_AdamW", "torchao"),
     APEX: Peer({"adam_w_mode": True}, "apex.optimizers", "FusedAdam", "apex"),
 }
+
+
+def warmup(step: int, scale: float = 1.0) -> float:
+    """The factor that torch's schedulers multiply a base rate of `PEAK_LR` by; `SCHEDULE` says the same."""
+    return scale * min(1.0, step / WARMUP_STEPS)
 
 
 def unavailable(name: str) -> str | None:

@@ -9,44 +9,38 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import NullLocator
 
-from benchmarks.cases import (
-    APEX,
-    CAPTURABLE,
-    CUDA,
-    FOR_LOOP,
-    FOREACH,
-    FUSED,
-    NEXUS_EAGER,
-    NEXUS_TRITON,
-    OPTIMI,
-    TORCH_FUSED_LOOP,
-    TORCH_GRAPH,
-    TORCH_LOOP,
-    TORCHAO,
-    TRAINING_CASES,
-)
-from benchmarks.rows import Comparison, Row, Spread
+from benchmarks import cases
+from benchmarks.cases import CPU, CUDA, TRAINING_CASES
+from benchmarks.report import Row, Spread
 from benchmarks.table import conditions
 from nexus.plot import save
 
 COLORS = {
-    FUSED: "#2563a8",
-    CAPTURABLE: "#4b8fd1",
-    FOREACH: "#7fb2dd",
-    FOR_LOOP: "#c9d3dc",
-    OPTIMI: "#c98a2b",
-    TORCHAO: "#d9b36c",
-    APEX: "#6a9f58",
-    NEXUS_TRITON: "#9b8ec4",
-    TORCH_LOOP: "#2563a8",
-    TORCH_FUSED_LOOP: "#7fb2dd",
-    TORCH_GRAPH: "#c98a2b",
-    NEXUS_EAGER: "#9b8ec4",
+    cases.FUSED: "#2563a8",
+    cases.CAPTURABLE: "#4b8fd1",
+    cases.FOREACH: "#7fb2dd",
+    cases.FOR_LOOP: "#c9d3dc",
+    cases.OPTIMI: "#c98a2b",
+    cases.TORCHAO: "#d9b36c",
+    cases.APEX: "#6a9f58",
+    cases.NEXUS_TRITON: "#9b8ec4",
+    cases.TORCH_LOOP: "#2563a8",
+    cases.TORCH_FUSED_LOOP: "#7fb2dd",
+    cases.TORCH_GRAPH: "#c98a2b",
+    cases.NEXUS_EAGER: "#9b8ec4",
 }
+AS_OPTIMIZERS = (cases.FUSED, cases.CAPTURABLE, cases.FOREACH, cases.FOR_LOOP)
 LABELS = {
-    **{name: f"torch.optim.AdamW, {name}" for name in (FUSED, CAPTURABLE, FOREACH, FOR_LOOP)},
-    TORCH_LOOP: "torch loop: AdamW, foreach; clip_grad_norm_; LambdaLR",
-    TORCH_FUSED_LOOP: "the same, fused",
+    **{name: f"torch.optim.AdamW, {name}" for name in AS_OPTIMIZERS},
+    cases.TORCH_LOOP: "torch loop: AdamW, foreach; clip_grad_norm_; LambdaLR",
+    cases.TORCH_FUSED_LOOP: "the same, fused",
+}
+DEVICE, HOST = "time of the device", "time of the host"
+PANELS = {  # what is drawn side by side: a field of a row by its title, of steps and of whole training steps
+    (CPU, False): {"": "time"},
+    (CPU, True): {"": "time"},
+    (CUDA, False): {DEVICE: "time", f"{HOST}, step by step": "host", f"{HOST}, replaying a graph": "replay_host"},
+    (CUDA, True): {"steps a second": "loop", DEVICE: "time", HOST: "host"},
 }
 INK = "#3e4c59"
 BAR = 0.8  # of the space between two bars
@@ -56,16 +50,17 @@ def draw(rows: list[Row], data: dict[str, Any], path: Path) -> None:
     """Draw how many times as fast nexus is to a PNG, which is written whole or not at all.
 
     Args:
-        rows: at least one that compares with a peer.
+        rows: of one device, all of steps or all of training; at least one compares with a peer.
         data: the metadata of the run.
         path: of the PNG.
     """
     rows = [row for row in rows if row.peer in COLORS]
     heights, ticks = _places(rows)
-    panels = _panels(rows)
+    panels = PANELS[rows[0].device, rows[0].case in TRAINING_CASES]
     figure = Figure(figsize=(6 + 4 * len(panels), 1.8 + 0.3 * (heights[-1] + 1)), dpi=120, layout="constrained")
     all_axes = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
-    for axes, (title, comparisons) in zip(all_axes, panels.items(), strict=True):
+    for axes, (title, field) in zip(all_axes, panels.items(), strict=True):
+        comparisons = [getattr(row, field) for row in rows]
         _draw_bars(axes, rows, heights, [times.ratio if times else None for times in comparisons])
         axes.set_title(title, loc="left", color=INK)
     all_axes[0].set_yticks([y for y, _ in ticks], [label for _, label in ticks], color=INK)
@@ -75,18 +70,6 @@ def draw(rows: list[Row], data: dict[str, Any], path: Path) -> None:
     figure.legend(handles=patches, frameon=False, loc="outside lower center", ncols=4)
     figure.suptitle(_title(data), x=0.01, horizontalalignment="left", color=INK)
     save(figure, path)
-
-
-def _panels(rows: list[Row]) -> dict[str, list[Comparison | None]]:
-    """What is drawn side by side, of each row."""
-    if all(row.device != CUDA for row in rows):
-        return {"": [row.time for row in rows]}
-    times: dict[str, list[Comparison | None]] = {"time of the device": [row.time for row in rows]}
-    hosts = [row.host for row in rows]
-    if all(row.case in TRAINING_CASES for row in rows):
-        return {"steps a second": [row.loop for row in rows], **times, "time of the host": hosts}
-    replays = [row.replay_host for row in rows]
-    return {**times, "time of the host, step by step": hosts, "time of the host, replaying a graph": replays}
 
 
 def _draw_bars(axes: Any, rows: list[Row], heights: list[float], ratios: list[Spread | None]) -> None:
@@ -105,7 +88,7 @@ def _draw_bars(axes: Any, rows: list[Row], heights: list[float], ratios: list[Sp
             textcoords="offset points",
             verticalalignment="center",
             color=INK,
-            weight="bold" if row.peer in (FUSED, TORCH_LOOP) else "normal",
+            weight="bold" if row.peer in (cases.FUSED, cases.TORCH_LOOP) else "normal",
         )
     axes.set_xscale("log")
     low = min([0.9, *(ratio.p20 * 0.95 for ratio in drawn)])

@@ -1,27 +1,129 @@
-"""The JSON file: the measurements, with everything needed to read them later. Importing this needs no torch."""
+"""What was measured, as records, and the JSON file that they make. Importing this needs no torch."""
 
 from __future__ import annotations
 
 import datetime
 import importlib
 import json
+import math
 import os
 import platform
 import re
 import subprocess
-from dataclasses import asdict
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.rows import Results, Row
 from nexus import __version__
 from nexus.files import write_whole
 
 if TYPE_CHECKING:
     from benchmarks.timing import Device
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).resolve().parents[1]
 FORMAT = 2  # of the JSON file; it has the keys of format 1, and more
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A median, and the 20th and 80th percentiles."""
+
+    median: float
+    p20: float
+    p80: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Spread:
+        """Of at least one value; linear between the two nearest."""
+        ordered = sorted(values)
+
+        def quantile(q: float) -> float:
+            at = q * (len(ordered) - 1)
+            low = math.floor(at)
+            high = min(low + 1, len(ordered) - 1)
+            return ordered[low] + (at - low) * (ordered[high] - ordered[low])
+
+        return cls(quantile(0.5), quantile(0.2), quantile(0.8))
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Times in microseconds."""
+
+    nexus: Spread
+    peer: Spread | None  # None: it cannot do this
+    ratio: Spread | None  # peer's time / nexus's time of each pair
+
+    @classmethod
+    def of(cls, pairs: Sequence[tuple[float, float]]) -> Comparison:
+        """Of nexus's time and its peer's, each measured next to the other."""
+        ours, theirs = zip(*pairs, strict=True)
+        return cls(Spread.of(ours), Spread.of(theirs), Spread.of([b / a for a, b in pairs]))
+
+
+@dataclass(frozen=True)
+class Row:
+    """nexus beside one peer at one job."""
+
+    case: str
+    title: str
+    device: str
+    dtype: str
+    tensors: int
+    elements: int
+    groups: int
+    job: str
+    peer: str
+    backend: str  # of nexus
+    time: Comparison  # on a CPU until the call returns, on a GPU what the device takes
+    pairs: int
+    difference: float | None  # of the parameters afterwards, see contestants.difference; in training of the losses
+    bytes_moved: int | None  # that nexus needs to load and store; None: not counted, in training
+    # On a GPU alone:
+    host: Comparison | None = None  # what the host takes to enqueue a step
+    replay: Comparison | None = None  # the device, replaying a CUDA graph of the step
+    replay_host: Comparison | None = None  # the host, starting the replay
+    loop: Comparison | None = None  # in training: wall-clock time of a step, of several in a row
+    remark: str = ""
+
+    def record(self) -> dict[str, Any]:
+        """For the JSON file, with the times under the names that they had in format 1."""
+        record = asdict(self)
+        time = record.pop("time")
+        medians = {"nexus_us": time["nexus"]["median"], "peer_us": time["peer"]["median"], "ratio": time["ratio"]}
+        return {**record, **medians, "nexus_spread": time["nexus"], "peer_spread": time["peer"]}
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """What is not among the rows, and why."""
+
+    case: str
+    job: str
+    peer: str
+    reason: str
+    failed: bool  # by a fault of nexus's, or since the two sides disagree: the run has then failed
+
+
+@dataclass(frozen=True)
+class HostRow:
+    """A quantity of the second table."""
+
+    what: str
+    unit: str
+    value: Spread
+
+
+@dataclass
+class Results:
+    """Of one run, as far as it has come."""
+
+    metadata: dict[str, Any]
+    rows: list[Row] = field(default_factory=list)
+    left_out: list[LeftOut] = field(default_factory=list)
+    host: list[HostRow] = field(default_factory=list)
+    complete: bool = False
 
 
 def metadata(device: Device) -> dict[str, Any]:
@@ -54,16 +156,8 @@ def write(path: Path, results: Results) -> Path:
     data = results.metadata
     if path.is_dir():
         path /= file_name(data["date"], data.get("gpu", data["cpu"]))
-    write_json(path, {"format": FORMAT, **asdict(results), "rows": [_flat(row) for row in results.rows]})
+    write_json(path, {"format": FORMAT, **asdict(results), "rows": [row.record() for row in results.rows]})
     return path
-
-
-def _flat(row: Row) -> dict[str, Any]:
-    """The record of a row, with the times under the names that they had in format 1."""
-    record = asdict(row)
-    time = record.pop("time")
-    medians = {"nexus_us": time["nexus"]["median"], "peer_us": time["peer"]["median"], "ratio": time["ratio"]}
-    return {**record, **medians, "nexus_spread": time["nexus"], "peer_spread": time["peer"]}
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

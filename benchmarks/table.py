@@ -4,49 +4,47 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cases import COPY, CUDA, TRAINING_CASES
-from benchmarks.rows import Comparison, HostRow, LeftOut, Row, Spread
+from benchmarks.cases import COPY, CPU, CUDA, TRAINING_CASES
+from benchmarks.report import Comparison, HostRow, LeftOut, Row, Spread
 
 PEER_NAMES = {COPY: "copy of as much"}
-SPEED = "times as fast [p20, p80]"
+RATE = "steps a second"
+DEVICE_AND_HOST = {"µs of the device": "time", "µs of the host": "host"}
+COLUMNS = {  # field of a row by the column's title; for each kind of device, of steps and of whole training steps
+    (CPU, False): {"µs": "time"},
+    (CPU, True): {RATE: "time"},
+    (CUDA, False): {**DEVICE_AND_HOST, "replay: device": "replay", "replay: host": "replay_host"},
+    (CUDA, True): {RATE: "loop", **DEVICE_AND_HOST},
+}
 HOST_HEADING = f"{'host time':<60} {'median [p20, p80]'}"
-
-_LINE = "{:<7} {:>7} {:>11}  {:<22} {:>9}  {:<18} {:>9}  {}"
-_CUDA_LINE = "{:<12} {:<22}  {:<18} {:>19} {:>19}  {:>19} {:>19}  {}"
-_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17}  {}"
-_CUDA_TRAINING_LINE = "{:<11} {:<24} {:<22} {:>17} {:>19} {:>17}  {}"
 
 
 def heading(device: str, training: bool = False) -> str:
     """Over the rows, of steps of the optimizer or of whole training steps."""
-    times = ["µs of the device", "µs of the host"]
-    if training:
-        columns = ["steps a second", *times] if device == CUDA else ["steps a second"]
-        line = _CUDA_TRAINING_LINE if device == CUDA else _TRAINING_LINE
-    elif device == CUDA:
-        columns, line = [*times, "replay: device", "replay: host"], _CUDA_LINE
-    else:
-        names = ("case", "tensors", "elements", "job", "nexus µs", "torch's AdamW", "its µs", f"nexus is … {SPEED}")
-        return _LINE.format(*names)
-    below = line.format("case", "job", "peer", *["nexus / peer"] * len(columns), SPEED)
-    return f"{line.format('', '', '', *columns, '').rstrip()}\n{below}"
+    columns = list(COLUMNS[device, training])
+    below = _aligned("case", "job", "peer", ["nexus / peer"] * len(columns), "times as fast [p20, p80]")
+    return f"{_aligned('', '', '', columns, '').rstrip()}\n{below}"
 
 
 def line(row: Row) -> str:
     """A row of the table."""
-    names = (row.case, row.job, PEER_NAMES.get(row.peer, row.peer))
-    if row.case in TRAINING_CASES:
-        whole = row.loop or row.time
-        rates = " / ".join("–" if us is None else figures(1e6 / us.median) for us in (whole.nexus, whole.peer))
-        if row.device == CUDA:
-            return _CUDA_TRAINING_LINE.format(*names, rates, _both(row.time), _both(row.host), _ratio(whole))
-        return _TRAINING_LINE.format(*names, rates, _ratio(whole))
-    if row.device == CUDA:
-        times = (_both(part) for part in (row.time, row.host, row.replay, row.replay_host))
-        return _CUDA_LINE.format(*names, *times, _ratio(row.time)) + (f" ({row.remark})" if row.remark else "")
-    case, job, peer = names
-    nexus, its = _median(row.time.nexus), _median(row.time.peer)
-    return _LINE.format(case, row.tensors, f"{row.elements:,}", job, nexus, peer, its, _ratio(row.time))
+    columns = COLUMNS[row.device, row.case in TRAINING_CASES]
+    cells = [_both(getattr(row, field), per_second=title == RATE) for title, field in columns.items()]
+    ratio = (row.loop or row.time).ratio
+    speed = "" if ratio is None else _spread(ratio)
+    remark = f" ({row.remark})" if row.remark else ""
+    return _aligned(row.case, row.job, PEER_NAMES.get(row.peer, row.peer), cells, speed + remark)
+
+
+def _both(times: Comparison | None, per_second: bool) -> str:
+    if times is None:
+        return ""
+    medians = [None if side is None else side.median for side in (times.nexus, times.peer)]
+    return " / ".join("–" if us is None else figures(1e6 / us if per_second else us) for us in medians)
+
+
+def _aligned(case: str, job: str, peer: str, columns: list[str], last: str) -> str:
+    return f"{case:<12} {job:<24} {peer:<22}{''.join(f'{column:>20}' for column in columns)}  {last}"
 
 
 def left_out_line(left_out: LeftOut) -> str:
@@ -91,17 +89,5 @@ def figures(value: float) -> str:
     return f"{value:,.{0 if size >= 100 else 1 if size >= 10 else 2 if size >= 1 else 3}f}"
 
 
-def _ratio(times: Comparison) -> str:
-    return "" if times.ratio is None else _spread(times.ratio)
-
-
 def _spread(value: Spread) -> str:
     return f"{figures(value.median)} [{figures(value.p20)}, {figures(value.p80)}]"
-
-
-def _both(times: Comparison | None) -> str:
-    return "" if times is None else f"{_median(times.nexus)} / {_median(times.peer)}"
-
-
-def _median(spread: Spread | None) -> str:
-    return "–" if spread is None else figures(spread.median)

@@ -8,78 +8,42 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from gpt.model import GPT, Block, GPTConfig
+from gpt.model import GPT, VOCABULARY, GPTConfig
 from gpt.run import Size
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks import peers
-from benchmarks.cases import (
-    CAPTURABLE,
-    CAPTURED,
-    CUDA,
-    DEMO_GPT,
-    FOREACH,
-    FUSED,
-    MLP,
-    NEXUS_EAGER,
-    TORCH_FUSED_LOOP,
-    TORCH_GRAPH,
-    TORCH_LOOP,
-    TrainingCase,
-)
-from benchmarks.peers import PEAK_LR
+from benchmarks import cases
+from benchmarks.cases import CAPTURED, CUDA, DEMO_GPT, GPT2, MLP, TORCH_GRAPH, TrainingCase
+from benchmarks.peers import MAX_GRAD_NORM, PEAK_LR, PEERS, SCHEDULE, warmup
 from benchmarks.timing import PROCESSOR, Device
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD
 from nexus.training import capture_train_step
 
 BATCHES = 4  # different ones, over and over
 MLP_BATCH, MLP_WIDTHS = 64, (784, 256, 10)
+SIZES = {DEMO_GPT: Size(), GPT2: Size(GPTConfig(layers=12, heads=12, width=768, context=1024), batch=8)}
+VOCABULARIES = {DEMO_GPT: VOCABULARY, GPT2: 50257}
+ON_CPU = {GPT2: (1, 128)}  # rows and length of a batch where the usual one would take too long
+LOOPS = {cases.TORCH_LOOP: cases.FOREACH, cases.TORCH_FUSED_LOOP: cases.FUSED, TORCH_GRAPH: cases.CAPTURABLE}
 CHECKED_STEPS = 20
-WARMUP_STEPS = 10
-MAX_GRAD_NORM = 0.5  # below the norm of most steps
-SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
 
 Batch = tuple[Tensor, Tensor]
 TrainStep = Callable[[Tensor, Tensor], Tensor]
 
 
-def warmup(step: int) -> float:
-    """The factor that `LambdaLR` multiplies `PEAK_LR` by; `SCHEDULE` says the same."""
-    return min(1.0, step / WARMUP_STEPS)
+class LearnedPositionsGPT(GPT):
+    """The GPT of Radford et al. 2019, without dropout."""
 
-
-@dataclass(frozen=True)
-class GPT2Config(GPTConfig):
-    """That of the smallest GPT-2."""
-
-    layers: int = 12
-    heads: int = 12
-    width: int = 768
-    context: int = 1024
-    vocabulary: int = 50257
-
-
-class GPT2(nn.Module):
-    """Radford et al. 2019: learned positions, biases, the output tied to the embedding; without dropout."""
-
-    def __init__(self, config: GPT2Config) -> None:
-        super().__init__()
-        self.embedding = nn.Embedding(config.vocabulary, config.width)
+    def __init__(self, config: GPTConfig, vocabulary: int) -> None:
+        super().__init__(config, vocabulary)
         self.positions = nn.Embedding(config.context, config.width)
-        self.blocks = nn.ModuleList(Block(config) for _ in range(config.layers))
-        self.norm = nn.LayerNorm(config.width)
-        for parameter in self.parameters():
-            if parameter.dim() == 2:
-                nn.init.normal_(parameter, std=0.02)
+        nn.init.normal_(self.positions.weight, std=0.02)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        """Logits (batch, length, vocabulary) of the token after each of `tokens` (batch, length)."""
         x = self.embedding(tokens) + self.positions.weight[: tokens.shape[1]]
         for block in self.blocks:
             x = block(x)
@@ -93,9 +57,8 @@ def make_model(case: TrainingCase, device: Device = PROCESSOR) -> nn.Module:
         if case.model == MLP:
             wide, hidden, classes = MLP_WIDTHS
             return nn.Sequential(nn.Linear(wide, hidden), nn.GELU(), nn.Linear(hidden, classes))
-        if case.model == DEMO_GPT:
-            return GPT(Size().model)
-        return GPT2(GPT2Config())
+        kind = LearnedPositionsGPT if case.model == GPT2 else GPT
+        return kind(SIZES[case.model].model, VOCABULARIES[case.model])
 
 
 def make_batches(case: TrainingCase, device: Device = PROCESSOR) -> list[Batch]:
@@ -107,20 +70,14 @@ def make_batches(case: TrainingCase, device: Device = PROCESSOR) -> list[Batch]:
             inputs = torch.randn(MLP_BATCH, MLP_WIDTHS[0], generator=generator)
             batches.append((inputs, inputs[:, : MLP_WIDTHS[-1]].argmax(1)))
             continue
-        rows, length, vocabulary = _token_sizes(case, device)
+        size, vocabulary = SIZES[case.model], VOCABULARIES[case.model]
+        rows, length = size.batch, size.model.context
+        if device.where.type != CUDA:
+            rows, length = ON_CPU.get(case.model, (rows, length))
         starts = torch.randint(vocabulary, (rows, 1), generator=generator)
         tokens = (starts + 3 * torch.arange(length + 1)) % vocabulary
         batches.append((tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()))
     return [(inputs.to(device.where), targets.to(device.where)) for inputs, targets in batches]
-
-
-def _token_sizes(case: TrainingCase, device: Device) -> tuple[int, int, int]:
-    """Rows and length of a batch, and the vocabulary."""
-    if case.model == DEMO_GPT:
-        size = Size()
-        return size.batch, size.model.context, 256
-    config = GPT2Config()
-    return (8, config.context, config.vocabulary) if device.where.type == CUDA else (1, 128, config.vocabulary)
 
 
 def loss_of(model: nn.Module, inputs: Tensor, targets: Tensor) -> Tensor:
@@ -142,7 +99,8 @@ class Trainee:
         self.step: TrainStep
         self._taken = 0
         self._last: Tensor
-        self._autocast = _autocast(case, device)
+        autocast = torch.autocast(device.where.type, torch.bfloat16) if case.autocast else None
+        self._autocast = autocast or contextlib.nullcontext()
 
     def call(self) -> Tensor:
         """Train on the next batch. The loss may be overwritten by the next call."""
@@ -156,7 +114,7 @@ class Trainee:
     ) -> Tensor:
         """What every loop does, from zero_grad to the optimizer's step; nexus's `clips` by itself."""
         optimizer.zero_grad()
-        with self._autocast():
+        with self._autocast:
             loss = loss_of(self.model, inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         if not clips:
@@ -201,11 +159,10 @@ def nexus(case: TrainingCase, job: str, device: Device = PROCESSOR) -> Trainee:
 
 def peer(case: TrainingCase, job: str, name: str, device: Device = PROCESSOR) -> Trainee:
     """The loop that `name` stands for."""
-    if name == NEXUS_EAGER:
+    if name == cases.NEXUS_EAGER:
         return nexus(case, name, device)
     trainee = Trainee(case, device)
-    way = {TORCH_LOOP: FOREACH, TORCH_FUSED_LOOP: FUSED, TORCH_GRAPH: CAPTURABLE}[name]
-    optimizer = peers.PEERS[way].make([{"params": trainee.params}], device.where)
+    optimizer = PEERS[LOOPS[name]].make([{"params": trainee.params}], device.where)
     if name == TORCH_GRAPH:
         _capture(trainee, optimizer, device)
         return trainee
@@ -253,9 +210,3 @@ def _capture(trainee: Trainee, optimizer: torch.optim.Optimizer, device: Device)
         return loss
 
     trainee.step = graph_step
-
-
-def _autocast(case: TrainingCase, device: Device) -> Callable[[], contextlib.AbstractContextManager[object]]:
-    if not case.autocast:
-        return contextlib.nullcontext
-    return lambda: torch.autocast(device.where.type, dtype=torch.bfloat16)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -10,25 +10,23 @@ import torch
 
 from benchmarks import timing
 from benchmarks.cases import CUDA
-from benchmarks.timing import Device, Sample
+from benchmarks.timing import Call, Device, Sample
 
 
 class FakeGpu(Device):
     """Runs everything on the CPU, and says that each call took the device 10 µs and the host 5."""
 
     kind = CUDA
-
-    def __init__(self) -> None:
-        self.captured = 0
+    captured = 0
 
     def metadata(self) -> dict[str, Any]:
         return {"gpu": "NVIDIA Fake 1", "driver": "1.0", "cuda": "13.0", "triton": "3.6.0"}
 
-    def sample(self, call: Callable[[], object]) -> Sample:
+    def sample(self, call: Call) -> Sample:
         call()
         return Sample(10.0, 5.0)
 
-    def capture(self, warm: Callable[[], object], body: Callable[[], object]) -> Callable[[], object]:
+    def capture(self, warm: Call, body: Call) -> Call:
         warm()
         self.captured += 1
         return body
@@ -36,8 +34,14 @@ class FakeGpu(Device):
     def free_bytes(self) -> int | None:
         return None
 
-    def settle(self) -> None:
-        pass
+
+def refuse_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every capture on a `FakeGpu` fail."""
+
+    def refuse(self: FakeGpu, warm: Call, body: Call) -> Call:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(FakeGpu, "capture", refuse)
 
 
 @pytest.fixture(autouse=True)

@@ -43,7 +43,8 @@ def read(path: Path, device: torch.device) -> dict[str, Any]:
         raise DemoError(f"{path} is damaged ({cause}): restore it from a copy, or {_START_OVER}")
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise DemoError(f"{path} is not a checkpoint of this demo: give another --out, or {_START_OVER}")
-    return state
+    run = state.get("run")
+    return {**state, "run": run if isinstance(run, dict) else {}}
 
 
 def unfit(path: Path, cause: Exception) -> DemoError:
@@ -55,16 +56,10 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def saved_run(state: dict[str, Any]) -> dict[str, Any]:
-    """The config of the run that was saved; empty where there is none."""
-    run = state.get("run")
-    return run if isinstance(run, dict) else {}
-
-
 def require_same_run(path: Path, saved: dict[str, Any], wanted: dict[str, Any]) -> None:
-    """Raise a `DemoError` that names the first thing in which the saved run is not the one `wanted`."""
+    """Raise a `DemoError` that names the first thing in which the config `saved` is not the one `wanted`."""
     for name, value in wanted.items():
-        was = saved_run(saved).get(name)
+        was = saved.get(name)
         if was == value:
             continue
         if name == "schedule" and isinstance(was, dict) and was.get("type") != value["type"]:

@@ -61,10 +61,10 @@ class Block(nn.Module):
 class GPT(nn.Module):
     """A byte-level language model: pre-LN blocks, rotary positions, the output tied to the embedding."""
 
-    def __init__(self, config: GPTConfig) -> None:
+    def __init__(self, config: GPTConfig, vocabulary: int = VOCABULARY) -> None:
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(VOCABULARY, config.width)
+        self.embedding = nn.Embedding(vocabulary, config.width)
         features = config.width // config.heads
         frequencies = 10_000 ** (-torch.arange(0, features, 2) / features)
         angles = torch.arange(config.context)[:, None] * frequencies

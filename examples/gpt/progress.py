@@ -6,7 +6,6 @@ import contextlib
 import math
 import signal
 import sys
-import threading
 import time
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -30,14 +29,11 @@ def interruptible() -> Iterator[Callable[[], bool]]:
         pressed = True
         signal.signal(signal.SIGINT, usual)
 
-    in_main_thread = threading.current_thread() is threading.main_thread()  # only there may handlers be set
-    if in_main_thread:
-        signal.signal(signal.SIGINT, note)
+    signal.signal(signal.SIGINT, note)
     try:
         yield lambda: pressed
     finally:
-        if in_main_thread:
-            signal.signal(signal.SIGINT, usual)
+        signal.signal(signal.SIGINT, usual)
 
 
 @contextlib.contextmanager

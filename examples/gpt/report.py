@@ -102,13 +102,9 @@ def _backward(model: GPT, batch: tuple[Tensor, Tensor]) -> None:
 
 
 def _seconds(training: Training, call: Callable[[], object]) -> float:
-    _wait_for(training.config.device)
+    wait: Callable[[], object] = torch.cuda.synchronize if training.config.device == "cuda" else lambda: None
+    wait()
     started = time.perf_counter()
     call()
-    _wait_for(training.config.device)
+    wait()
     return time.perf_counter() - started
-
-
-def _wait_for(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

@@ -109,7 +109,7 @@ def _command(args: argparse.Namespace, config: RunConfig) -> str:
 
 def _threads(args: argparse.Namespace, saved: dict[str, Any] | None) -> int:
     """As many as were asked for; else those of the run that is gone on with."""
-    then = checkpoint.saved_run(saved or {}).get("threads")
+    then = saved["run"].get("threads") if saved is not None else None
     return args.threads or (then if isinstance(then, int) and then > 0 else THREADS)
 
 
@@ -124,7 +124,7 @@ def _made_by(training: Training) -> dict[str, str]:
 
 
 def _restore(training: Training, saved: dict[str, Any], path: Path) -> None:
-    checkpoint.require_same_run(path, saved, training.config.to_dict())
+    checkpoint.require_same_run(path, saved["run"], training.config.to_dict())
     try:
         then = dict(saved["made_by"])
         training.load_state_dict(saved)

@@ -21,6 +21,7 @@ from nexus.training import capture_train_step
 
 LOOK_EVERY = 10  # steps
 HISTORY = 10 * LOOK_EVERY  # steps that the device keeps until it is looked at
+EACH_STEP = ("losses", "rates", "grad_norms")  # attributes with an entry for each update
 MAX_GRAD_NORM = 1.0
 BETAS = (0.9, 0.99)  # a short run: the second moment must follow within a hundred steps
 
@@ -138,9 +139,7 @@ class Training:
             "after": self.after,
             "model": self.model.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses[: self.step].clone(),
-            "rates": self.rates[: self.step].clone(),
-            "grad_norms": self.grad_norms[: self.step].clone(),
+            **{name: getattr(self, name)[: self.step].clone() for name in EACH_STEP},
             "random": torch.get_rng_state(),
         }
         if self.config.device == "cuda":
@@ -153,9 +152,8 @@ class Training:
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.seconds = int(state["step"]), float(state["seconds"])
         self.before, self.after = state["before"], state["after"]
-        self.losses[: self.step].copy_(state["losses"])
-        self.rates[: self.step].copy_(state["rates"])
-        self.grad_norms[: self.step].copy_(state["grad_norms"])
+        for name in EACH_STEP:
+            getattr(self, name)[: self.step].copy_(state[name])
         torch.set_rng_state(state["random"].cpu())
         if "random_cuda" in state:
             torch.cuda.set_rng_state(state["random_cuda"].cpu())

@@ -6,17 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_gpu import FakeGpu, quick_benchmark  # noqa: F401  # a fixture
+from fake_gpu import FakeGpu, quick_benchmark, refuse_capture  # noqa: F401  # the second is a fixture
 
-from benchmarks import cases, cli, contestants, cuda, table
+from benchmarks import __main__ as command
+from benchmarks import cases, contestants, table, timing
 from benchmarks.cases import BFLOAT16, CAPTURABLE, CLIP_STEP_SCHEDULE, COPY, CUDA, FOREACH, FUSED, STEP, Case
-from benchmarks.cli import main
 from benchmarks.measure import measure
 from benchmarks.peers import PEERS
-from benchmarks.rows import LeftOut, Row
+from benchmarks.report import LeftOut, Row
 
-SHAPES = ((40,), (7, 5), (1,))
-SMALL = Case("small", "three small tensors", SHAPES, 3, 2, memory_bound=True)
+SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), 3, 2, memory_bound=True)
 
 
 def by_peer(case: Case) -> dict[tuple[str, str], Row | LeftOut]:
@@ -68,10 +67,7 @@ def test_bfloat16() -> None:
 
 
 def test_a_failing_capture_is_a_remark(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self, warm, body):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(FakeGpu, "capture", refuse)
+    refuse_capture(monkeypatch)
     row = by_peer(SMALL)[STEP, FUSED]
     assert isinstance(row, Row)
     assert row.replay is None
@@ -90,7 +86,7 @@ def test_the_capturable_peer_has_a_rate_of_its_own_in_each_group() -> None:
 def test_what_is_not_installed_is_left_out(name: str) -> None:
     if find_spec(PEERS[name].module.partition(".")[0]):
         pytest.skip(f"{name} is installed")
-    case = Case("small", "", SHAPES, 1, 1, jobs=(STEP,), cuda_peers=(name,))
+    case = Case("small", "", SMALL.shapes, 1, 1, jobs=(STEP,), cuda_peers=(name,))
     (left_out,) = measure(case, 1, FakeGpu())
     assert isinstance(left_out, LeftOut)
     assert not left_out.failed
@@ -99,23 +95,21 @@ def test_what_is_not_installed_is_left_out(name: str) -> None:
 
 def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
     """Of steps and of whole training steps, each with its table and its picture."""
-    monkeypatch.setattr(cli, "_device", lambda wanted: FakeGpu())
+    monkeypatch.setattr(command, "_device", lambda wanted: FakeGpu())
     draws = find_spec("matplotlib") is not None
     out = ["--out", str(tmp_path), *(["--picture", str(tmp_path / "speed.png")] if draws else [])]
     chosen = ["--case", "tiny", "--case", "train-mlp"]
-    assert main(["--device", "cuda", *chosen, "--repeats", "1", *out]) == 0
+    assert command.main(["--device", "cuda", *chosen, "--repeats", "1", *out]) == 0
     (path,) = tmp_path.glob("*.json")
     assert path.name.endswith("_nvidia-fake-1.json")
     data = json.loads(path.read_text())
     assert (data["metadata"]["gpu"], data["metadata"]["device"], data["host"]) == ("NVIDIA Fake 1", "cuda", [])
-    peers = {"tiny": [], "train-mlp": []}
     for row in data["rows"]:
-        peers[row["case"]].append(row["peer"])
         assert row["host"]["peer"]["median"] == 5.0
         assert row.keys() == data["rows"][0].keys()
         assert (row["loop"] is not None) == (row["case"] == "train-mlp")
-    assert peers["tiny"] == [FUSED, CAPTURABLE, FOREACH] * 2
-    assert peers["train-mlp"] == [cases.TORCH_LOOP, cases.TORCH_GRAPH, cases.NEXUS_EAGER, cases.TORCH_LOOP]
+    training = [cases.TORCH_LOOP, cases.TORCH_GRAPH, cases.NEXUS_EAGER, cases.TORCH_LOOP]
+    assert [row["peer"] for row in data["rows"]] == [*[FUSED, CAPTURABLE, FOREACH] * 2, *training]
     assert [path.name for path in sorted(tmp_path.glob("*.png"))] == ["speed-training.png", "speed.png"] * draws
     printed = capsys.readouterr().out
     places = [printed.index(words) for words in (table.heading(CUDA), "\ntiny", table.heading(CUDA, training=True))]
@@ -123,17 +117,16 @@ def test_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> Non
     assert all("10.0 / 10.0" in part for part in (printed[: places[2]], printed[places[2] :]))
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_without_a_gpu(capsys) -> None:
-    if torch.cuda.is_available():
-        pytest.skip("there is one")
-    assert main(["--device", "cuda"]) == 2
+    assert command.main(["--device", "cuda"]) == 2
     assert capsys.readouterr().err.startswith("python -m benchmarks: --device cuda cannot be had: t")
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 def test_the_real_device() -> None:
-    device = cuda.Cuda()
+    device = timing.Cuda()
     values = torch.ones(1 << 24, device=device.where)
     add = lambda: values.add_(1.0)  # noqa: E731
     device.sample(add)
@@ -144,5 +137,5 @@ def test_the_real_device() -> None:
     replay = device.capture(add, add)
     replay()
     device.wait()
-    assert float(values[0]) == before + cuda.CAPTURE_WARMUP + 1
+    assert float(values[0]) == before + timing.CAPTURE_WARMUP + 1
     assert {"gpu", "driver", "cuda", "peers"} <= set(device.metadata())

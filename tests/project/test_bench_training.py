@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_gpu import FakeGpu, quick_benchmark  # noqa: F401  # a fixture
+from fake_gpu import FakeGpu, quick_benchmark, refuse_capture  # noqa: F401  # the second is a fixture
 from gpt.model import GPTConfig
 from gpt.run import Size
 
-from benchmarks import cli, measure, training
+from benchmarks import measure, training
+from benchmarks.__main__ import main
 from benchmarks.cases import (
     CAPTURED,
-    CPU,
     CUDA,
     EAGER,
     NEXUS_EAGER,
@@ -26,38 +26,21 @@ from benchmarks.cases import (
     TRAINING_CASES,
     TRAINING_PEERS,
 )
-from benchmarks.cli import main
-from benchmarks.peers import PEAK_LR
-from benchmarks.rows import LeftOut, Row
-from benchmarks.training import CHECKED_STEPS, GPT2, GPT2Config, make_batches, make_model
+from benchmarks.report import LeftOut, Row
+from benchmarks.timing import Device
+from benchmarks.training import CHECKED_STEPS, make_batches, make_model
 
-MLP, GPT, GPT_2 = (replace(case, loop_steps=1) for case in TRAINING_CASES.values())
-TINY_GPT2 = GPT2Config(layers=2, heads=2, width=16, vocabulary=64, context=32)
+MLP, GPT, GPT2 = (replace(case, loop_steps=1) for case in TRAINING_CASES.values())
 
 
 @pytest.mark.parametrize(
-    ("case", "tensors", "elements"), [(MLP, 4, 203_530), (GPT, 63, 1_024_384), (GPT_2, 148, 124_439_808)]
+    ("case", "tensors", "elements"), [(MLP, 4, 203_530), (GPT, 63, 1_024_384), (GPT2, 148, 124_439_808)]
 )
 def test_sizes(case, tensors: int, elements: int) -> None:
-    if case is GPT_2:
-        with torch.device("meta"):
-            model = GPT2(GPT2Config())
-    else:
-        model = make_model(case)
-    parameters = list(model.parameters())
+    device = Device()
+    device.where = torch.device("meta")
+    parameters = list(make_model(case, device).parameters())
     assert (len(parameters), sum(p.numel() for p in parameters)) == (tensors, elements)
-
-
-def test_gpt2_sees_only_the_past_and_its_place() -> None:
-    model = GPT2(TINY_GPT2)
-    tokens = torch.full((1, 32), 7)
-    changed = tokens.clone()
-    changed[0, 20] = 8
-    a, b = model(tokens), model(changed)
-    assert a.shape == (1, 32, 64)
-    assert torch.equal(a[0, :20], b[0, :20])
-    assert not torch.allclose(a[0, 20:], b[0, 20:])
-    assert not torch.allclose(a[0, 3], a[0, 4])
 
 
 def test_the_host_is_left_its_random_numbers() -> None:
@@ -71,11 +54,6 @@ def test_the_host_is_left_its_random_numbers() -> None:
         assert torch.equal(a[:, 1:], b[:, :-1])
 
 
-def test_the_peers_rates_are_those_of_the_schedule() -> None:
-    for step in (0, 1, 5, 9, 10, 11, 1000):
-        assert PEAK_LR * training.warmup(step) == pytest.approx(training.SCHEDULE(step), rel=1e-12)
-
-
 def test_on_a_cpu_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(measure, "CPU_LIMIT_S", 1e-6)
     rows = list(measure.measure(MLP, 100))
@@ -87,12 +65,12 @@ def test_on_a_cpu_time_is_limited(monkeypatch: pytest.MonkeyPatch) -> None:
         assert row.time.nexus.median > 0
 
 
-@pytest.mark.parametrize("case", [MLP, GPT, GPT_2], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [MLP, GPT, GPT2], ids=lambda case: case.name)
 def test_on_a_gpu(case, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "Size", lambda: Size(GPTConfig(layers=1, heads=2, width=16, context=32)))
-    monkeypatch.setattr(training, "GPT2Config", lambda: TINY_GPT2)
-    if case is GPT_2:
-        monkeypatch.setattr(training, "_token_sizes", lambda case, device: (2, 32, 64))
+    tiny = Size(GPTConfig(layers=2, heads=2, width=16, context=32), batch=2)
+    monkeypatch.setattr(training, "SIZES", dict.fromkeys(training.SIZES, tiny))
+    monkeypatch.setattr(training, "VOCABULARIES", dict.fromkeys(training.SIZES, 64))
+    monkeypatch.setattr(training, "ON_CPU", {})
     captured, autocast = [], set()
     loss_of = training.loss_of
 
@@ -100,21 +78,23 @@ def test_on_a_gpu(case, monkeypatch: pytest.MonkeyPatch) -> None:
         autocast.add(torch.is_autocast_enabled("cpu"))
         return loss_of(*arguments)
 
+    def capture(step, optimizer):
+        captured.append(optimizer.backend)
+        return step
+
     monkeypatch.setattr(training, "loss_of", watched)
-    monkeypatch.setattr(
-        training, "capture_train_step", lambda step, optimizer: captured.append(optimizer.backend) or step
-    )
+    monkeypatch.setattr(training, "capture_train_step", capture)
     rows = {(row.job, row.peer): row for row in measure.measure(case, 1, FakeGpu())}
     assert list(rows) == [(job, peer) for job in (CAPTURED, EAGER) for peer in TRAINING_PEERS[CUDA, job]]
     for row in rows.values():
         assert isinstance(row, Row), row.reason
         assert (row.time.nexus.median, row.host.peer.median) == (10.0, 5.0)
         assert row.loop.nexus.median > 0 < row.loop.ratio.median
-        assert row.difference < (1e-2 if case is GPT_2 else 1e-4)
-        assert row.dtype == ("float32, autocast to bfloat16" if case is GPT_2 else "float32")
+        assert row.difference < (1e-2 if case is GPT2 else 1e-4)
+        assert row.dtype == ("float32, autocast to bfloat16" if case is GPT2 else "float32")
     assert rows[CAPTURED, NEXUS_EAGER].difference == 0.0
     assert captured == [row.backend for row in rows.values() if row.job == CAPTURED]
-    assert autocast == {case is GPT_2}
+    assert autocast == {case is GPT2}
 
 
 @pytest.mark.parametrize("name", [TORCH_LOOP, TORCH_FUSED_LOOP, TORCH_GRAPH, NEXUS_EAGER])
@@ -149,25 +129,14 @@ def test_a_loop_that_does_something_else_is_found_out(wrong: str, monkeypatch: p
 
 
 def test_a_peer_that_fails_leaves_the_others_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(self, warm, body):
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(FakeGpu, "capture", refuse)
+    refuse_capture(monkeypatch)
     (left_out,) = (row for row in measure.measure(MLP, 1, FakeGpu()) if isinstance(row, LeftOut))
     assert (left_out.peer, left_out.failed) == (TORCH_GRAPH, False)
     assert left_out.reason.startswith("RuntimeError: operation not permitted")
 
 
-def test_which_cases_run() -> None:
-    on_cpu, on_cuda = ([case.name for case in cli._cases(None, device)] for device in (CPU, CUDA))
-    assert on_cpu[-2:] == ["train-mlp", "train-gpt"]
-    assert on_cuda[:5] == ["billion", "billion-bf16", "train-mlp", "train-gpt", "train-gpt2"]
-    assert cli._cases(["train-gpt2"], CPU) == [TRAINING_CASES["train-gpt2"]]
-
-
 @pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 def test_picture_of_training_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    picture = str(tmp_path / "speed.png")
-    assert main(["--case", "train-mlp", "--repeats", "1", "--picture", picture]) == 0
+    assert main(["--case", "train-mlp", "--repeats", "1", "--picture", str(tmp_path / "speed.png")]) == 0
     assert [path.name for path in tmp_path.iterdir()] == ["speed-training.png"]
     assert "steps a second" in capsys.readouterr().out

@@ -1,3 +1,5 @@
+"""Whole runs of the demo: what they learn, write and print, how they go on, and what they refuse."""
+
 from __future__ import annotations
 
 import os
@@ -15,15 +17,13 @@ pytest.importorskip("matplotlib")
 from gpt import checkpoint, cli, corpus, session, train
 from gpt.cli import main
 from gpt.model import GPT, GPTConfig
-from gpt.report import StepCost
-from gpt.run import Size, schedule_for
+from gpt.run import SCHEDULES, Size, schedule_for
 from gpt.train import Training
 
 pytestmark = pytest.mark.xdist_group("demo")  # one corpus for all
 
-TINY = Size(
-    GPTConfig(layers=1, heads=2, width=16, context=32), 4, held_out_windows=16, timed_steps=3, sample_bytes=20
-)
+MODEL = GPTConfig(layers=1, heads=2, width=16, context=32)
+TINY = Size(MODEL, 4, held_out_windows=16, timed_steps=3, sample_bytes=20)
 STEPS = 60
 
 
@@ -53,12 +53,11 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def the_line(capsys: pytest.CaptureFixture[str], *words: str) -> str:
-    """The one line that refuses something; nothing else was printed."""
+def the_line(capsys, *words: str) -> None:
+    """One line refuses something, and nothing else was printed."""
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert all(word in err for word in words), err
-    return err
 
 
 def assert_same_run(a: dict[str, object], b: dict[str, object]) -> None:
@@ -79,11 +78,24 @@ def assert_same(a: object, b: object, where: str = "") -> None:
         assert a == b, where
 
 
+def interrupt_after(monkeypatch: pytest.MonkeyPatch, step: int, times: int = 1) -> None:
+    """Send this process what Ctrl-C sends, in the middle of a step."""
+    loss = GPT.loss
+
+    def interrupted(model: GPT, *batch: torch.Tensor) -> torch.Tensor:
+        nonlocal step
+        if torch.is_grad_enabled():
+            step -= 1
+            for _ in range(times if step == 0 else 0):
+                os.kill(os.getpid(), signal.SIGINT)
+        return loss(model, *batch)
+
+    monkeypatch.setattr(GPT, "loss", interrupted)
+
+
 class TestRun:
-    @pytest.mark.parametrize("schedule", ["wsd", "sgdr", "cosine"])
-    def test_it_learns_at_the_rates_of_the_formula_and_reports_that(
-        self, schedule: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    @pytest.mark.parametrize("schedule", SCHEDULES.values())
+    def test_it_learns_at_the_rates_of_the_formula_and_reports_that(self, schedule, tmp_path, capsys) -> None:
         assert demo(tmp_path, "--schedule", schedule, steps=150) == 0
         state = saved(tmp_path)
         assert state["rates"].tolist() == schedule_for(schedule, 150).values(0, 150)
@@ -114,9 +126,7 @@ class TestRun:
         assert demo(tmp_path / "other", "--seed", "1") == 0
         assert not torch.equal(saved(whole)["losses"], saved(tmp_path / "other")["losses"])
 
-    def test_steps_go_through_the_capture_and_norms_through_the_history(
-        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_steps_go_through_the_capture_and_norms_through_the_history(self, whole, tmp_path, monkeypatch) -> None:
         """As a plain loop has them, which reads them at every step."""
         captured: list[object] = []
         norms: list[float] = []
@@ -137,14 +147,18 @@ class TestRun:
         assert_same_run(saved(whole), saved(tmp_path))
         assert torch.tensor(norms).allclose(saved(whole)["grad_norms"].float(), rtol=1e-6)
 
-    def test_one_step(self, tmp_path: Path) -> None:
-        for schedule in ("wsd", "sgdr", "cosine"):
-            assert demo(tmp_path / schedule, "--schedule", schedule, steps=1) == 0
-            assert len(saved(tmp_path / schedule)["losses"]) == 1
+    @pytest.mark.parametrize("schedule", SCHEDULES.values())
+    def test_one_step_leaves_torch_as_it_was(self, schedule: str, tmp_path: Path) -> None:
+        threads = torch.get_num_threads()
+        torch.set_num_threads(2)
+        try:
+            assert demo(tmp_path, "--schedule", schedule, steps=1) == 0
+            assert torch.get_num_threads() == 2
+        finally:
+            torch.set_num_threads(threads)
+        assert len(saved(tmp_path)["losses"]) == 1
 
-    def test_starting_over_keeps_the_old_checkpoint_until_there_is_a_new_one(
-        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_an_old_checkpoint_stays_until_there_is_a_new_one(self, whole, tmp_path, monkeypatch) -> None:
         old = (whole / session.CHECKPOINT).read_bytes()
         (tmp_path / session.CHECKPOINT).write_bytes(old)
 
@@ -156,39 +170,14 @@ class TestRun:
         assert demo(tmp_path) == 130
         assert (tmp_path / session.CHECKPOINT).read_bytes() == old
 
-    def test_torch_is_left_as_it_was(self, tmp_path: Path) -> None:
-        threads = torch.get_num_threads()
-        torch.set_num_threads(2)
-        try:
-            assert demo(tmp_path, steps=1) == 0
-            assert torch.get_num_threads() == 2
-        finally:
-            torch.set_num_threads(threads)
-
 
 class TestResume:
-    def interrupt_after(self, monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-        """Send this process what Ctrl-C sends, once, in the middle of a step."""
-        loss = GPT.loss
-
-        def interrupted(model: GPT, *batch: torch.Tensor) -> torch.Tensor:
-            nonlocal step
-            if torch.is_grad_enabled():
-                step -= 1
-                if step == 0:
-                    os.kill(os.getpid(), signal.SIGINT)
-            return loss(model, *batch)
-
-        monkeypatch.setattr(GPT, "loss", interrupted)
-
-    def test_goes_on_to_the_very_same_numbers(
-        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        self.interrupt_after(monkeypatch, 23)
+    def test_goes_on_to_the_very_same_numbers(self, whole, tmp_path, monkeypatch, capsys) -> None:
+        interrupt_after(monkeypatch, 23)
         assert demo(tmp_path) == 130
         assert saved(tmp_path)["step"] == 23
         assert not (tmp_path / session.PICTURE).exists()
-        self.interrupt_after(monkeypatch, 18)  # and once more
+        interrupt_after(monkeypatch, 18)  # and once more
         assert demo(tmp_path, "--resume") == 130
         assert saved(tmp_path)["step"] == 41
         command = capsys.readouterr().err.splitlines()[-1].strip()
@@ -196,22 +185,19 @@ class TestResume:
         assert main(shlex.split(command)[2:]) == 0
         assert_same_run(saved(whole), saved(tmp_path))
 
-    def test_takes_over_the_threads_and_tells_of_another_torch(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_takes_over_the_threads_and_tells_of_another_torch(self, tmp_path, monkeypatch, capsys) -> None:
+        usual = ["--device", "cpu", "--steps", "4", "--out", str(tmp_path)]
         with monkeypatch.context() as patch:
-            self.interrupt_after(patch, 2)
-            assert main(["--device", "cpu", "--steps", "4", "--threads", "2", "--out", str(tmp_path)]) == 130
+            interrupt_after(patch, 2)
+            assert main([*usual, "--threads", "2"]) == 130
         state = saved(tmp_path)
         checkpoint.write(tmp_path / session.CHECKPOINT, {**state, "made_by": {**state["made_by"], "torch": "1.0"}})
-        assert main(["--device", "cpu", "--steps", "4", "--out", str(tmp_path), "--resume"]) == 0
+        assert main([*usual, "--resume"]) == 0
         assert saved(tmp_path)["run"]["threads"] == 2
         assert f"torch 1.0 is now {torch.__version__}" in capsys.readouterr().err
 
-    def test_ctrl_c_in_the_report(
-        self, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        def interrupted(training: Training) -> StepCost:
+    def test_ctrl_c_in_the_report(self, whole, tmp_path, monkeypatch, capsys) -> None:
+        def interrupted(training: Training) -> None:
             raise KeyboardInterrupt
 
         with monkeypatch.context() as patch:
@@ -223,25 +209,15 @@ class TestResume:
         for key in ("model", "losses", "rates", "before", "after"):
             assert_same(a[key], b[key], key)
 
-    def test_a_finished_run_says_so(self, whole: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_finished_run_says_so(self, whole: Path, capsys) -> None:
         before = (whole / session.CHECKPOINT).read_bytes()
         assert demo(whole, "--resume") == 0
         assert "finished: 60 steps" in capsys.readouterr().out
         assert (whole / session.CHECKPOINT).read_bytes() == before
 
-    def test_a_second_ctrl_c_stops_at_once(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_second_ctrl_c_stops_at_once(self, tmp_path: Path, monkeypatch, capsys) -> None:
         usual = signal.getsignal(signal.SIGINT)
-        loss = GPT.loss
-
-        def interrupted(model: GPT, *batch: torch.Tensor) -> torch.Tensor:
-            if torch.is_grad_enabled():
-                os.kill(os.getpid(), signal.SIGINT)
-                os.kill(os.getpid(), signal.SIGINT)
-            return loss(model, *batch)
-
-        monkeypatch.setattr(GPT, "loss", interrupted)
+        interrupt_after(monkeypatch, 1, times=2)
         assert demo(tmp_path) == 130
         assert capsys.readouterr().err.endswith("Stopped at once; nothing was written.\n")
         assert not list(tmp_path.iterdir())
@@ -249,91 +225,67 @@ class TestResume:
 
 
 class TestCheckpoint:
-    def refused(self, out: Path, capsys: pytest.CaptureFixture[str], *options: str, steps: int = STEPS) -> str:
-        """The one line that refuses `--resume`; the file stays as it is."""
-        before = {path: path.read_bytes() for path in out.iterdir()} if out.exists() else {}
-        assert demo(out, "--resume", *options, steps=steps) == 2
-        assert before == ({path: path.read_bytes() for path in out.iterdir()} if out.exists() else {})
-        return the_line(capsys)
+    @pytest.fixture
+    def refused(self, capsys):
+        """Checks that one line with these words refuses `--resume`, and that every file stays as it is."""
 
-    @pytest.mark.parametrize("damage", ["cut", "flipped", "empty", "noise", "pickle", "folder"])
-    def test_damaged(self, damage: str, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        def check(out: Path, *words: str, options: tuple[str, ...] = (), steps: int = STEPS) -> None:
+            before = {path: path.read_bytes() for path in out.glob("*")}
+            assert demo(out, "--resume", *options, steps=steps) == 2
+            assert before == {path: path.read_bytes() for path in out.glob("*")}
+            the_line(capsys, *words)
+
+        return check
+
+    def test_damaged(self, whole: Path, tmp_path: Path, refused, capsys) -> None:
         path, data = tmp_path / session.CHECKPOINT, (whole / session.CHECKPOINT).read_bytes()
-        if damage == "folder":
-            path.mkdir()
-            assert demo(tmp_path, "--resume") == 2
-            assert str(path) in capsys.readouterr().err
-            return
         middle = len(data) // 2
-        path.write_bytes(
-            {
-                "cut": data[:-100],
-                "flipped": data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :],
-                "empty": b"",
-                "noise": bytes(range(256)) * 10,
-                "pickle": b"\x80\x04N.",
-            }[damage]
-        )
-        line = self.refused(tmp_path, capsys)
-        assert f"{path} is damaged" in line
-        assert "leave out --resume" in line
+        flipped = data[:middle] + bytes([data[middle] ^ 1]) + data[middle + 1 :]
+        for damaged in (data[:-100], flipped, b"", bytes(range(256)) * 10, b"\x80\x04N."):
+            path.write_bytes(damaged)
+            refused(tmp_path, f"{path} is damaged", "leave out --resume")
+        path.unlink()
+        path.mkdir()
+        assert demo(tmp_path, "--resume") == 2
+        assert str(path) in capsys.readouterr().err
 
-    def test_code_in_it_is_not_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_code_in_it_is_not_run(self, tmp_path: Path, refused) -> None:
         class Attack:
             def __reduce__(self) -> tuple[object, tuple[str]]:
                 return os.mkdir, (str(tmp_path / "attacked"),)
 
         torch.save({"format": checkpoint.FORMAT, "model": Attack()}, tmp_path / session.CHECKPOINT)
-        assert "is damaged" in self.refused(tmp_path, capsys)
+        refused(tmp_path, "is damaged")
         assert not (tmp_path / "attacked").exists()
 
-    def test_of_something_else(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_of_something_else(self, tmp_path: Path, refused) -> None:
         torch.save({"model": torch.ones(3)}, tmp_path / session.CHECKPOINT)
-        assert "is not a checkpoint of this demo" in self.refused(tmp_path, capsys)
+        refused(tmp_path, "is not a checkpoint of this demo")
         for run in (None, 3, {}, {"threads": "many"}, {"steps": [STEPS]}):
             torch.save({"format": checkpoint.FORMAT, "run": run}, tmp_path / session.CHECKPOINT)
-            assert "was made with" in self.refused(tmp_path, capsys)
+            refused(tmp_path, "was made with")
 
-    def test_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-        assert "there is no" in self.refused(tmp_path, capsys)
-        assert "there is no" in self.refused(tmp_path / "nowhere", capsys)
+    def test_none(self, tmp_path: Path, refused) -> None:
+        for out in (tmp_path, tmp_path / "nowhere"):
+            refused(out, "there is no")
         assert not (tmp_path / "nowhere").exists()
 
-    @pytest.mark.parametrize(
-        ("options", "steps", "remedy"),
-        [
-            ([], 61, "give --steps 60"),
-            (["--schedule", "cosine"], 60, "give --schedule wsd"),
-            (["--seed", "5"], 60, "give --seed 0"),
-            (["--threads", "2"], 60, "give --threads 1"),
-        ],
-    )
-    def test_of_another_run(
-        self, options: list[str], steps: int, remedy: str, whole: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        assert remedy in self.refused(whole, capsys, *options, steps=steps)
-
-    def test_of_another_model(
-        self, whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_of_another_run(self, whole: Path, refused, monkeypatch: pytest.MonkeyPatch) -> None:
+        refused(whole, "give --steps 60", steps=61)
+        for option, other, was in (("--schedule", "cosine", "wsd"), ("--seed", "5", "0"), ("--threads", "2", "1")):
+            refused(whole, f"give {option} {was}", options=(option, other))
         monkeypatch.setattr(session, "SIZE", Size(GPTConfig(1, 2, 32, 32), 4))
-        assert "another size of the demo" in self.refused(whole, capsys)
+        refused(whole, "another size of the demo")
 
-    def test_missing_and_misshapen_parts(
-        self, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-    ) -> None:
-        path = tmp_path / session.CHECKPOINT
+    def test_missing_and_misshapen_parts(self, whole: Path, tmp_path: Path, refused) -> None:
+        path, state = tmp_path / session.CHECKPOINT, saved(whole)
         for part in ("model", "optimizer", "losses", "grad_norms", "random", "step", "made_by"):
-            state = saved(whole)
-            del state[part]
-            checkpoint.write(path, state)
-            assert "does not fit" in self.refused(tmp_path, capsys)
-        checkpoint.write(path, {**saved(whole), "losses": torch.ones(3)})
-        assert "does not fit" in self.refused(tmp_path, capsys)
+            checkpoint.write(path, {name: value for name, value in state.items() if name != part})
+            refused(tmp_path, "does not fit")
+        checkpoint.write(path, {**state, "losses": torch.ones(3)})
+        refused(tmp_path, "does not fit")
 
-    def test_a_failed_write_leaves_the_old_file(
-        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_a_failed_write_leaves_the_old_file(self, tmp_path: Path, monkeypatch, capsys) -> None:
         path = tmp_path / session.CHECKPOINT
         path.write_bytes(b"old")
 
@@ -356,9 +308,7 @@ class TestArguments:
             *("--schedule linear", "--device tpu", "--nonsense", "more"),
         ],
     )
-    def test_nonsense(
-        self, options: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_nonsense(self, options: str, tmp_path: Path, capsys, monkeypatch) -> None:
         monkeypatch.chdir(tmp_path)
         with pytest.raises(SystemExit) as stopped:
             main(options.split())
@@ -367,22 +317,20 @@ class TestArguments:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize("out", ["file", "file/below", "/proc/nowhere", "x" * 300])
-    def test_a_folder_that_cannot_be(self, out: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_a_folder_that_cannot_be(self, out: str, tmp_path: Path, capsys) -> None:
         (tmp_path / "file").write_text("mine")
         assert demo(tmp_path / out, steps=1) == 2
         the_line(capsys, str(tmp_path / out))
         assert (tmp_path / "file").read_text() == "mine"
 
     @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-    def test_cuda_where_there_is_none(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_cuda_where_there_is_none(self, tmp_path: Path, capsys) -> None:
         assert main(["--device", "cuda", "--out", str(tmp_path / "out")]) == 2
         assert not list(tmp_path.iterdir())
         the_line(capsys, "--device cpu")
 
     @pytest.mark.parametrize("name", ["matplotlib", "tqdm"])
-    def test_a_package_is_missing(
-        self, name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_package_is_missing(self, name: str, tmp_path: Path, capsys, monkeypatch) -> None:
         monkeypatch.setitem(sys.modules, name, None)
         assert demo(tmp_path) == 2
         the_line(capsys, f"needs {name}", "pip install 'nexus-optim[demo]'")

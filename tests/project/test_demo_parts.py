@@ -17,6 +17,7 @@ from gpt.report import StepCost
 from gpt.run import RunConfig, Size, schedule_for
 from gpt.train import Training
 
+from benchmarks.training import LearnedPositionsGPT
 from nexus.schedules import WSD, Cosine, CosineRestarts
 
 pytestmark = pytest.mark.xdist_group("demo")  # one corpus for all
@@ -30,9 +31,7 @@ def text() -> corpus.Corpus:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_bar_in_a_terminal_and_lines_in_a_log(
-    terminal: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_bar_in_a_terminal_and_lines_in_a_log(terminal: bool, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
     with progress.progress(schedule_for("wsd", 100), 0, 100, 10) as show:
         for step in range(5, 101, 5):
@@ -45,14 +44,9 @@ def test_a_bar_in_a_terminal_and_lines_in_a_log(
 
 def test_schedules_end_with_the_run() -> None:
     for steps in (1, 2, 3, 5, 7, 8, 19, 20, 100, 1000, 12345):
-        wsd = schedule_for("wsd", steps)
-        assert isinstance(wsd, WSD)
-        assert wsd.warmup_steps + wsd.stable_steps + wsd.decay_steps == steps
-        cosine = schedule_for("cosine", steps)
-        assert isinstance(cosine, Cosine)
-        assert cosine.total_steps == steps
-        sgdr = schedule_for("sgdr", steps)
-        assert isinstance(sgdr, CosineRestarts)
+        wsd, sgdr, cosine = (schedule_for(name, steps) for name in ("wsd", "sgdr", "cosine"))
+        assert [type(schedule) for schedule in (wsd, sgdr, cosine)] == [WSD, CosineRestarts, Cosine]
+        assert wsd.warmup_steps + wsd.stable_steps + wsd.decay_steps == cosine.total_steps == steps
         if steps >= 7:
             assert sgdr.cycle(steps) == (3, 0, 8 * sgdr.cycle_length)
 
@@ -79,28 +73,25 @@ def test_batches_depend_on_seed_and_step_alone(text: corpus.Corpus) -> None:
 
 
 def test_the_model_sees_only_the_past() -> None:
-    torch.manual_seed(0)
-    model = GPT(MODEL)
     tokens = torch.randint(256, (1, 32))
     changed = tokens.clone()
     changed[0, 20] ^= 1
-    a, b = model(tokens), model(changed)
-    assert torch.equal(a[0, :20], b[0, :20])
-    assert not torch.allclose(a[0, 20:], b[0, 20:])
+    for model in (GPT(MODEL), LearnedPositionsGPT(MODEL, 256)):
+        a, b = model(tokens), model(changed)
+        assert a.shape == (1, 32, 256)
+        assert torch.equal(a[0, :20], b[0, :20])
+        assert not torch.allclose(a[0, 20:], b[0, 20:])
 
 
-def test_the_default_model_has_about_a_million_parameters() -> None:
-    assert 0.9e6 < sum(p.numel() for p in GPT(GPTConfig()).parameters()) < 1.1e6
+def test_learned_positions_tell_equal_bytes_apart() -> None:
+    a = LearnedPositionsGPT(MODEL, 256)(torch.full((1, 32), 7))
+    assert not torch.allclose(a[0, 3], a[0, 4])
 
 
 def test_held_out_bits_are_a_mean_over_all_windows(text: corpus.Corpus) -> None:
     size = Size(MODEL, held_out_windows=40)
-    config = RunConfig(1, schedule_for("wsd", 1), 0, size, "cpu", 1, "")
-    training = Training(config, text)
-    losses = []
-    with torch.no_grad():
-        for inputs, targets in text.held_out_batches(40, 1, 32):
-            losses.append(float(training.model.loss(inputs, targets)))
+    training = Training(RunConfig(1, schedule_for("wsd", 1), 0, size, "cpu", 1, ""), text)
+    losses = [float(training.model.loss(*batch).detach()) for batch in text.held_out_batches(40, 1, 32)]
     assert training.held_out_bits() == pytest.approx(sum(losses) / 40 / math.log(2), rel=1e-5)
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpt.cli import main as gpt_main
 
-from benchmarks.cli import main as benchmarks_main
+from benchmarks.__main__ import main as benchmarks_main
 from nexus.__main__ import COMMANDS, main
 
 ROOT = Path(__file__).resolve().parents[2]

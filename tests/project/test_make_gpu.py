@@ -83,7 +83,7 @@ def test_time_that_is_left_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.
     assert limits == [40, 50, 30, 0]
 
 
-def test_the_stages_fit_into_the_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_stages_fit_into_the_time() -> None:
     stages = [gpu.environment_stage(), *gpu.later_stages("sm_90")]
     assert sum(stage.seconds for stage in stages) <= gpu.LIMIT_S <= 590
     assert stages[1].environment == {"NEXUS_REQUIRE_NATIVE": "1", "NEXUS_CUDA_ARCHS": "sm_90", "NEXUS_CUDA": "1"}
@@ -232,8 +232,7 @@ def test_the_small_case_finds_a_kernel_that_does_nothing(monkeypatch: pytest.Mon
 def test_a_target_names_a_row_that_the_benchmark_has(target: gpu_summary.Target) -> None:
     case = {**CASES, **TRAINING_CASES}[target.case]
     assert CUDA in case.by_default
-    assert target.job in case.jobs_on(CUDA)
-    assert target.peer in case.peers_on(CUDA, target.job)
+    assert (target.job, target.peer) in case.comparisons(CUDA)
 
 
 @pytest.mark.parametrize(("case", "bound"), [("train-gpt", 3), ("train-mlp", 6)])

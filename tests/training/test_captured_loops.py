@@ -65,10 +65,9 @@ def test_the_demo(graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_benchmarks_models(case, graphs: Graphs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(loops, "FusedAdamW", partial(FusedAdamW, backend=NAME))
     monkeypatch.setattr(loops, "MLP_WIDTHS", (20, 12, 10))
-    monkeypatch.setattr(loops, "Size", lambda: TINY)
-    tiny = {"layers": 1, "heads": 2, "width": 8, "vocabulary": 64, "context": 16}
-    monkeypatch.setattr(loops, "GPT2Config", partial(loops.GPT2Config, **tiny))
-    monkeypatch.setattr(loops, "_token_sizes", lambda case, device: (2, 16, 64))
+    monkeypatch.setattr(loops, "SIZES", dict.fromkeys(loops.SIZES, TINY))
+    monkeypatch.setattr(loops, "VOCABULARIES", dict.fromkeys(loops.SIZES, 64))
+    monkeypatch.setattr(loops, "ON_CPU", {})
     captured, eager = (loops.nexus(case, job, FakeGpu()) for job in (CAPTURED, EAGER))
     assert captured.read_losses(8) == eager.read_losses(8)
     assert graphs.events.count("replay") == 8 - WARMUP

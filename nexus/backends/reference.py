@@ -104,10 +104,10 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
     state = plan.state
     scale = torch.ones((), dtype=torch.float64, device=state.device)
     if grad_scale is not None:
-        scale = grad_scale.to(state.device, torch.float64, non_blocking=True).reshape(())
+        scale = sharding.brought(grad_scale, state.device).double().reshape(())
     skip: Tensor | None = None
     if found_inf is not None:
-        skip = found_inf.to(state.device, non_blocking=True).reshape(()) != 0
+        skip = sharding.brought(found_inf, state.device).reshape(()) != 0
     if plan.measures_norm:
         state.grad_norm.copy_(state.sum_of_squares.sqrt() / scale)
         if state.skip_nonfinite:
@@ -151,7 +151,7 @@ def _rate(rate: Rate, completed: Tensor) -> Tensor:
         return rate.scale * evaluate(rate.table, completed)
     if rate.tensor is not None:
         tensor = rate.tensor if rate.host is None else rate.host
-        return tensor.detach().to(completed.device, torch.float64, non_blocking=True).reshape(())
+        return sharding.brought(tensor, completed.device).double().reshape(())
     return torch.full((), rate.value, dtype=torch.float64, device=completed.device)
 
 

@@ -170,6 +170,11 @@ def _sharding_groups(param: Tensor) -> tuple[ProcessGroup, ...]:
     )
 
 
+def brought(scalar: Tensor, device: torch.device) -> Tensor:
+    """A scalar on a device. Enqueued; but the CPU, which is to read it at once, waits for it."""
+    return scalar.detach().to(device, non_blocking=device.type != "cpu")
+
+
 def total_everywhere(
     sums: list[Tensor], parts: list[NormPart] | None = None, found_inf: Tensor | None = None
 ) -> Tensor | None:
@@ -180,7 +185,7 @@ def total_everywhere(
     if len(sums) > 1:
         on_devices = [part.clone() for part in sums]
         for total in sums:
-            on_device = [part.to(total.device, non_blocking=True) for part in on_devices]
+            on_device = [brought(part, total.device) for part in on_devices]
             total.copy_(torch.stack(on_device).sum())
     return _total_over_ranks(sums, parts, found_inf) if parts else found_inf
 
@@ -205,7 +210,7 @@ def _total_over_ranks(sums: list[Tensor], parts: list[NormPart], found_inf: Tens
         rest = sums[0].clone() if sums else torch.zeros((), dtype=torch.float64, device=device)
         found = torch.zeros_like(rest)
         if found_inf is not None:
-            found = (found_inf.detach().to(device, non_blocking=True).reshape(()) != 0).to(torch.float64)
+            found = (brought(found_inf, device).reshape(()) != 0).to(torch.float64)
         totals: list[Tensor] = []
         for part in reversed(parts):  # what is left in the end is the first part's, the largest
             own = rest
@@ -227,4 +232,4 @@ def _sum_of_squares(part: NormPart, device: torch.device) -> Tensor:
     if not grads:
         return torch.zeros((), dtype=torch.float64, device=device)
     norms = torch._foreach_norm(grads, 2, dtype=torch.float64)
-    return torch.stack([norm.to(device, non_blocking=True) for norm in norms]).square().sum()
+    return torch.stack([brought(norm, device) for norm in norms]).square().sum()

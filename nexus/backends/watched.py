@@ -166,7 +166,7 @@ class WatchedRunner(Runner):
 
 def as_float32(scalar: Tensor | None, device: torch.device) -> Tensor | None:
     """What a `GradScaler` gives a step, as kernels on a device read it."""
-    return None if scalar is None else scalar.detach().to(device, torch.float32, non_blocking=True)
+    return None if scalar is None else sharding.brought(scalar, device).float()
 
 
 def _fill_from_host(tensor: Tensor, host: Tensor) -> None:

@@ -126,6 +126,7 @@ class Engine:
         _tidy(attributes)  # before an iterator is gone through
         groups = attributes["param_groups"]
         if any(isinstance(param, FakeTensor) for group in groups for param in group["params"]):
+            onlookers.refuse_traces()  # of an estimate, too: it has no update
             backend = cast(Backend, reference)  # which estimates
         else:
             backend = backends.select(self.requested_backend, devices_of(attributes))

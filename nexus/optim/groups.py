@@ -233,8 +233,10 @@ def _flag(name: str, value: Any) -> Any:
 
 
 def _limit(name: str, value: Any) -> Any:
-    if value is None or value == math.inf:
-        return value
+    if value is None:
+        return None
+    if value == math.inf:
+        return float(value)
     try:
         check_number(name, value, positive=True)
     except (TypeError, ValueError) as error:

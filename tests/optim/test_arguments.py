@@ -118,6 +118,7 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "float32 of NumPy": of_kind(numpy.float32),
     "float16 of NumPy": of_kind(numpy.float16),
     "0-dim arrays": of_kind(numpy.array),
+    "no limit, as 0-dim array": {"max_grad_norm": numpy.array(math.inf)},
     "fractions": of_kind(Fraction),
     "integers": {"lr": 0, "betas": (0, 0), "eps": 0, "weight_decay": 100, "max_grad_norm": 3},
     "the smallest": {"lr": 1e-320, "eps": 0, "max_grad_norm": math.inf},

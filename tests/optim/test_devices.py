@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from nexus.backends import reference
 from nexus.backends.sharding import total_everywhere
+from nexus.backends.watched import as_float32
 from nexus.schedules import WSD, Cosine
 from nexus.schedules.table import ScheduleTable
 
@@ -36,3 +40,25 @@ def test_edits_of_a_schedule_read_nothing_back() -> None:
         table.begin_decay(completed)
         table.extend_stable(3, completed)
         ScheduleTable(Cosine(1.0, 5), torch.device("cpu")).replace(Cosine(2.0, 5))
+
+
+class Copies(TorchFunctionMode):
+    """Notes where scalars are to be copied to, and whether nobody waits for that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.asked: list[tuple[str, bool]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is not torch.Tensor.to:
+            return func(*args, **(kwargs or {}))
+        self.asked.append((args[1].type, kwargs["non_blocking"]))
+        return args[0]
+
+
+def test_the_cpu_waits_for_what_it_reads_at_once_and_a_gpu_does_not() -> None:
+    scalar = torch.ones(())
+    with Copies() as copies:
+        as_float32(scalar, torch.device("cpu"))
+        as_float32(scalar, torch.device("cuda"))
+    assert copies.asked == [("cpu", False), ("cuda", True)]

@@ -219,6 +219,15 @@ def test_a_trace_does_not_lose_the_update(backend: str) -> None:
         train(optimizer, 1)
 
 
+def test_a_trace_of_an_estimate_is_refused() -> None:
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        optimizer = FusedAdamW([param(3)], lr=0.1, backend="reference")
+        for _ in range(2):  # before there is a plan, and after
+            with pytest.raises(RuntimeError, match="a function that is traced"):
+                make_fx(traced_step(optimizer))(torch.ones(3, dtype=torch.float64))
+            train(optimizer, 1)
+
+
 # Estimates of memory.
 
 

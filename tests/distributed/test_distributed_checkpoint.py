@@ -7,7 +7,7 @@ import functools
 import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -98,6 +98,10 @@ def assert_same(found: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         torch.testing.assert_close(found[name], tensor, rtol=1e-12, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
 
 
+def state_of(model: torch.nn.Module, optimizer: FusedAdamW, options: StateDictOptions) -> dict[str, Any]:
+    return dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
+
+
 def go_on(
     loaded: Path | None,
     saved: Path | None,
@@ -116,22 +120,15 @@ def go_on(
         with torch.no_grad():
             for param in model.parameters():
                 param.zero_()  # what is not loaded is seen
-        of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
-        state = {"model": of_model, "optimizer": of_optimizer}
+        state = state_of(model, optimizer, options)
         dcp.load(state, checkpoint_id=loaded)
-        set_state_dict(
-            model,
-            optimizer,
-            model_state_dict=state["model"],
-            optim_state_dict=state["optimizer"],
-            options=options,
-        )
+        of_model, of_optimizer = state["model"], state["optimizer"]
+        set_state_dict(model, optimizer, model_state_dict=of_model, optim_state_dict=of_optimizer, options=options)
         for param in model.parameters():
             assert type(optimizer.state[param]["exp_avg"]) is type(param.data)
     train(model, optimizer, start, stop)
     if saved is not None:
-        of_model, of_optimizer = get_state_dict(model, optimizer, options=options)
-        dcp.save({"model": of_model, "optimizer": of_optimizer}, checkpoint_id=saved)
+        dcp.save(state_of(model, optimizer, options), checkpoint_id=saved)
     return snapshot(model, optimizer)
 
 
@@ -232,10 +229,10 @@ def test_a_run_goes_on_bit_for_bit(way: str) -> None:
     assert same_bits(list(found.values()), list(expected.values()))
 
 
-def make(kind: str, model: torch.nn.Module) -> torch.optim.Optimizer:
-    if kind == "nexus":
-        return FusedAdamW(model.parameters(), lr=WITH_END, weight_decay=0.1)
-    return torch.optim.AdamW(model.parameters(), lr=1.0, weight_decay=0.1)
+MAKE: dict[str, Callable[..., torch.optim.Optimizer]] = {
+    "nexus": functools.partial(FusedAdamW, lr=WITH_END, weight_decay=0.1),
+    "torch": functools.partial(torch.optim.AdamW, lr=1.0, weight_decay=0.1),
+}
 
 
 @in_one_and_two(["nested", "flat", "from rank 0, on the CPU"])
@@ -244,13 +241,13 @@ def make(kind: str, model: torch.nn.Module) -> torch.optim.Optimizer:
 def test_torchs_adamw_and_nexus_go_on_from_each_other(first: str, second: str, way: str) -> None:
     options = StateDictOptions(**WAYS[way])
     expected = new_model()
-    train(expected, make("torch", expected), 0, END)
+    train(expected, MAKE["torch"](expected.parameters()), 0, END)
     model = new_model()
-    optimizer = make(first, model)
+    optimizer = MAKE[first](model.parameters())
     train(model, optimizer, 0, STOP)
     saved = saved_by(model, optimizer, options)
     optimizer.zero_grad()  # with gradients there, torch does not make the state that it loads into
-    other = make(second, model)
+    other = MAKE[second](model.parameters())
     if options.flatten_optimizer_state_dict:  # torch looks for every option of the class that loads
         saved = {**get_optimizer_state_dict(model, other, options=options), **saved}
     set_optimizer_state_dict(model, other, saved, options=options)

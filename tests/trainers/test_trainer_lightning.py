@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import runpy
 from collections.abc import Callable
@@ -43,6 +44,12 @@ pytestmark = quiet
 # The whole training run, beside torch's AdamW in the same Trainer in float64.
 
 
+@functools.cache
+def torchs_run(**options: Any) -> Regression:
+    """Once for each set of the Trainer's options; it writes nothing."""
+    return fit(Path(), torchs, precision="64-true", **options)
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(
     "options",
@@ -56,14 +63,13 @@ pytestmark = quiet
 )
 def test_a_run_is_that_of_torchs_adamw(tmp_path: Path, way: str, options: dict[str, Any]) -> None:
     module = fit(tmp_path, WAYS[way], precision="64-true", **options)
-    assert_same_float64_run(module, fit(tmp_path, torchs, precision="64-true", **options))
+    assert_same_float64_run(module, torchs_run(**options))
 
 
 @pytest.mark.parametrize("accumulated", [1, 2])
 def test_max_grad_norm_is_the_trainers_clipping(tmp_path: Path, accumulated: int) -> None:
-    options = {"precision": "64-true", "accumulate_grad_batches": accumulated}
-    expected = fit(tmp_path, torchs, gradient_clip_val=0.7, **options)
-    assert_same_float64_run(fit(tmp_path, clipping, **options), expected)
+    module = fit(tmp_path, clipping, precision="64-true", accumulate_grad_batches=accumulated)
+    assert_same_float64_run(module, torchs_run(accumulate_grad_batches=accumulated, gradient_clip_val=0.7))
 
 
 # Precisions: the gradients of each step, as Lightning makes them, given to the reference as well.

@@ -76,7 +76,7 @@ class ReferenceRunner(Runner):
         for entry in entries:
             entry.fetch()
         # Of FakeTensors, who estimate memory, these copies are all: the kernels allocate nothing.
-        if not any(isinstance(entry.original, FakeTensor) for entry in entries):
+        if not any(isinstance(param, FakeTensor) for param, _ in self._plan.parameters):
             _step(self._plan, grad_scale, found_inf)
         for entry in entries:
             entry.put_back()

@@ -14,7 +14,7 @@ from torch._subclasses import FakeTensor
 from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import reference
-from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, Runner, StepState, TensorEntry
+from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, Rate, Runner, StepState, TensorEntry
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
@@ -198,6 +198,12 @@ class Engine:
             settings_of(group, {name: self.table(s, device).rows for name, s in group.schedules()}, device)
             for group in groups
         ]
+        rates = [(settings, name, settings[name]) for settings in plan.groups for name in SCHEDULABLE]
+        written = {id(rate.last): rate for _, _, rate in rates if rate.last is not None}
+        for settings, name, rate in rates:
+            source = written.get(id(rate.tensor))
+            if source is not None:  # what the step itself writes, and would be read before that or after it
+                settings[name] = Rate(table=source.table, scale=source.scale)
         plan.measures_norm = self.measures_norm(groups)
 
     @torch.inference_mode(False)  # as above

@@ -49,3 +49,18 @@ def test_a_block_for_256_tensors() -> None:
     gpu.reset()
     optimizer.step()
     assert [launch.grid for launch in gpu.launches() if launch.kernel == "prepare"] == [3]
+
+
+def test_a_rate_that_the_step_writes_for_another_group_is_one_rate_for_all_tensors() -> None:
+    for place in (0, 1):  # of the schedule's group, before or after
+        for backend in ("native", NAME):
+            params = [torch.nn.Parameter(torch.ones(1)) for _ in range(601)]
+            driven = {"params": params[:1], "lr": WSD(1, 2, 3, 0.1)}
+            groups = [driven, {"params": params[1:]}] if place == 0 else [{"params": params[1:]}, driven]
+            optimizer = FusedAdamW(groups, backend=backend)
+            optimizer.param_groups[1 - place]["lr"] = optimizer.param_groups[place]["lr"]
+            for _ in range(6):
+                for param in params:
+                    param.grad = torch.ones(1)
+                optimizer.step()
+            assert torch.equal(torch.stack(params), params[0].detach().expand(601, 1)), (place, backend)

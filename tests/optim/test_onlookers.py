@@ -273,3 +273,14 @@ def test_an_estimate_has_the_copies_of_a_step() -> None:
 
     plain, copied = peak_of(FusedAdamW), peak_of(FusedAdamW, transposed)
     assert copied - plain == 2 * 256 * 512 * 4  # of two matrices
+
+
+def test_an_estimate_needs_no_gpu_and_no_gradient() -> None:
+    with FakeTensorMode():
+        weight = nn.Parameter(torch.empty(3, device="cuda"))
+        optimizer = FusedAdamW([weight], max_grad_norm=1.0, backend="reference")
+        optimizer.step()
+        assert not optimizer.state
+        weight.grad = torch.empty_like(weight)
+        optimizer.step()
+        assert optimizer.state[weight]["exp_avg"].device.type == "cuda"

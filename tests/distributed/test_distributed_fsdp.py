@@ -13,13 +13,13 @@ import torch.distributed as dist
 from distributed_cases import (
     OPTIONS,
     SCHEDULE,
-    Net,
     assert_follows,
     batch,
     follow_one_process,
     lone_group,
     loss_of,
     make_fsdp,
+    make_net,
     my_rows,
     run_both,
     same_on_all_ranks,
@@ -89,9 +89,7 @@ def test_fsdp_follows_float64_torch_on_the_same_gradients(backend: str, steps: i
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
 @in_processes()
 def test_fsdp_trains_as_one_process_in_float64(dtype: torch.dtype, tolerance: float) -> None:
-    torch.manual_seed(1)
-    alone = Net().to(dtype).double()
-    model = make_fsdp(dtype)
+    alone, model = make_net(dtype).double(), make_fsdp(dtype)
     optimizer = FusedAdamW(model.parameters(), eps=1e-3, **OPTIONS)
     follow_one_process(model, optimizer, alone, steps=40, tolerance=tolerance, eps=1e-3)
 

@@ -7,10 +7,10 @@ import torch
 import torch.distributed as dist
 from distributed_cases import (
     OPTIONS,
-    Net,
     assert_follows,
     follow_one_process,
     lone_group,
+    make_net,
     run_both,
     same_on_all_ranks,
     spread,
@@ -87,12 +87,10 @@ def test_hsdp_trains_as_one_process(replicas: int) -> None:
     """HSDP: FSDP2 within each replica, and copies of the parts in all of them."""
     shape = (replicas, dist.get_world_size() // replicas)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "parts"))
-    torch.manual_seed(1)
-    model, alone = Net().double(), Net().double()
-    alone.load_state_dict(model.state_dict())
+    model = make_net(torch.float64)
     for module in (model.first, model.second, model):
         fully_shard(module, mesh=mesh)
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    follow_one_process(model, optimizer, alone)
+    follow_one_process(model, optimizer, make_net(torch.float64))
     summed = [part.groups for part in engine_of(optimizer).plan.norm_parts]
     assert summed == ([(mesh.get_group("parts"),)] if shape[1] > 1 else [])  # a copy counts once

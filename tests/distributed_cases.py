@@ -58,9 +58,10 @@ def make_net(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Net:
 
 def make_fsdp(dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Net:
     model = make_net(dtype, device)
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    if "mesh" not in options:
+        options["mesh"] = init_device_mesh(device, (dist.get_world_size(),))
     for module in (model.first, model.second, model):
-        fully_shard(module, mesh=mesh, **options)
+        fully_shard(module, **options)
     return model
 
 

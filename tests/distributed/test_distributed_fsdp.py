@@ -96,7 +96,7 @@ def test_fsdp_trains_as_one_process_in_float64(dtype: torch.dtype, tolerance: fl
 
 @in_processes(2)
 def test_updates_in_the_backward_pass_are_those_of_the_plain_loop() -> None:
-    """The root's own parameters, whose gradients come when the pass has ended, are left to the step."""
+    """The step updates the root's own parameters: while the pass runs, the model has them whole, not as shards."""
     runs = []
     for in_backward in (False, True):
         model = make_fsdp()

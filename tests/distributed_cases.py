@@ -50,12 +50,18 @@ class Net(torch.nn.Module):
         return self.last(self.norm(torch.tanh(self.second(torch.tanh(self.first(x))))))
 
 
-def make_fsdp(dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Net:
+def make_net(dtype: torch.dtype = torch.float32, device: str = "cpu") -> Net:
+    """The same in every process, and every time."""
     torch.manual_seed(1)
-    model = Net().to(device, dtype)
-    mesh = init_device_mesh(device, (dist.get_world_size(),))
+    return Net().to(device, dtype)
+
+
+def make_fsdp(dtype: torch.dtype = torch.float32, device: str = "cpu", **options: Any) -> Net:
+    model = make_net(dtype, device)
+    if "mesh" not in options:
+        options["mesh"] = init_device_mesh(device, (dist.get_world_size(),))
     for module in (model.first, model.second, model):
-        fully_shard(module, mesh=mesh, **options)
+        fully_shard(module, **options)
     return model
 
 

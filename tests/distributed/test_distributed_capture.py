@@ -25,10 +25,8 @@ from distributed_cases import (
     whole,
 )
 from references import same_bits
-from test_distributed_meshes import TENSOR_PARALLEL, make_layers
+from test_distributed_meshes import make_tensor_parallel
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.tensor.parallel import parallelize_module
 from worlds import in_processes
 
 from nexus.optim import FusedAdamW
@@ -47,8 +45,7 @@ def train(backend: str, device: str, how: str, captures: bool) -> tuple[list[Ten
     if how == "fsdp":
         model, dtype, rows = make_fsdp(device=device), torch.float32, my_rows
     else:
-        model, dtype, rows = make_layers(device), torch.float64, lambda tensor: tensor
-        parallelize_module(model, init_device_mesh(device, (dist.get_world_size(),)), TENSOR_PARALLEL)
+        model, dtype, rows = make_tensor_parallel(device), torch.float64, lambda tensor: tensor
     options = {**OPTIONS, "skip_nonfinite": True, "norm_group": lone_group()}
     optimizer = FusedAdamW(model.parameters(), backend=backend, **options)
     history = optimizer.history(capacity=STEPS)

@@ -17,7 +17,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from distributed_cases import SCHEDULE as WITH_END
-from distributed_cases import Net, make_fsdp, my_rows, whole
+from distributed_cases import Net, make_fsdp, make_net, my_rows, whole
 from distributed_cases import train as train_steps
 from references import MOMENT, assert_close, same_bits
 from torch import Tensor
@@ -50,13 +50,8 @@ def make_optimizer(model: torch.nn.Module, lr: float | Schedule = SCHEDULE) -> F
     return FusedAdamW(groups, lr=lr, amsgrad=True, max_grad_norm=0.7, skip_nonfinite=True)
 
 
-def alone() -> Net:
-    torch.manual_seed(1)
-    return Net().to(DTYPE)
-
-
 def new_model(device: str = "cpu") -> Net:
-    return make_fsdp(DTYPE, device) if dist.is_initialized() else alone().to(device)
+    return make_fsdp(DTYPE, device) if dist.is_initialized() else make_net(DTYPE, device)
 
 
 def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, start: int, stop: int) -> None:
@@ -84,7 +79,7 @@ def snapshot(model: torch.nn.Module, optimizer: FusedAdamW) -> dict[str, Tensor]
 
 
 def uninterrupted(lr: float | Schedule = SCHEDULE, device: str = "cpu") -> dict[str, Tensor]:
-    model = alone().to(device)
+    model = make_net(DTYPE, device)
     optimizer = make_optimizer(model, lr)
     train(model, optimizer, 0, END)
     return snapshot(model, optimizer)
@@ -274,7 +269,7 @@ def test_whole_state_dicts() -> None:
     train(model, optimizer, STOP, STOP + 2)
     optimizer.load_state_dict(saved)  # whole tensors, of which each process takes its part
     assert_same(of_state(snapshot(model, optimizer)), expected)
-    single = make_optimizer(alone())
+    single = make_optimizer(make_net(DTYPE))
     single.load_state_dict(saved)
     param = single.param_groups[0]["params"][0]
     assert_close(single.state[param]["exp_avg"], expected["first.weight exp_avg"], MOMENT[DTYPE])

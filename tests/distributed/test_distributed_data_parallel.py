@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import OPTIONS, SCHEDULE, Net, follow_one_process, same_on_all_ranks, train
+from distributed_cases import OPTIONS, SCHEDULE, follow_one_process, make_net, same_on_all_ranks, train
 from references import Float64AdamW, make_grads, make_params, same_bits, set_grads
 from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
@@ -20,13 +20,8 @@ from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 
 
-def alone(device: str = "cpu") -> Net:
-    torch.manual_seed(1)
-    return Net().double().to(device)
-
-
 def make_ddp(device: str = "cpu", **options: Any) -> DistributedDataParallel:
-    return DistributedDataParallel(alone(device), **options)
+    return DistributedDataParallel(make_net(torch.float64, device), **options)
 
 
 @pytest.mark.parametrize("bucket_view", [False, True])
@@ -35,7 +30,7 @@ def make_ddp(device: str = "cpu", **options: Any) -> DistributedDataParallel:
 def test_ddp_trains_as_one_process(bucket_view: bool, backend: str, device: str) -> None:
     model = make_ddp(device, gradient_as_bucket_view=bucket_view)
     optimizer = FusedAdamW(model.parameters(), backend=backend, **OPTIONS)
-    follow_one_process(model, optimizer, alone(device), steps=30)
+    follow_one_process(model, optimizer, make_net(torch.float64, device), steps=30)
     assert not engine_of(optimizer).plan.norm_parts  # gradients are whole everywhere: no sum over processes
     assert same_on_all_ranks(optimizer.grad_norm, *model.parameters())
 
@@ -56,7 +51,7 @@ def make_zero(model: torch.nn.Module, *, bucket_view: bool = False, **options: A
 def test_zero_trains_as_one_process(bucket_view: bool) -> None:
     model = make_ddp()
     optimizer = make_zero(model, bucket_view=bucket_view)
-    follow_one_process(model, optimizer, alone(), steps=20)
+    follow_one_process(model, optimizer, make_net(torch.float64), steps=20)
     assert optimizer.param_groups[0]["lr"].item() == pytest.approx(SCHEDULE(19), rel=1e-15)
     assert same_on_all_ranks(optimizer.optim.grad_norm, *model.parameters())
     held = sum(param.numel() for group in optimizer.optim.param_groups for param in group["params"])

@@ -13,13 +13,13 @@ import torch.distributed as dist
 from distributed_cases import (
     OPTIONS,
     SCHEDULE,
-    Net,
     assert_follows,
     batch,
     follow_one_process,
     lone_group,
     loss_of,
     make_fsdp,
+    make_net,
     my_rows,
     run_both,
     same_on_all_ranks,
@@ -89,16 +89,14 @@ def test_fsdp_follows_float64_torch_on_the_same_gradients(backend: str, steps: i
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-11), (torch.float32, 1e-5)], ids=str)
 @in_processes()
 def test_fsdp_trains_as_one_process_in_float64(dtype: torch.dtype, tolerance: float) -> None:
-    torch.manual_seed(1)
-    alone = Net().to(dtype).double()
-    model = make_fsdp(dtype)
+    alone, model = make_net(dtype).double(), make_fsdp(dtype)
     optimizer = FusedAdamW(model.parameters(), eps=1e-3, **OPTIONS)
     follow_one_process(model, optimizer, alone, steps=40, tolerance=tolerance, eps=1e-3)
 
 
 @in_processes(2)
 def test_updates_in_the_backward_pass_are_those_of_the_plain_loop() -> None:
-    """The root's own parameters, whose gradients come when the pass has ended, are left to the step."""
+    """The step updates the root's own parameters: while the pass runs, the model has them whole, not as shards."""
     runs = []
     for in_backward in (False, True):
         model = make_fsdp()

@@ -7,17 +7,18 @@ import torch
 import torch.distributed as dist
 from distributed_cases import (
     OPTIONS,
-    Net,
     assert_follows,
     follow_one_process,
     lone_group,
+    make_fsdp,
+    make_net,
     run_both,
     same_on_all_ranks,
     spread,
 )
 from references import BACKENDS, Float64AdamW, make_params
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import Placement, Replicate, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
@@ -57,14 +58,16 @@ def make_layers(device: str = "cpu") -> torch.nn.Sequential:
     ).to(device, torch.float64)
 
 
-TENSOR_PARALLEL = {"0": ColwiseParallel(), "2": RowwiseParallel()}  # the norm stays plain
+def make_tensor_parallel(device: str = "cpu", mesh: DeviceMesh | None = None) -> torch.nn.Module:
+    """The same, of which the norm stays plain."""
+    mesh = mesh or init_device_mesh(device, (dist.get_world_size(),))
+    return parallelize_module(make_layers(device), mesh, {"0": ColwiseParallel(), "2": RowwiseParallel()})
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @in_processes(2, device="cpu")
 def test_tensor_parallel_layers_train_as_one_process(backend: str, device: str) -> None:
-    model = make_layers(device)
-    parallelize_module(model, init_device_mesh(device, (dist.get_world_size(),)), TENSOR_PARALLEL)
+    model = make_tensor_parallel(device)
     optimizer = FusedAdamW(model.parameters(), backend=backend, norm_group=lone_group(), **OPTIONS)
     follow_one_process(model, optimizer, make_layers(device), lambda tensor: tensor)
 
@@ -74,8 +77,7 @@ def test_tensor_parallel_layers_train_as_one_process(backend: str, device: str) 
 def test_fsdp_with_tensor_parallel_layers_trains_as_one_process() -> None:
     """FSDP2 over one dimension of the mesh, tensor-parallel layers over the other."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
-    model = make_layers()
-    parallelize_module(model, mesh["tensor"], TENSOR_PARALLEL)
+    model = make_tensor_parallel(mesh=mesh["tensor"])
     fully_shard(model, mesh=mesh["data"])
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
     follow_one_process(model, optimizer, make_layers(), lambda x: x[mesh["data"].get_local_rank() :: 2])
@@ -87,12 +89,8 @@ def test_hsdp_trains_as_one_process(replicas: int) -> None:
     """HSDP: FSDP2 within each replica, and copies of the parts in all of them."""
     shape = (replicas, dist.get_world_size() // replicas)
     mesh = init_device_mesh("cpu", shape, mesh_dim_names=("replicas", "parts"))
-    torch.manual_seed(1)
-    model, alone = Net().double(), Net().double()
-    alone.load_state_dict(model.state_dict())
-    for module in (model.first, model.second, model):
-        fully_shard(module, mesh=mesh)
+    model = make_fsdp(torch.float64, mesh=mesh)
     optimizer = FusedAdamW(model.parameters(), **OPTIONS)
-    follow_one_process(model, optimizer, alone)
+    follow_one_process(model, optimizer, make_net(torch.float64))
     summed = [part.groups for part in engine_of(optimizer).plan.norm_parts]
     assert summed == ([(mesh.get_group("parts"),)] if shape[1] > 1 else [])  # a copy counts once

@@ -11,7 +11,7 @@ from unittest import mock
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
-from distributed_cases import SCHEDULE, Net, batch, loss_of, train_alone, whole
+from distributed_cases import SCHEDULE, batch, loss_of, make_net, train_alone, whole
 from references import Float64AdamW
 from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader, TensorDataset
@@ -35,11 +35,6 @@ def fresh_accelerate(**environment: str) -> Iterator[None]:
             GradientState._reset_state()
             if when == 0:
                 yield
-
-
-def make_model(dtype: torch.dtype = torch.float32) -> Net:
-    torch.manual_seed(1)
-    return Net().to(dtype)
 
 
 def make_optimizer(
@@ -91,7 +86,7 @@ class Run:
         updates: int = UPDATES,
         **options: Any,
     ) -> None:
-        model = make_model(dtype)
+        model = make_net(dtype)
         self.accelerator, self.clips_itself = accelerator, clips == "ours"
         self.own, scheduler = make_optimizer(
             model, driver, max_grad_norm=CLIP if self.clips_itself else None, **options
@@ -160,7 +155,7 @@ class Run:
 
 def assert_trained(model: torch.nn.Module, max_grad_norm: float | None = CLIP) -> None:
     """As by float64 torch alone: one process, whole batches, no accelerate."""
-    alone = make_model(torch.float64)
+    alone = make_net(torch.float64)
     train_alone(alone, UPDATES, lr=SCHEDULE, weight_decay=DECAY, max_grad_norm=max_grad_norm)
     for param, expected in zip(model.parameters(), alone.parameters(), strict=True):
         torch.testing.assert_close(whole(param.detach()), expected.detach(), rtol=1e-10, atol=1e-10)

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from distributed_cases import SCHEDULE, batch, loss_of, same_on_all_ranks
+from distributed_cases import SCHEDULE, batch, loss_of, make_net, same_on_all_ranks
 from references import assert_same_run, same_bits, snapshot
 from torch.distributed.tensor import DTensor
 from worlds import in_processes, launch
@@ -34,7 +34,6 @@ from accelerate_cases import (
     accelerator_with_a_scaler,
     assert_trained,
     fresh_accelerate,
-    make_model,
     make_optimizer,
 )
 
@@ -78,7 +77,7 @@ def test_a_scheduler_over_the_prepared_optimizer_works_too() -> None:
 
 
 def test_preparing_an_optimizer_in_mid_run_changes_nothing() -> None:
-    model, x = make_model(), batch(0)[0]
+    model, x = make_net(), batch(0)[0]
     optimizer, _ = make_optimizer(model, "inside")
     for step in range(9):
         if step == 7:

@@ -139,7 +139,6 @@ WAYS: dict[str, tuple[float | Schedule, Callable[[Any], Any] | None, Schedule | 
 }
 each_way = pytest.mark.parametrize("way", WAYS)
 
-
 SAVING = {"save_strategy": "steps", "save_steps": 8}  # in the middle of an epoch, which is 6 updates
 CLIPPING = {"clip": 0.5, "max_grad_norm": 0.0}  # in the optimizer, and not by Trainer
 

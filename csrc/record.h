@@ -12,11 +12,18 @@
 
 namespace nexus {
 
-enum class DType : int32_t { kOther = -1, kFloat32 = 0, kFloat64 = 1, kBFloat16 = 2, kFloat16 = 3 };
+// How the elements of a stream are stored (codec.h).
+enum class DType : int32_t { kOther = -1, kFloat32, kFloat64, kBFloat16, kFloat16 };
 
-NEXUS_FN constexpr uint64_t item_size(DType dtype) {
-  return dtype == DType::kFloat64 ? 8 : dtype == DType::kFloat32 ? 4 : 2;
-}
+// A row for each, in their order.
+struct StoredType {
+  uint8_t bits;
+  uint8_t dlpack_code;
+};
+constexpr StoredType kStoredTypes[] = {{32, 2}, {64, 2}, {16, 4}, {16, 2}};
+constexpr int kDTypes = sizeof(kStoredTypes) / sizeof(StoredType);
+
+inline uint64_t item_size(DType dtype) { return kStoredTypes[static_cast<int>(dtype)].bits / 8; }
 
 // Every stream of one parameter, in the same element order. The moments have the type of the arithmetic:
 // float64 for float64 parameters, float32 otherwise.

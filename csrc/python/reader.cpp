@@ -30,17 +30,13 @@ struct DLPackExchangeAPI {
   void* current_work_stream;
 };
 
-constexpr uint8_t kFloat = 2;
-constexpr uint8_t kBFloat = 4;
-
 DType dtype_of(uint8_t code, uint8_t bits, uint16_t lanes) {
-  if (code == kFloat && lanes == 1) {
-    return bits == 32   ? DType::kFloat32
-           : bits == 64 ? DType::kFloat64
-           : bits == 16 ? DType::kFloat16
-                        : DType::kOther;
+  for (int i = 0; i < kDTypes; ++i) {
+    if (kStoredTypes[i].dlpack_code == code && kStoredTypes[i].bits == bits && lanes == 1) {
+      return static_cast<DType>(i);
+    }
   }
-  return code == kBFloat && bits == 16 && lanes == 1 ? DType::kBFloat16 : DType::kOther;
+  return DType::kOther;
 }
 
 }  // namespace

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 
 from nexus.backends.interface import HISTORY_COLUMNS
-from nexus.backends.records import layout
+from nexus.backends.records import DTYPES, layout
 from nexus.backends.triton_math import adamw, bias_correction, evaluate_schedule
 from nexus.backends.triton_tables import CHUNK, COEFFICIENTS
 
@@ -47,7 +47,7 @@ _LAST = _word("Rate", "last")
 _CHUNK_WORDS = tl.constexpr(len(CHUNK))
 _COEFFICIENTS = tl.constexpr(len(COEFFICIENTS))
 _HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
-_DTYPES = tl.constexpr((tl.float32, tl.float64, tl.bfloat16, tl.float16))  # in the order of the extension's
+_DTYPES = tl.constexpr(tuple(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in DTYPES))
 
 
 @triton.jit

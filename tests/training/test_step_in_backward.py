@@ -343,6 +343,15 @@ def test_twice_is_refused_and_again_is_not(backend: str) -> None:
     assert_same(plain, ours)
 
 
+def test_an_optimizer_that_is_gone_is_said() -> None:
+    model = nn.Linear(3, 2)
+    handle = step_in_backward(model, FusedAdamW(model.parameters()))
+    with pytest.raises(RuntimeError, match=r"is gone: remove\(\) the handle"):
+        model(torch.ones(3)).sum().backward()
+    handle.remove()
+    model(torch.ones(3)).sum().backward()
+
+
 def test_copies_do_not_step_in_backward(backend: str) -> None:
     run, _ = two_runs(backend)
     with step_in_backward(*run):

@@ -43,38 +43,57 @@ def environment() -> dict[str, Any]:
     }
 
 
+SIZES = (0, 1, 3, 127, 1025, 16_385, 40_001)  # with tails
+
+
 def small_case(device: str = "cuda", names: Sequence[str] = ON_GPU) -> dict[str, Any]:
-    """Steps of every kernel over sizes that have tails, compared with the reference: what a sanitizer watches."""
-    import torch
-
+    """Steps of every kernel, compared with the reference: what a sanitizer watches."""
     from nexus import backends
-    from nexus.optim import FusedAdamW
-    from nexus.schedules import WSD
 
-    sizes = (0, 1, 3, 127, 1025, 16_385, 40_001)
-    differences = {}
     available = [info.name for info in backends.describe() if info.name in names and info.available]
     if not available:
         sys.exit(f"there is nothing to check: {' and '.join(names)} are not available")
+    differences = {}
     for name, dtype, options in itertools.product(
         available, ("float32", "bfloat16"), ({}, {"max_grad_norm": 1.0, "amsgrad": True, "skip_nonfinite": True})
     ):
-        sides = []
-        for where, backend in ((device, name), ("cpu", "reference")):
-            torch.manual_seed(0)
-            params = [(0.1 * torch.randn(size)).to(dtype=getattr(torch, dtype)).to(where) for size in sizes]
-            for param in params:
-                param.grad = torch.randn(param.shape).to(param.dtype).to(where)
-            optimizer = FusedAdamW(params, lr=WSD(1, None, 1, 1e-2), backend=backend, **options)
-            for _ in range(SMALL_STEPS):
-                optimizer.step()
-            sides.append([param.cpu().double() for param in params])
         what = f"{name}, {dtype}, {', '.join(options) or 'no options'}"
-        differences[what] = max(float((a - b).abs().max()) for a, b in zip(*sides, strict=True) if a.numel())
+        try:
+            differences[what] = beside_reference(device, name, dtype, options)
+        except ValueError as error:
+            sys.exit(f"{what}: {error}")
         print(f"{what}: largest difference {differences[what]:.1e}", flush=True)
-        if not differences[what] <= TOLERANCE[dtype]:
-            sys.exit(f"{what}: more than {TOLERANCE[dtype]:.0e} from the reference")
     return differences
+
+
+def beside_reference(device: str, backend: str, dtype: str, options: dict[str, Any]) -> float:
+    """The largest difference of parameters after a few steps from the reference's, on the CPU; "mixed": in turns.
+
+    Raises:
+        ValueError: it is more than two roundings.
+    """
+    import torch
+
+    from nexus.optim import FusedAdamW
+    from nexus.schedules import WSD
+
+    dtypes = itertools.cycle(("float32", "bfloat16") if dtype == "mixed" else (dtype,))
+    kinds = [getattr(torch, kind) for kind, _ in zip(dtypes, SIZES, strict=False)]
+    sides = []
+    for where, name in ((device, backend), ("cpu", "reference")):
+        torch.manual_seed(0)
+        params = [(0.1 * torch.randn(size)).to(kind).to(where) for size, kind in zip(SIZES, kinds, strict=True)]
+        for param in params:
+            param.grad = torch.randn(param.shape).to(param.dtype).to(where)
+        optimizer = FusedAdamW(params, lr=WSD(1, None, 1, 1e-2), backend=name, **options)
+        for _ in range(SMALL_STEPS):
+            optimizer.step()
+        sides.append([param.cpu().double() for param in params])
+    difference = max(float((a - b).abs().max()) for a, b in zip(*sides, strict=True) if a.numel())
+    allowed = TOLERANCE["bfloat16" if dtype == "mixed" else dtype]
+    if not difference <= allowed:
+        raise ValueError(f"{difference:.1e} from the reference, more than {allowed:.0e}")
+    return difference
 
 
 def rates(count: int = RATE_STEPS, names: Sequence[str] = EVALUATORS) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
-PATIENCE_S = 3.0  # between asking a stage to end and ending it
+PATIENCE_S = 3.0  # after each of the signals by which a stage is ended
 
 
 @dataclass(frozen=True)
@@ -24,6 +24,7 @@ class Stage:
     environment: Mapping[str, str] = field(default_factory=dict)
     instead_of: str | None = None  # the stage without whose failure it is left out
     impossible: str | None = None  # why it cannot run here
+    shown: bool = False  # whether what it prints is to be seen as it goes
     excuse: str | None = None  # where a log with these words ends in a failure, it could not run here either
 
 
@@ -72,7 +73,7 @@ def run(stage: Stage, limit_s: float, log: Path, folder: Path) -> Outcome:
         except OSError as error:
             return Outcome(stage.name, FAILED, reason=f"{stage.command[0]} cannot be run: {error}")
         try:
-            code = process.wait(limit_s)
+            code = _wait(process, limit_s, log if stage.shown else None)
         except subprocess.TimeoutExpired:
             _end(process)
             return Outcome(stage.name, TIMED_OUT, time.monotonic() - started, f"it was ended after {limit_s:.0f} s")
@@ -87,13 +88,30 @@ def run(stage: Stage, limit_s: float, log: Path, folder: Path) -> Outcome:
     return Outcome(stage.name, FAILED, seconds, f"killed by signal {-code}" if code < 0 else f"exit code {code}")
 
 
+def _wait(process: subprocess.Popen[bytes], limit_s: float, shown: Path | None) -> int:
+    """The exit code, within the limit; what comes to the log that is `shown` is printed as it comes."""
+    if shown is None:
+        return process.wait(limit_s)
+    end = time.monotonic() + limit_s
+    with shown.open(encoding="utf-8", errors="replace") as text:
+        while True:
+            left = end - time.monotonic()
+            try:
+                return process.wait(min(left, 0.2))
+            except subprocess.TimeoutExpired:
+                if left <= 0.2:
+                    raise
+            finally:
+                print(text.read(), end="", flush=True)
+
+
 def read(log: Path) -> str:
     """The text of a log; empty where there is none."""
     return log.read_text(encoding="utf-8", errors="replace") if log.exists() else ""
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for kind in (signal.SIGTERM, signal.SIGKILL):
+    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # at the first, pytest writes its report
         try:
             os.killpg(process.pid, kind)
             process.wait(PATIENCE_S)

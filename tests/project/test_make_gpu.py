@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import gpu, gpu_checks, gpu_stages, gpu_summary
+from benchmarks import gpu, gpu_checks, gpu_smoke, gpu_stages, gpu_summary
 from benchmarks.cases import CASES, CUDA, TRAINING_CASES
 from benchmarks.gpu_stages import Outcome, Stage, run
 from nexus.backends import reference
@@ -51,7 +51,8 @@ def test_outcomes(stage: Stage, status: str, reason: str, tmp_path: Path) -> Non
 def test_a_stage_that_does_not_end_is_ended_with_its_children(tmp_path: Path, monkeypatch) -> None:
     """Also those that ignore being asked to."""
     child = (
-        "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('up', flush=True); time.sleep(60)"
+        "import signal, time; [signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)]; "
+        "print('up', flush=True); time.sleep(60)"
     )
     code = f"import subprocess, sys; p = subprocess.Popen([sys.executable, '-c', {child!r}]); print(p.pid); p.wait()"
     monkeypatch.setattr(gpu_stages, "PATIENCE_S", 0.5)
@@ -60,11 +61,38 @@ def test_a_stage_that_does_not_end_is_ended_with_its_children(tmp_path: Path, mo
     assert time.monotonic() - started < 20
     assert (outcome.status, outcome.failed) == ("timed out", True)
     assert "ended after 2 s" in outcome.reason
-    pid, up = (tmp_path / "log").read_text().split()
+    pid, up = (tmp_path / "log").read_text().split()[:2]
     assert up == "up"
     time.sleep(0.2)
     status = Path(f"/proc/{pid}/stat")
     assert not status.exists() or status.read_text().split()[2] == "Z"
+
+
+def test_a_stage_that_is_ended_may_write_what_it_knows(tmp_path: Path) -> None:
+    """As pytest does at an interrupt."""
+    code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('report')"
+    assert run(python(code), 1.5, tmp_path / "log", tmp_path).status == "timed out"
+    assert (tmp_path / "log").read_text() == "report\n"
+
+
+def test_what_a_stage_prints_is_shown_as_it_goes(tmp_path: Path, capsys) -> None:
+    code = "import time; print('one', flush=True); time.sleep(1); print('two'); raise SystemExit(1)"
+    printed = []
+    wait = subprocess.Popen.wait
+
+    def watched(self, timeout=None):
+        printed.append(capsys.readouterr().out)
+        return wait(self, timeout)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(subprocess.Popen, "wait", watched)
+        assert run(python(code, shown=True), 60, tmp_path / "log", tmp_path).reason == "exit code 1"
+    assert "one" in "".join(printed)
+    assert "two" in capsys.readouterr().out
+    assert (tmp_path / "log").read_text() == "one\ntwo\n"
+    assert (
+        run(python("import time; time.sleep(60)", shown=True), 0.5, tmp_path / "log", tmp_path).status == "timed out"
+    )
 
 
 def test_time_that_is_left_goes_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -143,7 +171,7 @@ def result(whole) -> dict:
 def test_all_pass(whole, capsys) -> None:
     assert gpu.main() == 0
     data = result(whole)
-    names = ["environment", "build", "tests", "rates", "memcheck", "racecheck", "benchmark"]
+    names = ["environment", "build", "smoke", "tests", "rates", "memcheck", "racecheck", "benchmark"]
     assert [(stage["name"], stage["status"]) for stage in data["stages"]] == [(name, "passed") for name in names]
     assert {"gpu", "date", "commit", "torch"} <= set(data["metadata"])
     assert data["metadata"]["torch"] == "2.11.0"
@@ -224,8 +252,27 @@ def test_the_small_case_finds_a_kernel_that_does_nothing(monkeypatch: pytest.Mon
     with pytest.raises(SystemExit, match="nothing to check"):
         gpu_checks.small_case("cpu", ("tpu",))
     monkeypatch.setattr(NativeRunner, "_run", lambda *arguments: None)
-    with pytest.raises(SystemExit, match="native, float32, no options: more than 1e-06"):
+    with pytest.raises(SystemExit, match=r"native, float32, no options: .* from the reference, more than 1e-06"):
         gpu_checks.small_case("cpu", ("native",))
+
+
+def test_the_smoke_stage_says_what_became_of_each_part(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    found = gpu_smoke.smoke("cpu", ("native", "tpu"))
+    parts = ["a step, float32", "a step, bfloat16", "a step, mixed", "captured attention", "after a broken capture"]
+    assert found == {"tpu": "not available", **{f"native: {part}": "" for part in parts}}
+    assert capsys.readouterr().out.count("passed") == len(parts)
+    monkeypatch.setattr(NativeRunner, "_run", lambda *arguments: None)
+    found = gpu_smoke.smoke("cpu", ("native",))
+    assert [part for part in parts if "from the reference" in found[f"native: {part}"]] == parts[:3]
+
+
+def test_only_files_with_gpu_tests_are_collected() -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", "-m", "gpu", "-p", "no:cacheprovider"]
+    run = subprocess.run([*command, "tests"], cwd=ROOT, capture_output=True, text=True)
+    files = {line.partition("::")[0] for line in run.stdout.splitlines() if "::" in line}
+    assert len(files) > 20
+    assert files <= set(gpu.files_with_gpu_tests())
+    assert "tests/optim/test_torch_cases.py" in files  # which needs expecttest
 
 
 @pytest.mark.parametrize("target", gpu_summary.TARGETS, ids=lambda target: target.what)

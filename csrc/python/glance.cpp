@@ -31,7 +31,7 @@ void Glance::remember(const py::dict& attributes) {
   for (const WatchedRecords::GroupSnapshot& group : watch_.groups_) {
     settings_.push_back(watch_.settings_of(group.group.get()));
   }
-  writes_ = Object(watch_.writes());
+  seen_write_ = Object(watch_.last_write());
 }
 
 bool Glance::same(const py::dict& attributes) const {
@@ -39,7 +39,7 @@ bool Glance::same(const py::dict& attributes) const {
       !watch_.in_place(watch_.setting_tensors_)) {
     return false;
   }
-  for (size_t i = 0; i < settings_.size() && watch_.writes() != writes_.get(); ++i) {
+  for (size_t i = 0; i < settings_.size() && watch_.last_write() != seen_write_.get(); ++i) {
     for (size_t k = 0; k < settings_[i].size(); ++k) {
       if (item(watch_.groups_[i].group.get(), watch_.setting_name(k)) != settings_[i][k].get()) {
         return false;

@@ -32,7 +32,7 @@ class Glance {
   uint64_t generation_ = 0;  // of the watch
   std::vector<Seen> parameters_;
   std::vector<std::vector<Object>> settings_;  // of each group
-  Object writes_;
+  Object seen_write_;
 };
 
 }  // namespace nexus

@@ -27,7 +27,7 @@ bool WatchedRecords::same_groups(PyObject* attributes) const {
   if (groups != seen_groups_.get() || PyList_GET_SIZE(groups) != static_cast<Py_ssize_t>(groups_.size())) {
     return false;
   }
-  const bool written = writes() != seen_writes_.get();
+  const bool written = last_write() != seen_write_.get();
   size_t k = 0;
   for (size_t i = 0; i < groups_.size(); ++i) {
     const GroupSnapshot& seen = groups_[i];
@@ -51,7 +51,7 @@ bool WatchedRecords::same_groups(PyObject* attributes) const {
 
 Change WatchedRecords::same_settings() {
   Change change = in_place(setting_tensors_) ? Change::kNone : Change::kSettings;
-  if (writes() == seen_writes_.get()) {
+  if (last_write() == seen_write_.get()) {
     return change;
   }
   for (size_t i = 0; i < groups_.size(); ++i) {
@@ -77,7 +77,7 @@ Change WatchedRecords::same_settings() {
     }
   }
   if (change == Change::kNone) {
-    seen_writes_ = Object(writes());
+    seen_write_ = Object(last_write());
   }
   return change;
 }

@@ -7,13 +7,13 @@
 
 namespace nexus {
 
-WatchedRecords::WatchedRecords(const py::tuple& setting_names, const py::list& writes,
+WatchedRecords::WatchedRecords(const py::tuple& setting_names, const py::list& last_write,
                                const py::tuple& state_names, int64_t storage_references,
                                const py::object& count_users, int64_t storage_users,
                                const py::object& grad_descriptor, const py::object& exchange_api,
                                const py::tuple& dtypes)
     : setting_names_(setting_names.ptr()),
-      writes_(writes.ptr()),
+      last_write_(last_write.ptr()),
       grad_descriptor_(grad_descriptor.ptr()),
       version_descriptor_(Object::own(PyObject_GetAttrString(
           reinterpret_cast<PyObject*>(PyDescr_TYPE(grad_descriptor.ptr())), "_version"))),
@@ -67,7 +67,7 @@ void WatchedRecords::watch_settings() {
   for (GroupSnapshot& seen : groups_) {
     seen.settings = settings_of(seen.group.get());
   }
-  seen_writes_ = Object(writes());
+  seen_write_ = Object(last_write());
 }
 
 std::vector<Object> WatchedRecords::settings_of(PyObject* group) const {

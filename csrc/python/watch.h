@@ -25,11 +25,10 @@ enum class Change { kNone = 0, kSettings = 1, kTensors = 2 };
 // backend share.
 class WatchedRecords {
  public:
-  // `setting_names`: the keys of a group whose values are watched; the first is "lr". `writes`: a list of one
-  // int, which is another one whenever a group was written to. For `state_names` to
-  // `storage_users` see StateWatch. `grad_descriptor`: torch's getter of Tensor.grad. For the rest see
-  // Reader.
-  WatchedRecords(const py::tuple& setting_names, const py::list& writes, const py::tuple& state_names,
+  // `setting_names`: the keys of a group whose values are watched; the first is "lr". `last_write`: a list of
+  // one object, which is another one after each write to a group. For `state_names` to `storage_users` see
+  // StateWatch. `grad_descriptor`: torch's getter of Tensor.grad. For the rest see Reader.
+  WatchedRecords(const py::tuple& setting_names, const py::list& last_write, const py::tuple& state_names,
                  int64_t storage_references, const py::object& count_users, int64_t storage_users,
                  const py::object& grad_descriptor, const py::object& exchange_api, const py::tuple& dtypes);
 
@@ -118,7 +117,7 @@ class WatchedRecords {
   };
 
   void watch_settings();
-  PyObject* writes() const { return PyList_GET_ITEM(writes_.get(), 0); }
+  PyObject* last_write() const { return PyList_GET_ITEM(last_write_.get(), 0); }
   bool same_groups(PyObject* attributes) const;
   Change same_settings();
   bool in_place(const std::vector<FixedTensor>& tensors) const;
@@ -137,7 +136,7 @@ class WatchedRecords {
   Object local_part(PyObject* tensor, PyObject* placements) const;
 
   Object setting_names_;
-  Object writes_;
+  Object last_write_;
   Object grad_descriptor_;
   Object version_descriptor_;
   Reader reader_;
@@ -147,7 +146,7 @@ class WatchedRecords {
   uint64_t generation_ = 0;  // another after each begin()
   Object seen_groups_;
   std::vector<GroupSnapshot> groups_;
-  Object seen_writes_;  // when their settings were last compared
+  Object seen_write_;  // when their settings were last compared
   StateWatch state_;
   std::vector<Parameter> parameters_;
   std::vector<int64_t> layouts_;

@@ -42,8 +42,8 @@ GroupSettings: TypeAlias = dict[str, Any]
 record `Group` (csrc/record.h)."""
 
 
-GROUP_WRITES = [0]
-"""How often parameter groups, of any optimizer, were written to: a number that a watch compares in each step."""
+LAST_WRITE = [object()]
+"""Another object after each write to a parameter group, of whatever optimizer: what a watch compares in each step."""
 
 
 STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")

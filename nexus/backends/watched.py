@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, UntypedStorage
 
 from nexus.backends import sharding
-from nexus.backends.interface import GROUP_WRITES, STATE_NAMES, Change, Glance, Plan, Rate, Runner, TensorEntry
+from nexus.backends.interface import LAST_WRITE, STATE_NAMES, Change, Glance, Plan, Rate, Runner, TensorEntry
 from nexus.backends.records import DTYPES, address, group_values, layout, tensor_values
 from nexus.backends.sharding import total_everywhere
 
@@ -24,7 +24,7 @@ def make_records(kind: Callable[..., Records], setting_names: tuple[str, ...]) -
     storage_references = sys.getrefcount(storage) - 2  # besides the name and the argument
     grad_descriptor = torch._C.TensorBase.__dict__["grad"]
     state = (STATE_NAMES, storage_references, _users, _users(storage))
-    return kind(setting_names, GROUP_WRITES, *state, grad_descriptor, torch.Tensor.__dlpack_c_exchange_api__, DTYPES)
+    return kind(setting_names, LAST_WRITE, *state, grad_descriptor, torch.Tensor.__dlpack_c_exchange_api__, DTYPES)
 
 
 def _users(storage: UntypedStorage) -> int:

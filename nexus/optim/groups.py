@@ -14,7 +14,7 @@ from torch._guards import TracingContext
 from torch._subclasses import FakeTensor
 
 from nexus.arguments import as_real, check_number, shown
-from nexus.backends.interface import GROUP_WRITES, GroupSettings, Rate
+from nexus.backends.interface import LAST_WRITE, GroupSettings, Rate
 from nexus.schedules import Schedule
 
 SCHEDULABLE = ("lr", "weight_decay")
@@ -59,13 +59,14 @@ class ParamGroup(dict[str, Any]):
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         self._refuse_scheduler(key)
-        GROUP_WRITES[0] += 1
-        return super().setdefault(key, default)
+        value = super().setdefault(key, default)
+        LAST_WRITE[0] = object()
+        return value
 
     def __setitem__(self, key: str, value: Any) -> None:
         self._refuse_scheduler(key)
-        GROUP_WRITES[0] += 1
         super().__setitem__(key, value)
+        LAST_WRITE[0] = object()
 
     def schedules(self) -> list[tuple[str, Schedule]]:
         """The settings that a schedule drives, and their schedules."""
@@ -159,19 +160,20 @@ class ParamGroup(dict[str, Any]):
             )
 
 
-def _counted(name: str) -> Callable[..., Any]:
+def _noted(name: str) -> Callable[..., Any]:
     write = getattr(dict, name)
 
     @functools.wraps(write)
-    def counted(self: ParamGroup, *args: Any, **kwargs: Any) -> Any:
-        GROUP_WRITES[0] += 1
-        return write(self, *args, **kwargs)
+    def noted(self: ParamGroup, *args: Any, **kwargs: Any) -> Any:
+        result = write(self, *args, **kwargs)
+        LAST_WRITE[0] = object()
+        return result
 
-    return counted
+    return noted
 
 
 for _name in ("__delitem__", "__ior__", "clear", "pop", "popitem", "update"):  # the other ways to write to a dict
-    setattr(ParamGroup, _name, _counted(_name))
+    setattr(ParamGroup, _name, _noted(_name))
 
 
 def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | None) -> ParamGroup:

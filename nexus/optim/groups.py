@@ -31,7 +31,7 @@ OWN_SCHEDULE = (
 
 
 class ParamGroup(dict[str, Any]):
-    """A group as `torch.optim` has them, a dict, that refuses a second driver of a scheduled rate.
+    """A group as `torch.optim` has them, a dict, that says when it is written to, and refuses a rate's second driver.
 
     `group["lr_schedule"]` is the `Schedule` given as `lr`, or None; `group["lr"]` is then a 0-dim float64 tensor
     that holds the rate last used. The same goes for `weight_decay`.

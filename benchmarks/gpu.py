@@ -21,7 +21,7 @@ from typing import Any
 
 from benchmarks import gpu_summary
 from benchmarks.gpu_stages import Outcome, Stage, read, run, run_all
-from benchmarks.report import ROOT, commit, file_name, now, write_json
+from benchmarks.report import FORMAT, ROOT, commit, file_name, now, write_json
 
 WORK = ROOT / "build" / "gpu"  # logs, and what stages write
 RESULTS = ROOT / "benchmarks" / "results"
@@ -129,7 +129,7 @@ def _sanitizer_stage(tool: str, *options: str) -> Stage:
 
 def write(metadata: dict[str, Any], outcomes: list[Outcome]) -> str:
     """Write the results as far as they have come; returns the summary."""
-    benchmark = _json("benchmark") or {"format": 2, "rows": [], "left_out": [], "complete": False}
+    benchmark = _json("benchmark") or {"format": FORMAT, "rows": [], "left_out": [], "complete": False}
     results = {
         **benchmark,
         "metadata": {**metadata, **benchmark.get("metadata", {})},

@@ -67,11 +67,9 @@ def unavailable(name: str) -> str | None:
     """Why this peer cannot be set beside nexus here; None if it can."""
     if name == NEXUS_TRITON:
         ways = {info.name: info for info in backends.describe()}
-        if "triton" not in ways:
-            return "this nexus has no Triton backend"
         if not ways["triton"].available:
             return ways["triton"].detail
-        return None if "cuda" in ways and ways["cuda"].available else "nexus itself runs in Triton here"
+        return None if ways["cuda"].available else "nexus itself runs in Triton here"
     if name not in PEERS:  # a copy, or a training loop
         return None
     try:

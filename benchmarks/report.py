@@ -78,7 +78,7 @@ class Row:
     backend: str  # of nexus
     time: Comparison  # on a CPU until the call returns, on a GPU what the device takes
     pairs: int
-    difference: float | None  # of the parameters afterwards, see contestants.difference; in training of the losses
+    difference: float | None  # of the parameters afterwards, see Contestant.difference; in training of the losses
     bytes_moved: int | None  # that nexus needs to load and store; None: not counted, in training
     # On a GPU alone:
     host: Comparison | None = None  # what the host takes to enqueue a step

@@ -43,7 +43,7 @@ NEXUS_FN auto with_codec(DType dtype, const F& f) {
     case DType::kFloat16:
       return f(Float16());
     case DType::kFloat32:
-    case DType::kOther:  // never reaches a list
+    case DType::kOther:  // never reaches a record
       break;
   }
   return f(float());

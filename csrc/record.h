@@ -68,7 +68,7 @@ struct Group {
 struct History {
   int64_t* count;  // rows written so far; null: no history
   double* rows;    // slots x width: row i is in slot i % slots
-  // One more than are read: a row that no step has completed is in the place of none that is read.
+  // One more than are read, so that an unfinished row never overwrites a readable one.
   int64_t slots;
   int64_t width;
 };
@@ -78,7 +78,7 @@ struct StepState {
   int64_t* completed;            // t: updates completed so far; the argument of every schedule
   int64_t* skipped;              // steps that changed nothing since their gradients were not finite
   const double* sum_of_squares;  // of every gradient as it stands in memory, or null if nobody asked for it
-  double* grad_norm;             // where the norm is left for the reader, or null
+  double* grad_norm;             // where the norm is left for the reader
   const float* grad_scale;       // gradients are to be divided by this, or null
   const float* found_inf;        // nonzero: skip this step, or null
   int64_t skip_nonfinite;

@@ -12,6 +12,7 @@ class WatchedRecords:
     def __init__(
         self,
         setting_names: tuple[str, ...],
+        last_write: list[Any],
         state_names: tuple[str, ...],
         storage_references: int,
         count_users: Any,

@@ -33,8 +33,6 @@ def shim() -> Shim:
 
 
 class Runner(cuda.CudaRunner):
-    name = NAME
-
     def __init__(self, tensors: Any) -> None:
         super().__init__(tensors)
         self.stream = 0

@@ -125,8 +125,7 @@ void DeviceTable::write_groups(const Contents& now, cudaStream_t stream) {
   if (now.measures_norm && !written_.measures_norm) {
     throw std::runtime_error(
         "a graph holds a step that does not measure the gradient norm, so clipping cannot be switched on in "
-        "it; "
-        "capture it with max_grad_norm=math.inf");
+        "it; capture it with max_grad_norm=math.inf");
   }
   complete_ = false;
   write_changes(table_.groups, written_.groups, now.groups, stream);

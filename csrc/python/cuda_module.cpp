@@ -25,8 +25,8 @@ class CudaRecords : public WatchedRecords {
  public:
   using WatchedRecords::WatchedRecords;
 
-  // (device, tensors, groups) of each device, in the order in which they were added. To be called once all
-  // are.
+  // (device, tensors, groups) of each device, in the order of the records. To be called once these are
+  // filled.
   void divide(const std::vector<std::tuple<int, int64_t, int64_t>>& devices) {
     std::vector<std::unique_ptr<cuda::DeviceStep>> previous = std::move(devices_);
     devices_.clear();

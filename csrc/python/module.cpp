@@ -21,7 +21,7 @@ class CpuRecords : public WatchedRecords {
  public:
   using WatchedRecords::WatchedRecords;
 
-  // To be called once all tensors are added.
+  // To be called once the tensors' records are filled.
   void divide() { step_.divide(); }
 
   void fill_state(const py::bytes& block) { step_.state = records_in<StepState>(block).at(0); }

@@ -3,8 +3,6 @@
 
 #include <Python.h>
 
-#include <utility>
-
 namespace nexus {
 
 // A strong reference.

@@ -93,7 +93,6 @@ def current_stream(device: torch.device) -> tuple[int, int]:
 class CudaRunner(WatchedRunner):
     """Runs steps on the GPUs on which the tensors are."""
 
-    name = NAME
     current_stream = staticmethod(current_stream)
 
     def __init__(self, records: Any) -> None:

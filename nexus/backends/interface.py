@@ -137,7 +137,7 @@ class Ring:
     """
 
     block: Tensor  # float64 (1 + slots * width,): the count of rows written so far, as an int64; then the rows
-    slots: int  # one more than are read: a row that no step has completed is in the place of none that is read
+    slots: int  # one more than are read, so that an unfinished row never overwrites a readable one
     groups: int
 
     @property
@@ -193,8 +193,6 @@ class Glance(Protocol):
 class Runner:
     """A backend at work for one optimizer. As it stands here: one that asks for a new plan before each step."""
 
-    name: str
-
     def changed(self, attributes: dict[str, Any]) -> int:
         """A `Change`: what the optimizer has to renew before `step`; pointers that merely moved are followed.
 
@@ -229,7 +227,7 @@ class Runner:
         """Give the hyperparameters to the steps that graphs have captured, too."""
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Update everything once: enqueued, without a visit to the host."""
+        """Update everything once: enqueued, without synchronising with the host."""
         raise NotImplementedError
 
 

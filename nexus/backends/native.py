@@ -39,8 +39,6 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
 class NativeRunner(WatchedRunner):
     """Runs steps on the CPU."""
 
-    name = NAME
-
     def _take_tensors(self, plan: Plan) -> None:
         self.records.divide()
         self._take_settings(plan)

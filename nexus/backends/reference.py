@@ -57,8 +57,6 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
 class ReferenceRunner(Runner):
     """Runs steps over the entries of the last plan. It caches nothing, so it has nothing to watch."""
 
-    name = NAME
-
     def __init__(self) -> None:
         self._plan = Plan([], {})
 

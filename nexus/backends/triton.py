@@ -226,8 +226,6 @@ class _DeviceStep:
 class TritonRunner(WatchedRunner):
     """Launches the kernels over the tables of each device."""
 
-    name = NAME
-
     def __init__(self, records: Any) -> None:
         super().__init__(records)
         self._devices: dict[torch.device, _DeviceStep] = {}

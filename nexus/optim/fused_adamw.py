@@ -244,9 +244,9 @@ class FusedAdamW(Optimizer):
             added = param_group
         else:
             param_group["params"] = added["params"]  # a generator that was given is at its end
-        for i, param in enumerate(added["params"]):
+        for _, param, name in parameters.named_parameters([added], first=count):
             if parameters.is_trained(param):
-                parameters.check_parameter(param, f"parameter {i} of group {count}")
+                parameters.check_parameter(param, name)
         groups.append(added)
         if self._new_params is not None:  # the constructor asks the rest of all groups at once
             self._new_params.update(map(id, tensors))
@@ -321,7 +321,7 @@ class FusedAdamW(Optimizer):
         """Let each step from now on leave a row on the device, with what it did. It waits for nothing.
 
         Steps in graphs leave rows too, if they are captured after this; and again after `add_param_group`, since
-        graphs that are there go on to write where nobody reads. A checkpoint or a copy of the optimizer has none.
+        existing graphs keep writing to the old memory. A checkpoint or a copy of the optimizer has none.
 
         Args:
             capacity: how many rows are kept; newer ones take the places of the oldest.

@@ -190,7 +190,7 @@ def _rate(name: str, value: Any) -> Any:
                 f"{name} as a tensor must have one element of float32 or float64, got the shape "
                 f"{tuple(value.shape)} of {value.dtype}"
             )
-        if value.device.type == "cpu" and not isinstance(value, FakeTensor):  # elsewhere, it would be a visit there
+        if value.device.type == "cpu" and not isinstance(value, FakeTensor):  # elsewhere, it would synchronise
             check_number(name, float(value.detach()))
         return value
     if isinstance(value, Schedule):

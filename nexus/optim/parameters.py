@@ -130,9 +130,9 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     )
 
 
-def named_parameters(groups: Sequence[dict[str, Any]]) -> Iterator[tuple[int, Tensor, str]]:
-    """(index of the group, parameter, its name in an error)."""
-    for index, group in enumerate(groups):
+def named_parameters(groups: Sequence[dict[str, Any]], first: int = 0) -> Iterator[tuple[int, Tensor, str]]:
+    """(index of the group, parameter, its name in an error); `first` is the index of the first of `groups`."""
+    for index, group in enumerate(groups, first):
         names = group.get("param_names", ())
         for i, param in enumerate(group["params"]):  # of which some may have been added by hand
             yield index, param, f"parameter {names[i] if i < len(names) else i} of group {index}"

@@ -247,7 +247,12 @@ def test_what_cannot_be_updated_is_refused_by_name() -> None:
     param = part(Shard(0))
     optimizer = FusedAdamW([param], lr=Cosine(0.1, 10))
     before = param.to_local().detach().clone()
-    param.grad = DTensor.from_local(local.clone(), DeviceMesh("cpu", [1, 0]), [Shard(0)])
-    with pytest.raises(RuntimeError, match="has a gradient on"):
-        optimizer.step()
+    elsewhere = DTensor.from_local(local.clone(), DeviceMesh("cpu", [1, 0]), [Shard(0)])
+    for grad, words in (
+        (elsewhere, "has a gradient on"),
+        (torch.ones(4, 2), "is a DTensor and has a gradient that is a"),
+    ):
+        param.grad = grad
+        with pytest.raises(RuntimeError, match=words):
+            optimizer.step()
     assert torch.equal(param.to_local(), before)

@@ -197,6 +197,9 @@ def test_a_group_without_parameters_is_named() -> None:
 def test_a_name_is_used_in_errors() -> None:
     module = torch.nn.Linear(2, 2)
     optimizer = FusedAdamW(module.named_parameters())
+    phase = torch.nn.Parameter(torch.zeros(3, dtype=torch.complex64))
+    with pytest.raises(TypeError, match=r"parameter phase of group 1 is of torch\.complex64"):
+        optimizer.add_param_group({"params": [("phase", phase)]})
     module.bias.grad = torch.ones(2).to_sparse()
     with pytest.raises(RuntimeError, match="parameter bias of group 0 has a gradient of layout"):
         optimizer.step()

@@ -226,27 +226,37 @@ def test_slices_side_by_side_share_no_memory(backend: str) -> None:
 
 # Gradients that no kernel can read: a clear error, and nothing changed.
 
-UNREADABLE: dict[str, tuple[Callable[[Tensor], Any], str]] = {
-    "sparse": (lambda param: setattr(param, "grad", param.grad.to_sparse()), ".*sparse gradients.*SparseAdam"),
-    "freed": (lambda param: param.grad.untyped_storage().resize_(0), ".*storage was freed"),
+UNREADABLE: dict[str, tuple[Callable[[Tensor], Any], type[Exception], str]] = {
+    "sparse": (
+        lambda param: setattr(param, "grad", param.grad.to_sparse()),
+        RuntimeError,
+        ".*sparse gradients.*SparseAdam",
+    ),
+    "freed": (lambda param: param.grad.untyped_storage().resize_(0), RuntimeError, ".*storage was freed"),
     "of another shape": (
         lambda param: setattr(param, "data", torch.zeros(4)),
+        RuntimeError,
         r".*shape \(4,\).*gradient of shape \(4, 3\)",
+    ),
+    "of integers": (
+        lambda param: set_grads([param], [torch.ones(4, 3, dtype=torch.int64)]),
+        TypeError,
+        "has a gradient of torch.int64, which FusedAdamW does not support",
     ),
 }
 
 
 @pytest.mark.parametrize("index", [0, 1])
-@pytest.mark.parametrize(("spoil", "words"), UNREADABLE.values(), ids=UNREADABLE)
+@pytest.mark.parametrize(("spoil", "error", "words"), UNREADABLE.values(), ids=UNREADABLE)
 def test_a_gradient_that_cannot_be_read_is_refused(
-    backend: str, spoil: Callable[[Tensor], Any], words: str, index: int
+    backend: str, spoil: Callable[[Tensor], Any], error: type[Exception], words: str, index: int
 ) -> None:
     params = make_params([(4, 3), (4, 3)])
     optimizer, reference = run_beside_torch(params, backend)
     before, kept = snapshot(optimizer), params[index].data
     set_grads(params, make_grads(params))
     spoil(params[index])
-    with pytest.raises(RuntimeError, match=f"parameter {index} of group 0 {words}"):
+    with pytest.raises(error, match=f"parameter {index} of group 0 {words}"):
         optimizer.step()
     params[index].data, params[index].grad = kept, None
     assert same_bits(before, snapshot(optimizer))

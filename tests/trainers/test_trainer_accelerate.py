@@ -301,7 +301,7 @@ def test_the_example_prints_the_losses_of_the_plain_loop(
     assert losses_in(capsys.readouterr().out) == pytest.approx(found, abs=1e-4)
     plain = runpy.run_path(str(EXAMPLE.with_name("nexus_eager.py")))["losses"]
     assert found == plain  # the same batches, and the same operations
-    assert pytest.approx(found, rel=0.2) == LOSSES  # as tests/test_examples.py has it, of other machines
+    assert pytest.approx(found, rel=0.2) == LOSSES  # as tests/project/test_examples.py has it, of other machines
     assert EXAMPLE.read_text("utf-8").count("\n") < 50
 
 

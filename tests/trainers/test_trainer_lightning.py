@@ -315,7 +315,7 @@ def test_the_rate_finder_drives_a_rate_that_is_a_number(tmp_path: Path) -> None:
 
 
 def test_the_documented_module_logs_its_rates(tmp_path: Path) -> None:
-    """tests/test_docs.py runs the page's code; this trains it."""
+    """tests/project/test_docs.py runs the page's code; this trains it."""
     page = (ROOT / "docs" / "trainers" / "lightning.md").read_text("utf-8")
     (code,) = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     found: dict[str, Any] = {"__name__": "documented"}

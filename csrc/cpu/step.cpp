@@ -87,16 +87,18 @@ double Step::sum_of_squares(int threads) {
 // Streams lie apart, and the processor's own prefetching begins anew with each chunk: it is given a start.
 void Step::fetch_ahead(const Chunk& chunk) const {
   const TensorRecord& tensor = records_.tensors[static_cast<size_t>(chunk.tensor)];
-  const size_t item = item_size(tensor.param_dtype);
-  for (const void* stream :
-       {static_cast<const void*>(tensor.param), tensor.grad, static_cast<const void*>(tensor.exp_avg),
-        static_cast<const void*>(tensor.exp_avg_sq)}) {
+  const auto fetch = [&chunk](const void* stream, size_t item) {
     const char* begin = static_cast<const char*>(stream) + static_cast<size_t>(chunk.begin) * item;
     for (size_t line = 0; line < kFetchedBytes && line < static_cast<size_t>(chunk.count) * item;
          line += 64) {
       __builtin_prefetch(begin + line);
     }
-  }
+  };
+  const size_t moment = tensor.param_dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
+  fetch(tensor.param, item_size(tensor.param_dtype));
+  fetch(tensor.grad, item_size(tensor.grad_dtype));
+  fetch(tensor.exp_avg, moment);
+  fetch(tensor.exp_avg_sq, moment);
 }
 
 bool Step::prepare() {

@@ -28,9 +28,12 @@ STEPS, BATCH = 60, 12  # sequences of all processes together; their number divid
 
 
 def train(stop: int, checkpoint: Path) -> None:
+    processes = int(os.environ.get("WORLD_SIZE", 0))
+    if processes == 0 or BATCH % processes:
+        raise SystemExit(f"start this by torchrun --nproc-per-node N examples/fsdp2.py, where N divides {BATCH}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    mesh = init_device_mesh(device, (int(os.environ["WORLD_SIZE"]),))
-    rank, processes = mesh.get_rank(), mesh.size()
+    mesh = init_device_mesh(device, (processes,))
+    rank = mesh.get_rank()
 
     torch.manual_seed(0)  # the same model everywhere, before it is sharded
     model = GPT(GPTConfig(layers=2, width=64, context=64)).to(device)

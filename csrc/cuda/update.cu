@@ -115,7 +115,7 @@ constexpr int kBlocks = sizeof(P) == sizeof(double) || sizeof(G) == sizeof(doubl
 // The chunks of the tensors whose codecs are P and G. The one launch that `advances` moves the counters, too.
 template <class P, class G>
 __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
-    adamw_uniform(Table table, StepState state, DType param_dtype, DType grad_dtype, bool advances) {
+    update_tensors(Table table, StepState state, DType param_dtype, DType grad_dtype, bool advances) {
   using T = typename ArithmeticOf<P>::type;
   const bool skip = table.header->skip != 0;
   if (advances && blockIdx.x == 0 && threadIdx.x == 0) {
@@ -152,7 +152,7 @@ using Kernel = void (*)(Table, StepState, DType, DType, bool);
 Kernel kernel_for(DType param_dtype, DType grad_dtype) {
   return with_codec(param_dtype, [=](auto param) {
     return with_codec(grad_dtype,
-                      [=](auto grad) -> Kernel { return adamw_uniform<decltype(param), decltype(grad)>; });
+                      [=](auto grad) -> Kernel { return update_tensors<decltype(param), decltype(grad)>; });
   });
 }
 
@@ -177,7 +177,7 @@ cudaError_t load_update(const CodecPairs& codecs) {
 
 std::string missing_code() {
   cudaFuncAttributes attributes;
-  const cudaError_t error = cudaFuncGetAttributes(&attributes, adamw_uniform<float, float>);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, update_tensors<float, float>);
   cudaGetLastError();
   return error == cudaSuccess ? std::string() : described(error);
 }

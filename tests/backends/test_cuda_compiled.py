@@ -16,7 +16,7 @@ import pytest
 from cuda_shim.build import ROOT, imported
 
 ARCHS = ("80", "90", "100")
-SOURCES = {"adamw_uniform": "update", "sum_squares": "grad_norm"}
+SOURCES = {"update_tensors": "update", "sum_squares": "grad_norm"}
 
 THREADS = 256  # of a block
 REGISTERS = 65536  # of a multiprocessor
@@ -163,7 +163,7 @@ def test_registers_allow_the_occupancy_and_none_is_spilled(kernels, name, arch):
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_update_loads_two_whole_turns_before_it_stores(kernels, arch):
     """A turn is 16 bytes of each moment, in whole accesses; of what is not aligned, four elements come at a time."""
-    found = kernels[arch, "adamw_uniform"]
+    found = kernels[arch, "update_tensors"]
     assert len(found) == len(SIZES) ** 2
     for kernel in found:
         last = stretches(kernel.accesses)[-4:]  # the first are of the counters and the table

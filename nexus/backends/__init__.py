@@ -7,11 +7,15 @@ import warnings
 from typing import NamedTuple, cast
 
 import torch
+from torch import Tensor
 
+from nexus.arguments import MAX_STEP
 from nexus.backends import cuda, native, reference, triton
 from nexus.backends.interface import Backend
+from nexus.schedules import Schedule
+from nexus.schedules.table import lower
 
-__all__ = ["BackendInfo", "describe", "select"]
+__all__ = ["BackendInfo", "describe", "evaluate", "select"]
 
 _FUSED = tuple(cast(Backend, module) for module in (native, cuda, triton))  # in the order of preference
 _BACKENDS = {backend.NAME: backend for backend in (*_FUSED, cast(Backend, reference))}
@@ -85,6 +89,21 @@ def select(name: str, devices: list[torch.device]) -> Backend:
 @functools.cache
 def _say_once(words: str) -> None:
     warnings.warn(f"nexus: {words}", RuntimeWarning, stacklevel=2)
+
+
+def evaluate(
+    schedule: Schedule, steps: Tensor, device: torch.device | str | None = None, name: str = "auto"
+) -> Tensor:
+    """See `nexus.schedules.evaluate`."""
+    if not isinstance(schedule, Schedule):
+        raise TypeError(f"schedule must be a nexus Schedule, got {type(schedule).__name__}")
+    if not isinstance(steps, Tensor) or steps.dtype != torch.int64:
+        given = steps.dtype if isinstance(steps, Tensor) else type(steps).__name__
+        raise TypeError(f"steps must be a tensor of int64, got {given}")
+    if steps.numel() and (int(steps.min()) < 0 or int(steps.max()) > MAX_STEP):
+        raise ValueError(f"steps must be from 0 to 2**53, got {int(steps.min())} to {int(steps.max())}")
+    steps = steps.to(device) if device is not None else steps
+    return select(name, [steps.device]).evaluate(lower(schedule, steps.device), steps)
 
 
 def _listed(types: set[str] | frozenset[str]) -> str:

@@ -16,6 +16,7 @@ from torch.optim.optimizer import Optimizer
 
 from nexus import backends
 from nexus.arguments import shown
+from nexus.backends import reference
 from nexus.backends.interface import Backend, StepState
 from nexus.optim import checkpoint, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
@@ -357,7 +358,7 @@ class FusedAdamW(Optimizer):
             RuntimeError: no group has a WSD schedule.
         """
         for table, state in self._wsd_tables():
-            table.begin_decay(state.completed)
+            table.begin_decay(state.completed, reference.evaluate(table.rows, state.completed))
 
     @_disable_dynamo
     def extend_stable(self, n: int) -> None:

@@ -56,6 +56,6 @@ def evaluate(
     Raises:
         TypeError, ValueError: `steps` of another dtype or out of range, or an unknown backend.
     """
-    from nexus.schedules.table import evaluate as run  # imports torch, which the oracle does not need
+    from nexus import backends  # imports torch, which the oracle does not need
 
-    return run(schedule, steps, device, backend)
+    return backends.evaluate(schedule, steps, device, backend)

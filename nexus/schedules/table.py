@@ -11,9 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from nexus import backends
-from nexus.arguments import MAX_STEP
-from nexus.backends import reference
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.curves import WEIGHTS
 
@@ -49,15 +46,16 @@ class ScheduleTable:
         self.schedule = schedule
         self.rows = lower(schedule, device)
 
-    def begin_decay(self, completed: Tensor) -> None:
-        """Let the decay of a WSD begin now, from the rate of this moment; one that has begun goes on.
+    def begin_decay(self, completed: Tensor, rate: Tensor) -> None:
+        """Let the decay of a WSD begin now; one that has begun goes on.
 
         Args:
             completed: 0-dim int64 tensor on the table's device, the number of completed updates.
+            rate: 0-dim float64 tensor, that of this moment: what an evaluator makes of `rows`.
         """
         schedule = self._wsd("begin_decay")
         now = completed.to(torch.float64)
-        begun = _decaying(self.rows, schedule, now, reference.evaluate(self.rows, completed))
+        begun = _decaying(self.rows, schedule, now, rate)
         self.rows.copy_(torch.where(now < self.rows[_DECAY, _START], begun, self.rows))
 
     def extend_stable(self, n: int, completed: Tensor) -> None:
@@ -125,18 +123,3 @@ def _decaying(rows: Tensor, schedule: WSD, start: Tensor, rate: Tensor | float) 
     rows[_DONE, _START] = start + schedule.decay_steps
     rows[_DONE, _LENGTH] = 2.0
     return rows
-
-
-def evaluate(
-    schedule: Schedule, steps: Tensor, device: torch.device | str | None = None, backend: str = "auto"
-) -> Tensor:
-    """See `nexus.schedules.evaluate`."""
-    if not isinstance(schedule, Schedule):
-        raise TypeError(f"schedule must be a nexus Schedule, got {type(schedule).__name__}")
-    if not isinstance(steps, Tensor) or steps.dtype != torch.int64:
-        given = steps.dtype if isinstance(steps, Tensor) else type(steps).__name__
-        raise TypeError(f"steps must be a tensor of int64, got {given}")
-    if steps.numel() and (int(steps.min()) < 0 or int(steps.max()) > MAX_STEP):
-        raise ValueError(f"steps must be from 0 to 2**53, got {int(steps.min())} to {int(steps.max())}")
-    steps = steps.to(device) if device is not None else steps
-    return backends.select(backend, [steps.device]).evaluate(lower(schedule, steps.device), steps)

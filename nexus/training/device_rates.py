@@ -8,6 +8,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from nexus.backends import reference
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, devices_of
 from nexus.schedules import Schedule
@@ -53,6 +54,10 @@ class DeviceRates:
         """Take another schedule, at a step of it."""
         self.table.replace(schedule)
         self.move_to(step)
+
+    def begin_decay(self) -> None:
+        """See `WSDScheduler.begin_decay`."""
+        self.table.begin_decay(self.counter, reference.evaluate(self.table.rows, self.counter))
 
     def take_scales(self, scales: list[float]) -> None:
         """Let the next `show`, also one in a captured graph, multiply by these."""

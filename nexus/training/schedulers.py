@@ -212,7 +212,7 @@ class WSDScheduler(ScheduleScheduler[WSD]):
         self.schedule.begin_decay(now)  # raises where the rate is 0
         if self.get_phase() in ("warmup", "stable"):
             edits = {**edits, "decay_start": now, "decay_from": self.schedule(now)}
-        self._edit(edits, lambda rates: rates.table.begin_decay(rates.counter))
+        self._edit(edits, DeviceRates.begin_decay)
 
     def extend_stable(self, n: int) -> None:
         """Make the stable phase `n` updates longer; once the decay has begun, this does nothing.

@@ -37,7 +37,7 @@ def test_edits_of_a_schedule_read_nothing_back() -> None:
     with FakeTensorMode():
         table = ScheduleTable(WSD(3, 4, 5, 1.0), torch.device("cpu"))
         completed = torch.zeros((), dtype=torch.int64)
-        table.begin_decay(completed)
+        table.begin_decay(completed, reference.evaluate(table.rows, completed))
         table.extend_stable(3, completed)
         ScheduleTable(Cosine(1.0, 5), torch.device("cpu")).replace(Cosine(2.0, 5))
 

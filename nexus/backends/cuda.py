@@ -31,10 +31,11 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
         failure = Path(__file__).parents[1] / "_native_cuda_failure.txt"
         why = failure.read_text().strip() if failure.is_file() else "it was built without NEXUS_CUDA"
         return f"the extension has no CUDA code: {why}"
+    built = f"; nexus is compiled for {extension.cuda_architectures}"
     if torch.version.cuda is None:
-        return "this PyTorch is not built for CUDA"
+        return f"this PyTorch is not built for CUDA{built}"
     if not torch.cuda.is_available():
-        return "PyTorch finds no CUDA device"
+        return f"PyTorch finds no CUDA device{built}"
     devices = list(devices) or [torch.device("cuda")]
     indices = {torch.cuda.current_device() if device.index is None else device.index for device in devices}
     return next(filter(None, map(_unavailable_on, sorted(indices))), None)

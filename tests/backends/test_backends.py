@@ -97,8 +97,16 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 REASONS: dict[str, tuple[str, Any, str]] = {
     "no extension": ("nexus.backends.extension.extension", None, "the extension cannot be imported: no such file"),
     "no code": ("nexus.backends.cuda.extension", SimpleNamespace(), "the extension has no CUDA code: "),
-    "a torch without CUDA": ("torch.version.cuda", None, "this PyTorch is not built for CUDA$"),
-    "no device": ("torch.cuda.is_available", lambda: False, "PyTorch finds no CUDA device$"),
+    "a torch without CUDA": (
+        "torch.version.cuda",
+        None,
+        "this PyTorch is not built for CUDA; nexus is compiled for sm_80 sm_90$",
+    ),
+    "no device": (
+        "torch.cuda.is_available",
+        lambda: False,
+        "PyTorch finds no CUDA device; nexus is compiled for sm_80 sm_90$",
+    ),
 }
 
 

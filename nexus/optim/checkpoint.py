@@ -230,12 +230,13 @@ def _checked_groups(groups: list[ParamGroup], state_dict: dict[str, Any]) -> lis
     for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
         _check_group(group, saved, f"param_groups[{index}] of the loaded state dict")
     keys = [key for saved in saved_groups for key in saved["params"]]
-    if len(set(keys)) < len(keys):
+    known = set(keys)
+    if len(known) < len(keys):
         raise ValueError(
             f"the loaded state dict has the same parameter index twice in 'param_groups'. {_ANOTHER_MODEL}"
         )
     for key, state in state_dict["state"].items():
-        if key in keys or (isinstance(key, str) and not key.isdecimal() and not _is_a_parameters(state)):
+        if key in known or (isinstance(key, str) and not key.isdecimal() and not _is_a_parameters(state)):
             continue  # under a string, there may be anything of a wrapper's
         hint = f"{_ANOTHER_MODEL}; or take out of 'state' what is of no parameter any more"
         if isinstance(key, str):

@@ -43,7 +43,10 @@ NEXUS_FN auto with_codec(DType dtype, const F& f) {
     case DType::kFloat16:
       return f(Float16());
     case DType::kFloat32:
-    case DType::kOther:  // never reaches a record
+    case DType::kInt8:  // from here on, of no parameter and no gradient
+    case DType::kUInt8:
+    case DType::kInt16:
+    case DType::kOther:
       break;
   }
   return f(float());

@@ -13,33 +13,47 @@
 namespace nexus {
 
 // How the elements of a stream are stored (codec.h).
-enum class DType : int32_t { kOther = -1, kFloat32, kFloat64, kBFloat16, kFloat16 };
+enum class DType : int32_t { kOther = -1, kFloat32, kFloat64, kBFloat16, kFloat16, kInt8, kUInt8, kInt16 };
 
 // A row for each, in their order.
 struct StoredType {
   uint8_t bits;
   uint8_t dlpack_code;
 };
-constexpr StoredType kStoredTypes[] = {{32, 2}, {64, 2}, {16, 4}, {16, 2}};
+constexpr StoredType kStoredTypes[] = {{32, 2}, {64, 2}, {16, 4}, {16, 2}, {8, 0}, {8, 1}, {16, 0}};
 constexpr int kDTypes = sizeof(kStoredTypes) / sizeof(StoredType);
+constexpr int kFloatTypes = 4;  // the first of them: what a parameter and a gradient may have
 
 inline uint64_t item_size(DType dtype) { return kStoredTypes[static_cast<int>(dtype)].bits / 8; }
 
-// Every stream of one parameter, in the same element order. The moments have the type of the arithmetic:
-// float64 for float64 parameters, float32 otherwise.
+// Every stream of one parameter, in the same element order. The arithmetic is float64 for float64 parameters,
+// float32 otherwise.
 struct TensorRecord {
   void* param;
   const void* grad;  // null: no gradient in this step, so nothing of this tensor changes
   void* exp_avg;
   void* exp_avg_sq;
-  void* max_exp_avg_sq;  // null without amsgrad
-  double* step;          // the parameter's own count of updates, a whole number up to 2^53
+  void* max_exp_avg_sq;  // null without amsgrad; stored as exp_avg_sq is
+  void* master_low;      // the low bits of a float32 master weight, of which `param` is the rest; or null
+  float* exp_avg_scale;  // one for each kScaleBlock elements, of a moment in 8 bits; null for any other
+  float* exp_avg_sq_scale;
+  float* max_exp_avg_sq_scale;
+  double* step;  // the parameter's own count of updates, a whole number up to 2^53
   int64_t numel;
+  int64_t first;    // where element 0 is in the whole tensor, of which this may be a shard
+  int64_t ordinal;  // of the parameter in the optimizer
   int32_t group;
   int32_t place;  // the device's own: the tensor's first chunk, or for Triton the kind of its update
   DType param_dtype;
   DType grad_dtype;
+  DType exp_avg_dtype;
+  DType exp_avg_sq_dtype;
+  DType master_low_dtype;       // kInt16: 16 bits, kUInt8: 8 bits, kOther: no master weight
+  int32_t stochastic_rounding;  // 0: what is stored with fewer bits is rounded to nearest
 };
+
+// Elements of a stream in 8 bits that share a scale. A tensor's last block may have fewer.
+constexpr int64_t kScaleBlock = 128;
 
 // A number that may come from a Python float, from a one-element tensor, or from a schedule.
 struct Rate {
@@ -82,6 +96,7 @@ struct StepState {
   const float* grad_scale;       // gradients are to be divided by this, or null
   const float* found_inf;        // nonzero: skip this step, or null
   int64_t skip_nonfinite;
+  int64_t seed;  // of stochastic rounding
   History history;
 };
 
@@ -126,13 +141,32 @@ constexpr bool is_complete() {
 }
 
 #define F NEXUS_FIELD
-NEXUS_RECORD(TensorRecord, {F(param), F(grad), F(exp_avg), F(exp_avg_sq), F(max_exp_avg_sq), F(step),
-                            F(numel), F(group), F(place), F(param_dtype), F(grad_dtype)});
+NEXUS_RECORD(TensorRecord, {F(param),
+                            F(grad),
+                            F(exp_avg),
+                            F(exp_avg_sq),
+                            F(max_exp_avg_sq),
+                            F(master_low),
+                            F(exp_avg_scale),
+                            F(exp_avg_sq_scale),
+                            F(max_exp_avg_sq_scale),
+                            F(step),
+                            F(numel),
+                            F(first),
+                            F(ordinal),
+                            F(group),
+                            F(place),
+                            F(param_dtype),
+                            F(grad_dtype),
+                            F(exp_avg_dtype),
+                            F(exp_avg_sq_dtype),
+                            F(master_low_dtype),
+                            F(stochastic_rounding)});
 NEXUS_RECORD(Rate, {F(value), F(tensor), F(is_float64), F(table), F(rows), F(scale), F(last)});
 NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize)});
 NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});
 NEXUS_RECORD(StepState, {F(completed), F(skipped), F(sum_of_squares), F(grad_norm), F(grad_scale),
-                         F(found_inf), F(skip_nonfinite), F(history)});
+                         F(found_inf), F(skip_nonfinite), F(seed), F(history)});
 #undef F
 
 // All of an optimizer, as the host sees it: what a watch keeps up to date and every step reads.

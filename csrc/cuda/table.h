@@ -29,7 +29,7 @@ struct Header {
 class CodecPairs {
  public:
   void add(DType param, DType grad) {
-    pairs_ |= 1u << (static_cast<int>(param) * kDTypes + static_cast<int>(grad));
+    pairs_ |= 1u << (static_cast<int>(param) * kFloatTypes + static_cast<int>(grad));
   }
 
   // Calls f(param, grad, is_last) for each pair; where there is no tensor, for one pair all the same.
@@ -37,7 +37,7 @@ class CodecPairs {
   void for_each(const F& f) const {
     for (uint32_t left = pairs_ == 0 ? 1u : pairs_, pair = 0; left != 0; left >>= 1, ++pair) {
       if (left % 2 != 0) {
-        f(static_cast<DType>(pair / kDTypes), static_cast<DType>(pair % kDTypes), left == 1);
+        f(static_cast<DType>(pair / kFloatTypes), static_cast<DType>(pair % kFloatTypes), left == 1);
       }
     }
   }

@@ -23,8 +23,7 @@ struct Description {
 
 class Reader {
  public:
-  // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__. `dtypes`: torch's four types, in the order of
-  // DType.
+  // `exchange_api`: torch.Tensor.__dlpack_c_exchange_api__. `dtypes`: torch's types, in the order of DType.
   Reader(PyObject* exchange_api, PyObject* dtypes);
 
   // False where the tensor is none that a kernel could take; no Python error is left behind.

@@ -46,16 +46,29 @@ LAST_WRITE = [object()]
 """Another object after each write to a parameter group, of whatever optimizer: what a watch compares in each step."""
 
 
-STATE_NAMES = ("step", "exp_avg", "exp_avg_sq", "max_exp_avg_sq")
+STATE_NAMES = (
+    "step",
+    "exp_avg",
+    "exp_avg_sq",
+    "max_exp_avg_sq",
+    "exp_avg_scale",
+    "exp_avg_sq_scale",
+    "max_exp_avg_sq_scale",
+    "master_low",
+)
 """The keys of a parameter's state whose tensors a step uses."""
 
 
 class StateStreams(NamedTuple):
     """What a step keeps for one parameter from one update to the next."""
 
-    exp_avg: Tensor
-    exp_avg_sq: Tensor
-    max_exp_avg_sq: Tensor | None
+    exp_avg: Tensor  # of the arithmetic's dtype, bfloat16 or int8
+    exp_avg_sq: Tensor  # of the arithmetic's dtype, bfloat16 or uint8
+    max_exp_avg_sq: Tensor | None  # as exp_avg_sq
+    exp_avg_scale: Tensor | None  # float32, one for each 128 elements, of a moment in 8 bits
+    exp_avg_sq_scale: Tensor | None
+    max_exp_avg_sq_scale: Tensor | None
+    master_low: Tensor | None  # the low bits of a float32 master weight: int16 (all), or uint8 (the upper half)
     step: Tensor  # 0-dim float64: this parameter's own count of updates, which it holds exactly up to 2**53
 
 
@@ -73,6 +86,9 @@ class TensorEntry:
     param_buffer: Tensor | None
     grad_buffer: Tensor | None
     state: StateStreams | None  # None once a backend has their addresses: the state is its owner's to free
+    ordinal: int  # of the parameter in the optimizer
+    first: int  # where its element 0 is in the whole tensor, of which this process may have a part
+    stochastic_rounding: bool
 
     @property
     def param(self) -> Tensor:
@@ -112,6 +128,7 @@ class StepState:
 
     device: torch.device
     skip_nonfinite: bool
+    seed: int  # of stochastic rounding
     completed: Tensor = field(init=False)  # t, the argument of every schedule
     skipped: Tensor = field(init=False)
     sum_of_squares: Tensor = field(init=False)

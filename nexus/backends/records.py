@@ -13,7 +13,8 @@ from torch import Tensor
 
 from nexus.backends.interface import DevicePlan, GroupSettings, Rate, TensorEntry
 
-DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # in the order of the C++ enum
+FLOAT_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)  # of parameters and gradients
+DTYPES = (*FLOAT_DTYPES, torch.int8, torch.uint8, torch.int16)  # in the order of the C++ enum
 DTYPE_INDEX = {dtype: index for index, dtype in enumerate(DTYPES)}
 
 _NESTED = {"R": "Rate", "H": "History"}
@@ -94,10 +95,16 @@ def tensor_values(entry: TensorEntry) -> dict[str, int]:
         "param": param.data_ptr(),
         "grad": 0,
         "numel": param.numel(),
+        "first": entry.first,
+        "ordinal": entry.ordinal,
         "group": entry.group,
         "place": 0,
         "param_dtype": DTYPE_INDEX[param.dtype],
         "grad_dtype": DTYPE_INDEX[param.dtype if grad is None else grad.dtype],
+        "exp_avg_dtype": DTYPE_INDEX[state.exp_avg.dtype],
+        "exp_avg_sq_dtype": DTYPE_INDEX[state.exp_avg_sq.dtype],
+        "master_low_dtype": -1 if state.master_low is None else DTYPE_INDEX[state.master_low.dtype],
+        "stochastic_rounding": entry.stochastic_rounding,
     }
 
 
@@ -112,6 +119,7 @@ def state_values(plan: DevicePlan) -> dict[str, int]:
         "grad_scale": 0,  # these two are a step's own
         "found_inf": 0,
         "skip_nonfinite": state.skip_nonfinite,
+        "seed": state.seed,
         "history.count": 0 if ring is None else ring.count.data_ptr(),
         "history.rows": 0 if ring is None else ring.rows.data_ptr(),
         "history.slots": 0 if ring is None else ring.slots,

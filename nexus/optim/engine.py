@@ -52,6 +52,7 @@ class Engine:
         self.requested_backend = backend
         self.skip_nonfinite = skip_nonfinite
         self.norm_group = norm_group
+        self.first_ordinal = 0  # of its parameters, in the optimizer
         self.states: dict[torch.device, StepState] = {}
         self.tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
         self.history: History | None = None
@@ -150,7 +151,9 @@ class Engine:
         """A plan of settled groups, once all that a step works on is there and fits."""
         groups = attributes["param_groups"]
         self._check_once(groups)
-        named = [each for each in self.named_parameters(groups) if parameters.is_trained(each[1])]
+        every = list(self.named_parameters(groups))
+        ordinals = {param: self.first_ordinal + place for place, (_, param, _) in enumerate(every)}
+        named = [each for each in every if parameters.is_trained(each[1])]
         for _, param, name in named:
             parameters.check_parameter(param, name)
             parameters.check_gradient(param, name)
@@ -171,12 +174,12 @@ class Engine:
         for index, param, name in named:
             if is_complete(states.get(param)) and not is_idle(param, states[param]):
                 amsgrad = groups[index]["amsgrad"]
-                entry = make_entry(param, states[param], index, amsgrad=amsgrad, where=name)
+                entry = make_entry(param, states[param], index, ordinals[param], amsgrad=amsgrad, where=name)
                 devices[param.device].entries.append(entry)
                 entries[param] = entry
-        every = [param for group in groups for param in group["params"]]
         trained = [(param, entries.get(param)) for _, param, _ in named]
-        return Plan([(param, entries.get(param)) for param in every], devices, norm_parts(trained, self.norm_group))
+        every_entry = [(param, entries.get(param)) for _, param, _ in every]
+        return Plan(every_entry, devices, norm_parts(trained, self.norm_group))
 
     def _init_states(self, attributes: Attributes) -> None:
         """Give every parameter that has a gradient its counter and moments, zero; as torch does, not before."""
@@ -265,7 +268,7 @@ class Engine:
     def state_on(self, device: torch.device) -> StepState:
         """The counters on a device."""
         if device not in self.states:
-            state = StepState(device, self.skip_nonfinite)
+            state = StepState(device, self.skip_nonfinite, 0)
             for other in self.states.values():
                 state.completed.copy_(other.completed)
                 state.skipped.copy_(other.skipped)

@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus.backends import sharding
-from nexus.backends.records import DTYPES
+from nexus.backends.records import FLOAT_DTYPES
 from nexus.backends.sharding import is_spread, local
 
 
@@ -31,9 +31,9 @@ def check_parameter(param: Tensor, where: str) -> None:
         raise TypeError(f"{where} is a {type(param).__name__}; FusedAdamW takes plain tensors and DTensors of such")
     if param.layout != torch.strided:
         raise TypeError(f"{where} has the layout {param.layout}; FusedAdamW takes dense (strided) tensors")
-    if param.dtype not in DTYPES:
+    if param.dtype not in FLOAT_DTYPES:
         hint = "; optimize torch.view_as_real(p)" if param.is_complex() else ""
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in DTYPES)
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
         raise TypeError(f"{where} is of {param.dtype}; FusedAdamW takes {names}{hint}")
     if any(stride == 0 and size > 1 for size, stride in zip(param.shape, param.stride(), strict=True)):
         raise ValueError(f"{where} is an expanded tensor, whose elements share memory; pass p.clone()")
@@ -64,7 +64,7 @@ def check_gradient(param: Tensor, where: str) -> None:
             f"{where} has a gradient of layout {grad.layout}: FusedAdamW does not support sparse gradients; "
             "use torch.optim.SparseAdam for it, or a dense gradient (sparse=False)"
         )
-    if grad.dtype not in DTYPES:
+    if grad.dtype not in FLOAT_DTYPES:
         raise TypeError(f"{where} has a gradient of {grad.dtype}, which FusedAdamW does not support")
     if grad.shape != param.shape or grad.device != param.device:
         raise RuntimeError(

@@ -15,10 +15,12 @@ from nexus.backends.sharding import local, respread
 from nexus.optim.parameters import is_dense, is_freed, same_layout
 
 REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
-MOMENTS = STATE_NAMES[1:]
+MOMENTS = STATE_NAMES[1:4]
 
 
-def make_entry(param: Tensor, state: dict[str, Any], group: int, *, amsgrad: bool, where: str) -> TensorEntry:
+def make_entry(
+    param: Tensor, state: dict[str, Any], group: int, ordinal: int, *, amsgrad: bool, where: str
+) -> TensorEntry:
     """The streams of a parameter whose `state` is complete (see `complete_states`).
 
     State tensors that were put there by hand are laid out as the parameter is; what does not fit is an error.
@@ -41,8 +43,15 @@ def make_entry(param: Tensor, state: dict[str, Any], group: int, *, amsgrad: boo
             exp_avg=local(state["exp_avg"]),
             exp_avg_sq=local(state["exp_avg_sq"]),
             max_exp_avg_sq=local(state["max_exp_avg_sq"]) if amsgrad else None,
+            exp_avg_scale=None,
+            exp_avg_sq_scale=None,
+            max_exp_avg_sq_scale=None,
+            master_low=None,
             step=state["step"].reshape(()),
         ),
+        ordinal=ordinal,
+        first=0,
+        stochastic_rounding=False,
     )
 
 

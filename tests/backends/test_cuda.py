@@ -348,7 +348,7 @@ def test_several_devices_share_one_norm(gpu: Shim) -> None:
     (whole,) = plan.devices.values()
     split = {}
     for index, entries in enumerate((whole.entries[:2], whole.entries[2:])):
-        state = StepState(torch.device("cpu"), False)
+        state = StepState(torch.device("cpu"), False, 0)
         state.device = torch.device("cpu", index)
         split[state.device] = DevicePlan(state, whole.groups, entries, True)
     runner.bind(Plan(plan.parameters, split), vars(optimizer))

@@ -359,7 +359,7 @@ def test_of_several_devices_the_first_records(gpu: Shim) -> None:
     (whole,) = plan.devices.values()
     split = {}
     for index, entry in enumerate(whole.entries):
-        state = StepState(torch.device("cpu"), False)
+        state = StepState(torch.device("cpu"), False, 0)
         state.device = torch.device("cpu", index)
         split[state.device] = DevicePlan(state, whole.groups, [entry], True)
     history.attach(next(iter(split.values())))

@@ -219,6 +219,9 @@ class Runner:
     def update_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups, which have changed; its tensors have not."""
 
+    def upload_settings(self) -> None:
+        """Bring the hyperparameters to the device, if need be, before a step does."""
+
     def has_captured(self) -> bool:
         """Whether a graph may have captured a step: what that writes to is never replaced."""
         return False

@@ -168,6 +168,11 @@ class _DeviceStep:
         memory = record_table, chunk_table, self._skip, self._coefficients, self._partial_sums
         return CapturedStep(group_table, self.plan.measures_norm, memory)
 
+    def upload_groups(self, groups: Tensor) -> None:
+        """Upload hyperparameters, unless that would become part of a graph."""
+        if not is_capturing(self.plan.state.device):
+            self._group_table.upload(groups.flatten(), capturing=False)
+
     def measure(self) -> None:
         """Leave the sum of squares of this device's gradients in its state."""
         _, records, chunks = self._on_device
@@ -244,6 +249,12 @@ class TritonRunner(WatchedRunner):
         for device, groups in zip(devices, self._groups_of(devices), strict=True):
             steps = [step for step in self._captured if step.groups.memory.device == device.plan.state.device]
             update_captured(steps, groups.flatten(), measures_norm=device.plan.measures_norm)
+            device.upload_groups(groups)  # also to a step that is captured next
+
+    def upload_settings(self) -> None:
+        devices = list(self._devices.values())
+        for device, groups in zip(devices, self._groups_of(devices), strict=True):
+            device.upload_groups(groups)
 
     def _groups_of(self, devices: list[_DeviceStep]) -> tuple[Tensor, ...]:
         return words(self.records.groups(), "Group", [len(own.plan.groups) for own in devices])

@@ -85,6 +85,7 @@ class Upload:
     source: Tensor | None = None  # of memory that each replay of a graph writes: what it copies first
 
     @classmethod
+    @torch.inference_mode(False)  # it outlives a mode in which it may be made
     def of(cls, words: Tensor, device: torch.device) -> Upload:
         """Words on their way to memory of their own."""
         memory = torch.empty(words.shape, dtype=torch.int64, device=device)
@@ -170,7 +171,7 @@ class CapturedStep:
         if self.groups.source is not None and not torch.equal(words, self.groups.words):
             raise RuntimeError(
                 "a graph holds a step that was captured right after a hyperparameter had changed, and every replay "
-                "sets that again; make a step before the capture"
+                "sets that again; make a step, or call sync_hyperparameters(), before the capture"
             )
 
 

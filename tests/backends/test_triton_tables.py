@@ -106,7 +106,10 @@ def test_graphs_share_a_table_that_is_fixed() -> None:
     assert table.upload(torch.arange(5), capturing=False) is first
 
 
-@pytest.mark.skipif(not backend.INTERPRETS, reason="Triton runs on the GPU, where test_gpu.py captures")
+on_cpu = pytest.mark.skipif(not backend.INTERPRETS, reason="Triton runs on the GPU, where test_gpu.py captures")
+
+
+@on_cpu
 @pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "amsgrad": True, "lr": WSD(3, 4, 5, 1e-2)}])
 def test_captures_in_a_row(options: dict[str, Any], graphs: Graphs) -> None:
     """Each with gradients of its own; their replays and steps between them equal the reference's steps."""
@@ -130,6 +133,7 @@ def test_captures_in_a_row(options: dict[str, Any], graphs: Graphs) -> None:
     assert_same_run(optimizer, reference)
 
 
+@on_cpu
 def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
     params = make_params([(5,), (3,)])
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": Cosine(0.1, 9)}]
@@ -140,6 +144,7 @@ def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
         graphs.capture(optimizer.step)
     uploads = [step.groups for step in engine_of(optimizer).runner._captured]
     for change in (
+        {"lr": 0.125},
         {"lr": 0.25},
         {"weight_decay": 0.5, "max_grad_norm": 3.0},
         {"betas": (0.1, 0.2), "maximize": True},
@@ -179,6 +184,25 @@ def test_a_graph_cannot_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatc
     assert_same_run(optimizer, reference)
 
 
+@on_cpu
+def test_a_graph_that_sets_a_hyperparameter_itself(graphs: Graphs) -> None:
+    params = make_params([(5,)])
+    optimizer, reference = run_beside_torch(params, "triton", steps=1)
+    grads = make_grads(params)
+    set_grads(params_of(optimizer), grads)
+    (group,) = optimizer.param_groups
+    group["weight_decay"] = 0.5  # seen by no step before the capture
+    graph, _ = graphs.capture(optimizer.step)
+    optimizer.sync_hyperparameters()  # which asks for nothing else
+    reference.optimizer.param_groups[0]["weight_decay"] = 0.5
+    graph.replay()
+    reference.step(grads)
+    assert_same_run(optimizer, reference)
+    group["weight_decay"] = 0.25
+    with pytest.raises(RuntimeError, match=r"make a step, or call sync_hyperparameters\(\), before the capture"):
+        optimizer.sync_hyperparameters()
+
+
 def captured_step(words: Tensor, *, measures_norm: bool = True, written_by_replays: bool = False) -> CapturedStep:
     source = torch.zeros_like(words) if written_by_replays else None
     return CapturedStep(Upload(words.clone(), words.clone(), source), measures_norm, ())
@@ -190,7 +214,7 @@ def test_what_no_replay_would_use_is_refused() -> None:
     of_another_number_of_groups = captured_step(words[:5], measures_norm=False, written_by_replays=True)
     for bad, match in (
         (captured_step(words, measures_norm=False), "clipping cannot be switched on in it"),
-        (captured_step(words, written_by_replays=True), "make a step before the capture"),
+        (captured_step(words, written_by_replays=True), "every replay sets that again"),
     ):
         with pytest.raises(RuntimeError, match=match):
             update_captured([good, of_another_number_of_groups, bad], words + 1, measures_norm=True)
@@ -220,6 +244,18 @@ def test_pointers_that_move_are_followed() -> None:
     params = make_params([(9,), (300,)])
     optimizer, reference = run_beside_torch(params, "triton")  # gradients are new tensors
     params[1].data = params[1].data.clone()
+    step_both(optimizer, reference, steps=3)
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.usefixtures("where_triton_runs")
+def test_pointers_that_move_after_a_step_in_inference_mode() -> None:
+    optimizer, reference = run_beside_torch(make_params([(9,), (300,)]), "triton", steps=0)
+    grads = make_grads(params_of(optimizer))
+    set_grads(params_of(optimizer), grads)
+    with torch.inference_mode():
+        optimizer.step()
+    reference.step(grads)
     step_both(optimizer, reference, steps=3)
     assert_same_run(optimizer, reference)
 

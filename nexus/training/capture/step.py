@@ -222,8 +222,8 @@ class _Kind:
             RuntimeError: it cannot be captured; with cause and remedy.
             BaseException: whatever `train_step` raises.
         """
-        if isinstance(self._optimizer, FusedAdamW):  # so that nothing of it becomes a part of each replay
-            engine_of(self._optimizer).follow_changes(attributes_of(self._optimizer))
+        if isinstance(self._optimizer, FusedAdamW):
+            engine_of(self._optimizer).prepare_capture(attributes_of(self._optimizer))
         static = [torch.empty_like(tensor, device=device.device).copy_(tensor) for tensor in inputs.tensors]
         args, kwargs = inputs.arguments(static)
         host, random_state = HostState(self._optimizer), device.random_state()

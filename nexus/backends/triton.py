@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -231,7 +232,8 @@ class TritonRunner(WatchedRunner):
     def __init__(self, records: Any) -> None:
         super().__init__(records)
         self._devices: dict[torch.device, _DeviceStep] = {}
-        self._captured: list[CapturedStep] = []  # what a replay works on lives as long as the runner
+        self._captured: WeakSet[CapturedStep] = WeakSet()
+        self._kept: list[object] = []  # those in graphs that may live as long as the runner
 
     def _take_tensors(self, plan: Plan) -> None:
         last = self._devices
@@ -241,7 +243,7 @@ class TritonRunner(WatchedRunner):
         """They are in the records of each step."""
 
     def has_captured(self) -> bool:
-        return bool(self._captured)
+        return len(self._captured) > 0
 
     def update_captured(self) -> None:
         super().update_captured()
@@ -251,10 +253,16 @@ class TritonRunner(WatchedRunner):
             update_captured(steps, groups.flatten(), measures_norm=device.plan.measures_norm)
             device.upload_groups(groups)  # also to a step that is captured next
 
-    def upload_settings(self) -> None:
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[list[object]]:
         devices = list(self._devices.values())
         for device, groups in zip(devices, self._groups_of(devices), strict=True):
-            device.upload_groups(groups)
+            device.upload_groups(groups)  # which no replay has to write then
+        kept, self._kept = self._kept, []
+        try:
+            yield self._kept
+        finally:
+            self._kept = kept
 
     def _groups_of(self, devices: list[_DeviceStep]) -> tuple[Tensor, ...]:
         return words(self.records.groups(), "Group", [len(own.plan.groups) for own in devices])
@@ -265,7 +273,8 @@ class TritonRunner(WatchedRunner):
         for device, own_records, groups in zip(devices, records, self._groups_of(devices), strict=True):
             captured = device.follow(own_records, groups)
             if captured is not None:
-                self._captured.append(captured)
+                self._captured.add(captured)
+                self._kept.append(captured)
         super()._run(plan, grad_scale, found_inf)
 
     def _measure(self) -> None:

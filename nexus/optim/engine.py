@@ -93,12 +93,6 @@ class Engine:
         if change:
             self.prepare(attributes, change)
 
-    def prepare_capture(self, attributes: Attributes) -> None:
-        """Do now what a graph that is captured next would do in each replay."""
-        self.follow_changes(attributes)
-        if self.runner is not None:
-            self.runner.upload_settings()
-
     def glance(self) -> Glance | None:
         """See `Runner.glance`."""
         return None if self.runner is None else self.runner.glance()

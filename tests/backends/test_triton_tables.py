@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
 from typing import Any
 
 import pytest
@@ -29,6 +31,7 @@ from nexus.backends.triton_tables import (
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine
+from nexus.training import capture_train_step
 
 # The tables.
 
@@ -134,6 +137,41 @@ def test_captures_in_a_row(options: dict[str, Any], graphs: Graphs) -> None:
 
 
 @on_cpu
+def test_tables_go_with_their_graph(graphs: Graphs) -> None:
+    """Those of `capture_train_step`, also where a capture fails; of others, they live as long as the optimizer."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = FusedAdamW(model.parameters(), backend="triton")
+
+    def train_step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+    captured = capture_train_step(train_step, optimizer)
+    for _ in range(4):
+        captured(torch.ones(2, 4))
+    runner = engine_of(optimizer).runner
+    assert runner.has_captured()
+    (tables,) = map(weakref.ref, runner._captured)
+    for _ in range(3):
+        captured(torch.ones(3, 4))
+    graphs.fail = RuntimeError("as told")
+    with pytest.raises(RuntimeError, match="as told"):
+        captured(torch.ones(3, 4))
+    graphs.fail = None
+    gc.collect()
+    assert list(runner._captured) == [tables()]
+    captured.reset()
+    gc.collect()
+    assert tables() is None
+    assert not runner.has_captured()
+    graph, _ = graphs.capture(optimizer.step)
+    del graph
+    gc.collect()
+    assert runner.has_captured()
+
+
+@on_cpu
 def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
     params = make_params([(5,), (3,)])
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": Cosine(0.1, 9)}]
@@ -142,7 +180,8 @@ def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
     optimizer.step()
     for _ in range(2):  # without a step between
         graphs.capture(optimizer.step)
-    uploads = [step.groups for step in engine_of(optimizer).runner._captured]
+    captured = engine_of(optimizer).runner._kept
+    uploads = [step.groups for step in captured]
     for change in (
         {"lr": 0.125},
         {"lr": 0.25},
@@ -153,7 +192,7 @@ def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
         optimizer.sync_hyperparameters()
         (now,) = words(engine_of(optimizer).runner.records.groups(), "Group", [2])
         graphs.capture(optimizer.step)
-        uploads.append(engine_of(optimizer).runner._captured[-1].groups)
+        uploads.append(captured[-1].groups)
         for upload in uploads:
             assert torch.equal(upload.memory, now.flatten())
             assert upload.source is None

@@ -102,13 +102,12 @@ def _scales(moment: Tensor) -> Tensor:
 def master(param: Tensor, low: Tensor) -> Tensor:
     """The float32 master weight, of which `param` (bfloat16) is the upper half and `low` what its dtype says."""
     upper = _halves(param)
-    if low.dtype == torch.int16:
-        lower = low.long() & 0xFFFF
-        bits = ((upper - (lower >> 15)) << 16) | lower
-    else:
-        lower = low.long()
-        bits = (((upper - (lower >> 7)) << 8) | lower) << 8
-    return _from_bits(bits)
+    width = 16 if low.dtype == torch.int16 else 8
+    lower = low.long() & ((1 << width) - 1)
+    below = lower >> (width - 1)  # the weight is smaller than the parameter, rounded up
+    # Beside a zero that somebody has written over a parameter, such bits would make a NaN.
+    below, lower = (torch.where((upper & 0x7FFF == 0) & (below == 1), 0, each) for each in (below, lower))
+    return _from_bits((((upper - below) << width) | lower) << (16 - width))
 
 
 def split(value: Tensor, low_dtype: torch.dtype, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:

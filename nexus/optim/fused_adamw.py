@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,11 +18,11 @@ from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import reference
 from nexus.backends.interface import Backend, StepState
-from nexus.optim import checkpoint, onlookers, parameters
+from nexus.optim import checkpoint, master, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
 from nexus.optim.history import History
-from nexus.optim.storage import check_seed, storage_of
+from nexus.optim.storage import average_bytes, check_seed, storage_of
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -304,6 +304,40 @@ class FusedAdamW(Optimizer):
             ValueError: an entry does not fit, or is another optimizer's; it is named, and nothing is changed.
         """
         checkpoint.load_state_dict(self, state_dict)
+
+    @_disable_dynamo
+    def load_master(self, weights: Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+        """Take float32 weights, such as a model has before `model.bfloat16()`, with all bits that masters have.
+
+        The parameters become these weights, rounded. What moments there are stay.
+
+        Args:
+            weights: float32, by the names of the parameters, as `state_dict()` of the model has them (the optimizer
+                is then to be made with `model.named_parameters()`), or in the order of the optimizer's parameters.
+
+        Raises:
+            ValueError: a weight is missing or does not fit, or there is no master weight for it. Nothing is changed.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> model = torch.nn.Linear(4, 1)
+        >>> weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        >>> optimizer = FusedAdamW(model.bfloat16().named_parameters(), lr=1e-3, master_weight_bits=32)
+        >>> optimizer.load_master(weights)
+        """
+        master.load_master(self, weights)
+
+    @_disable_dynamo
+    def bytes_per_parameter(self) -> float:
+        """Bytes that an element of the trained parameters takes on average: its own, its gradient's, its state's.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+        >>> FusedAdamW([weight], exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8).bytes_per_parameter()
+        6.0625
+        """
+        return average_bytes(self.param_groups)
 
     @_disable_dynamo
     def __getstate__(self) -> dict[str, Any]:

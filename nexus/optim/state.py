@@ -41,7 +41,7 @@ def make_entry(
         if name in state:
             dtype = storage.exp_avg if name == "exp_avg" else storage.exp_avg_sq
             _fit_moment(state, name, dtype, param, target, f"{where}: state {name!r}")
-    _fit_master(state, storage, param, target, f"{where}: state 'master_low'")
+    fit_master(state, storage, param, target, f"{where}: state 'master_low'")
     grad, grad_buffer = param.grad, None
     if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
@@ -205,7 +205,7 @@ def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
     return sharding.spread_like(moment, value.as_strided(part.shape, part.stride()))
 
 
-def _fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor, where: str) -> None:
+def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor, where: str) -> None:
     """See to it that the low bits of the master weight are those that `storage` wants, laid out as `target`."""
     low = state.get("master_low")
     if low is None or storage.master_low is None:
@@ -291,7 +291,7 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
         wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
         if name != "exp_avg" and bool((wide < 0).any()):
             raise refusal(f": {name} is negative somewhere, which no average of squares is")
-    _check_master(state, param, storage, where)
+    check_master(state, param, storage, where)
     step = state["step"]
     if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):
         raise refusal(
@@ -316,7 +316,8 @@ def saved_master(saved: dict[str, Any], param: Tensor) -> Tensor | None:
     return None if weight is None else respread(weight.detach(), param).to(local(param).device)
 
 
-def _check_master(saved: dict[str, Any], param: Tensor, storage: Storage, where: str) -> None:
+def check_master(saved: dict[str, Any], param: Tensor, storage: Storage, where: str) -> None:
+    """Raise where the master weight in the saved state of a parameter does not fit that parameter."""
     weight, low = saved.get("master_param"), saved.get("master_low")
     for name, value, dtypes in (
         ("master_param", weight, (torch.float32,)),

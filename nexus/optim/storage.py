@@ -10,6 +10,7 @@ from torch import Tensor
 
 from nexus.arguments import shown
 from nexus.backends.codecs import LOW_DTYPES, SCALE_BLOCK, SCALED
+from nexus.optim.parameters import is_trained, named_parameters
 
 STORAGE_DEFAULTS: dict[str, Any] = {
     "master_weight_bits": None,
@@ -130,6 +131,17 @@ def bytes_of(param: Tensor, storage: Storage, *, gradient: torch.dtype | None) -
     return total + sum(
         dtype.itemsize + (4 / SCALE_BLOCK if dtype in SCALED else 0) for dtype in storage.moments().values()
     )
+
+
+def average_bytes(groups: list[Any]) -> float:
+    """Those of an element of the trained parameters of some groups, with gradients in the parameters' dtypes."""
+    total, count = 0.0, 0
+    for index, param, name in named_parameters(groups):
+        if is_trained(param):
+            gradient = param.dtype if param.grad is None else param.grad.dtype
+            total += param.numel() * bytes_of(param, storage_of(param, groups[index], name), gradient=gradient)
+            count += param.numel()
+    return total / max(count, 1)
 
 
 MODES: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (

@@ -161,7 +161,7 @@ Kernel kernel_for(DType param_dtype, DType grad_dtype) {
 void update(const Table& table, const StepState& state, cudaStream_t stream) {
   table.codecs.for_each([&](DType param, DType grad, bool is_last) {
     launch("the update", kernel_for(param, grad), table.chunk_count, stream, table, state, param, grad,
-           is_last);
+           is_last && state.advances != 0);
   });
 }
 

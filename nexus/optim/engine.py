@@ -47,6 +47,7 @@ class Engine:
     """
 
     backend: Backend
+    advances = True  # whether a step moves the counters
 
     def __init__(self, backend: str, *, skip_nonfinite: bool = False, norm_group: ProcessGroup | None = None) -> None:
         self.requested_backend = backend
@@ -161,11 +162,11 @@ class Engine:
         states = attributes["state"]
         devices: dict[torch.device, DevicePlan] = {}
         for device in devices_of(attributes):
-            devices[device] = DevicePlan(self.state_on(device), [], [], False)
+            devices[device] = DevicePlan(self.state_on(device), [], [], False, advances=self.advances)
             self._fill_settings(devices[device], groups, device)
         if self.history is not None:
             self.history.attach(next(iter(devices.values())))
-        self.states = {device: self.states[device] for device in devices}  # what was left behind goes stale
+        self.states = {device: self.state_on(device) for device in devices}  # what was left behind goes stale
         self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
         entries: dict[Tensor, TensorEntry] = {}
         for index, param, name in named:

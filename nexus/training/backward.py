@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus.arguments import shown
+from nexus.backends.interface import StepState
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
 from nexus.optim.groups import SETTINGS, ParamGroup
@@ -168,9 +169,11 @@ class StepInBackward:
 class _OneParameter(Engine):
     """One parameter in a plan of its own, with the owner's state, settings and schedules.
 
-    Its step does to the parameter what the owner's would, bit for bit: it begins at the owner's count of completed
-    updates, which it does not advance. It takes no part in a norm or a history, which are of all parameters.
+    Its step does to the parameter what the owner's would, bit for bit: it reads the owner's count of completed
+    updates, and leaves it alone. It takes no part in a norm or a history, which are of all parameters.
     """
+
+    advances = False
 
     def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str) -> None:
         super().__init__(engine_of(owner).requested_backend)
@@ -186,11 +189,12 @@ class _OneParameter(Engine):
     def step_alone(self) -> None:
         """Update the parameter, which has a gradient."""
         self._follow()
-        device, state = self._param.device, self._attributes["state"]
-        self.state_on(device).completed.copy_(engine_of(self._owner).state_on(device).completed)
+        device = self._param.device
+        if self.states.get(device) is not self.state_on(device):  # the parameter may have been elsewhere meanwhile
+            self.forget_plan()
         self.step(self._attributes, None, None)
         self.release_state()
-        state.clear()  # the owner's to free
+        self._attributes["state"].clear()  # the owner's to free
 
     def _follow(self) -> None:
         """Take over what has been changed in the owner."""
@@ -206,6 +210,9 @@ class _OneParameter(Engine):
     def settle(self, attributes: Attributes) -> None:
         engine_of(self._owner).settle(attributes_of(self._owner))
         self._follow()
+
+    def state_on(self, device: torch.device) -> StepState:
+        return engine_of(self._owner).state_on(device)
 
     def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
         return engine_of(self._owner).table(schedule, device)

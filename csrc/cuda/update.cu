@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
   }
   const Chunk chunk = table.chunks[blockIdx.x];
   const TensorRecord& record = table.tensors[chunk.tensor];
-  const TensorPointers pointers = table.pointers[chunk.tensor];
+  const TensorPointers pointers = pointers_of(table, chunk.tensor);
   if (pointers.grad == nullptr || record.param_dtype != param_dtype || record.grad_dtype != grad_dtype) {
     return;
   }

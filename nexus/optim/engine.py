@@ -139,7 +139,7 @@ class Engine:
         amsgrad = [group["amsgrad"] for group in groups]
         if self.plan is not None and change == Change.SETTINGS and amsgrad == self._planned_amsgrad:
             for device, device_plan in self.plan.devices.items():
-                self._fill_settings(device_plan, groups, device)
+                self.fill_settings(device_plan, groups, device)
             self.runner.update_settings()
         else:
             self.plan = self.make_plan(attributes)
@@ -163,7 +163,7 @@ class Engine:
         devices: dict[torch.device, DevicePlan] = {}
         for device in devices_of(attributes):
             devices[device] = DevicePlan(self.state_on(device), [], [], False, advances=self.advances)
-            self._fill_settings(devices[device], groups, device)
+            self.fill_settings(devices[device], groups, device)
         if self.history is not None:
             self.history.attach(next(iter(devices.values())))
         self.states = {device: self.state_on(device) for device in devices}  # what was left behind goes stale
@@ -194,7 +194,8 @@ class Engine:
                 starting.append((state, param, name, groups[index]["amsgrad"]))
         complete_states(starting)
 
-    def _fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+    def fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+        """Give a plan the settings of settled groups."""
         plan.groups = [
             settings_of(group, {name: self.table(s, device).rows for name, s in group.schedules()}, device)
             for group in groups

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus.arguments import shown
-from nexus.backends.interface import StepState
+from nexus.backends.interface import LAST_WRITE, DevicePlan, StepState
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
-from nexus.optim.groups import SETTINGS, ParamGroup
+from nexus.optim.groups import SCHEDULABLE, SETTINGS, ParamGroup
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -184,13 +184,15 @@ class _OneParameter(Engine):
         self._param = param
         own = ParamGroup({**group, "params": [param]})
         own.outputs = group.outputs
+        self._last_write: object | None = None  # to any group, where this one's rate may depend on it
         self._attributes: Attributes = {"param_groups": [own], "state": {}, "defaults": owner.defaults}
 
     def step_alone(self) -> None:
         """Update the parameter, which has a gradient."""
         self._follow()
         device = self._param.device
-        if self.states.get(device) is not self.state_on(device):  # the parameter may have been elsewhere meanwhile
+        came_back = self.states.get(device) is not self.state_on(device)  # from another device
+        if came_back or (self._last_write is not None and self._last_write is not LAST_WRITE[0]):
             self.forget_plan()
         self.step(self._attributes, None, None)
         self.release_state()
@@ -210,6 +212,15 @@ class _OneParameter(Engine):
     def settle(self, attributes: Attributes) -> None:
         engine_of(self._owner).settle(attributes_of(self._owner))
         self._follow()
+
+    def fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+        """See `Engine.fill_settings`. A rate may be the tensor that another group's schedule writes."""
+        rates = {id(groups[0][name]) for name in SCHEDULABLE}
+        others = [group for group in self._owner.param_groups if group is not self.group]
+        sources = [group for group in others if not rates.isdisjoint(map(id, group.outputs.values()))]
+        super().fill_settings(plan, [*groups, *sources], device)
+        del plan.groups[1:]
+        self._last_write = LAST_WRITE[0] if sources else None
 
     def state_on(self, device: torch.device) -> StepState:
         return engine_of(self._owner).state_on(device)

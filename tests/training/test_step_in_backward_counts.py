@@ -82,6 +82,26 @@ def test_counts_that_are_elsewhere_are_followed(backend: str) -> None:
     assert same_bits([*plain], [*ours])
 
 
+def test_a_rate_that_another_groups_schedule_writes(backend: str) -> None:
+    """Whichever of the groups is updated first."""
+    (plain, plain_optimizer), (ours, optimizer) = make(backend, 2), make(backend, 2)
+    changes = {
+        0: lambda groups: groups[1].update(lr=groups[0]["lr"], lr_schedule=None, lr_scale=1.0),
+        3: lambda groups: groups[0].update(lr_scale=2.0),
+        5: lambda groups: groups[0].update(lr=Cosine(0.5, 9)),
+        7: lambda groups: groups[0].update(lr=0.25, lr_schedule=None, lr_scale=1.0),
+    }
+    with step_in_backward(ours, optimizer):
+        for step in range(9):
+            for model, each in ((plain, plain_optimizer), (ours, optimizer)):
+                changes.get(step, lambda groups: None)(each.param_groups)
+                for index in (3, 0, 1, 2):
+                    model[index].sum().backward()
+                each.step()
+                each.zero_grad()
+            assert same_bits([*plain], [*ours])
+
+
 class Operations(TorchDispatchMode):
     """Lists what torch itself is asked to run."""
 

@@ -112,7 +112,12 @@ void DeviceTable::write(const Contents& now, cudaStream_t stream) {
     write_changes(table_.tensors, written_.tensors, now.tensors, stream);
     divide(table_, stream);
   }
-  write_changes(table_.pointers, written_.pointers, now.pointers, stream);
+  if (now.pointers.size() == 1) {
+    table_.only = now.pointers[0];
+    written_.pointers = now.pointers;
+  } else {
+    write_changes(table_.pointers, written_.pointers, now.pointers, stream);
+  }
   write_changes(table_.groups, written_.groups, now.groups, stream);
   written_.measures_norm = now.measures_norm;
   complete_ = true;

@@ -9,10 +9,11 @@ import platform
 import torch
 
 from nexus import __version__, backends
+from nexus.optim.storage import bytes_table
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print versions, backends (or why one is missing) with their instruction sets, and threads."""
+    """Print versions, backends (or why one is missing) with their instruction sets, threads, and bytes a parameter."""
     lines = [
         ("nexus", __version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),
@@ -24,6 +25,9 @@ def run(args: argparse.Namespace) -> int:
     width = max(len(name) for name, _ in lines)
     for name, value in lines:
         print(f"{name:{width}}  {value}")
+    print("\nbytes a parameter, its gradient and its state (bytes that an update moves):")
+    for mode, resident, moved in bytes_table():
+        print(f"  {mode:44}{resident:8.2f}  ({moved:.2f})")
     return 0
 
 

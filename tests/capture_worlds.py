@@ -277,9 +277,10 @@ def checkpointed(world: World) -> list[Tensor]:
 
 @loop
 def edited(world: World) -> list[Tensor]:
-    """Hyperparameters and schedule are changed between replays."""
+    """Hyperparameters and schedule are changed right before the capture and between replays."""
     group = world.optimizer.param_groups[0]
     changes: dict[int, Callable[[], object]] = {
+        3: partial(group.update, weight_decay=0.2),
         4: partial(group.update, weight_decay=0.5),
         6: partial(group.update, max_grad_norm=0.05),
         8: partial(group.update, betas=(0.5, 0.9), lr_scale=0.5),

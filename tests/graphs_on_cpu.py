@@ -2,12 +2,14 @@
 
 What a step does is recorded operation by operation, with the tensors it does it to. A replay repeats these
 operations on these tensors, and nothing else: a number from the host is what it was, and Python does not run.
-`FusedAdamW(backend="cuda on cpu")` launches its kernels, which are captured by their own shim.
+`FusedAdamW(backend="cuda on cpu")` launches its kernels, which are captured by their own shim; those of
+`backend="triton"` run in replays alone.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -19,7 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from nexus.backends import watched
+from nexus.backends import triton, watched
 from nexus.training.capture import device as graph_device
 
 
@@ -96,7 +98,7 @@ class Graphs:
         graph = Graph(self.events)
         recorder = self.recorder(graph)
         try:
-            with recorder, _kernels_captured(graph):
+            with recorder, _kernels_captured(graph), _triton_captured(graph):
                 result = run()
             if self.fail is not None:
                 raise self.fail
@@ -161,4 +163,36 @@ def _kernels_captured(graph: Graph) -> Iterator[None]:
         return out
 
     with mock.patch.object(Runner, "_run", captured_run), mock.patch.object(Backend, "evaluate", captured_evaluate):
+        yield
+
+
+class _TritonLaunches:
+    """Stands in for the module of Triton's kernels: `kernels.update[grid](...)` becomes a part of a graph."""
+
+    def __init__(self, graph: Graph, launching: Callable[[torch.device], Any]) -> None:
+        self._graph = graph
+        self._launching = launching
+
+    @contextlib.contextmanager
+    def __call__(self, device: torch.device) -> Iterator[_TritonLaunches]:
+        self._device = device
+        yield self
+
+    def __getattr__(self, name: str) -> mock.MagicMock:
+        kernel = mock.MagicMock()
+        kernel.__getitem__.side_effect = lambda grid: functools.partial(self._launch, self._device, name, grid)
+        return kernel
+
+    def _launch(self, device: torch.device, name: str, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        def work() -> None:
+            with self._launching(device) as kernels:
+                getattr(kernels, name)[grid](*args, **options)
+
+        self._graph.work.append(work)
+
+
+@contextlib.contextmanager
+def _triton_captured(graph: Graph) -> Iterator[None]:
+    launches = _TritonLaunches(graph, triton._launching)
+    with mock.patch.multiple(triton, _launching=launches, is_capturing=mock.Mock(return_value=True)):
         yield

@@ -6,7 +6,8 @@ one whenever `Runner.changed` says that the last is out of date; in between, a b
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any, NamedTuple, Protocol, TypeAlias
@@ -236,6 +237,14 @@ class Runner:
     def update_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups, which have changed; its tensors have not."""
 
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[list[object]]:
+        """To be entered before a capture. The list that it gives keeps alive what the graph reads of this runner.
+
+        What the graph of any other capture reads lives as long as the runner.
+        """
+        yield []
+
     def has_captured(self) -> bool:
         """Whether a graph may have captured a step: what that writes to is never replaced."""
         return False
@@ -253,6 +262,7 @@ class Backend(Protocol):
 
     NAME: str
     DEVICE_TYPES: frozenset[str]  # what its tensors may be on
+    STORES_FEWER_BITS: bool  # whether moments and parameters may be stored as codecs.py has it
 
     def unavailable(self, devices: Iterable[torch.device] = ()) -> str | None:
         """Why this backend cannot run here, or on one of these devices; None if it can."""

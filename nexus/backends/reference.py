@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from nexus.backends import sharding
+from nexus.backends import codecs, sharding
 from nexus.backends.interface import DevicePlan, GroupSettings, Plan, Rate, Ring, Runner, TensorEntry
 from nexus.backends.sharding import total_everywhere
 from nexus.schedules.curves import Curve
 
 NAME = "reference"
 DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
+STORES_FEWER_BITS = True
 
 
 def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
@@ -129,7 +130,7 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
     for entry in plan.entries:
         grad = entry.grad
         if grad is not None:
-            _update(entry, grad, *rows[entry.group], skip)
+            _update(entry, grad, *rows[entry.group], skip, state.seed)
     if plan.history is not None:
         grad_norm = state.grad_norm if plan.measures_norm else torch.full_like(scale, math.nan)
         skipped = torch.zeros_like(scale) if skip is None else skip.to(torch.float64)
@@ -165,10 +166,12 @@ def _update(
     weight_decay: Tensor,
     multiplier: Tensor,
     skip: Tensor | None,
+    seed: int,
 ) -> None:
     state = entry.state
     assert state is not None
-    dtype = state.exp_avg.dtype  # of the arithmetic
+    param = entry.param
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32  # of the arithmetic
     beta1, beta2 = group["beta1"], group["beta2"]
     t = state.step + 1
     bias1 = 1.0 - beta1**t
@@ -177,18 +180,68 @@ def _update(
     step_size, inv_sqrt_bias2, decay, g_scale = (
         scalar.to(dtype) for scalar in (lr / bias1, 1.0 / bias2.sqrt(), lr * weight_decay, multiplier)
     )
-    g = grad.to(dtype) * g_scale
-    m = state.exp_avg + (1.0 - beta1) * (g - state.exp_avg)
-    v = beta2 * state.exp_avg_sq + (1.0 - beta2) * g * g
+    chance = codecs.Chance(seed, entry.ordinal, t, entry.first)
+    streams = _Streams(entry, skip, chance)
+    g = codecs.flat(grad).to(dtype) * g_scale
+    m = streams.moment("exp_avg")
+    m = m + (1.0 - beta1) * (g - m)
+    v = beta2 * streams.moment("exp_avg_sq") + (1.0 - beta2) * g * g
     largest_v = v
     if state.max_exp_avg_sq is not None:
-        largest_v = torch.maximum(state.max_exp_avg_sq, v)
-        _assign(state.max_exp_avg_sq, largest_v, skip)
+        largest_v = torch.maximum(streams.moment("max_exp_avg_sq"), v)
+        streams.put_moment("max_exp_avg_sq", largest_v)
     denominator = largest_v.sqrt() * inv_sqrt_bias2 + group["eps"]
-    param = entry.param.to(dtype)
-    # Not (1 - decay) * param: rounded to float32, that factor is off the same way in every step.
-    decayed = torch.where(param.isfinite(), decay * param, 0.0)  # an infinite parameter stays what it is
-    _assign(entry.param, (param - (decayed + step_size * m / denominator)).to(entry.param.dtype), skip)
-    _assign(state.exp_avg, m, skip)
-    _assign(state.exp_avg_sq, v, skip)
+    weight = streams.weight(dtype)
+    # Not (1 - decay) * weight: rounded to float32, that factor is off the same way in every step.
+    decayed = torch.where(weight.isfinite(), decay * weight, 0.0)  # an infinite parameter stays what it is
+    streams.put_weight(weight - (decayed + step_size * m / denominator))
+    streams.put_moment("exp_avg", m)
+    streams.put_moment("exp_avg_sq", v)
     state.step.add_(1 if skip is None else ~skip)
+
+
+_STREAMS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 3}
+"""The number of each stream in a counter of chance; the parameter's is 0."""
+
+
+class _Streams:
+    """The streams of one parameter, decoded and encoded (codecs.py), each flat in the order of its memory."""
+
+    def __init__(self, entry: TensorEntry, skip: Tensor | None, chance: codecs.Chance) -> None:
+        assert entry.state is not None
+        self._state = entry.state._asdict()
+        self._param = codecs.flat(entry.param)
+        self._skip = skip
+        self._chance = chance
+        self._stochastic = entry.stochastic_rounding
+
+    def moment(self, name: str) -> Tensor:
+        return codecs.decoded(codecs.flat(self._state[name]), self._state[f"{name}_scale"])
+
+    def put_moment(self, name: str, value: Tensor) -> None:
+        stored = codecs.flat(self._state[name])
+        # To nearest, an average of squares in bfloat16 would freeze with a beta2 above 0.996.
+        frozen = stored.dtype == torch.bfloat16 and name != "exp_avg"
+        by_chance = frozen or (self._stochastic and stored.dtype in (torch.bfloat16, torch.uint8))
+        codes, scale = codecs.encoded(value, stored.dtype, self._chance_of(_STREAMS[name], by_chance))
+        _assign(stored, codes, self._skip)
+        if scale is not None:
+            _assign(self._state[f"{name}_scale"], scale, self._skip)
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        low = self._state["master_low"]
+        return self._param.to(dtype) if low is None else codecs.master(self._param, codecs.flat(low))
+
+    def put_weight(self, value: Tensor) -> None:
+        low = self._state["master_low"]
+        if low is not None:
+            chance = self._chance_of(0, self._stochastic and low.dtype == torch.uint8)
+            upper, lower = codecs.split(value, low.dtype, chance)
+            _assign(codecs.flat(low), lower, self._skip)
+        else:
+            by_chance = self._stochastic and self._param.dtype == torch.bfloat16
+            upper, _ = codecs.encoded(value, self._param.dtype, self._chance_of(0, by_chance))
+        _assign(self._param, upper, self._skip)
+
+    def _chance_of(self, stream: int, wanted: bool) -> Tensor | None:
+        return self._chance.of(stream, len(self._param)) if wanted else None

@@ -44,6 +44,16 @@ def placements(tensor: Tensor) -> tuple[object, ...] | None:
     return tensor.placements if is_spread(tensor) else None
 
 
+def first_element(tensor: Tensor) -> int:
+    """Where the first element that this process holds is in the whole tensor, counted in the order of its memory."""
+    if not is_spread(tensor):
+        return 0
+    from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+    _, offsets = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+    return sum(offset * stride for offset, stride in zip(offsets, tensor.stride(), strict=True))
+
+
 @torch.no_grad()
 def spread_as(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a DTensor once it is spread as `like` is: a collective, where it is not yet."""

@@ -11,6 +11,7 @@ import importlib.util
 import os
 from collections.abc import Iterable, Iterator
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor
@@ -22,13 +23,14 @@ from nexus.backends.records import address, state_values
 from nexus.backends.triton_tables import (
     CHUNK_ELEMENTS,
     COEFFICIENTS,
-    CapturedGroups,
+    CapturedStep,
     DeviceTable,
     chunk_words,
     dtypes_of,
     is_capturing,
     kind_of,
     put_kinds,
+    update_captured,
     words,
 )
 from nexus.backends.watched import WatchedRunner, as_float32, make_records
@@ -38,6 +40,7 @@ __all__ = ["DEVICE_TYPES", "NAME", "TritonRunner", "detail", "evaluate", "runner
 NAME = "triton"
 INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 DEVICE_TYPES = frozenset({"cpu"} if INTERPRETS else {"cuda"})
+STORES_FEWER_BITS = False
 
 _THREADS = 4 * (64 if torch.version.hip else 32)  # of one program: four warps, which AMD's GPUs have wider
 _LANES = 1024 if INTERPRETS else 128  # tensors, groups or steps that one program evaluates the rates of
@@ -130,7 +133,6 @@ class _DeviceStep:
         self._chunks = chunk_words(self.sizes or (0,))
         self._table: DeviceTable = DeviceTable(device) if last is None else last._table
         self._group_table: DeviceTable = DeviceTable(device) if last is None else last._group_table
-        self._captured: list[CapturedGroups] = [] if last is None else last._captured
         self._chunk_table = DeviceTable(device, fixed=True)
         if last is not None and last.sizes == self.sizes:
             self._chunk_table = last._chunk_table
@@ -138,12 +140,13 @@ class _DeviceStep:
         shape = max(len(entries), 1), len(COEFFICIENTS)
         self._coefficients = torch.empty(shape, dtype=torch.float64, device=device)
         self._partial_sums = torch.zeros(len(self._chunks), dtype=torch.float64, device=device)
+        self._measured: bool | None = None  # whether the last step here, if there was one, measured the norm
 
-    def follow(self, records: Tensor, groups: Tensor) -> list[Tensor]:
+    def follow(self, records: Tensor, groups: Tensor) -> CapturedStep | None:
         """Take over the records of this device's tensors and groups, and upload what has changed.
 
         Returns:
-            What a graph that captures this step has to find in its place at every replay.
+            The step, if it becomes part of a graph.
 
         Raises:
             RuntimeError: it is captured, and its kernels are not there yet.
@@ -157,21 +160,20 @@ class _DeviceStep:
         put_kinds(records, self._kind_indices)
         if not len(records):  # there is an empty chunk of a record of zeros
             records = records.new_zeros(1, records.shape[1])
-        written = not self._group_table.holds(groups.flatten())
         self._group_count = len(groups)
         group_table = self._group_table.upload(groups.flatten(), capturing=capturing)
         record_table = self._table.upload(records.flatten(), capturing=capturing)
         chunk_table = self._chunk_table.upload(self._chunks.flatten(), capturing=capturing)
-        self._on_device = group_table, record_table, chunk_table
+        self._on_device = group_table.memory, record_table.memory, chunk_table.memory
         if not capturing:
-            return []
-        self._captured.append(CapturedGroups(group_table, self.plan.measures_norm, written))
-        return [*self._on_device, self._skip, self._coefficients, self._partial_sums]
+            return None
+        memory = record_table, chunk_table, self._skip, self._coefficients, self._partial_sums
+        return CapturedStep(group_table, self.plan.measures_norm, memory)
 
-    def update_captured(self, groups: Tensor) -> None:
-        """Give the hyperparameters to the steps that graphs have captured."""
-        for captured in self._captured:
-            captured.update(groups.flatten(), measures_norm=self.plan.measures_norm)
+    def upload_groups(self, groups: Tensor) -> None:
+        """Upload hyperparameters, unless that would become part of a graph."""
+        if not is_capturing(self.plan.state.device):
+            self._group_table.upload(groups.flatten(), capturing=False)
 
     def measure(self) -> None:
         """Leave the sum of squares of this device's gradients in its state."""
@@ -215,7 +217,9 @@ class _DeviceStep:
                 KINDS=self._kinds,
                 **OPTIONS,
             )
-        _loaded.update(self._kernels())
+        if self._measured != self.plan.measures_norm:
+            self._measured = self.plan.measures_norm
+            _loaded.update(self._kernels())
 
     def _kernels(self) -> set[tuple[Any, ...]]:
         """What of the kernels of a step is compiled for it alone."""
@@ -229,7 +233,8 @@ class TritonRunner(WatchedRunner):
     def __init__(self, records: Any) -> None:
         super().__init__(records)
         self._devices: dict[torch.device, _DeviceStep] = {}
-        self._in_graphs: list[Tensor] = []  # what a replay works on lives as long as the runner
+        self._captured: WeakSet[CapturedStep] = WeakSet()
+        self._kept: list[object] = []  # those in graphs that may live as long as the runner
 
     def _take_tensors(self, plan: Plan) -> None:
         last = self._devices
@@ -239,13 +244,26 @@ class TritonRunner(WatchedRunner):
         """They are in the records of each step."""
 
     def has_captured(self) -> bool:
-        return bool(self._in_graphs)
+        return len(self._captured) > 0
 
     def update_captured(self) -> None:
         super().update_captured()
         devices = list(self._devices.values())
         for device, groups in zip(devices, self._groups_of(devices), strict=True):
-            device.update_captured(groups)
+            steps = [step for step in self._captured if step.groups.memory.device == device.plan.state.device]
+            update_captured(steps, groups.flatten(), measures_norm=device.plan.measures_norm)
+            device.upload_groups(groups)  # also to a step that is captured next
+
+    @contextlib.contextmanager
+    def capturing(self) -> Iterator[list[object]]:
+        devices = list(self._devices.values())
+        for device, groups in zip(devices, self._groups_of(devices), strict=True):
+            device.upload_groups(groups)  # which no replay has to write then
+        kept, self._kept = self._kept, []
+        try:
+            yield self._kept
+        finally:
+            self._kept = kept
 
     def _groups_of(self, devices: list[_DeviceStep]) -> tuple[Tensor, ...]:
         return words(self.records.groups(), "Group", [len(own.plan.groups) for own in devices])
@@ -254,7 +272,10 @@ class TritonRunner(WatchedRunner):
         devices = list(self._devices.values())
         records = words(self.records.tensors(), "TensorRecord", [len(own.sizes) for own in devices])
         for device, own_records, groups in zip(devices, records, self._groups_of(devices), strict=True):
-            self._in_graphs += device.follow(own_records, groups)
+            captured = device.follow(own_records, groups)
+            if captured is not None:
+                self._captured.add(captured)
+                self._kept.append(captured)
         super()._run(plan, grad_scale, found_inf)
 
     def _measure(self) -> None:

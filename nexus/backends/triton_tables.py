@@ -6,7 +6,8 @@ kernel is compiled anew for it.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -75,92 +76,134 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
+@dataclass(eq=False)
+class Upload:
+    """Words in device memory."""
+
+    memory: Tensor
+    words: Tensor  # what is there, on the CPU
+    source: Tensor | None = None  # of memory that each replay of a graph writes: what it copies first
+
+    @classmethod
+    @torch.inference_mode(False)  # it outlives a mode in which it may be made
+    def of(cls, words: Tensor, device: torch.device) -> Upload:
+        """Words on their way to memory of their own."""
+        memory = torch.empty(words.shape, dtype=torch.int64, device=device)
+        _write_from_host(memory, words)
+        return cls(memory, words.clone())
+
+    def write(self, words: Tensor) -> None:
+        """Write as many others: enqueued."""
+        changed = (words != self.words).nonzero().flatten().tolist()
+        if changed:
+            stretch = slice(changed[0], changed[-1] + 1)
+            _write_from_host(self.memory[stretch], words[stretch])
+            self.words = words.clone()
+
+
 class DeviceTable:
     """A table in device memory that follows one on the host.
 
-    A graph that is captured keeps the table for itself: each replay writes into it again what has changed between
-    the last upload before the capture and the capture, and nothing else ever does.
+    A graph reads the last upload before its capture, which steps outside of graphs leave alone from then on: where
+    their words differ, they get other memory. A graph that needs other words copies that upload in each replay, and
+    adds the differences, which are arguments of kernels. So any number of captures may follow one upload, and what
+    one graph writes, no other reads.
 
     Args:
         device: where the table is.
-        fixed: its words never change once they are there, so graphs may share the table.
+        fixed: its words are always the same.
     """
 
     def __init__(self, device: torch.device, *, fixed: bool = False) -> None:
         self._device = device
         self._fixed = fixed
-        self._table: Tensor | None = None
-        self._uploaded = torch.empty(0, dtype=torch.int64, device="cpu")
+        self._last: Upload | None = None  # never in a graph's own memory
+        self._in_graphs = False
 
-    def holds(self, words: Tensor) -> bool:
-        """Whether an upload of these words would write nothing."""
-        return self._table is not None and torch.equal(words, self._uploaded)
-
-    def upload(self, words: Tensor, *, capturing: bool) -> Tensor:
-        """The table, once what differs from the last upload is on its way to it.
+    def upload(self, words: Tensor, *, capturing: bool) -> Upload:
+        """These words, which are there for what is enqueued from now on.
 
         Args:
             words: 1-dim int64, on the CPU; may be overwritten afterwards.
             capturing: whether this becomes part of a graph.
         """
-        if self._fixed and self._table is not None:
-            return self._table
-        if self._table is None or words.shape != self._uploaded.shape:
-            table = torch.empty(words.shape, dtype=torch.int64, device=self._device)
-            changed = torch.arange(len(words), device="cpu")
-        else:
-            table = self._table
-            changed = (words != self._uploaded).nonzero().flatten()
+        last = self._last
+        if last is not None and (self._fixed or torch.equal(last.words, words)):
+            self._in_graphs |= capturing
+            return last
+        fits = last is not None and last.words.shape == words.shape
         if capturing:
-            _write_by_value(table, words, changed)
-            self._table = None
-            return table
-        if len(changed):
-            _write_from_host(table, words, changed)
-            self._uploaded = words.clone()
-        self._table = table
-        return table
+            self._in_graphs |= fits
+            return _copy_in_replays(last if fits else None, words, self._device)
+        if last is None or not fits or self._in_graphs:
+            last = self._last = Upload.of(words, self._device)
+            self._in_graphs = False
+        else:
+            last.write(words)
+        return last
 
 
-class CapturedGroups(NamedTuple):
-    """The hyperparameters that a graph reads."""
+@dataclass(eq=False)
+class CapturedStep:
+    """A step in a graph.
 
-    table: Tensor
+    Args:
+        groups: the hyperparameters that each replay reads.
+        measures_norm: whether it measures the gradient norm.
+        memory: what else a replay has to find in its place.
+    """
+
+    groups: Upload
     measures_norm: bool
-    written_by_replays: bool
+    memory: tuple[Upload | Tensor, ...]
 
-    def update(self, words: Tensor, *, measures_norm: bool) -> None:
-        """Write others, if they are of as many groups.
+    def check(self, words: Tensor, *, measures_norm: bool) -> None:
+        """See that replays would make use of other hyperparameters.
 
         Raises:
-            RuntimeError: no replay would make use of them.
+            RuntimeError: they would not.
         """
-        if self.table.shape != words.shape:
-            return
         if measures_norm and not self.measures_norm:
             raise RuntimeError(
                 "a graph holds a step that does not measure the gradient norm, so clipping cannot be switched on in "
                 "it; capture it with max_grad_norm=math.inf"
             )
-        if self.written_by_replays:
+        if self.groups.source is not None and not torch.equal(words, self.groups.words):
             raise RuntimeError(
                 "a graph holds a step that was captured right after a hyperparameter had changed, and every replay "
-                "sets that again; make a step before the capture"
+                "sets that again; make a step, or call sync_hyperparameters(), before the capture"
             )
-        _write_from_host(self.table, words, torch.arange(len(words), device="cpu"))
 
 
-def _write_by_value(table: Tensor, words: Tensor, indices: Tensor) -> None:
-    """Write some words in arguments of kernels, of which a graph keeps a copy."""
+def update_captured(steps: Iterable[CapturedStep], words: Tensor, *, measures_norm: bool) -> None:
+    """Give the hyperparameters of the groups of a device to all steps of as many groups, or, with an error, to none.
+
+    Raises:
+        RuntimeError: a replay would not make use of them.
+    """
+    steps = [step for step in steps if step.groups.words.shape == words.shape]
+    for step in steps:
+        step.check(words, measures_norm=measures_norm)
+    for step in steps:
+        step.groups.write(words)
+
+
+def _copy_in_replays(last: Upload | None, words: Tensor, device: torch.device) -> Upload:
+    """Captured: a copy of an upload, or of zeros, in which some words are made others.
+
+    All of it is written in each replay, so it may be in memory that other kernels of the graph use before.
+    """
+    if last is None:
+        last = Upload(torch.zeros(words.shape, dtype=torch.int64, device=device), torch.zeros_like(words))
+    memory = last.memory.clone()
+    differences = words - last.words  # modulo 2**64, as they are added
+    indices = differences.nonzero().flatten()
     if len(indices):
-        places = table.unbind()
-        targets = [places[i] for i in indices.tolist()]
-        torch._foreach_zero_(targets)
-        torch._foreach_add_(targets, words[indices].tolist())
+        places = memory.unbind()
+        torch._foreach_add_([places[i] for i in indices.tolist()], differences[indices].tolist())
+    return Upload(memory, words.clone(), last.memory)
 
 
-def _write_from_host(table: Tensor, words: Tensor, indices: Tensor) -> None:
-    """Write some words by way of page-locked memory, which PyTorch keeps until the copy is over."""
-    first, last = int(indices[0]), int(indices[-1]) + 1
-    part = words[first:last]
-    table[first:last].copy_(part.pin_memory() if table.device.type == "cuda" else part, non_blocking=True)
+def _write_from_host(memory: Tensor, words: Tensor) -> None:
+    """Write words by way of page-locked memory, which PyTorch keeps until the copy is over."""
+    memory.copy_(words.pin_memory() if memory.device.type == "cuda" else words, non_blocking=True)

@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import check_count, shown
-from nexus.backends.interface import STATE_NAMES
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
 from nexus.optim.parameters import is_trained, named_parameters
-from nexus.optim.state import MOMENTS, check_saved, check_unshared, loaded
+from nexus.optim.state import MOMENTS, SAVED_NAMES, check_saved, check_unshared, loaded, saved_state
+from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
 
@@ -40,7 +40,7 @@ _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled
 _ANOTHER_MODEL = "Give the optimizer the parameters, in the groups, that it was saved with"
 
 
-def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
+def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any]:
     """See `FusedAdamW.state_dict`."""
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
@@ -52,7 +52,7 @@ def state_dict(optimizer: FusedAdamW) -> dict[str, Any]:
     states: dict[Any, Any] = {}
     for key, value in optimizer.state.items():
         if id(key) in indices:
-            states[indices[id(key)]] = value
+            states[indices[id(key)]] = saved_state(key, value) if is_trained(key) and not compact else value
         elif not isinstance(key, Tensor):
             states[key] = value
         elif value:
@@ -104,19 +104,22 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     engine.settle(attributes_of(optimizer))
     pairs = list(zip(optimizer.param_groups, _checked_groups(optimizer.param_groups, state_dict), strict=True))
     states, params = state_dict["state"], {}
+    storages: dict[Any, Storage] = {}
     for group, saved in pairs:
-        amsgrad = bool(saved.get("amsgrad", False))
+        options = {**group, "amsgrad": bool(saved.get("amsgrad", False))}
         for key, param in zip(saved["params"], group["params"], strict=True):
             params[key] = param
             if is_trained(param):
-                check_saved(states.get(key), param, key, amsgrad=amsgrad)
+                storages[key] = storage_of(param, options, f"state[{key!r}]")
+                check_saved(states.get(key), param, key, storages[key])
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
 
-    _load_states(optimizer, params, states, in_place=engine.runner is not None and engine.runner.has_captured())
+    in_place = engine.runner is not None and engine.runner.has_captured()
+    _load_states(optimizer, params, states, storages, in_place=in_place)
     edits_of: dict[Schedule, dict[str, Any]] = {}  # groups with the same schedule share its table
     for (group, saved), extra, found in zip(pairs, extras, edits, strict=True):
         _load_group(group, saved, extra)
@@ -132,14 +135,21 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         post_hook(optimizer)
 
 
-def _load_states(optimizer: FusedAdamW, params: dict[Any, Tensor], states: dict[Any, Any], *, in_place: bool) -> None:
+def _load_states(
+    optimizer: FusedAdamW,
+    params: dict[Any, Tensor],
+    states: dict[Any, Any],
+    storages: dict[Any, Storage],
+    *,
+    in_place: bool,
+) -> None:
     """Give each parameter its saved state, which fits it. `params` are by the keys of `states`."""
     own = optimizer.state
     names = {id(param): name for _, param, name in named_parameters(optimizer.param_groups)}
     others = {}  # keys of others in the state, copied before anything is written
     for key, param in params.items():
         check_unshared(own.get(param), param, names[id(param)])
-        kept = STATE_NAMES if is_trained(param) else ()  # of what is frozen, all stays as it is
+        kept = SAVED_NAMES if is_trained(param) else ()  # of what is frozen, all stays as it is
         state = states.get(key) or {}
         others[key] = {name: _copied(value, param) for name, value in state.items() if name not in kept}
     for left in [each for each in own if not isinstance(each, Tensor) or own.get(each) is None]:
@@ -147,7 +157,7 @@ def _load_states(optimizer: FusedAdamW, params: dict[Any, Tensor], states: dict[
     for key, param in params.items():
         present, saved = own.pop(param, None), states.get(key)
         if is_trained(param):
-            state = loaded(param, present, saved, names[id(param)], in_place=in_place)
+            state = loaded(param, present, saved, storages[key], names[id(param)], in_place=in_place)
         else:
             state = None if saved is None else {}
         del present
@@ -328,8 +338,9 @@ def _check_order(groups: list[ParamGroup], saved_groups: list[dict[str, Any]]) -
 
 
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Those of a saved group that are to be loaded: not its schedules, and none of another class's options."""
-    chosen = {name: saved[name] for name in SETTINGS if name in saved and name not in _SCHEDULE_KEYS}
+    """Those of a saved group that are to be loaded: not its schedules, its storage, or another class's options."""
+    stay = (*_SCHEDULE_KEYS, *STORAGE_DEFAULTS)
+    chosen = {name: saved[name] for name in SETTINGS if name in saved and name not in stay}
     chosen = {"amsgrad": False, "maximize": False} | chosen  # what lacks them is older, or of no such option
     for name in SCHEDULABLE:
         if isinstance(chosen.get(name), Tensor) and chosen[name].numel() == 1:

@@ -18,9 +18,18 @@ from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, 
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
-from nexus.optim.groups import SCHEDULABLE, WATCHED_NAMES, ParamGroup, checked_settings, settings_of
+from nexus.optim.groups import (
+    NEWER_SETTINGS,
+    SCHEDULABLE,
+    STATE_OPTIONS,
+    WATCHED_NAMES,
+    ParamGroup,
+    checked_settings,
+    settings_of,
+)
 from nexus.optim.history import History
 from nexus.optim.state import complete_states, is_complete, is_idle, make_entry
+from nexus.optim.storage import storage_of
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -48,17 +57,20 @@ class Engine:
 
     backend: Backend
 
-    def __init__(self, backend: str, *, skip_nonfinite: bool = False, norm_group: ProcessGroup | None = None) -> None:
+    def __init__(
+        self, backend: str, *, skip_nonfinite: bool = False, norm_group: ProcessGroup | None = None, seed: int = 0
+    ) -> None:
         self.requested_backend = backend
         self.skip_nonfinite = skip_nonfinite
         self.norm_group = norm_group
+        self.seed = seed
         self.first_ordinal = 0  # of its parameters, in the optimizer
         self.states: dict[torch.device, StepState] = {}
         self.tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
         self.history: History | None = None
         self.plan: Plan | None = None
         self.runner: Runner | None = None
-        self._planned_amsgrad: list[bool] = []
+        self._planned_options: list[tuple[Any, ...]] = []
 
     def __getstate__(self) -> dict[str, Any]:  # a copy makes a plan of its own, and has no history
         return {**self.__dict__, "history": None, "plan": None, "runner": None, "backend": None}
@@ -136,14 +148,14 @@ class Engine:
             self.runner = backend.runner(WATCHED_NAMES)
         self.settle(attributes)
         _check_scales(groups)
-        amsgrad = [group["amsgrad"] for group in groups]
-        if self.plan is not None and change == Change.SETTINGS and amsgrad == self._planned_amsgrad:
+        options = [tuple(group[name] for name in STATE_OPTIONS) for group in groups]
+        if self.plan is not None and change == Change.SETTINGS and options == self._planned_options:
             for device, device_plan in self.plan.devices.items():
                 self._fill_settings(device_plan, groups, device)
             self.runner.update_settings()
         else:
             self.plan = self.make_plan(attributes)
-            self._planned_amsgrad = amsgrad
+            self._planned_options = options
             self.runner.bind(self.plan, attributes)
         return self.runner
 
@@ -157,6 +169,13 @@ class Engine:
         for _, param, name in named:
             parameters.check_parameter(param, name)
             parameters.check_gradient(param, name)
+        storages = {param: storage_of(param, groups[index], name) for index, param, name in named}
+        if not self.backend.STORES_FEWER_BITS and any(not storages[param].is_plain(param) for param in storages):
+            raise NotImplementedError(
+                f"the {self.backend.NAME} backend does not store moments or weights in fewer bits yet: leave "
+                "master_weight_bits, exp_avg_dtype, exp_avg_sq_dtype and stochastic_rounding out, or give "
+                "FusedAdamW backend='reference'"
+            )
         parameters.check_memory([(name, param) for _, param, name in named])
         parameters.check_sharing([(name, param) for _, param, name in named if param.grad is not None])
         self.release_state()
@@ -173,8 +192,7 @@ class Engine:
         entries: dict[Tensor, TensorEntry] = {}
         for index, param, name in named:
             if is_complete(states.get(param)) and not is_idle(param, states[param]):
-                amsgrad = groups[index]["amsgrad"]
-                entry = make_entry(param, states[param], index, ordinals[param], amsgrad=amsgrad, where=name)
+                entry = make_entry(param, states[param], index, ordinals[param], storages[param], name)
                 devices[param.device].entries.append(entry)
                 entries[param] = entry
         trained = [(param, entries.get(param)) for _, param, _ in named]
@@ -193,7 +211,7 @@ class Engine:
             elif not isinstance(state, dict):
                 raise TypeError(f"{name}: its state must be a dict, got {shown(state)}; del optimizer.state[p]")
             if parameters.is_trained(param):
-                starting.append((state, param, name, groups[index]["amsgrad"]))
+                starting.append((state, param, name, storage_of(param, groups[index], name)))
         complete_states(starting)
 
     def _fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
@@ -216,7 +234,8 @@ class Engine:
         groups = attributes["param_groups"]
         changed = [group for group in groups if not group.is_settled()]
         for group in changed:
-            group.setdefault("lr_scale", 1.0)
+            for name, value in NEWER_SETTINGS.items():
+                group.setdefault(name, value)
             for name, value in checked_settings(group).items():
                 if value is not group[name]:
                     group[name] = value
@@ -268,7 +287,7 @@ class Engine:
     def state_on(self, device: torch.device) -> StepState:
         """The counters on a device."""
         if device not in self.states:
-            state = StepState(device, self.skip_nonfinite, 0)
+            state = StepState(device, self.skip_nonfinite, self.seed)
             for other in self.states.values():
                 state.completed.copy_(other.completed)
                 state.skipped.copy_(other.skipped)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -18,10 +18,11 @@ from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import reference
 from nexus.backends.interface import Backend, StepState
-from nexus.optim import checkpoint, onlookers, parameters
+from nexus.optim import checkpoint, master, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
 from nexus.optim.history import History
+from nexus.optim.storage import average_bytes, check_seed, storage_of
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -62,9 +63,19 @@ class FusedAdamW(Optimizer):
             Triton runs) and `"reference"` (plain PyTorch, any device).
         norm_group: processes whose optimizers have other parameters of the same model, each its own: the gradient
             norm is that of all of them, and what one skips, all skip. DTensors need none, nor does DDP.
+        master_weight_bits: of bfloat16 parameters, keep the low bits of a float32 master weight, so that it has 24
+            or all 32 of its bits: 1 or 2 bytes more. None: none.
+        exp_avg_dtype: how the first moment is stored: `torch.float32`, `torch.bfloat16` or `torch.int8`. None: in the
+            type of the arithmetic.
+        exp_avg_sq_dtype: the same for the second moment: `torch.float32`, `torch.bfloat16` or `torch.uint8`. Tensors
+            of fewer than 4,096 elements have float32 moments in any case.
+        stochastic_rounding: what is stored with fewer bits than it is computed in is rounded up or down by chance,
+            in proportion: bfloat16 parameters and moments, and second moments in 8 bits.
+        seed: of that chance, an int in [0, 2**63). The same seed gives the same bits, on any device, by any number
+            of threads or processes.
 
-    A group may have its own value of each of these but the last three, and an `lr_scale` (1.0) that multiplies its
-    schedule.
+    A group may have its own value of each of these but `skip_nonfinite`, `backend`, `norm_group` and `seed`, and an
+    `lr_scale` (1.0) that multiplies its schedule.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a parameter that cannot be
@@ -103,6 +114,11 @@ class FusedAdamW(Optimizer):
         skip_nonfinite: bool = False,
         backend: str = "auto",
         norm_group: ProcessGroup | None = None,
+        master_weight_bits: int | None = None,
+        exp_avg_dtype: torch.dtype | None = None,
+        exp_avg_sq_dtype: torch.dtype | None = None,
+        stochastic_rounding: bool = False,
+        seed: int = 0,
     ) -> None:
         check_torch_options(
             betas=betas, capturable=capturable, differentiable=differentiable, foreach=foreach, fused=fused
@@ -115,6 +131,10 @@ class FusedAdamW(Optimizer):
             "amsgrad": amsgrad,
             "maximize": maximize,
             "max_grad_norm": max_grad_norm,
+            "master_weight_bits": master_weight_bits,
+            "exp_avg_dtype": exp_avg_dtype,
+            "exp_avg_sq_dtype": exp_avg_sq_dtype,
+            "stochastic_rounding": stochastic_rounding,
             "lr_scale": 1.0,
             "lr_schedule": None,
             "weight_decay_schedule": None,
@@ -124,7 +144,8 @@ class FusedAdamW(Optimizer):
             raise TypeError(f"skip_nonfinite must be a bool, got {shown(skip_nonfinite)}")
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a string, got {shown(backend)}")
-        self._engine = Engine(backend, skip_nonfinite=skip_nonfinite, norm_group=norm_group)
+        check_seed(seed)
+        self._engine = Engine(backend, skip_nonfinite=skip_nonfinite, norm_group=norm_group, seed=seed)
         self._new_params: set[int] | None = set()  # of the groups so far, while they are made
         onlookers.mark_for_dynamo()
         super().__init__(params, defaults)
@@ -248,6 +269,7 @@ class FusedAdamW(Optimizer):
         for _, param, name in parameters.named_parameters([added], first=count):
             if parameters.is_trained(param):
                 parameters.check_parameter(param, name)
+                storage_of(param, added, name)
         groups.append(added)
         if self._new_params is not None:  # the constructor asks the rest of all groups at once
             self._new_params.update(map(id, tensors))
@@ -261,9 +283,15 @@ class FusedAdamW(Optimizer):
             raise
 
     @_disable_dynamo
-    def state_dict(self) -> dict[str, Any]:
-        """As `torch.optim.AdamW`'s, which can load it; with each schedule and its counter. Reads the device."""
-        return checkpoint.state_dict(self)
+    def state_dict(self, *, compact: bool = False) -> dict[str, Any]:
+        """As `torch.optim.AdamW`'s, which can load it; with each schedule and its counter. Reads the device.
+
+        Args:
+            compact: leave moments and master weights as they are stored, so that the checkpoint is as large as the
+                state; `load_state_dict` alone reads it. Else moments are float32, and a master weight is there as
+                `master_param`, float32 too.
+        """
+        return checkpoint.state_dict(self, compact=compact)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what this optimizer, `torch.optim.AdamW` or another AdamW has saved; what it lacks is gone then.
@@ -276,6 +304,40 @@ class FusedAdamW(Optimizer):
             ValueError: an entry does not fit, or is another optimizer's; it is named, and nothing is changed.
         """
         checkpoint.load_state_dict(self, state_dict)
+
+    @_disable_dynamo
+    def load_master(self, weights: Mapping[str, Tensor] | Iterable[Tensor]) -> None:
+        """Take float32 weights, such as a model has before `model.bfloat16()`, with all bits that masters have.
+
+        The parameters become these weights, rounded. What moments there are stay.
+
+        Args:
+            weights: float32, by the names of the parameters, as `state_dict()` of the model has them (the optimizer
+                is then to be made with `model.named_parameters()`), or in the order of the optimizer's parameters.
+
+        Raises:
+            ValueError: a weight is missing or does not fit, or there is no master weight for it. Nothing is changed.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> model = torch.nn.Linear(4, 1)
+        >>> weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+        >>> optimizer = FusedAdamW(model.bfloat16().named_parameters(), lr=1e-3, master_weight_bits=32)
+        >>> optimizer.load_master(weights)
+        """
+        master.load_master(self, weights)
+
+    @_disable_dynamo
+    def bytes_per_parameter(self) -> float:
+        """Bytes that an element of the trained parameters takes on average: its own, its gradient's, its state's.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> weight = torch.nn.Parameter(torch.zeros(64, 64, dtype=torch.bfloat16))
+        >>> FusedAdamW([weight], exp_avg_dtype=torch.int8, exp_avg_sq_dtype=torch.uint8).bytes_per_parameter()
+        6.0625
+        """
+        return average_bytes(self.param_groups)
 
     @_disable_dynamo
     def __getstate__(self) -> dict[str, Any]:

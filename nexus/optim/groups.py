@@ -15,11 +15,12 @@ from torch._subclasses import FakeTensor
 
 from nexus.arguments import as_real, check_number, shown
 from nexus.backends.interface import LAST_WRITE, GroupSettings, Rate
+from nexus.optim.storage import STORAGE_DEFAULTS, check_choice
 from nexus.schedules import Schedule
 
 SCHEDULABLE = ("lr", "weight_decay")
 
-OF_ALL = ("skip_nonfinite", "backend", "norm_group")
+OF_ALL = ("skip_nonfinite", "backend", "norm_group", "seed")
 """Options of the optimizer that no group can have for itself."""
 
 OWN_SCHEDULE = (
@@ -257,9 +258,19 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "amsgrad": _flag,
     "maximize": _flag,
     "max_grad_norm": _limit,
+    "master_weight_bits": check_choice,
+    "exp_avg_dtype": check_choice,
+    "exp_avg_sq_dtype": check_choice,
+    "stochastic_rounding": _flag,
 }
 """The keys of a group whose values a step uses. Each has a check, which returns what was given as a number of
 Python's: in an array or a tensor, a change would go unnoticed."""
+
+NEWER_SETTINGS: dict[str, Any] = {"lr_scale": 1.0, **STORAGE_DEFAULTS}
+"""The settings that a group of torch's AdamW has not, with their defaults."""
+
+STATE_OPTIONS = ("amsgrad", *STORAGE_DEFAULTS)
+"""The settings on which it depends what the state of a parameter has."""
 
 WATCHED_NAMES = (*SETTINGS, "differentiable", *OF_ALL)
 """The keys of a group that are looked at again when their value is another object."""

@@ -9,49 +9,53 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus.arguments import MAX_STEP, shown
-from nexus.backends import sharding
+from nexus.backends import codecs, sharding
+from nexus.backends.codecs import SCALED, flat
 from nexus.backends.interface import STATE_NAMES, StateStreams, TensorEntry
 from nexus.backends.sharding import local, respread
 from nexus.optim.parameters import is_dense, is_freed, same_layout
+from nexus.optim.storage import Storage, moment_dtype
 
 REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
 MOMENTS = STATE_NAMES[1:4]
+SAVED_NAMES = (*STATE_NAMES, "master_param")
+
+
+def scale_name(moment: str) -> str:
+    """The key of a moment's scales in the state."""
+    return f"{moment}_scale"
 
 
 def make_entry(
-    param: Tensor, state: dict[str, Any], group: int, ordinal: int, *, amsgrad: bool, where: str
+    param: Tensor, state: dict[str, Any], group: int, ordinal: int, storage: Storage, where: str
 ) -> TensorEntry:
     """The streams of a parameter whose `state` is complete (see `complete_states`).
 
-    State tensors that were put there by hand are laid out as the parameter is; what does not fit is an error.
+    State tensors that were put there by hand, or are stored otherwise than `storage` says, are made anew as it says,
+    and laid out as the parameter is; what does not fit is an error.
     """
     target = local(param).detach()
     param_buffer = None if is_dense(target) else torch.empty(target.shape, dtype=param.dtype, device=param.device)
     target = target if param_buffer is None else param_buffer
     for name in MOMENTS:
         if name in state:
-            state[name] = _fitting_moment(state[name], param, target, f"{where}: state {name!r}")
+            dtype = storage.exp_avg if name == "exp_avg" else storage.exp_avg_sq
+            _fit_moment(state, name, dtype, param, target, f"{where}: state {name!r}")
+    fit_master(state, storage, param, target, f"{where}: state 'master_low'")
     grad, grad_buffer = param.grad, None
     if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
+    used = [name for name in STATE_NAMES if storage.amsgrad or not name.startswith("max_")]
+    streams = {name: local(state[name]) if name in used and name in state else None for name in STATE_NAMES}
     return TensorEntry(
         original=param,
         group=group,
         param_buffer=param_buffer,
         grad_buffer=grad_buffer,
-        state=StateStreams(
-            exp_avg=local(state["exp_avg"]),
-            exp_avg_sq=local(state["exp_avg_sq"]),
-            max_exp_avg_sq=local(state["max_exp_avg_sq"]) if amsgrad else None,
-            exp_avg_scale=None,
-            exp_avg_sq_scale=None,
-            max_exp_avg_sq_scale=None,
-            master_low=None,
-            step=state["step"].reshape(()),
-        ),
+        state=StateStreams(**streams | {"step": state["step"].reshape(())}),
         ordinal=ordinal,
-        first=0,
-        stochastic_rounding=False,
+        first=sharding.first_element(param),
+        stochastic_rounding=storage.stochastic_rounding,
     )
 
 
@@ -62,19 +66,14 @@ def _is_readable(grad: Tensor, param: Tensor) -> bool:
     return sharding.is_read_in_place(grad, param) and has_memory and not part.is_neg()
 
 
-def moment_dtype(param: Tensor) -> torch.dtype:
-    """Of the moments and of the arithmetic: float32 for half precision, the parameter's own otherwise."""
-    return torch.float64 if param.dtype == torch.float64 else torch.float32
-
-
 def is_complete(state: object) -> bool:
     """Whether this is the state of a parameter. What is empty, or a part of one, is none yet, whoever made it."""
     return isinstance(state, dict) and all(state.get(name) is not None for name in REQUIRED)
 
 
 @torch.inference_mode(False)  # the state outlives a mode in which the first step may be made
-def complete_states(states: list[tuple[dict[str, Any], Tensor, str, bool]]) -> None:
-    """Fill in what is missing of each (state, its parameter, the name of that in an error, amsgrad): zeros.
+def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -> None:
+    """Fill in what is missing of each (state, its parameter, the name of that in an error, how it is stored): zeros.
 
     Keys that are not a state's own are the user's. A count of another type, such as torch's float32, which sticks at
     2**24, becomes float64.
@@ -97,17 +96,21 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, bool]]) -> N
             count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
             state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
         _check_memory(state["step"], f"{where}: state 'step'")
-    for name in MOMENTS:  # one after the other: a step goes through each in the order of the parameters
-        lacking = [
-            (state, param, torch.empty(0, dtype=moment_dtype(param), device=local(param).device))
-            for state, param, _, amsgrad in states
-            if name not in state and (amsgrad or name != "max_exp_avg_sq")
-        ]
+    for name in (*MOMENTS, "master_low"):  # one after the other: a step goes through each in the parameters' order
+        lacking = []
+        for state, param, _, storage in states:
+            dtype = storage.streams().get(name)
+            if dtype is not None and name not in state:
+                stream = torch.empty(0, dtype=dtype, device=local(param).device)
+                lacking.append((state, param, stream))
         # Their memory comes once all tensors are made, so that it lies together: 1,000 small ones step 10% faster.
-        for state, param, moment in lacking:
+        for state, param, stream in lacking:
             part = local(param).detach()
-            moment.resize_(part.numel()).zero_().as_strided_(part.shape, _dense_stride(part))
-            state[name] = sharding.spread_like(param, moment)
+            stream.resize_(part.numel()).zero_().as_strided_(part.shape, _dense_stride(part))
+            state[name] = sharding.spread_like(param, stream)
+            if name in MOMENTS and stream.dtype in SCALED:
+                count = codecs.scale_count(part.numel())
+                state[scale_name(name)] = torch.zeros(count, dtype=torch.float32, device=part.device)
 
 
 def _check_memory(value: Tensor, where: str) -> None:
@@ -130,11 +133,11 @@ def check_unshared(state: object, param: Tensor, where: str) -> None:
     for name in MOMENTS:
         moment = state.get(name)
         if isinstance(moment, Tensor) and moment.shape != param.shape:
-            _check_unshared(moment, f"{where}: state {name!r}", _like(param))
+            _check_unshared(moment, f"{where}: state {name!r}", _like(moment_dtype(param)))
 
 
-def _like(param: Tensor) -> str:
-    return f"of {moment_dtype(param)}, laid out as the parameter"
+def _like(dtype: torch.dtype) -> str:
+    return f"of {dtype}, laid out as the parameter"
 
 
 def _check_unshared(value: object, where: str, fitting: str = "") -> None:
@@ -154,19 +157,71 @@ def _dense_stride(param: Tensor) -> tuple[int, ...]:
     return torch.empty(param.shape, device="meta").stride()
 
 
-def _fitting_moment(moment: Any, param: Tensor, target: Tensor, where: str) -> Tensor:
+def _fit_moment(
+    state: dict[str, Any], name: str, dtype: torch.dtype, param: Tensor, target: Tensor, where: str
+) -> None:
+    """See to it that a moment in the state is stored as `dtype`, and laid out as `target`, the parameter here."""
+    moment, scale = state[name], state.get(scale_name(name))
     if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != target.device:
         given = f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
         raise ValueError(f"{where} must be of shape {tuple(param.shape)} on {target.device}, got {given}")
     _check_memory(moment, where)
-    dtype = moment_dtype(target)
+    check_scale(moment, scale, where)
     if sharding.same_spread(moment, param):
         part = local(moment)
         if part.dtype == dtype and is_dense(part) and same_layout(part, target):
-            return moment
-    _check_unshared(moment, where, _like(param))
-    fitting = torch.empty_like(target, dtype=dtype).copy_(respread(moment, param))
-    return sharding.spread_like(param, fitting)
+            if dtype not in SCALED:
+                state.pop(scale_name(name), None)
+            return
+    for each in (moment, scale):
+        _check_unshared(each, where, _like(dtype))
+    value = torch.empty_like(target, dtype=moment_dtype(target)).copy_(respread(_value(moment, scale), param))
+    stored, scale = codecs.encoded(flat(value), dtype)
+    state[name] = sharding.spread_like(param, stored.as_strided(value.shape, value.stride()))
+    state.pop(scale_name(name), None)
+    if scale is not None:
+        state[scale_name(name)] = scale
+
+
+def check_scale(moment: Tensor, scale: object, where: str) -> None:
+    """Refuse a moment in 8 bits without the scales that belong to it."""
+    if moment.dtype in SCALED:
+        part = local(moment)
+        count = codecs.scale_count(part.numel())
+        if not isinstance(scale, Tensor) or scale.shape != (count,) or scale.dtype != torch.float32:
+            given = f"{tuple(scale.shape)} of {scale.dtype}" if isinstance(scale, Tensor) else shown(scale)
+            raise ValueError(
+                f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, got {given}"
+            )
+
+
+def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
+    """A moment as float32 (float64 as it is), in its own shape and layout, spread as it is."""
+    part = local(moment)
+    if moment.dtype not in SCALED:
+        return moment.detach()
+    part = part if is_dense(part) else part.contiguous()
+    value = codecs.decoded(flat(part), scale)
+    return sharding.spread_like(moment, value.as_strided(part.shape, part.stride()))
+
+
+def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor, where: str) -> None:
+    """See to it that the low bits of the master weight are those that `storage` wants, laid out as `target`."""
+    low = state.get("master_low")
+    if low is None or storage.master_low is None:
+        state.pop("master_low", None)
+        if storage.master_low is not None:  # from here on: the weight is what the parameter is
+            state["master_low"] = sharding.spread_like(param, torch.zeros_like(target, dtype=storage.master_low))
+        return
+    part = local(low)
+    if part.shape != target.shape or part.dtype not in codecs.LOW_DTYPES.values():
+        raise ValueError(f"{where} must be of shape {tuple(param.shape)} and as nexus made it, got {shown(low)}")
+    if part.dtype == storage.master_low and is_dense(part) and same_layout(part, target):
+        return
+    upper = torch.empty_like(target).copy_(local(param).detach())
+    fitting = torch.empty_like(target, dtype=part.dtype).copy_(part)
+    stored, _ = codecs.low_bits(codecs.master(flat(upper), flat(fitting)), flat(upper), storage.master_low)
+    state["master_low"] = sharding.spread_like(param, stored.as_strided(target.shape, fitting.stride()))
 
 
 def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
@@ -178,7 +233,25 @@ def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
     return elsewhere or any(local(each).untyped_storage().nbytes() == 0 for each in (param, *moments))
 
 
-def check_saved(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
+def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
+    """A parameter's state as it is saved: with moments in the type of the arithmetic, and a whole master weight."""
+    scaled = [
+        name for name in MOMENTS if isinstance(state.get(name), Tensor) and state[name].dtype != moment_dtype(param)
+    ]
+    if not scaled and "master_low" not in state:
+        return state
+    saved = {name: value for name, value in state.items() if name not in STATE_NAMES[4:]}
+    for name in scaled:
+        saved[name] = _value(state[name], state.get(scale_name(name)))
+        saved[name] = saved[name].to(moment_dtype(param))
+    if "master_low" in state:
+        master = saved_master(state, param)
+        assert master is not None
+        saved["master_param"] = sharding.spread_like(param, master)
+    return saved
+
+
+def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
     """Raise where the saved state of a parameter, `state[key]`, does not fit it."""
     if state is None or (isinstance(state, dict) and not state):
         return
@@ -192,7 +265,7 @@ def check_saved(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
         )
 
     present = state if isinstance(state, dict) else {}
-    names = STATE_NAMES if amsgrad or "max_exp_avg_sq" in present else REQUIRED
+    names = STATE_NAMES[:4] if storage.amsgrad or "max_exp_avg_sq" in present else REQUIRED
     missing = ", ".join(name for name in names if name not in present)
     if missing:
         given = str(sorted(map(str, state))) if isinstance(state, dict) else shown(state)
@@ -205,6 +278,9 @@ def check_saved(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
             given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
             raise refusal(f": {name} must be of shape {tuple(param.shape)}, got {given}; another model's, perhaps")
+        if moment.dtype == (torch.int8 if name == "exp_avg" else torch.uint8):
+            check_scale(moment, state.get(scale_name(name)), f"{where}: {name}")
+            continue
         if moment.layout != torch.strided or not moment.is_floating_point() or moment.is_meta:
             raise refusal(
                 f": {name} must be dense, of floating point and not on meta, got {moment.dtype}, {moment.layout} on "
@@ -215,6 +291,7 @@ def check_saved(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
         wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
         if name != "exp_avg" and bool((wide < 0).any()):
             raise refusal(f": {name} is negative somewhere, which no average of squares is")
+    check_master(state, param, storage, where)
     step = state["step"]
     if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):
         raise refusal(
@@ -228,8 +305,49 @@ def check_saved(state: Any, param: Tensor, key: Any, *, amsgrad: bool) -> None:
         raise refusal(f": step must be from 0 to 2**53, got {shown(step)}")
 
 
+@torch.no_grad()
+def saved_master(saved: dict[str, Any], param: Tensor) -> Tensor | None:
+    """The part here of a saved float32 master weight; None where there is none."""
+    low, weight = saved.get("master_low"), saved.get("master_param")
+    if low is not None:  # of a compact state dict
+        part = local(param).detach()
+        upper = torch.empty_like(local(low), dtype=part.dtype).copy_(part)
+        return codecs.master(flat(upper), flat(local(low))).as_strided(upper.shape, upper.stride())
+    return None if weight is None else respread(weight.detach(), param).to(local(param).device)
+
+
+def check_master(saved: dict[str, Any], param: Tensor, storage: Storage, where: str) -> None:
+    """Raise where the master weight in the saved state of a parameter does not fit that parameter."""
+    weight, low = saved.get("master_param"), saved.get("master_low")
+    for name, value, dtypes in (
+        ("master_param", weight, (torch.float32,)),
+        ("master_low", low, tuple(codecs.LOW_DTYPES.values())),
+    ):
+        if value is not None and (
+            not isinstance(value, Tensor) or value.shape != param.shape or value.dtype not in dtypes
+        ):
+            given = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
+            raise ValueError(
+                f"{where}: {name} must be of shape {tuple(param.shape)} and of {dtypes[0]}, got {given}; delete the "
+                "entry to go on from the parameter as it is"
+            )
+    if weight is None or storage.master_low is None:
+        return
+    master = saved_master(saved, param)
+    assert master is not None
+    upper = local(param).detach()
+    _, same = codecs.low_bits(master.contiguous().view(-1), upper.contiguous().view(-1), storage.master_low)
+    if not bool(same.all()):
+        raise ValueError(
+            f"{where}: master_param is not what the parameter is rounded from, in {int((~same).sum())} of "
+            f"{same.numel()} elements: the model has other weights than it was saved with. Load the model's weights "
+            "before the optimizer's state; or delete master_param from the state dict to go on from the parameter as "
+            "it is; or call optimizer.load_master() with the float32 weights after that, to take these"
+        )
+
+
 def loaded(
-    param: Tensor, present: Any, saved: dict[str, Any] | None, where: str, *, in_place: bool
+    param: Tensor, present: Any, saved: dict[str, Any] | None, storage: Storage, where: str, *, in_place: bool
 ) -> dict[str, Any] | None:
     """The state of a parameter after a load: what was saved, in new tensors or in those that must stay."""
     kept = {}
@@ -244,11 +362,27 @@ def loaded(
     if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
         kept = {}  # of the shape that the parameter had before
     del present  # what is not kept is freed before its successor is made
-    complete_states([(kept, param, where, "max_exp_avg_sq" in saved)])
+    complete_states([(kept, param, where, storage._replace(amsgrad="max_exp_avg_sq" in saved))])
     kept["step"].fill_(float(saved["step"]))
     for name in MOMENTS:
-        if name in saved:
-            local(kept[name]).copy_(respread(saved[name].detach(), param))
-        else:
+        if name not in saved:
             kept.pop(name, None)  # of an amsgrad that is over
+            kept.pop(scale_name(name), None)
+            continue
+        stored = local(kept[name])
+        value = respread(_value(saved[name].detach(), saved.get(scale_name(name))), param)
+        if stored.dtype in SCALED:
+            value = torch.empty_like(stored, dtype=torch.float32).copy_(value)
+            codes, scale = codecs.encoded(flat(value), stored.dtype)
+            flat(stored).copy_(codes)
+            kept[scale_name(name)].copy_(scale)
+        else:
+            stored.copy_(value)
+    if "master_low" in kept:
+        low = local(kept["master_low"])
+        master = saved_master(saved, param)
+        low.zero_()
+        if master is not None:
+            upper, weight = (torch.empty_like(low, dtype=each.dtype).copy_(each) for each in (local(param), master))
+            flat(low).copy_(codecs.low_bits(flat(weight), flat(upper), low.dtype)[0])
     return kept

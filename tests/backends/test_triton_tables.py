@@ -2,21 +2,36 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import weakref
+from typing import Any
 
 import pytest
 import torch
-from references import assert_same_run, make_grads, make_params, run_beside_torch, set_grads, step_both
+from graphs_on_cpu import Graph, Graphs
+from references import assert_same_run, make_grads, make_params, params_of, run_beside_torch, set_grads, step_both
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 pytest.importorskip("triton")
 import triton_interpreter  # noqa: F401  # mends it
 
 from nexus.backends import triton as backend
 from nexus.backends.records import layout
-from nexus.backends.triton_tables import CHUNK_ELEMENTS, CapturedGroups, DeviceTable, chunk_words, words
+from nexus.backends.triton_tables import (
+    CHUNK_ELEMENTS,
+    CapturedStep,
+    DeviceTable,
+    Upload,
+    chunk_words,
+    update_captured,
+    words,
+)
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
-from nexus.schedules import Cosine
+from nexus.schedules import WSD, Cosine
+from nexus.training import capture_train_step
 
 # The tables.
 
@@ -24,32 +39,67 @@ from nexus.schedules import Cosine
 def test_a_table_follows_its_words() -> None:
     table = DeviceTable(torch.device("cpu"))
     words = torch.arange(10)
-    first = table.upload(words, capturing=False)
+    first = table.upload(words, capturing=False).memory
     assert torch.equal(first, words)
     words[3] = -1
     words[7] = 2**62 + 1
-    assert table.upload(words, capturing=False) is first  # in place
+    assert table.upload(words, capturing=False).memory is first  # in place
     assert torch.equal(first, words)
-    longer = table.upload(torch.arange(12), capturing=False)
+    longer = table.upload(torch.arange(12), capturing=False).memory
     assert torch.equal(longer, torch.arange(12))
     assert torch.equal(first, words)
 
 
-def test_a_captured_table_belongs_to_its_graph() -> None:
+class WordsAdded(TorchFunctionMode):
+    """Counts what is added from arguments of kernels."""
+
+    count = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch._foreach_add_:
+            self.count += len(args[1])
+        return func(*args, **(kwargs or {}))
+
+
+def captured_upload(table: DeviceTable, words: Tensor) -> tuple[Graph, Tensor, int]:
+    """A graph that uploads words, where it leaves them, and how many of them it holds itself."""
+    with WordsAdded() as added:
+        graph, upload = Graphs().capture(lambda: table.upload(words, capturing=True))
+    return graph, upload.memory, added.count
+
+
+def test_captures_in_a_row_start_from_one_upload() -> None:
+    """A graph holds the words that differ from it alone, and none depends on what another has written."""
     table = DeviceTable(torch.device("cpu"))
-    words = torch.tensor([5, -(2**63), 2**63 - 1, 0])
-    eager = table.upload(words, capturing=False)
-    words[1:3] = torch.tensor([2**60 + 1, -7])
-    captured = table.upload(words, capturing=True)
-    assert captured is eager  # of which a replay writes what has changed
-    assert torch.equal(captured, words)
-    later = table.upload(words + 1, capturing=False)
-    second = table.upload(words + 2, capturing=True)
-    third = table.upload(words + 3, capturing=True)  # nothing was uploaded in between
-    for found, expected in ((captured, words), (later, words + 2), (second, words + 2), (third, words + 3)):
-        assert torch.equal(found, expected)
-    assert later is second
-    assert len({found.data_ptr() for found in (captured, second, third)}) == 3
+    before = torch.tensor([5, -(2**63), 2**63 - 1, 0, 7])
+    live = table.upload(before, capturing=False).memory
+    graphs = []
+    for change in ({1: 2**60 + 1, 2: -7}, {2: -(2**63)}, {}, {0: 6, 1: 2**63 - 1, 2: 1}):
+        words = before.clone()
+        words[list(change)] = torch.tensor(list(change.values()), dtype=torch.int64)
+        graph, memory, held = captured_upload(table, words)
+        assert held == len(change)
+        assert (memory is live) == (not change)
+        graphs.append((graph, memory, words))
+    eager = table.upload(before + 1, capturing=False).memory
+    for graph, memory, words in [*graphs, *reversed(graphs)]:
+        if memory is not live:
+            memory.fill_(-1)  # as an earlier kernel of the graph may do to the graph's own memory
+        graph.replay()
+        assert torch.equal(memory, words)
+        assert torch.equal(live, before)
+        assert torch.equal(eager, before + 1)
+
+
+def test_a_graph_holds_all_words_of_a_table_of_another_length() -> None:
+    table = DeviceTable(torch.device("cpu"))
+    live = table.upload(torch.arange(3), capturing=False).memory
+    graph, memory, held = captured_upload(table, torch.arange(1, 6))
+    assert held == 5
+    memory.fill_(-1)
+    graph.replay()
+    assert torch.equal(memory, torch.arange(1, 6))
+    assert table.upload(torch.arange(3), capturing=False).memory is live
 
 
 def test_graphs_share_a_table_that_is_fixed() -> None:
@@ -59,18 +109,81 @@ def test_graphs_share_a_table_that_is_fixed() -> None:
     assert table.upload(torch.arange(5), capturing=False) is first
 
 
-def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+on_cpu = pytest.mark.skipif(not backend.INTERPRETS, reason="Triton runs on the GPU, where test_gpu.py captures")
+
+
+@on_cpu
+@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "amsgrad": True, "lr": WSD(3, 4, 5, 1e-2)}])
+def test_captures_in_a_row(options: dict[str, Any], graphs: Graphs) -> None:
+    """Each with gradients of its own; their replays and steps between them equal the reference's steps."""
+    params = make_params([(5,), (3, 7), (CHUNK_ELEMENTS + 1,)])
+    optimizer, reference = run_beside_torch(params, "triton", steps=2, **options)
+    captured = []
+    for _ in range(3):
+        static = [torch.zeros_like(param) for param in params]
+        set_grads(params_of(optimizer), static)
+        captured.append((graphs.capture(optimizer.step)[0], static))
+    for step in range(9):
+        if step % 4 == 3:
+            step_both(optimizer, reference, steps=1)  # gradients elsewhere
+            continue
+        graph, static = captured[step % 3]
+        grads = make_grads(params)
+        for target, grad in zip(static, grads, strict=True):
+            target.copy_(grad)
+        graph.replay()
+        reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+@on_cpu
+def test_tables_go_with_their_graph(graphs: Graphs) -> None:
+    """Those of `capture_train_step`, also where a capture fails; of others, they live as long as the optimizer."""
+    model = torch.nn.Linear(4, 1)
+    optimizer = FusedAdamW(model.parameters(), backend="triton")
+
+    def train_step(x: Tensor) -> None:
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+
+    captured = capture_train_step(train_step, optimizer)
+    for _ in range(4):
+        captured(torch.ones(2, 4))
+    runner = engine_of(optimizer).runner
+    assert runner.has_captured()
+    (tables,) = map(weakref.ref, runner._captured)
+    for _ in range(3):
+        captured(torch.ones(3, 4))
+    graphs.fail = RuntimeError("as told")
+    with pytest.raises(RuntimeError, match="as told"):
+        captured(torch.ones(3, 4))
+    graphs.fail = None
+    gc.collect()
+    assert list(runner._captured) == [tables()]
+    captured.reset()
+    gc.collect()
+    assert tables() is None
+    assert not runner.has_captured()
+    graph, _ = graphs.capture(optimizer.step)
+    del graph
+    gc.collect()
+    assert runner.has_captured()
+
+
+@on_cpu
+def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
     params = make_params([(5,), (3,)])
     groups = [{"params": params[:1]}, {"params": params[1:], "lr": Cosine(0.1, 9)}]
     optimizer = FusedAdamW(groups, max_grad_norm=math.inf, backend="triton")
     set_grads(params, make_grads(params))
     optimizer.step()
-    monkeypatch.setattr(backend, "is_capturing", lambda device: True)
-    optimizer.step()  # runs here, too; what matters is the tables that it leaves to a graph
-    monkeypatch.undo()
-    (own,) = engine_of(optimizer).runner._devices.values()
-    captured = own._captured[0]
+    for _ in range(2):  # without a step between
+        graphs.capture(optimizer.step)
+    captured = engine_of(optimizer).runner._kept
+    uploads = [step.groups for step in captured]
     for change in (
+        {"lr": 0.125},
         {"lr": 0.25},
         {"weight_decay": 0.5, "max_grad_norm": 3.0},
         {"betas": (0.1, 0.2), "maximize": True},
@@ -78,13 +191,18 @@ def test_hyperparameters_reach_captured_steps(monkeypatch: pytest.MonkeyPatch) -
         optimizer.param_groups[0].update(change)
         optimizer.sync_hyperparameters()
         (now,) = words(engine_of(optimizer).runner.records.groups(), "Group", [2])
-        assert torch.equal(captured.table, now.flatten())
-    optimizer.step()
-    assert not captured.written_by_replays
+        graphs.capture(optimizer.step)
+        uploads.append(captured[-1].groups)
+        for upload in uploads:
+            assert torch.equal(upload.memory, now.flatten())
+            assert upload.source is None
+    optimizer.param_groups[0]["lr"] = 0.5
+    optimizer.step()  # which is for itself
     group = layout("Group")
-    values = captured.table.view(torch.float64)[: group.words]
-    assert float(values[0]) == 0.25
-    assert values[group.offset("beta1") // 8 : group.offset("maximize") // 8].tolist() == [0.1, 0.2, 1e-8, 3.0]
+    for upload in uploads:
+        values = upload.memory.view(torch.float64)[: group.words]
+        assert float(values[0]) == 0.25
+        assert values[group.offset("beta1") // 8 : group.offset("maximize") // 8].tolist() == [0.1, 0.2, 1e-8, 3.0]
 
 
 def test_a_graph_cannot_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -105,13 +223,45 @@ def test_a_graph_cannot_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatc
     assert_same_run(optimizer, reference)
 
 
+@on_cpu
+def test_a_graph_that_sets_a_hyperparameter_itself(graphs: Graphs) -> None:
+    params = make_params([(5,)])
+    optimizer, reference = run_beside_torch(params, "triton", steps=1)
+    grads = make_grads(params)
+    set_grads(params_of(optimizer), grads)
+    (group,) = optimizer.param_groups
+    group["weight_decay"] = 0.5  # seen by no step before the capture
+    graph, _ = graphs.capture(optimizer.step)
+    optimizer.sync_hyperparameters()  # which asks for nothing else
+    reference.optimizer.param_groups[0]["weight_decay"] = 0.5
+    graph.replay()
+    reference.step(grads)
+    assert_same_run(optimizer, reference)
+    group["weight_decay"] = 0.25
+    with pytest.raises(RuntimeError, match=r"make a step, or call sync_hyperparameters\(\), before the capture"):
+        optimizer.sync_hyperparameters()
+
+
+def captured_step(words: Tensor, *, measures_norm: bool = True, written_by_replays: bool = False) -> CapturedStep:
+    source = torch.zeros_like(words) if written_by_replays else None
+    return CapturedStep(Upload(words.clone(), words.clone(), source), measures_norm, ())
+
+
 def test_what_no_replay_would_use_is_refused() -> None:
-    others = torch.arange(6)
-    CapturedGroups(torch.zeros(5), False, True).update(others, measures_norm=True)  # of another number of groups
-    with pytest.raises(RuntimeError, match="clipping cannot be switched on in it"):
-        CapturedGroups(torch.zeros(6), False, False).update(others, measures_norm=True)
-    with pytest.raises(RuntimeError, match="make a step before the capture"):
-        CapturedGroups(torch.zeros(6), True, True).update(others, measures_norm=True)
+    words = torch.arange(6)
+    good = captured_step(words)
+    of_another_number_of_groups = captured_step(words[:5], measures_norm=False, written_by_replays=True)
+    for bad, match in (
+        (captured_step(words, measures_norm=False), "clipping cannot be switched on in it"),
+        (captured_step(words, written_by_replays=True), "every replay sets that again"),
+    ):
+        with pytest.raises(RuntimeError, match=match):
+            update_captured([good, of_another_number_of_groups, bad], words + 1, measures_norm=True)
+        assert torch.equal(good.groups.memory, words)
+    as_it_is = captured_step(words + 1, written_by_replays=True)
+    update_captured([good, of_another_number_of_groups, as_it_is], words + 1, measures_norm=True)
+    assert torch.equal(good.groups.memory, words + 1)
+    assert torch.equal(of_another_number_of_groups.groups.memory, words[:5])
 
 
 def test_chunks_cover_every_tensor_once() -> None:
@@ -133,6 +283,18 @@ def test_pointers_that_move_are_followed() -> None:
     params = make_params([(9,), (300,)])
     optimizer, reference = run_beside_torch(params, "triton")  # gradients are new tensors
     params[1].data = params[1].data.clone()
+    step_both(optimizer, reference, steps=3)
+    assert_same_run(optimizer, reference)
+
+
+@pytest.mark.usefixtures("where_triton_runs")
+def test_pointers_that_move_after_a_step_in_inference_mode() -> None:
+    optimizer, reference = run_beside_torch(make_params([(9,), (300,)]), "triton", steps=0)
+    grads = make_grads(params_of(optimizer))
+    set_grads(params_of(optimizer), grads)
+    with torch.inference_mode():
+        optimizer.step()
+    reference.step(grads)
     step_both(optimizer, reference, steps=3)
     assert_same_run(optimizer, reference)
 

@@ -109,6 +109,26 @@ def test_a_captured_step_goes_on_with_its_schedule(name: str) -> None:
     assert_same_run(optimizer, reference)
 
 
+def test_a_second_capture_in_a_row_holds_no_more_than_the_first(name: str) -> None:
+    params = params_on("cuda", [(3,)] * 300)
+    optimizer, _ = run_beside_torch(params, name, steps=2, max_grad_norm=1.0)
+    found = []
+    for _ in range(2):
+        set_grads(params_of(optimizer), [torch.ones_like(param) for param in params])  # elsewhere in each
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graph.replay()
+        torch.cuda.synchronize()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+            graph.replay()
+            torch.cuda.synchronize()
+        on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        found.append(sorted(event.name for event in on_device))
+    assert any("update" in kernel for kernel in found[0])
+    assert found[0] == found[1]
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
 def test_parameters_on_several_devices_have_one_norm(name: str) -> None:
     params = [params_on(device, [(5,), (300,)])[0] for device in ("cuda:0", "cuda:1")]

@@ -10,6 +10,8 @@ from side_by_side import Make, both, outcomes, param, params_of, same_of_both, s
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 from torch.testing._internal.logging_tensor import capture_logs_with_logging_tensor_mode
 
+from nexus.optim.storage import STORAGE_DEFAULTS
+
 THEME = "Hooks, closures, printing"
 
 
@@ -105,7 +107,8 @@ def test_the_range_in_the_profiler(make: Make) -> object:
     "Parameter groups",
     "the keys of a group",
     torch="also `foreach, capturable, differentiable, fused, decoupled_weight_decay`",
-    nexus="also `max_grad_norm, lr_scale, lr_schedule, weight_decay_schedule`, and none of those",
+    nexus="also `max_grad_norm, lr_scale, lr_schedule, weight_decay_schedule, master_weight_bits, exp_avg_dtype, "
+    "exp_avg_sq_dtype, stochastic_rounding`, and none of those",
     why="they choose among torch's implementations, of which there is none here",
 )
 def test_repr_and_the_keys_of_a_group() -> None:
@@ -116,7 +119,8 @@ def test_repr_and_the_keys_of_a_group() -> None:
         assert repr(optimizer).splitlines() == [f"{name} (", "Parameter Group 0", *options, ")"]
     first, second = (set(optimizer.param_groups[0]) for optimizer in both_of)
     assert first - second == {"foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
-    assert second - first == {"max_grad_norm", "lr_scale", "lr_schedule", "weight_decay_schedule"}
+    own = {"max_grad_norm", "lr_scale", "lr_schedule", "weight_decay_schedule", *STORAGE_DEFAULTS}
+    assert second - first == own
 
 
 @pytest.mark.parity(

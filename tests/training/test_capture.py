@@ -18,12 +18,22 @@ from graphs_on_cpu import Graph, Graphs
 from references import same_bits
 from torch import Tensor
 
+from nexus.backends import triton
 from nexus.training import capture_train_step
 
 
 @pytest.mark.parametrize("name", LOOPS)
 def test_captured_steps_equal_plain_ones(name: str, graphs: Graphs) -> None:
     plain, captured = (run(name, World(NAME, captured)) for captured in (False, True))
+    assert same_bits(plain, captured)
+    assert "replay" in graphs.events
+
+
+@pytest.mark.skipif(not triton.INTERPRETS, reason="Triton runs on the GPU, where test_capture_gpu.py captures")
+@pytest.mark.parametrize("name", ["other_shapes_in_turns", "scaled", "edited"])
+def test_captured_steps_of_triton_equal_plain_ones(name: str, graphs: Graphs) -> None:
+    pytest.importorskip("triton")
+    plain, captured = (run(name, World("triton", captured)) for captured in (False, True))
     assert same_bits(plain, captured)
     assert "replay" in graphs.events
 

@@ -26,6 +26,7 @@ class CapturedGraph:
     Args:
         graph: that was captured.
         optimizer: whose step is in it.
+        tables: what this step reads.
         inputs: where the graph finds its inputs.
         outputs: where it leaves its outputs.
         gradients: what it does with gradients.
@@ -36,6 +37,7 @@ class CapturedGraph:
         self,
         graph: Graph,
         optimizer: Optimizer,
+        tables: list[object],
         inputs: list[Tensor],
         outputs: Outputs,
         gradients: Gradients,
@@ -43,6 +45,7 @@ class CapturedGraph:
     ) -> None:
         self._graph = graph
         self._optimizer = optimizer
+        self._tables = tables
         self._inputs = inputs
         self._outputs = outputs
         self._gradients = gradients
@@ -52,7 +55,7 @@ class CapturedGraph:
         self._addresses = _addresses(self._params)
         self._options = list(_options(optimizer))
         self._fused = optimizer if isinstance(optimizer, FusedAdamW) else None
-        self._runner = None if self._fused is None else engine_of(self._fused).runner  # whose tables the graph reads
+        self._runner = None if self._fused is None else engine_of(self._fused).runner  # whose memory the graph reads
         self._glance = None if self._fused is None else engine_of(self._fused).glance()
 
     def replay(self, inputs: list[Tensor]) -> Outputs:

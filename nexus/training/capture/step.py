@@ -222,15 +222,14 @@ class _Kind:
             RuntimeError: it cannot be captured; with cause and remedy.
             BaseException: whatever `train_step` raises.
         """
-        if isinstance(self._optimizer, FusedAdamW):  # so that nothing of it becomes a part of each replay
-            engine_of(self._optimizer).follow_changes(attributes_of(self._optimizer))
+        capturing = _capturing(self._optimizer)
         static = [torch.empty_like(tensor, device=device.device).copy_(tensor) for tensor in inputs.tensors]
         args, kwargs = inputs.arguments(static)
         host, random_state = HostState(self._optimizer), device.random_state()
         host.prepare_schedulers()
         torch.clear_autocast_cache()
         try:
-            with self._gradients.captured():
+            with capturing as tables, self._gradients.captured():
                 graph, outputs = device.capture(lambda: read_outputs(train_step(*args, **kwargs)))
             refusal = host.refusal()
             if refusal is not None:
@@ -240,12 +239,22 @@ class _Kind:
             torch.clear_autocast_cache()
             host.restore()
             device.set_random_state(random_state)
-        self.graph = CapturedGraph(graph, self._optimizer, static, outputs, self._gradients, advances)
+        self.graph = CapturedGraph(graph, self._optimizer, tables, static, outputs, self._gradients, advances)
 
     def replay(self, inputs: Inputs) -> Outputs:
         """Make a step by the graph."""
         assert self.graph is not None
         return self.graph.replay(inputs.tensors)
+
+
+def _capturing(optimizer: Optimizer) -> contextlib.AbstractContextManager[list[object]]:
+    """What keeps, for a graph, what it reads of an optimizer."""
+    if isinstance(optimizer, FusedAdamW):
+        engine = engine_of(optimizer)
+        engine.follow_changes(attributes_of(optimizer))  # so that nothing of it becomes a part of each replay
+        if engine.runner is not None:
+            return engine.runner.capturing()
+    return contextlib.nullcontext([])
 
 
 def _parameters(optimizer: Optimizer) -> list[Tensor]:

@@ -1,0 +1,194 @@
+"""How a stream is stored in fewer bits than it is computed in, in plain PyTorch. csrc/codec.h says it to kernels.
+
+A value is float32. Whatever is stored of it is decoded to the same value everywhere, and encoded to the same bits.
+All tensors here are flat, in the order of the memory; see `flat`.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+SCALE_BLOCK = 128
+"""Elements of a moment in 8 bits that share a scale."""
+
+SCALED = (torch.int8, torch.uint8)
+"""How a moment is stored that has scales: the signed one, and the one of squares."""
+
+_SMALLEST_SCALE = 0x10800000  # the bits of 2**-94, of which no code is decoded to a subnormal number
+_INFINITY, _NAN = 0x7F800000, 0x7FC00000
+_INV_127, _INV_255 = 1 / 127, 1 / 255  # multiplied in float32, as which they are rounded once
+
+LOW_DTYPES = {24: torch.uint8, 32: torch.int16}
+"""Of the low bits of a master weight, by its bits."""
+
+
+def flat(tensor: Tensor) -> Tensor:
+    """The elements of a dense tensor in the order in which they lie in memory: a view that any mode may write to."""
+    return tensor.as_strided((tensor.numel(),), (1,)).detach()
+
+
+def scale_count(numel: int) -> int:
+    """How many scales so many elements have."""
+    return -(-numel // SCALE_BLOCK)
+
+
+# Moments. What has a scale is int8, for a signed value, or uint8, for one that is not negative.
+
+
+def decoded(stored: Tensor, scale: Tensor | None) -> Tensor:
+    """The moment that is stored: float32, or float64 as it is."""
+    if scale is None:
+        return stored if stored.dtype == torch.float64 else stored.float()
+    largest = scale.repeat_interleave(SCALE_BLOCK)[: len(stored)]
+    if stored.dtype == torch.int8:
+        root = stored.float() * _INV_127
+        return root * root.abs() * largest
+    squared = (stored.float() * _INV_255).square()
+    return squared * squared * largest
+
+
+def encoded(moment: Tensor, dtype: torch.dtype, chance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+    """What is stored of a moment as `dtype`, and its scales if it has any.
+
+    Args:
+        moment: float32, or float64 to be stored as it is.
+        dtype: `torch.int8` or `torch.uint8`, bfloat16, or the moment's own.
+        chance: int64 from 0 to 65535, one an element, to round up or down by; None: to nearest.
+    """
+    if dtype not in SCALED:
+        stored = moment.to(dtype) if chance is None or dtype != torch.bfloat16 else bfloat16_by_chance(moment, chance)
+        return stored, None
+    scale = _scales(moment)
+    inverse = (_bits(1.0 / scale) + 1).view(torch.float32)  # so that the largest is 1 at least
+    share = moment.abs() * inverse.repeat_interleave(SCALE_BLOCK)[: len(moment)]
+    share = torch.where(share.isnan(), 0.0, share)  # of a block without a scale, every code is the least
+    if dtype == torch.int8:
+        code = (share.sqrt() * 127.0 + 0.5).floor().clamp(0.0, 127.0)
+        code = code + ((code < 127.0) & (_square((code + 0.5) * _INV_127) <= share)).float()
+        code = code - ((code > 0.0) & (_square((code - 0.5) * _INV_127) > share)).float()
+        return torch.where(moment < 0.0, -code, code).to(dtype), scale
+    threshold = torch.full_like(share, 0.5) if chance is None else chance.float() * 2.0**-16
+    code = (share.sqrt().sqrt() * 255.0 + threshold).floor().clamp(1.0, 255.0)
+    above = ((code + 1.0) - threshold) * _INV_255
+    code = code + ((code < 255.0) & (_square(_square(above)) <= share)).float()
+    below = (code - threshold) * _INV_255
+    code = code - ((code > 1.0) & (_square(_square(below)) > share)).float()
+    return code.to(dtype), scale
+
+
+def _square(value: Tensor) -> Tensor:
+    return value * value
+
+
+def _bits(value: Tensor) -> Tensor:
+    return value.view(torch.int32)
+
+
+def _scales(moment: Tensor) -> Tensor:
+    """The largest magnitude of each block, at least 2**-94; of one with a NaN, NaN."""
+    magnitudes = torch.zeros(scale_count(len(moment)) * SCALE_BLOCK, dtype=torch.int32, device=moment.device)
+    magnitudes[: len(moment)] = _bits(moment.abs())
+    bits = magnitudes.view(-1, SCALE_BLOCK).amax(1) if len(moment) else magnitudes
+    bits = bits.clamp(min=_SMALLEST_SCALE)
+    return torch.where(bits > _INFINITY, _NAN, bits).view(torch.float32)
+
+
+# The parameter: bfloat16 that is the rounded half of a float32 master weight.
+
+
+def master(param: Tensor, low: Tensor) -> Tensor:
+    """The float32 master weight, of which `param` (bfloat16) is the upper half and `low` what its dtype says."""
+    upper = _halves(param)
+    width = 16 if low.dtype == torch.int16 else 8
+    lower = low.long() & ((1 << width) - 1)
+    below = lower >> (width - 1)  # the weight is smaller than the parameter, rounded up
+    # Beside a zero that somebody has written over a parameter, such bits would make a NaN.
+    below, lower = (torch.where((upper & 0x7FFF == 0) & (below == 1), 0, each) for each in (below, lower))
+    return _from_bits((((upper - below) << width) | lower) << (16 - width))
+
+
+def split(value: Tensor, low_dtype: torch.dtype, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The bfloat16 half of a master weight, rounded with ties away from zero, and the low bits beside it."""
+    bits = _bits(value).long() & 0xFFFFFFFF
+    if low_dtype == torch.int16:
+        low = bits & 0xFFFF
+        upper = (bits >> 16) + (low >> 15)
+    else:
+        kept = (bits + (0x80 if chance is None else chance >> 8)) >> 8
+        low = kept & 0xFF
+        upper = (kept >> 8) + (low >> 7)
+    upper = torch.where(value.isnan(), (bits >> 16) | 0x40, upper)
+    return _from_halves(upper), torch.where(value.isnan(), 0, low).to(low_dtype)
+
+
+def low_bits(value: Tensor, param: Tensor, low_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """The low bits with which `param` is nearest to a master weight, and whether it is that weight rounded."""
+    offset = (_bits(value).long() & 0xFFFFFFFF) - (_halves(param) << 16)
+    same = (offset.abs() <= 0x8000) | (value.isnan() & param.isnan())  # to even, too, as torch rounds
+    offset = torch.where(same & ~value.isnan(), offset, 0)
+    if low_dtype == torch.int16:
+        return offset.clamp(max=0x7FFF).to(low_dtype), same
+    return (((offset + 0x80) >> 8).clamp(-0x80, 0x7F) & 0xFF).to(low_dtype), same
+
+
+def bfloat16_by_chance(value: Tensor, chance: Tensor) -> Tensor:
+    """Rounded up or down, in proportion to how near each is."""
+    bits = _bits(value).long() & 0xFFFFFFFF
+    return _from_halves(torch.where(value.isnan(), (bits >> 16) | 0x40, (bits + chance) >> 16))
+
+
+def _halves(value: Tensor) -> Tensor:
+    return value.view(torch.int16).long() & 0xFFFF
+
+
+def _from_halves(bits: Tensor) -> Tensor:
+    return bits.to(torch.int16).view(torch.bfloat16)  # modulo 2**16
+
+
+def _from_bits(bits: Tensor) -> Tensor:
+    return bits.to(torch.int32).view(torch.float32)
+
+
+# Chance.
+
+
+class Chance(NamedTuple):
+    """Where the chance of one parameter's update comes from: Philox4x32-10 (Salmon et al. 2011, SC '11)."""
+
+    seed: int
+    ordinal: int  # of the parameter in the optimizer
+    step: Tensor  # the parameter's own count of updates, with this one
+    first: int  # place of its first element in the whole tensor
+
+    def of(self, stream: int, numel: int) -> Tensor:
+        """int64 from 0 to 65535, one for each of `numel` elements of a stream.
+
+        A counter serves eight elements of the whole tensor, so a shard's are those of the whole.
+        """
+        begin = self.first // 8
+        groups = torch.arange(begin, (self.first + numel + 7) // 8, device=self.step.device)
+        step = self.step.to(torch.int64) & 0xFFFFFFFF
+        counter = [
+            groups & 0xFFFFFFFF,
+            torch.full_like(groups, self.ordinal & 0xFFFFFFFF),
+            stream | ((groups >> 32) << 8),
+            step.expand_as(groups),
+        ]
+        words = torch.stack(philox(counter, (self.seed & 0xFFFFFFFF, (self.seed >> 32) & 0xFFFFFFFF)), dim=1)
+        halves = torch.stack([words & 0xFFFF, words >> 16], dim=2).flatten()
+        return halves[self.first - 8 * begin :][:numel]
+
+
+def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
+    """Four random words of 32 bits for each counter of four; all int64."""
+    a, b, c, d = counter
+    k0, k1 = key
+    for _ in range(10):
+        first, second = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2**64
+        a, b = (second >> 32 & 0xFFFFFFFF) ^ b ^ k0, second & 0xFFFFFFFF
+        c, d = (first >> 32 & 0xFFFFFFFF) ^ d ^ k1, first & 0xFFFFFFFF
+        k0, k1 = (k0 + 0x9E3779B9) & 0xFFFFFFFF, (k1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [a, b, c, d]

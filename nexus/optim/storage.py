@@ -1,0 +1,182 @@
+"""How the state of a parameter is stored: what its group asks for, as far as the parameter can have it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from nexus.arguments import shown
+from nexus.backends.codecs import LOW_DTYPES, SCALE_BLOCK, SCALED
+from nexus.optim.parameters import is_trained, named_parameters
+
+STORAGE_DEFAULTS: dict[str, Any] = {
+    "master_weight_bits": None,
+    "exp_avg_dtype": None,
+    "exp_avg_sq_dtype": None,
+    "stochastic_rounding": False,
+}
+"""The options of a group that say how state is stored, and what each is where nothing is asked for."""
+
+CHOICES: dict[str, tuple[Any, ...]] = {
+    "master_weight_bits": (None, *LOW_DTYPES),
+    "exp_avg_dtype": (None, torch.float32, torch.bfloat16, torch.int8),
+    "exp_avg_sq_dtype": (None, torch.float32, torch.bfloat16, torch.uint8),
+}
+
+SMALL = 4096
+"""A tensor of fewer elements, the whole of it, keeps float32 moments: fewer bits would save next to nothing."""
+
+
+class Storage(NamedTuple):
+    """The dtype of each stream of a parameter's state; None for what it has not."""
+
+    exp_avg: torch.dtype
+    exp_avg_sq: torch.dtype
+    amsgrad: bool
+    master_low: torch.dtype | None = None
+    stochastic_rounding: bool = False
+
+    def is_plain(self, param: Tensor) -> bool:
+        """Whether all is stored as it is computed in, and the parameter rounded to nearest."""
+        wide = self.exp_avg == self.exp_avg_sq == moment_dtype(param)
+        return wide and self.master_low is None and not self.stochastic_rounding
+
+    def moments(self) -> dict[str, torch.dtype]:
+        """By their names in the state."""
+        moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}
+        return moments | {"max_exp_avg_sq": self.exp_avg_sq} if self.amsgrad else moments
+
+    def streams(self) -> dict[str, torch.dtype]:
+        """By their names in the state, with the low bits of a master weight."""
+        return self.moments() | ({} if self.master_low is None else {"master_low": self.master_low})
+
+
+def moment_dtype(param: Tensor) -> torch.dtype:
+    """Of the arithmetic, and of moments as they are by default: float64 for a float64 parameter, else float32."""
+    return torch.float64 if param.dtype == torch.float64 else torch.float32
+
+
+def check_choice(name: str, value: Any) -> Any:
+    """Check one of the options of `CHOICES`.
+
+    Raises:
+        TypeError, ValueError: naming the option, what was given and what is allowed.
+    """
+    allowed = CHOICES[name]
+    if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):
+        value = int(value)  # of any library
+    if not any(type(value) is type(each) and value == each for each in allowed):
+        listed = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
+        kind = ValueError if isinstance(value, (torch.dtype, int)) else TypeError
+        raise kind(f"{name} must be {listed}, got {shown(value)}")
+    return value
+
+
+def check_seed(seed: Any) -> None:
+    """Check the seed of an optimizer's chance.
+
+    Raises:
+        TypeError, ValueError: with what is allowed.
+    """
+    if not isinstance(seed, int) or isinstance(seed, bool):
+        raise TypeError(f"seed must be an int from 0 to 2**63 - 1, got {shown(seed)}")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed must be an int from 0 to 2**63 - 1, got {shown(seed)}")
+
+
+def storage_of(param: Tensor, group: dict[str, Any], where: str) -> Storage:
+    """How the state of a parameter is to be stored. `where` names the parameter in an error.
+
+    Raises:
+        ValueError: the parameter cannot have what its group asks for. With the remedy.
+    """
+    asked = {name: group.get(name, default) for name, default in STORAGE_DEFAULTS.items()}
+    amsgrad = group["amsgrad"]
+    if asked == STORAGE_DEFAULTS:
+        return Storage(moment_dtype(param), moment_dtype(param), amsgrad)
+    bits = asked["master_weight_bits"]
+    remedy = "give such parameters a group of their own, without it"
+    for name, value in asked.items():
+        if param.dtype == torch.float64 and value != STORAGE_DEFAULTS[name]:
+            raise ValueError(f"{where} is of float64, for which there is no {name}={value}: {remedy}")
+    if bits is not None and param.dtype == torch.float16:
+        raise ValueError(
+            f"{where} is of float16, which is no upper half of a float32 master weight: master_weight_bits={bits} is "
+            f"for bfloat16. Train in bfloat16, or {remedy}"
+        )
+    if bits == 24 and param.dtype == torch.float32:
+        raise ValueError(
+            f"{where} is of float32, and a master weight of 24 bits has less: master_weight_bits=24 is for bfloat16; "
+            f"{remedy}"
+        )
+    if asked["stochastic_rounding"] and param.dtype == torch.float16:
+        raise ValueError(f"{where} is of float16, which is not rounded by chance: use bfloat16, or {remedy}")
+    small = param.numel() < SMALL
+    return Storage(
+        exp_avg=torch.float32 if small else asked["exp_avg_dtype"] or torch.float32,
+        exp_avg_sq=torch.float32 if small else asked["exp_avg_sq_dtype"] or torch.float32,
+        amsgrad=amsgrad,
+        master_low=LOW_DTYPES[bits] if bits is not None and param.dtype == torch.bfloat16 else None,
+        stochastic_rounding=asked["stochastic_rounding"],
+    )
+
+
+def bytes_of(param: Tensor, storage: Storage, *, gradient: torch.dtype | None) -> float:
+    """Bytes that each element of a parameter takes: its own, those of its state, and of a gradient if it has one."""
+    total = param.dtype.itemsize + (0 if gradient is None else gradient.itemsize)
+    total += 0 if storage.master_low is None else storage.master_low.itemsize
+    return total + sum(
+        dtype.itemsize + (4 / SCALE_BLOCK if dtype in SCALED else 0) for dtype in storage.moments().values()
+    )
+
+
+def average_bytes(groups: list[Any]) -> float:
+    """Those of an element of the trained parameters of some groups, with gradients in the parameters' dtypes."""
+    total, count = 0.0, 0
+    for index, param, name in named_parameters(groups):
+        if is_trained(param):
+            gradient = param.dtype if param.grad is None else param.grad.dtype
+            total += param.numel() * bytes_of(param, storage_of(param, groups[index], name), gradient=gradient)
+            count += param.numel()
+    return total / max(count, 1)
+
+
+MODES: tuple[tuple[str, torch.dtype, dict[str, Any]], ...] = (
+    ("float32", torch.float32, {}),
+    (
+        "float32, bfloat16 moments",
+        torch.float32,
+        {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16},
+    ),
+    ("float32, 8-bit moments", torch.float32, {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}),
+    ("bfloat16", torch.bfloat16, {}),
+    ("bfloat16 + 32-bit master", torch.bfloat16, {"master_weight_bits": 32}),
+    (
+        "bfloat16 + 32-bit master, bfloat16 moments",
+        torch.bfloat16,
+        {"master_weight_bits": 32, "exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16},
+    ),
+    (
+        "bfloat16 + 24-bit master, 8-bit moments",
+        torch.bfloat16,
+        {"master_weight_bits": 24, "exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8},
+    ),
+    (
+        "bfloat16 by chance, 8-bit moments",
+        torch.bfloat16,
+        {"stochastic_rounding": True, "exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8},
+    ),
+)
+"""The ways of storing that people want: a name, the parameters' dtype, and the options of a group."""
+
+
+def bytes_table() -> Iterable[tuple[str, float, float]]:
+    """(mode, bytes a parameter with its gradient, bytes that an update moves) of each of `MODES`."""
+    for name, dtype, options in MODES:
+        param = torch.empty(SMALL, dtype=dtype, device="meta")
+        storage = storage_of(param, {"amsgrad": False} | options, name)
+        resident = bytes_of(param, storage, gradient=dtype)
+        yield name, resident, 2 * resident - dtype.itemsize

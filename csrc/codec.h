@@ -1,8 +1,10 @@
 // How a stream is stored, said here and nowhere else. A codec is the type of what is stored of an element: it
-// has a load() to the type of the arithmetic, and a store() from it. float16 and bfloat16 are stored rounded
-// to nearest even, NaN stays NaN. Host and device; no torch.
+// has a decoded() to the type of the arithmetic, and an encode() from it, which a load() and a store() call for
+// adjacent elements. float16 and bfloat16 are stored rounded to nearest even, or bfloat16 up or down by chance;
+// NaN stays NaN. Host and device; no torch.
 #pragma once
 
+#include <cmath>
 #include <cstring>
 #ifdef __F16C__
 #include <immintrin.h>
@@ -89,6 +91,13 @@ NEXUS_FN void encode(float value, BFloat16& out) {
   out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
 }
 
+// `chance` of 65,536 decides between the numbers below and above: the mean is `value`.
+NEXUS_FN void encode(float value, uint32_t chance, BFloat16& out) {
+  const uint32_t bits = bits_of_float(value);
+  const uint32_t nan = (bits >> 16) | 0x40u;
+  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : (bits + chance) >> 16);
+}
+
 NEXUS_FN void encode(float value, Float16& out) {
   const uint32_t bits = bits_of_float(value);
   const uint32_t sign = (bits >> 16) & 0x8000u;
@@ -104,6 +113,99 @@ NEXUS_FN void encode(float value, Float16& out) {
     half = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
   }
   out.bits = static_cast<uint16_t>(half | sign);
+}
+
+// The low bits of a float32 master weight. With all 16 of them, the parameter beside them in bfloat16 is the
+// weight rounded with ties away from zero, and the weight is exact; with the upper 8, the weight has 24 bits.
+struct Low16 {
+  uint16_t bits;
+};
+struct Low8 {
+  uint8_t bits;
+};
+
+NEXUS_FN float decoded(BFloat16 high, Low16 low) {
+  const uint32_t upper = high.bits - (low.bits >> 15);
+  return float_of_bits(upper << 16 | low.bits);
+}
+
+NEXUS_FN float decoded(BFloat16 high, Low8 low) {
+  const uint32_t upper = high.bits - (low.bits >> 7);
+  return float_of_bits((upper << 8 | low.bits) << 8);
+}
+
+NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
+  const uint32_t bits = bits_of_float(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t upper = (bits >> 16) + (bits >> 15 & 1u);
+  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : upper);
+  low.bits = static_cast<uint16_t>(is_nan ? 0u : bits);
+}
+
+// `chance` of 256 decides between the numbers below and above; 128 rounds to nearest.
+NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
+  const uint32_t bits = bits_of_float(value);
+  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
+  const uint32_t kept = (bits + chance) >> 8;
+  const uint32_t upper = (kept >> 8) + (kept >> 7 & 1u);
+  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : upper);
+  low.bits = static_cast<uint8_t>(is_nan ? 0u : kept);
+}
+
+// A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements, the largest magnitude
+// among them. The first moment is the scale times the signed square of code / 127, the second times the fourth
+// power of code / 255, which is never 0: a second moment that became 0 beside a first moment that did not would
+// make the update thousands of times too large.
+struct Squared8 {
+  int8_t code;
+};
+struct Fourth8 {
+  uint8_t code;
+};
+
+// The scale of no elements, as bits without a sign: no smaller one is there, so that no moment is subnormal.
+constexpr uint32_t kSmallestScale = 0x10800000u;  // 2^-94
+
+NEXUS_FN uint32_t magnitude_bits(float value) { return bits_of_float(value) & 0x7fffffffu; }
+
+// The scale of elements whose largest magnitude has these bits. A NaN among them is the largest.
+NEXUS_FN float scale_of(uint32_t magnitude) {
+  return float_of_bits(magnitude > 0x7f800000u ? 0x7fc00000u : magnitude);
+}
+
+// A number that the scale times is at least 1.
+NEXUS_FN float inverse_of(float scale) { return float_of_bits(bits_of_float(1.0f / scale) + 1u); }
+
+NEXUS_FN float decoded(Squared8 x, float scale) {
+  const float root = static_cast<float>(x.code) * (1.0f / 127.0f);
+  return root * fabsf(root) * scale;
+}
+
+NEXUS_FN float decoded(Fourth8 x, float scale) {
+  const float root = static_cast<float>(x.code) * (1.0f / 255.0f);
+  const float square = root * root;
+  return square * square * scale;
+}
+
+// A code is the largest whose number, less half a step, is at most `share`, |value| * inverse: a comparison
+// decides it between two that a rough root yields, which may be off by 0.4 codes. NaN has the smallest code.
+NEXUS_FN void encode(float value, float share, float rough_root, Squared8& out) {
+  const float rough = 127.0f * rough_root;
+  const float above_zero = rough > 0.0f ? rough : 0.0f;
+  const auto code = static_cast<int32_t>(above_zero < 126.0f ? above_zero : 126.0f);
+  const float root = (static_cast<float>(code) + 0.5f) * (1.0f / 127.0f);
+  const int32_t magnitude = code + (root * root <= share ? 1 : 0);
+  out.code = static_cast<int8_t>(value < 0.0f ? -magnitude : magnitude);
+}
+
+// Not half a step but `chance` of a step, in [0, 1).
+NEXUS_FN void encode(float share, float rough_fourth_root, float chance, Fourth8& out) {
+  const float rough = 255.0f * rough_fourth_root + (chance - 0.5f);
+  const float above_one = rough > 1.0f ? rough : 1.0f;
+  const auto code = static_cast<int32_t>(above_one < 254.0f ? above_one : 254.0f);
+  const float root = (static_cast<float>(code + 1) - chance) * (1.0f / 255.0f);
+  const float square = root * root;
+  out.code = static_cast<uint8_t>(code + (square * square <= share ? 1 : 0));
 }
 
 // n elements of a stream, as T, and back. Where n is a constant, they stay in registers.

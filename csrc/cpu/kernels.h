@@ -2,14 +2,17 @@
 #pragma once
 
 #include "../adamw.h"
+#include "../chance.h"
 
 namespace nexus::cpu {
 
 struct Kernels {
   const char* instruction_set;
   // Updates elements [begin, begin + count) of a tensor with float32 (or float64) arithmetic.
-  void (*update_float)(const TensorRecord&, const Coefficients<float>&, int64_t begin, int64_t count);
-  void (*update_double)(const TensorRecord&, const Coefficients<double>&, int64_t begin, int64_t count);
+  void (*update_float)(const TensorRecord&, const Chance&, const Coefficients<float>&, int64_t begin,
+                       int64_t count);
+  void (*update_double)(const TensorRecord&, const Chance&, const Coefficients<double>&, int64_t begin,
+                        int64_t count);
   // The sum of squares of elements [begin, begin + count) of a gradient, in float64.
   double (*sum_of_squares)(const void* grad, DType dtype, int64_t begin, int64_t count);
 };

@@ -94,11 +94,13 @@ void Step::fetch_ahead(const Chunk& chunk) const {
       __builtin_prefetch(begin + line);
     }
   };
-  const size_t moment = tensor.param_dtype == DType::kFloat64 ? sizeof(double) : sizeof(float);
   fetch(tensor.param, item_size(tensor.param_dtype));
   fetch(tensor.grad, item_size(tensor.grad_dtype));
-  fetch(tensor.exp_avg, moment);
-  fetch(tensor.exp_avg_sq, moment);
+  fetch(tensor.exp_avg, item_size(tensor.exp_avg_dtype));
+  fetch(tensor.exp_avg_sq, item_size(tensor.exp_avg_sq_dtype));
+  if (tensor.master_low != nullptr) {
+    fetch(tensor.master_low, item_size(tensor.master_low_dtype));
+  }
 }
 
 bool Step::prepare() {
@@ -170,10 +172,11 @@ void Step::run(int threads) {
     if (tensor.grad == nullptr) {
       return;
     }
+    const Chance chance = chance_of(tensor, state.seed, static_cast<int64_t>(*tensor.step));
     if (tensor.param_dtype == DType::kFloat64) {
-      kernels->update_double(tensor, double_coefficients_[i], chunk.begin, chunk.count);
+      kernels->update_double(tensor, chance, double_coefficients_[i], chunk.begin, chunk.count);
     } else {
-      kernels->update_float(tensor, float_coefficients_[i], chunk.begin, chunk.count);
+      kernels->update_float(tensor, chance, float_coefficients_[i], chunk.begin, chunk.count);
     }
   });
 }

@@ -1,46 +1,10 @@
 // The loops over elements on the CPU. This file is compiled once for each instruction set, as namespace
 // NEXUS_ISA; what it includes has internal linkage, so that no set's code is ever linked into another's.
-//
-// Elements are worked on in blocks that stay in the first-level cache: decoded, updated, encoded. A stream
-// that is stored in the type of the arithmetic is read and written where it is.
-#include <type_traits>
-
-#include "../codec.h"
 #include "kernels.h"
+#include "streams.h"
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
-
-constexpr int64_t kBlock = 512;
-
-template <class Codec, class T>
-constexpr bool kInPlace = std::is_same_v<Codec, T>;
-
-// The n elements of a stream from `begin` on, as T: where they are, or decoded into `buffer`.
-template <class T>
-const T* decode(const void* stream, DType dtype, int64_t begin, int64_t n, T* buffer) {
-  return with_codec(dtype, [=](auto codec) -> const T* {
-    using Codec = decltype(codec);
-    const Codec* from = static_cast<const Codec*>(stream) + begin;
-    if constexpr (kInPlace<Codec, T>) {
-      return from;
-    } else {
-      load(from, buffer, n);
-      return buffer;
-    }
-  });
-}
-
-// And back, unless they were updated where they are.
-template <class T>
-void encode(const T* from, void* stream, DType dtype, int64_t begin, int64_t n) {
-  with_codec(dtype, [=](auto codec) {
-    using Codec = decltype(codec);
-    if constexpr (std::is_same_v<typename ArithmeticOf<Codec>::type, T> && !kInPlace<Codec, T>) {
-      store(from, static_cast<Codec*>(stream) + begin, n);
-    }
-  });
-}
 
 template <bool kAmsgrad, class T>
 void update_block(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
@@ -57,25 +21,20 @@ void update_block(T* __restrict__ param, const T* __restrict__ grad, T* __restri
 }
 
 template <class T>
-void update(const TensorRecord& tensor, const Coefficients<T>& c, int64_t begin, int64_t count) {
-  alignas(64) T param_buffer[kBlock];
-  alignas(64) T grad_buffer[kBlock];
-  const auto in_place = [](auto codec) { return kInPlace<decltype(codec), T>; };
-  const bool whole = with_codec(tensor.param_dtype, in_place) && with_codec(tensor.grad_dtype, in_place);
+void update(const TensorRecord& tensor, const Chance& chance, const Coefficients<T>& c, int64_t begin,
+            int64_t count) {
+  Streams<T> s(tensor, chance);
+  const bool whole = s.in_place();
   for (const int64_t end = begin + count; begin < end;) {
     // Where nothing is to be decoded, all of it is one block.
     const int64_t n = whole || end - begin < kBlock ? end - begin : kBlock;
-    T* param = const_cast<T*>(decode(tensor.param, tensor.param_dtype, begin, n, param_buffer));
-    const T* grad = decode(tensor.grad, tensor.grad_dtype, begin, n, grad_buffer);
-    T* exp_avg = static_cast<T*>(tensor.exp_avg) + begin;
-    T* exp_avg_sq = static_cast<T*>(tensor.exp_avg_sq) + begin;
-    if (tensor.max_exp_avg_sq != nullptr) {
-      T* max_exp_avg_sq = static_cast<T*>(tensor.max_exp_avg_sq) + begin;
-      update_block<true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
+    s.decode(begin, n);
+    if (s.max_exp_avg_sq != nullptr) {
+      update_block<true>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
     } else {
-      update_block<false>(param, grad, exp_avg, exp_avg_sq, static_cast<T*>(nullptr), n, c);
+      update_block<false>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
     }
-    encode(param, tensor.param, tensor.param_dtype, begin, n);
+    s.encode(begin, n);
     begin += n;
   }
 }

@@ -1,0 +1,340 @@
+// A block of every stream of a tensor: decoded into buffers that stay in the first-level cache, and encoded
+// again once it is updated. A stream that is stored in the type of the arithmetic is read and written where it
+// is. Included once for each instruction set.
+#pragma once
+
+#include <type_traits>
+
+#include "../chance.h"
+#include "rough_roots.h"
+
+namespace nexus::cpu::NEXUS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 4 * kScaleBlock;
+
+template <class Codec, class T>
+constexpr bool kInPlace = std::is_same_v<Codec, T>;
+
+// The n elements of a stream from `begin` on, as T: where they are, or decoded into `buffer`.
+template <class T>
+const T* decode(const void* stream, DType dtype, int64_t begin, int64_t n, T* buffer) {
+  return with_codec(dtype, [=](auto codec) -> const T* {
+    using Codec = decltype(codec);
+    const Codec* from = static_cast<const Codec*>(stream) + begin;
+    if constexpr (kInPlace<Codec, T>) {
+      return from;
+    } else {
+      load(from, buffer, n);
+      return buffer;
+    }
+  });
+}
+
+// And back, unless they were updated where they are.
+template <class T>
+void encode(const T* from, void* stream, DType dtype, int64_t begin, int64_t n) {
+  with_codec(dtype, [=](auto codec) {
+    using Codec = decltype(codec);
+    if constexpr (std::is_same_v<typename ArithmeticOf<Codec>::type, T> && !kInPlace<Codec, T>) {
+      store(from, static_cast<Codec*>(stream) + begin, n);
+    }
+  });
+}
+
+// The random numbers of a block's elements.
+class Numbers {
+ public:
+  Numbers(const Chance& chance, Rounded stream, int64_t element, int64_t n) : skipped_(element % kDrawn) {
+    const auto first = static_cast<uint64_t>(element / kDrawn);
+    const int64_t draws = (skipped_ + n + kDrawn - 1) / kDrawn;
+    for (int64_t i = 0; i < draws; ++i) {
+      const Draw drawn = draw(chance, stream, first + static_cast<uint64_t>(i));
+      for (int k = 0; k < kDrawn; ++k) {
+        numbers_[i * kDrawn + k] = static_cast<uint16_t>(number(drawn, k));
+      }
+    }
+  }
+
+  const uint16_t* begin() const { return numbers_ + skipped_; }
+
+ private:
+  int64_t skipped_;  // numbers of the first draw that belong to elements before the block
+  alignas(64) uint16_t numbers_[kBlock + kDrawn];
+};
+
+// Calls f(i, n) for each scale's elements [i, i + n) of a block; n is a constant unless it is a tensor's end.
+template <class F>
+void for_each_scale(int64_t count, const F& f) {
+  int64_t i = 0;
+  for (; i + kScaleBlock <= count; i += kScaleBlock) {
+    f(i, std::integral_constant<int64_t, kScaleBlock>());
+  }
+  if (i < count) {
+    f(i, count - i);
+  }
+}
+
+template <class Codec>
+void decode_scaled(const Codec* from, const float* scales, float* to, int64_t count) {
+  for_each_scale(count, [=](int64_t start, auto n) {
+    const float scale = scales[start / kScaleBlock];
+    for (int64_t i = start; i < start + n; ++i) {
+      to[i] = decoded(from[i], scale);
+    }
+  });
+}
+
+// The scale of n elements, and their magnitudes as shares of it, followed by zeros.
+struct Shares {
+  float scale;
+  alignas(64) float values[kScaleBlock];
+
+  template <class Count>
+  Shares(const float* from, Count n) {
+    uint32_t largest = kSmallestScale;
+    for (int64_t i = 0; i < n; ++i) {
+      const uint32_t magnitude = magnitude_bits(from[i]);
+      largest = magnitude > largest ? magnitude : largest;
+    }
+    scale = scale_of(largest);
+    const float inverse = inverse_of(scale);
+    for (int64_t i = 0; i < n; ++i) {
+      values[i] = fabsf(from[i]) * inverse;
+    }
+    for (int64_t i = n; i < kScaleBlock; ++i) {
+      values[i] = 0.0f;
+    }
+  }
+};
+
+void encode_scaled(const float* from, Squared8* to, float* scales, int64_t count) {
+  for_each_scale(count, [=](int64_t start, auto n) {
+    const Shares shares(from + start, n);
+    alignas(64) float roots[kScaleBlock];
+    rough_roots(shares.values, roots);
+    for (int64_t i = 0; i < n; ++i) {
+      encode(from[start + i], shares.values[i], roots[i], to[start + i]);
+    }
+    scales[start / kScaleBlock] = shares.scale;
+  });
+}
+
+// `chance_at` gives an element's.
+template <class F>
+void encode_scaled(const float* from, Fourth8* to, float* scales, int64_t count, const F& chance_at) {
+  for_each_scale(count, [=](int64_t start, auto n) {
+    const Shares shares(from + start, n);
+    alignas(64) float roots[kScaleBlock];
+    rough_fourth_roots(shares.values, roots);
+    for (int64_t i = 0; i < n; ++i) {
+      encode(shares.values[i], roots[i], chance_at(start + i), to[start + i]);
+    }
+    scales[start / kScaleBlock] = shares.scale;
+  });
+}
+
+// Where a moment is.
+struct Moment {
+  void* codes;
+  DType dtype;
+  float* scales;
+  Rounded rounded;
+  bool by_chance;
+};
+
+template <class Codec>
+Codec* codes(const Moment& moment, int64_t begin) {
+  return static_cast<Codec*>(moment.codes) + begin;
+}
+
+template <class T>
+T* decode(const Moment& moment, int64_t begin, int64_t n, T* buffer) {
+  if constexpr (std::is_same_v<T, float>) {
+    const float* scales = moment.scales + begin / kScaleBlock;
+    switch (moment.dtype) {
+      case DType::kBFloat16:
+        load(codes<const BFloat16>(moment, begin), buffer, n);
+        return buffer;
+      case DType::kInt8:
+        decode_scaled(codes<const Squared8>(moment, begin), scales, buffer, n);
+        return buffer;
+      case DType::kUInt8:
+        decode_scaled(codes<const Fourth8>(moment, begin), scales, buffer, n);
+        return buffer;
+      default:
+        break;
+    }
+  }
+  return codes<T>(moment, begin);
+}
+
+void store_by_chance(const float* from, BFloat16* to, const Numbers& numbers, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    encode(from[i], numbers.begin()[i], to[i]);
+  }
+}
+
+// `element` is where the block begins in the whole tensor.
+void encode(const float* from, const Moment& moment, const Chance& chance, int64_t element, int64_t begin,
+            int64_t n) {
+  float* scales = moment.scales + begin / kScaleBlock;
+  switch (moment.dtype) {
+    case DType::kBFloat16:
+      if (moment.by_chance) {
+        store_by_chance(from, codes<BFloat16>(moment, begin), Numbers(chance, moment.rounded, element, n), n);
+      } else {
+        store(from, codes<BFloat16>(moment, begin), n);
+      }
+      break;
+    case DType::kInt8:
+      encode_scaled(from, codes<Squared8>(moment, begin), scales, n);
+      break;
+    case DType::kUInt8:
+      if (moment.by_chance) {
+        const Numbers numbers(chance, moment.rounded, element, n);
+        const uint16_t* drawn = numbers.begin();
+        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n,
+                      [=](int64_t i) { return static_cast<float>(drawn[i]) * 0x1p-16f; });
+      } else {
+        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n, [](int64_t) { return 0.5f; });
+      }
+      break;
+    default:
+      break;
+  }
+}
+
+// The parameter that has the low bits of its master weight in a stream of their own.
+template <class Low>
+void decode_master(const BFloat16* high, const Low* low, float* to, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) {
+    to[i] = decoded(high[i], low[i]);
+  }
+}
+
+const float* decode_master(const TensorRecord& tensor, int64_t begin, int64_t n, float* buffer) {
+  const BFloat16* high = static_cast<const BFloat16*>(tensor.param) + begin;
+  if (tensor.master_low_dtype == DType::kInt16) {
+    decode_master(high, static_cast<const Low16*>(tensor.master_low) + begin, buffer, n);
+  } else {
+    decode_master(high, static_cast<const Low8*>(tensor.master_low) + begin, buffer, n);
+  }
+  return buffer;
+}
+
+void encode_master(const float* from, const TensorRecord& tensor, const Chance& chance, int64_t begin,
+                   int64_t n) {
+  BFloat16* high = static_cast<BFloat16*>(tensor.param) + begin;
+  if (tensor.master_low_dtype == DType::kInt16) {
+    Low16* low = static_cast<Low16*>(tensor.master_low) + begin;
+    for (int64_t i = 0; i < n; ++i) {
+      encode(from[i], high[i], low[i]);
+    }
+    return;
+  }
+  Low8* low = static_cast<Low8*>(tensor.master_low) + begin;
+  if (tensor.stochastic_rounding != 0) {
+    const Numbers numbers(chance, kRoundedParam, tensor.first + begin, n);
+    for (int64_t i = 0; i < n; ++i) {
+      encode(from[i], numbers.begin()[i] >> 8, high[i], low[i]);
+    }
+  } else {
+    for (int64_t i = 0; i < n; ++i) {
+      encode(from[i], 0x80u, high[i], low[i]);
+    }
+  }
+}
+
+template <class T>
+class Streams {
+ public:
+  Streams(const TensorRecord& tensor, const Chance& chance)
+      : tensor_(tensor),
+        chance_(chance),
+        by_chance_(tensor.stochastic_rounding != 0),
+        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale, kRoundedExpAvg, by_chance_},
+        exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale, kRoundedExpAvgSq)),
+        max_exp_avg_sq_(
+            second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale, kRoundedMaxExpAvgSq)) {}
+
+  T* param;
+  const T* grad;
+  T* exp_avg;
+  T* exp_avg_sq;
+  T* max_exp_avg_sq;  // null without amsgrad
+
+  // Whether nothing is to be decoded.
+  bool in_place() const {
+    return is_arithmetic(tensor_.param_dtype) && is_arithmetic(tensor_.grad_dtype) &&
+           is_arithmetic(tensor_.exp_avg_dtype) && is_arithmetic(tensor_.exp_avg_sq_dtype);
+  }
+
+  void decode(int64_t begin, int64_t n) {
+    param = const_cast<T*>(decode_param(begin, n));
+    grad = NEXUS_ISA::decode(tensor_.grad, tensor_.grad_dtype, begin, n, grad_buffer_);
+    exp_avg = NEXUS_ISA::decode(exp_avg_, begin, n, exp_avg_buffer_);
+    exp_avg_sq = NEXUS_ISA::decode(exp_avg_sq_, begin, n, exp_avg_sq_buffer_);
+    max_exp_avg_sq = tensor_.max_exp_avg_sq == nullptr
+                         ? nullptr
+                         : NEXUS_ISA::decode(max_exp_avg_sq_, begin, n, max_exp_avg_sq_buffer_);
+  }
+
+  void encode(int64_t begin, int64_t n) const {
+    if constexpr (std::is_same_v<T, float>) {
+      const int64_t element = tensor_.first + begin;
+      encode_param(begin, n);
+      NEXUS_ISA::encode(exp_avg, exp_avg_, chance_, element, begin, n);
+      NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, chance_, element, begin, n);
+      if (max_exp_avg_sq != nullptr) {
+        NEXUS_ISA::encode(max_exp_avg_sq, max_exp_avg_sq_, chance_, element, begin, n);
+      }
+    }
+  }
+
+ private:
+  static bool is_arithmetic(DType dtype) {
+    return dtype == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
+  }
+
+  // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
+  Moment second_moment(void* codes, float* scales, Rounded rounded) const {
+    const DType dtype = tensor_.exp_avg_sq_dtype;
+    return {codes, dtype, scales, rounded, by_chance_ || dtype == DType::kBFloat16};
+  }
+
+  const T* decode_param(int64_t begin, int64_t n) {
+    if constexpr (std::is_same_v<T, float>) {
+      if (tensor_.master_low_dtype != DType::kOther) {
+        return decode_master(tensor_, begin, n, param_buffer_);
+      }
+    }
+    return NEXUS_ISA::decode(tensor_.param, tensor_.param_dtype, begin, n, param_buffer_);
+  }
+
+  void encode_param(int64_t begin, int64_t n) const {
+    if (tensor_.master_low_dtype != DType::kOther) {
+      encode_master(param, tensor_, chance_, begin, n);
+    } else if (tensor_.param_dtype == DType::kBFloat16 && by_chance_) {
+      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin,
+                      Numbers(chance_, kRoundedParam, tensor_.first + begin, n), n);
+    } else {
+      NEXUS_ISA::encode(param, tensor_.param, tensor_.param_dtype, begin, n);
+    }
+  }
+
+  const TensorRecord& tensor_;
+  const Chance& chance_;
+  bool by_chance_;
+  Moment exp_avg_;
+  Moment exp_avg_sq_;
+  Moment max_exp_avg_sq_;
+  alignas(64) T param_buffer_[kBlock];
+  alignas(64) T grad_buffer_[kBlock];
+  alignas(64) T exp_avg_buffer_[kBlock];
+  alignas(64) T exp_avg_sq_buffer_[kBlock];
+  alignas(64) T max_exp_avg_sq_buffer_[kBlock];
+};
+
+}  // namespace
+}  // namespace nexus::cpu::NEXUS_ISA

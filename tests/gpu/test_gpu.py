@@ -149,13 +149,34 @@ def test_the_tables_of_dropped_graphs_are_given_back() -> None:
         with torch.cuda.graph(graph):
             optimizer.step()
         graph.replay()
-        reference.step(grads)
         del graph
+        reference.step(grads)
         torch.cuda.synchronize()
         allocated.append(torch.cuda.memory_allocated())
     assert_same_run(optimizer, reference)
     few = 10 * 4096  # a table is 2 KiB; a thread of CUDA's lets go of it, and may be late
     assert allocated[-1] <= allocated[4] + few
+
+
+def test_a_graph_that_is_dropped_while_it_runs_keeps_its_table() -> None:
+    params = params_on("cuda", SHAPES)
+    optimizer, reference = run_beside_torch(params, "cuda", steps=1)
+    side = torch.cuda.Stream()
+    rounds = [make_grads(params) for _ in range(10)]
+    for grads in rounds:  # each step would take the last one's table, if that was free
+        set_grads(params, grads)
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):
+            graph.capture_begin(capture_error_mode="thread_local")
+            optimizer.step()
+            graph.capture_end()
+            torch.cuda._sleep(20_000_000)
+            graph.replay()
+        del graph
+        reference.step(grads)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same_run(optimizer, reference)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

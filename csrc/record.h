@@ -96,7 +96,7 @@ struct StepState {
   const float* grad_scale;       // gradients are to be divided by this, or null
   const float* found_inf;        // nonzero: skip this step, or null
   int64_t skip_nonfinite;
-  int64_t seed;  // of stochastic rounding
+  int64_t seed;      // of stochastic rounding
   int64_t advances;  // 0: the counters stay as they are, since another step ends this update
   History history;
 };

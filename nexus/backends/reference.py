@@ -191,7 +191,8 @@ def _update(
     if state.max_exp_avg_sq is not None:
         largest_v = torch.maximum(streams.moment("max_exp_avg_sq"), v)
         streams.put_moment("max_exp_avg_sq", largest_v)
-    denominator = largest_v.sqrt() * inv_sqrt_bias2 + group["eps"]
+    # In float64, since torch's float32 root may be off by one in its last place.
+    denominator = largest_v.double().sqrt().to(dtype) * inv_sqrt_bias2 + group["eps"]
     weight = streams.weight(dtype)
     # Not (1 - decay) * weight: rounded to float32, that factor is off the same way in every step.
     decayed = torch.where(weight.isfinite(), decay * weight, 0.0)  # an infinite parameter stays what it is

@@ -142,7 +142,7 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     found = {"gpu": "NVIDIA Fake 1", "arch": "sm_90", "torch": "2.11"}
     rates = {"cuda": {"steps": 10, "unequal": 0}, "triton": {"not run": "no Triton"}}
-    benchmark = {"format": 2, "metadata": {"torch": "2.11.0"}, "rows": [ROW]}
+    benchmark = {"format": 2, "metadata": {"torch": "2.11.0"}, "rows": [ROW], "left_out": []}
     codes = {
         "environment": writes("environment.json", json.dumps(found)),
         "rates": writes("rates.json", json.dumps(rates)),
@@ -171,7 +171,7 @@ def result(whole) -> dict:
 def test_all_pass(whole, capsys) -> None:
     assert gpu.main() == 0
     data = result(whole)
-    names = ["environment", "build", "smoke", "tests", "rates", "memcheck", "racecheck", "benchmark"]
+    names = ["environment", "build", "smoke", "tests", "rates", "memcheck", "racecheck", "kernels", "benchmark"]
     assert [(stage["name"], stage["status"]) for stage in data["stages"]] == [(name, "passed") for name in names]
     assert {"gpu", "date", "commit", "torch"} <= set(data["metadata"])
     assert data["metadata"]["torch"] == "2.11.0"
@@ -195,7 +195,7 @@ def test_a_failure_and_a_timeout_leave_the_others_alone(whole, monkeypatch: pyte
     # What came before the last stage is on disk when it runs.
     whole.codes["racecheck"] = f"from pathlib import Path; assert list(Path({str(whole.results)!r}).glob('*.json'))"
     whole.seconds = 1.0
-    monkeypatch.setattr(gpu, "LIMIT_S", 8.0)
+    monkeypatch.setattr(gpu, "LIMIT_S", 9.0)
     assert gpu.main() == 1
     data = result(whole)
     statuses = {stage["name"]: stage["status"] for stage in data["stages"]}

@@ -72,9 +72,10 @@ TARGETS = (
 
 def tests(junit: Path) -> Data | None:
     """How many tests there were, and which failed; None where pytest did not come to its end."""
-    if not junit.exists():
+    try:
+        suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
         return None
-    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
     counts = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped")}
     failed = [
         f"{case.get('classname')}::{case.get('name')}"

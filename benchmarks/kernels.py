@@ -25,6 +25,7 @@ WORDS = {  # in the names of kernels, of CUDA and of Triton
     "prologue": PROLOGUE,
     "update": UPDATE,
     "Memcpy DtoD": COPY,
+    "copy_kernel": COPY,
 }
 TAKEN_APART = ("billion", "billion-bf16", "many", "ten", "ten-thousand")
 REPEATS, QUICK_REPEATS, WARMUP = 30, 5, 3

@@ -29,7 +29,7 @@ def python(code: str, **options) -> Stage:
     [
         (python("print('fine')"), "passed", ""),
         (python("print('oh'); raise SystemExit(3)"), "failed", "exit code 3"),
-        (python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"), "failed", "killed by signal 11"),
+        (python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"), "failed", "killed by SIGSEGV"),
         (python("exit('no such device')", excuse="no such device"), "not run", "no such device"),
         (python("", impossible="no such tool"), "not run", "no such tool"),
         (
@@ -73,6 +73,40 @@ def test_a_stage_that_is_ended_may_write_what_it_knows(tmp_path: Path) -> None:
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('report')"
     assert run(python(code), 1.5, tmp_path / "log", tmp_path).status == "timed out"
     assert (tmp_path / "log").read_text() == "report\n"
+
+
+@pytest.mark.parametrize(("test_seconds", "limit_s", "status"), [(3, 60, "failed"), (60, 8, "timed out")])
+def test_a_test_that_hangs_crashes_or_cannot_be_imported_costs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test_seconds: int, limit_s: int, status: str
+) -> None:
+    """Also a hang that only SIGKILL ends, as in a kernel; and one that is still there at the stage's limit."""
+    deaf = "[signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)]"
+    bodies = {
+        "fine": "pass",
+        "crashes": "os.kill(os.getpid(), signal.SIGSEGV)",
+        "hangs": f"{deaf}\n    print('no end')\n    time.sleep(60)",
+    }
+    for name, body in bodies.items():
+        code = f"import os, pytest, signal, time\n@pytest.mark.gpu\ndef test_it():\n    {body}\n"
+        (tmp_path / f"test_{name}.py").write_text(code)
+    (tmp_path / "test_imports.py").write_text("import no_such_module\n")
+    files = [str(tmp_path / f"test_{name}.py") for name in ("fine", "imports", "crashes", "hangs")]
+    monkeypatch.setattr(gpu, "files_with_gpu_tests", lambda: files)
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(gpu_stages, "PATIENCE_S", 1.0)
+    (stage,) = (stage for stage in gpu.later_stages("sm_90") if stage.name == "tests")
+    stage = replace(stage, environment={**stage.environment, "NEXUS_TEST_SECONDS": str(test_seconds)})
+    outcome = run(stage, limit_s, tmp_path / "log", tmp_path)
+    assert outcome.status == status
+    found = gpu_summary.tests(tmp_path / "junit.xml")
+    lost = {"::test_imports", "test_crashes::test_it", *(["test_hangs::test_it"] if status == "failed" else [])}
+    assert {name.removeprefix("None") for name in found["names"]} == lost
+    log = (tmp_path / "log").read_text()
+    for words in ("No module named 'no_such_module'", "crashed while running 'test_crashes.py::test_it'"):
+        assert words in log
+    assert 'classname="test_fine"' in (tmp_path / "junit.xml").read_text()
+    assert ("Timeout" in log) == (status == "failed")  # with the stack of the hang
 
 
 def test_what_a_stage_prints_is_shown_as_it_goes(tmp_path: Path, capsys) -> None:
@@ -208,6 +242,31 @@ def test_a_failure_and_a_timeout_leave_the_others_alone(whole, monkeypatch: pyte
     assert "nvcc fatal" in out
     assert "failed: tests.a::b" in out
     assert "nvcc fatal" in (whole.out / "logs.txt").read_text()
+
+
+def test_stages_that_hang_crash_or_cannot_import(whole, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Each is named with its end, and what it said is kept; those after it run."""
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('half way'); time.sleep(60)"
+    whole.codes["smoke"] = "import os, signal; print('a step'); os.kill(os.getpid(), signal.SIGSEGV)"
+    whole.codes["rates"] = deaf
+    whole.codes["kernels"] = "import no_such_module"
+    whole.seconds = 1.0
+    monkeypatch.setattr(gpu, "LIMIT_S", 10.0)
+    monkeypatch.setattr(gpu_stages, "PATIENCE_S", 0.1)
+    assert gpu.main() == 1
+    stages = {stage["name"]: (stage["status"], stage["reason"]) for stage in result(whole)["stages"]}
+    status, reason = stages.pop("rates")
+    assert (status, reason.startswith("it was ended after ")) == ("timed out", True)
+    assert stages.pop("smoke") == ("failed", "killed by SIGSEGV")
+    assert stages.pop("kernels") == ("failed", "exit code 1")
+    assert set(stages.values()) == {("passed", "")}
+    assert list(stages)[-1] == "benchmark"
+    printed = capsys.readouterr().out
+    for text in (printed, (whole.out / "logs.txt").read_text()):
+        for words in ("a step", "half way", "ModuleNotFoundError: No module named 'no_such_module'"):
+            assert words in text
+    for words in ("smoke          failed", "killed by SIGSEGV", "rates          timed out", "kernels        failed"):
+        assert words in (whole.out / "summary.txt").read_text()
 
 
 def test_no_benchmark(whole) -> None:

@@ -149,7 +149,7 @@ def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[
 _BESIDE_COPY = (COPY, FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON)
 _THIRD_PARTY = (*_BESIDE_COPY, OPTIMI, TORCHAO, APEX)
 _LARGE: dict[str, Any] = {"repeats": 40, "quick_repeats": 5, "devices": (CUDA,)}
-_COUNTED: dict[str, Any] = {**_LARGE, "repeats": 150, "cuda_peers": (COPY, FUSED, NEXUS_TRITON)}
+_COUNTED: dict[str, Any] = {**_LARGE, "repeats": 150, "cuda_peers": (COPY, NEXUS_TRITON)}
 _TINY, _SMALL = (64,), (1000,)
 _GPT, _DEEP = gpt_shapes(3, 128, 256, 256), gpt_shapes(12, 64, 256, 256)
 _GPT2, _BILLION = gpt_shapes(12, 768, 50257, 1024), gpt_shapes(24, 1792, 50257, 1024)

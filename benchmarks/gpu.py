@@ -82,7 +82,7 @@ def later_stages(arch: str) -> list[Stage]:
     if importlib.util.find_spec("xdist"):
         workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) - 2))
         # Not by group: that distribution waits for ever where a worker has crashed.
-        pytest += ["-p", "xdist", "-n", str(workers), "--dist", "worksteal", "-p", "benchmarks.gpu_limit"]
+        pytest += ["-p", "xdist", "-n", str(workers), "--dist", "worksteal", "-p", "benchmarks.gpu_plugin"]
     bench = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--out"]
     return [
         Stage("build", 90, build, {**native, "NEXUS_CUDA": "1"}),

@@ -75,22 +75,28 @@ def test_a_stage_that_is_ended_may_write_what_it_knows(tmp_path: Path) -> None:
     assert (tmp_path / "log").read_text() == "report\n"
 
 
-@pytest.mark.parametrize(("test_seconds", "limit_s", "status"), [(3, 60, "failed"), (60, 8, "timed out")])
-def test_a_test_that_hangs_crashes_or_cannot_be_imported_costs_itself(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, test_seconds: int, limit_s: int, status: str
+@pytest.mark.parametrize(
+    ("names", "test_seconds", "limit_s", "status"),
+    [("fine imports crashes breaks hangs", 3, 60, "failed"), ("fine imports hangs", 60, 10, "timed out")],
+    ids=["each test's limit", "the stage's limit"],
+)
+def test_a_test_that_hangs_crashes_breaks_cuda_or_cannot_be_imported_costs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, test_seconds: int, limit_s: int, status: str
 ) -> None:
-    """Also a hang that only SIGKILL ends, as in a kernel; and one that is still there at the stage's limit."""
+    """Only SIGKILL ends the hang, as one in a kernel."""
     deaf = "[signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)]"
     bodies = {
         "fine": "pass",
         "crashes": "os.kill(os.getpid(), signal.SIGSEGV)",
+        "breaks": "torch.cuda.is_initialized = lambda: True\n    torch.cuda.synchronize = illegal_access",
         "hangs": f"{deaf}\n    print('no end')\n    time.sleep(60)",
     }
     for name, body in bodies.items():
-        code = f"import os, pytest, signal, time\n@pytest.mark.gpu\ndef test_it():\n    {body}\n"
+        code = "import os, pytest, signal, time, torch\ndef illegal_access(): raise RuntimeError('CUDA error')\n"
+        code += f"@pytest.mark.gpu\ndef test_it():\n    {body}\n"
         (tmp_path / f"test_{name}.py").write_text(code)
     (tmp_path / "test_imports.py").write_text("import no_such_module\n")
-    files = [str(tmp_path / f"test_{name}.py") for name in ("fine", "imports", "crashes", "hangs")]
+    files = [str(tmp_path / f"test_{name}.py") for name in names.split()]
     monkeypatch.setattr(gpu, "files_with_gpu_tests", lambda: files)
     monkeypatch.setattr(gpu, "WORK", tmp_path)
     monkeypatch.setattr(gpu.os, "cpu_count", lambda: 4)
@@ -99,14 +105,15 @@ def test_a_test_that_hangs_crashes_or_cannot_be_imported_costs_itself(
     stage = replace(stage, environment={**stage.environment, "NEXUS_TEST_SECONDS": str(test_seconds)})
     outcome = run(stage, limit_s, tmp_path / "log", tmp_path)
     assert outcome.status == status
-    found = gpu_summary.tests(tmp_path / "junit.xml")
-    lost = {"::test_imports", "test_crashes::test_it", *(["test_hangs::test_it"] if status == "failed" else [])}
-    assert {name.removeprefix("None") for name in found["names"]} == lost
-    log = (tmp_path / "log").read_text()
-    for words in ("No module named 'no_such_module'", "crashed while running 'test_crashes.py::test_it'"):
-        assert words in log
+    lost = {"::test_imports"}
+    logged = ["No module named 'no_such_module'"]
+    if status == "failed":
+        lost |= {f"test_{name}::test_it" for name in ("crashes", "breaks", "hangs")}
+        logged += ["test_breaks.py::test_it leaves this process without CUDA: CUDA error", "Timeout (0:00:03)!"]
+    assert set(gpu_summary.tests(tmp_path / "junit.xml")["names"]) == lost
     assert 'classname="test_fine"' in (tmp_path / "junit.xml").read_text()
-    assert ("Timeout" in log) == (status == "failed")  # with the stack of the hang
+    for words in logged:
+        assert words in (tmp_path / "log").read_text()
 
 
 def test_what_a_stage_prints_is_shown_as_it_goes(tmp_path: Path, capsys) -> None:

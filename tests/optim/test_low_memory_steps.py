@@ -15,6 +15,7 @@ from low_memory_oracle import Array, Mode
 from references import LAYOUTS, params_of, same_bits, set_grads, snapshot, through_a_file
 from torch import Tensor
 
+from nexus.backends import codecs
 from nexus.optim import FusedAdamW
 
 SHAPES = [(16_384 + 130,), (7,), (0,), (), (67, 65), (32, 128)]
@@ -147,6 +148,29 @@ def test_a_zero_written_over_a_parameter_voids_its_low_bits(name: str, way: str)
         run(optimizer, [grads])
     assert all(param.isfinite().all() for param in params_of(optimizer))
     assert_equals_the_oracle(optimizer, [parameter.streams() for parameter in ours])
+
+
+@pytest.mark.slow
+def test_every_master_weight_of_32_bits_survives_an_update_of_nothing() -> None:
+    rows = 64
+    every = torch.arange(2**16).to(torch.int16)
+    lows = every.repeat(rows, 1)
+    param = torch.nn.Parameter(torch.zeros(rows, 2**16, dtype=torch.bfloat16))
+    param.grad = torch.zeros_like(param)
+    optimizer = optimizer_of(WAYS[0], [param], Mode(torch.bfloat16, 32), lr=0.0)
+    optimizer.step()
+    high, low = param.data.view(torch.int16), optimizer.state[param]["master_low"]
+    given = torch.empty_like(high)
+    for highs in every.split(rows):
+        given.copy_(highs[:, None].expand(-1, 2**16))
+        high.copy_(given)
+        low.copy_(lows)
+        optimizer.step()
+        if not (torch.equal(high, given) and torch.equal(low, lows)):
+            # What no weight is stored as: NaNs with low bits, and zeros with those of a NaN.
+            assert (((highs & 0x7FFF) >= 0x7F80) | (highs & 0x7FFF == 0)).any()
+            kept = codecs.split(codecs.master(given.view(torch.bfloat16).flatten(), lows.flatten()), torch.int16)
+            assert same_bits([param.flatten(), low.flatten()], kept)
 
 
 @modes

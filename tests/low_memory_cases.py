@@ -6,13 +6,19 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from low_memory_oracle import SCALE_BLOCK, Array, Mode
 from torch import Tensor
 
 from nexus import _native
+from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
+
+TRITON = triton.INTERPRETS and triton.unavailable() is None
+if TRITON:
+    import triton_interpreter  # noqa: F401  # mends it
 
 _8_BITS: dict[str, Any] = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}
 _BF16: dict[str, Any] = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
@@ -36,7 +42,11 @@ MODES = {
 """What is tested of how the state may be stored: the pairs of moments, and of a parameter and its master weight."""
 
 
-WAYS = [*(f"native, {name}" for name in _native.instruction_sets()), "reference"]
+WAYS = [
+    *(f"native, {name}" for name in _native.instruction_sets()),
+    "reference",
+    pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="Triton is not there, or runs on the GPU")),
+]
 """To run an update: a backend, and of the native one an instruction set."""
 
 

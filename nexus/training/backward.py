@@ -114,12 +114,13 @@ class StepInBackward:
         """Follow what has been added to the optimizer, taken away, or unfrozen."""
         optimizer, of_model = self._optimizer, set(self._model.parameters())
         parts = {}
-        for index, param, name in engine_of(optimizer).named_parameters(optimizer.param_groups):
+        for ordinal, (index, param, name) in enumerate(engine_of(optimizer).named_parameters(optimizer.param_groups)):
             if param not in of_model or not param.requires_grad:
                 continue
             group, part = optimizer.param_groups[index], self._parts.get(param)
             if part is None or part.group is not group:
                 part = _OneParameter(optimizer, group, param, name)
+            part.be_number(ordinal)
             parts[param] = part
             if param not in self._hooks:
                 hook = _hook(weakref.ref(self))
@@ -186,6 +187,12 @@ class _OneParameter(Engine):
         own.outputs = group.outputs
         self._last_write: object | None = None  # to any group, where this one's rate may depend on it
         self._attributes: Attributes = {"param_groups": [own], "state": {}, "defaults": owner.defaults}
+
+    def be_number(self, ordinal: int) -> None:
+        """Of all parameters of the owner: what is rounded by chance depends on it."""
+        if ordinal != self.first_ordinal:
+            self.first_ordinal = ordinal
+            self.forget_plan()
 
     def step_alone(self) -> None:
         """Update the parameter, which has a gradient."""

@@ -61,7 +61,7 @@ def expected(name: str, option: str) -> list[dict[str, Array]]:
     return [parameter.streams(amsgrad="amsgrad" in options) for parameter in ours]
 
 
-def run(optimizer: FusedAdamW, rounds: Sequence[Sequence[Tensor]]) -> FusedAdamW:
+def run(optimizer: FusedAdamW, rounds: Sequence[Sequence[Tensor | None]]) -> FusedAdamW:
     for grads in rounds:
         set_grads(params_of(optimizer), grads)
         optimizer.step()
@@ -132,6 +132,24 @@ def test_elements_are_taken_in_the_order_of_the_memory(name: str, layout: str, w
     found = optimizer.state[param] | {"param": torch.empty_like(param).copy_(param.detach())}
     for stream, stored in ours.streams().items():
         assert not oracle.unequal(oracle.stored_bits(found[stream]), stored).any(), stream
+
+
+@ways
+def test_groups_may_store_otherwise(way: str) -> None:
+    names = ["bf16 + 8, 8-bit moments by chance", "bf16, 8-bit moments by chance", "bf16 + 16, bf16 moments", "bf16"]
+    params = [torch.randn(5000).bfloat16() for _ in range(2 * len(names))]
+    groups = [
+        {"params": parameters(params[2 * i : 2 * i + 2]), **MODES[name].options()} for i, name in enumerate(names)
+    ]
+    ours = [oracle.Parameter(param, MODES[names[i // 2]], i, SEED) for i, param in enumerate(params)]
+    optimizer = optimizer_of(way, groups, Mode(), seed=SEED)
+    for step in range(3):
+        grads = [None if (i + step) % 5 == 0 else torch.randn(5000).bfloat16() for i in range(len(params))]
+        for parameter, grad in zip(ours, grads, strict=True):
+            if grad is not None:
+                parameter.step(grad, oracle.Settings())
+        run(optimizer, [grads])
+    assert_equals_the_oracle(optimizer, [parameter.streams() for parameter in ours])
 
 
 @ways

@@ -15,7 +15,7 @@ from low_memory_oracle import Array, Mode
 from references import LAYOUTS, params_of, same_bits, set_grads, snapshot, through_a_file
 from torch import Tensor
 
-from nexus.backends import codecs
+from nexus.backends import codecs, sharding
 from nexus.optim import FusedAdamW
 
 SHAPES = [(16_384 + 130,), (7,), (0,), (), (67, 65), (32, 128)]
@@ -132,6 +132,26 @@ def test_elements_are_taken_in_the_order_of_the_memory(name: str, layout: str, w
     found = optimizer.state[param] | {"param": torch.empty_like(param).copy_(param.detach())}
     for stream, stored in ours.streams().items():
         assert not oracle.unequal(oracle.stored_bits(found[stream]), stored).any(), stream
+
+
+@ways
+@pytest.mark.parametrize("first", [3, 2**35 - 8, 2**40 + 5])
+@pytest.mark.parametrize("name", ["bf16 + 8, bf16 moments by chance", "float32, 8-bit moments by chance"])
+def test_a_shard_is_rounded_as_its_place_in_the_whole(
+    name: str, first: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "first_element", lambda tensor: first)
+    param = torch.randn(16_384 + 130).to(MODES[name].param)
+    ours = oracle.Parameter(param, MODES[name], seed=SEED, first=first)
+    optimizer = optimizer_of(way, parameters([param]), MODES[name], amsgrad=True, seed=SEED)
+    for count in (0, 2**32 + 5):  # of updates so far
+        ours.step_count = count
+        for param in params_of(optimizer):
+            optimizer.state[param].get("step", torch.zeros(())).fill_(count)
+        grad = torch.randn(param.shape).to(param.dtype)
+        ours.step(grad, oracle.Settings(amsgrad=True))
+        run(optimizer, [[grad]])
+    assert_equals_the_oracle(optimizer, [ours.streams(amsgrad=True)])
 
 
 @ways

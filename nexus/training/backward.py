@@ -114,13 +114,13 @@ class StepInBackward:
         """Follow what has been added to the optimizer, taken away, or unfrozen."""
         optimizer, of_model = self._optimizer, set(self._model.parameters())
         parts = {}
-        for ordinal, (index, param, name) in enumerate(engine_of(optimizer).named_parameters(optimizer.param_groups)):
+        listed = engine_of(optimizer).named_parameters(optimizer.param_groups)
+        for ordinal, (index, param, name) in enumerate(listed):
             if param not in of_model or not param.requires_grad:
                 continue
             group, part = optimizer.param_groups[index], self._parts.get(param)
-            if part is None or part.group is not group:
-                part = _OneParameter(optimizer, group, param, name)
-            part.be_number(ordinal)
+            if part is None or part.group is not group or part.first_ordinal != ordinal:
+                part = _OneParameter(optimizer, group, param, name, ordinal)
             parts[param] = part
             if param not in self._hooks:
                 hook = _hook(weakref.ref(self))
@@ -176,8 +176,9 @@ class _OneParameter(Engine):
 
     advances = False
 
-    def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str) -> None:
+    def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str, ordinal: int) -> None:
         super().__init__(engine_of(owner).requested_backend)
+        self.first_ordinal = ordinal
         self.backend = engine_of(owner).backend
         self.group = group
         self.name = name
@@ -187,12 +188,6 @@ class _OneParameter(Engine):
         own.outputs = group.outputs
         self._last_write: object | None = None  # to any group, where this one's rate may depend on it
         self._attributes: Attributes = {"param_groups": [own], "state": {}, "defaults": owner.defaults}
-
-    def be_number(self, ordinal: int) -> None:
-        """Of all parameters of the owner: what is rounded by chance depends on it."""
-        if ordinal != self.first_ordinal:
-            self.first_ordinal = ordinal
-            self.forget_plan()
 
     def step_alone(self) -> None:
         """Update the parameter, which has a gradient."""

@@ -40,7 +40,9 @@ WAYS = [*(f"native, {name}" for name in _native.instruction_sets()), "reference"
 """To run an update: a backend, and of the native one an instruction set."""
 
 
-def optimizer_of(way: str, params: Sequence[Tensor], mode: Mode, **options: Any) -> FusedAdamW:
+def optimizer_of(
+    way: str, params: Sequence[Tensor] | Sequence[dict[str, Any]], mode: Mode, **options: Any
+) -> FusedAdamW:
     backend, _, instruction_set = way.partition(", ")
     optimizer = FusedAdamW(params, backend=backend, **mode.options(), **options)
     if instruction_set:

@@ -1,6 +1,6 @@
 """Train the demo's GPT in each way of storing its state, and compare the losses on text that it has not seen.
 
-    python benchmarks/low_memory_training.py ROWS.jsonl [--steps 2000] [--context 128] [--seeds 3] [--picture PNG]
+    python benchmarks/low_memory_training.py ROWS.jsonl [--steps N] [--context N] [--peak-lr X] [--picture PNG]
 
 One row of ROWS.jsonl is one run. Rows that are there are not computed again, so that a stopped call may be repeated.
 Runs of one seed begin with the same weights and see the same batches in every mode. A model in bfloat16 computes in
@@ -52,12 +52,12 @@ def bits_a_byte(model: GPT, batch: tuple[Tensor, Tensor]) -> Tensor:
     return F.cross_entropy(model(inputs).flatten(0, 1).float(), targets.flatten()) / math.log(2)
 
 
-def train(mode: str, seed: int, steps: int, context: int, text: Corpus) -> dict[str, Any]:
+def train(mode: str, seed: int, text: Corpus, *, steps: int, context: int, peak_lr: float) -> dict[str, Any]:
     """One run: what the model has learnt, and its training losses in bits a byte."""
     _, dtype, options = next(each for each in MODES if each[0] == mode)
     torch.manual_seed(seed)
     model = GPT(GPTConfig(context=context)).to(dtype)
-    schedule = schedule_for("wsd", steps)
+    schedule = schedule_for("wsd", steps, peak_lr)
     optimizer = FusedAdamW(
         parameter_groups(model), lr=schedule, betas=BETAS, max_grad_norm=MAX_GRAD_NORM, seed=seed, **options
     )
@@ -78,6 +78,7 @@ def train(mode: str, seed: int, steps: int, context: int, text: Corpus) -> dict[
         "seed": seed,
         "steps": steps,
         "context": context,
+        "peak_lr": peak_lr,
         "parameters": sum(param.numel() for param in model.parameters()),
         "bytes_per_parameter": optimizer.bytes_per_parameter(),
         "held_out_bits": held_out,
@@ -134,12 +135,14 @@ def main() -> int:
     parser.add_argument("rows", type=Path, help="a file of JSON lines, added to")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--context", type=int, default=GPTConfig().context, help="bytes in a text of a batch")
+    parser.add_argument("--peak-lr", type=float, default=2e-3)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--mode", action="append", choices=[name for name, _, _ in MODES], help="default: all")
     parser.add_argument("--picture", type=Path, help="a PNG of the curves")
     args = parser.parse_args()
     torch.set_num_threads(1)  # so small a model gains little by more
     made_by = {"commit": commit(), "torch": torch.__version__, "cpu": cpu_name()}
+    run = {"steps": args.steps, "context": args.context, "peak_lr": args.peak_lr}
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
     there = {(row["mode"], row["seed"]) for row in rows}
     text = corpus.load(torch.device("cpu"))
@@ -147,7 +150,7 @@ def main() -> int:
         for mode in args.mode or [name for name, _, _ in MODES]:
             if (mode, seed) in there:
                 continue
-            row = {**train(mode, seed, args.steps, args.context, text), **made_by, "date": now()}
+            row = {**train(mode, seed, text, **run), **made_by, "date": now()}
             rows.append(row)
             with args.rows.open("a") as file:
                 file.write(json.dumps(row) + "\n")

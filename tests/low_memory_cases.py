@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from low_memory_oracle import SCALE_BLOCK, Array, Mode
 from torch import Tensor
@@ -34,6 +35,20 @@ MODES = {
     "bf16, 8-bit moments by chance": Mode(torch.bfloat16, None, **_8_BITS, stochastic_rounding=True),
 }
 """What is tested of how the state may be stored: the pairs of moments, and of a parameter and its master weight."""
+
+
+_TRAINED: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.bfloat16, {"master_weight_bits": 24, **_8_BITS}),
+    (torch.bfloat16, {"stochastic_rounding": True, **_8_BITS}),
+    (torch.float32, _BF16),
+]
+IN_TRAINERS = [pytest.param(*case, id=f"{case[0]} {' '.join(case[1])}") for case in _TRAINED]
+"""What is trained in trainers: a model's dtype, float32 under mixed precision, and the options of its optimizer."""
+
+
+def stored_dtypes(options: dict[str, Any]) -> set[torch.dtype]:
+    """Of the state that such options ask for."""
+    return {each for each in options.values() if isinstance(each, torch.dtype)}
 
 
 WAYS = [*(f"native, {name}" for name in _native.instruction_sets()), "reference"]

@@ -46,7 +46,9 @@ NEXUS_FN Draw draw(const Chance& chance, Rounded stream, uint64_t eighth) {
   uint32_t d = chance.step;
   uint32_t key_low = chance.seed_low;
   uint32_t key_high = chance.seed_high;
+#ifndef __CUDACC__  // nvcc unrolls it unasked
 #pragma GCC unroll 10
+#endif
   for (int round = 0; round < 10; ++round) {
     uint32_t a_high, a_low, c_high, c_low;
     multiply(a, 0xd2511f53u, a_high, a_low);

@@ -124,14 +124,20 @@ struct Low8 {
   uint8_t bits;
 };
 
+// The low bits count only where the parameter may have been rounded up to: beside a zero that somebody wrote over
+// it, they would make a NaN.
+NEXUS_FN bool was_rounded_up_to(BFloat16 high) { return (high.bits & 0x7fffu) != 0; }
+
 NEXUS_FN float decoded(BFloat16 high, Low16 low) {
-  const uint32_t upper = high.bits - (low.bits >> 15);
-  return float_of_bits(upper << 16 | low.bits);
+  const uint32_t above = low.bits >> 15;  // 1: the parameter is the weight rounded up
+  const uint32_t lower = above != 0 && !was_rounded_up_to(high) ? 0 : low.bits;
+  return float_of_bits((high.bits - (lower >> 15)) << 16 | lower);
 }
 
 NEXUS_FN float decoded(BFloat16 high, Low8 low) {
-  const uint32_t upper = high.bits - (low.bits >> 7);
-  return float_of_bits((upper << 8 | low.bits) << 8);
+  const uint32_t above = low.bits >> 7;
+  const uint32_t lower = above != 0 && !was_rounded_up_to(high) ? 0 : low.bits;
+  return float_of_bits(((high.bits - (lower >> 7)) << 8 | lower) << 8);
 }
 
 NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {

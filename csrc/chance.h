@@ -1,7 +1,7 @@
-// The random numbers of stochastic rounding: Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel random
-// numbers: as easy as 1, 2, 3"). A number follows from its place alone (seed, tensor, element, stream, step), so
-// that it is the same whatever the launch, the threads, the instruction set and the world size. Host and
-// device; no torch.
+// The random numbers of stochastic rounding: Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel
+// random numbers: as easy as 1, 2, 3"). A number follows from its place alone (seed, tensor, element, stream,
+// step), so that it is the same whatever the launch, the threads, the instruction set and the world size.
+// Host and device; no torch.
 #pragma once
 
 #include "record.h"

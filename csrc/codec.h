@@ -1,7 +1,7 @@
 // How a stream is stored, said here and nowhere else. A codec is the type of what is stored of an element: it
-// has a decoded() to the type of the arithmetic, and an encode() from it, which a load() and a store() call for
-// adjacent elements. float16 and bfloat16 are stored rounded to nearest even, or bfloat16 up or down by chance;
-// NaN stays NaN. Host and device; no torch.
+// has a decoded() to the type of the arithmetic, and an encode() from it, which a load() and a store() call
+// for adjacent elements. float16 and bfloat16 are stored rounded to nearest even, or bfloat16 up or down by
+// chance; NaN stays NaN. Host and device; no torch.
 #pragma once
 
 #include <cmath>
@@ -124,8 +124,8 @@ struct Low8 {
   uint8_t bits;
 };
 
-// The low bits count only where the parameter may have been rounded up to: beside a zero that somebody wrote over
-// it, they would make a NaN.
+// The low bits count only where the parameter may have been rounded up to: beside a zero that somebody wrote
+// over it, they would make a NaN.
 NEXUS_FN bool was_rounded_up_to(BFloat16 high) { return (high.bits & 0x7fffu) != 0; }
 
 NEXUS_FN float decoded(BFloat16 high, Low16 low) {
@@ -159,9 +159,9 @@ NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
 }
 
 // A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements, the largest magnitude
-// among them. The first moment is the scale times the signed square of code / 127, the second times the fourth
-// power of code / 255, which is never 0: a second moment that became 0 beside a first moment that did not would
-// make the update thousands of times too large.
+// among them. The first moment is the scale times the signed square of code / 127, the second times the
+// fourth power of code / 255, which is never 0: a second moment that became 0 beside a first moment that did
+// not would make the update thousands of times too large.
 struct Squared8 {
   int8_t code;
 };

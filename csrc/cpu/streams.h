@@ -1,6 +1,6 @@
 // A block of every stream of a tensor: decoded into buffers that stay in the first-level cache, and encoded
-// again once it is updated. A stream that is stored in the type of the arithmetic is read and written where it
-// is. Included once for each instruction set.
+// again once it is updated. A stream that is stored in the type of the arithmetic is read and written where
+// it is. Included once for each instruction set.
 #pragma once
 
 #include <type_traits>

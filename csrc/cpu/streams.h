@@ -5,13 +5,11 @@
 
 #include <type_traits>
 
-#include "../chance.h"
+#include "numbers.h"
 #include "rough_roots.h"
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
-
-constexpr int64_t kBlock = 4 * kScaleBlock;
 
 template <class Codec, class T>
 constexpr bool kInPlace = std::is_same_v<Codec, T>;
@@ -41,27 +39,6 @@ void encode(const T* from, void* stream, DType dtype, int64_t begin, int64_t n) 
     }
   });
 }
-
-// The random numbers of a block's elements.
-class Numbers {
- public:
-  Numbers(const Chance& chance, Rounded stream, int64_t element, int64_t n) : skipped_(element % kDrawn) {
-    const auto first = static_cast<uint64_t>(element / kDrawn);
-    const int64_t draws = (skipped_ + n + kDrawn - 1) / kDrawn;
-    for (int64_t i = 0; i < draws; ++i) {
-      const Draw drawn = draw(chance, stream, first + static_cast<uint64_t>(i));
-      for (int k = 0; k < kDrawn; ++k) {
-        numbers_[i * kDrawn + k] = static_cast<uint16_t>(number(drawn, k));
-      }
-    }
-  }
-
-  const uint16_t* begin() const { return numbers_ + skipped_; }
-
- private:
-  int64_t skipped_;  // numbers of the first draw that belong to elements before the block
-  alignas(64) uint16_t numbers_[kBlock + kDrawn];
-};
 
 // Calls f(i, n) for each scale's elements [i, i + n) of a block; n is a constant unless it is a tensor's end.
 template <class F>

@@ -13,7 +13,9 @@ import torch
 
 from benchmarks import report, table, timing
 from benchmarks.cases import CASES, COPY, CPU, CUDA, TRAINING_CASES, AnyCase, TrainingCase
+from benchmarks.gpu_summary import TARGETS
 from benchmarks.host import measure_host
+from benchmarks.kernels import KERNELS, QUICK_REPEATS, REPEATS, measure_kernels
 from benchmarks.measure import measure
 from benchmarks.report import LeftOut, Results
 from benchmarks.timing import Device
@@ -40,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m benchmarks", description="Time the optimizer beside torch's and others.", allow_abbrev=False
     )
     add = parser.add_argument
-    names = (*CASES, *TRAINING_CASES, HOST)
+    names = (*CASES, *TRAINING_CASES, HOST, KERNELS)
     add("--device", choices=(CPU, CUDA), default=CPU, help=f"where the parameters are; default: {CPU}")
     add("--case", choices=names, action="append", help="time this alone (may be given again); default: all")
     add("--quick", action="store_true", help="few repeats: seconds, and rough figures")
@@ -64,7 +66,7 @@ def _run(args: argparse.Namespace) -> int:
         print(f"python -m benchmarks: {refusal}", file=sys.stderr)
         return REFUSED
     except KeyboardInterrupt:
-        written = "the cases before this one are" if args.out else "nothing was"
+        written = "the rows above are" if args.out else "nothing was"
         print(f"\nStopped; {written} written.", file=sys.stderr)
         return INTERRUPTED
     finally:
@@ -78,13 +80,13 @@ def _bench(args: argparse.Namespace, device: Device, cases: list[AnyCase]) -> in
         if type(before) is not type(case):
             print("", table.heading(device.kind, isinstance(case, TrainingCase)), sep="\n", flush=True)
         _measure(case, args, device, results)
-        if args.out is not None:
-            report.write(Path(args.out), results)  # the next case may take the process with it
     if device.kind == CPU and (args.case is None or HOST in args.case):
         print(f"\n{table.HOST_HEADING}")
         for row in measure_host(args.repeats or (20 if args.quick else 300)):
             results.host.append(row)
             print(table.host_line(row), flush=True)
+    if KERNELS in (args.case or ()):
+        _measure_kernels(args, device, results)
     results.complete = True
     if args.out is not None:
         print(f"\nRows: {report.write(Path(args.out), results)}")
@@ -94,9 +96,8 @@ def _bench(args: argparse.Namespace, device: Device, cases: list[AnyCase]) -> in
 
 
 def _measure(case: AnyCase, args: argparse.Namespace, device: Device, results: Results) -> None:
-    free, need = device.free_bytes(), case.bytes_needed(device.kind)
-    if free is not None and free < need:
-        reason = f"it needs {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+    reason = device.lacks(case.bytes_needed(device.kind))
+    if reason is not None:
         results.left_out.append(LeftOut(case.name, "all", "all", reason, failed=False))
         print(f"{case.name}: left out, {reason}", flush=True)
         return
@@ -108,6 +109,21 @@ def _measure(case: AnyCase, args: argparse.Namespace, device: Device, results: R
         else:
             results.rows.append(row)
             print(table.line(row), flush=True)
+        if args.out is not None:
+            report.write(Path(args.out), results)  # the next row may take the process with it
+
+
+def _measure_kernels(args: argparse.Namespace, device: Device, results: Results) -> None:
+    print(f"\n{table.kernel_heading()}", flush=True)
+    for row in measure_kernels(args.repeats or (QUICK_REPEATS if args.quick else REPEATS), device):
+        if isinstance(row, LeftOut):
+            results.left_out.append(row)
+            print(table.left_out_line(row), flush=True)
+        else:
+            results.kernels.append(row)
+            print(table.kernel_line(row), flush=True)
+        if args.out is not None:
+            report.write(Path(args.out), results)
 
 
 def _draw(results: Results, picture: Path) -> None:
@@ -137,11 +153,13 @@ def _cases(wanted: list[str] | None, device: str) -> list[AnyCase]:
     if wanted is None:
         cases = [case for case in every.values() if device in case.by_default]
         if device == CUDA:  # a run on a GPU may be cut short: what says the most comes first
-            cases.sort(key=lambda case: (CPU in case.devices, case.name in CASES))
+            aimed_at = {target.case for target in TARGETS}
+            cases.sort(key=lambda case: (case.name not in aimed_at, CPU in case.devices))
         return cases
-    if HOST in wanted and device != CPU:
-        raise Refusal(f"--case {HOST} is about the CPU: add --device {CPU}")
-    cases = [every[name] for name in dict.fromkeys(wanted) if name != HOST]
+    for name, where in ((HOST, CPU), (KERNELS, CUDA)):
+        if name in wanted and device != where:
+            raise Refusal(f"--case {name} is for {where}: add --device {where}")
+    cases = [every[name] for name in dict.fromkeys(wanted) if name in every]
     for case in cases:
         if device not in case.devices:
             raise Refusal(f"--case {case.name} is for {' or '.join(case.devices)}, and this is {device}")
@@ -160,8 +178,8 @@ def _check_outputs(args: argparse.Namespace) -> None:
         return
     if Path(args.picture).is_dir():
         raise Refusal(f"--picture must be a file, and {args.picture} is a folder")
-    if args.case == [HOST]:
-        raise Refusal(f"--picture draws speed-ups, and --case {HOST} has none")
+    if args.case in ([HOST], [KERNELS]):
+        raise Refusal(f"--picture draws speed-ups, and --case {args.case[0]} has none")
     try:
         importlib.import_module("matplotlib")
     except ImportError as error:

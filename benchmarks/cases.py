@@ -12,6 +12,8 @@ STEP_SCHEDULE = "step + schedule"
 CLIP_STEP_SCHEDULE = "clip + step + schedule"
 EAGER, CAPTURED = "training step", "training step, captured"
 
+NORM, PROLOGUE, UPDATE = "norm", "prologue", "update"  # a step's kernels
+
 FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"  # ways to run torch.optim.AdamW
 CAPTURABLE = "fused, capturable"  # and a rate that is a tensor
 NEXUS_TRITON = "nexus in Triton"
@@ -40,7 +42,6 @@ class Case:
     jobs: tuple[str, ...] = (STEP, CLIP_STEP_SCHEDULE)
     peers: tuple[str, ...] = (FUSED, FOREACH, FOR_LOOP)
     cuda_peers: tuple[str, ...] = (FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON)
-    memory_bound: bool = False  # too large for any cache: set beside COPY, too
     dtype: str = FLOAT32
     devices: tuple[str, ...] = (CPU, CUDA)
 
@@ -67,8 +68,6 @@ class Case:
         for job in self.jobs:
             for peer in self.cuda_peers if device == CUDA else self.peers:
                 yield job, peer
-            if self.memory_bound and job == STEP:
-                yield job, COPY
 
     def bytes_needed(self, device: str) -> int:
         """At most: parameter, gradient and two moments of two optimizers, and three temporaries of foreach.
@@ -147,8 +146,10 @@ def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[
     return ((vocabulary, width), (context, width), *(*norm, *attention, *norm, *mlp) * layers, *norm)
 
 
-_THIRD_PARTY = (FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON, OPTIMI, TORCHAO, APEX)
-_LARGE: dict[str, Any] = {"repeats": 40, "quick_repeats": 5, "memory_bound": True, "devices": (CUDA,)}
+_BESIDE_COPY = (COPY, FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON)
+_THIRD_PARTY = (*_BESIDE_COPY, OPTIMI, TORCHAO, APEX)
+_LARGE: dict[str, Any] = {"repeats": 40, "quick_repeats": 5, "devices": (CUDA,)}
+_COUNTED: dict[str, Any] = {**_LARGE, "repeats": 150, "cuda_peers": (COPY, NEXUS_TRITON)}
 _TINY, _SMALL = (64,), (1000,)
 _GPT, _DEEP = gpt_shapes(3, 128, 256, 256), gpt_shapes(12, 64, 256, 256)
 _GPT2, _BILLION = gpt_shapes(12, 768, 50257, 1024), gpt_shapes(24, 1792, 50257, 1024)
@@ -159,7 +160,7 @@ CASES = {
         Case("tiny", "148 tensors of 64 elements", (_TINY,) * 148, 1000, 60),
         Case("gpt", "byte-level GPT: 3 layers, width 128", _GPT, 500, 40),
         Case("deep", "byte-level GPT: 12 layers, width 64", _DEEP, 500, 40),
-        Case("gpt2", "GPT-2 124M", _GPT2, 20, 4, peers=(FUSED, FOREACH), cuda_peers=_THIRD_PARTY, memory_bound=True),
+        Case("gpt2", "GPT-2 124M", _GPT2, 20, 4, peers=(FUSED, FOREACH, COPY), cuda_peers=_THIRD_PARTY),
         Case(
             "groups",
             "100 groups, each with its own rate",
@@ -171,8 +172,17 @@ CASES = {
             peers=(FUSED, FOREACH),
         ),
         Case("many", "1000 tensors of 1,000 elements", (_SMALL,) * 1000, 150, 15, cuda_peers=_THIRD_PARTY),
+        Case("ten", "10 tensors of 1,000 elements", (_SMALL,) * 10, **_COUNTED),
+        Case("ten-thousand", "10,000 tensors of 1,000 elements", (_SMALL,) * 10_000, **_COUNTED),
         Case("billion", "GPT of 1.02B parameters", _BILLION, cuda_peers=_THIRD_PARTY, **_LARGE),
-        Case("billion-bf16", "GPT of 1.02B bfloat16 parameters", _BILLION, dtype=BFLOAT16, **_LARGE),
+        Case(
+            "billion-bf16",
+            "GPT of 1.02B bfloat16 parameters",
+            _BILLION,
+            cuda_peers=_BESIDE_COPY,
+            dtype=BFLOAT16,
+            **_LARGE,
+        ),
     )
 }
 TRAINING_CASES = {

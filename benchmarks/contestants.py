@@ -107,7 +107,8 @@ def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contest
     if name == NEXUS_TRITON:
         return nexus(case, job, device, "triton")
     if name == COPY:
-        return Contestant(copy(case, job, device))
+        copies = copy(case, job, device)
+        return Contestant(copies, in_graph=copies)
     params = make_params(case.shapes, getattr(torch, case.dtype), device.where)
     optimizer = PEERS[name].make([{"params": part} for part in _dealt(params, case.groups)], device.where)
     scheduler = None if job == STEP else LambdaLR(optimizer, factors(case.groups))

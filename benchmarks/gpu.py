@@ -81,9 +81,9 @@ def later_stages(arch: str) -> list[Stage]:
     pytest += ["--continue-on-collection-errors", f"--junitxml={WORK / 'junit.xml'}"]
     if importlib.util.find_spec("xdist"):
         workers = max(1, min(MAX_WORKERS, (os.cpu_count() or 1) - 2))
-        pytest += ["-p", "xdist", "-n", str(workers), "--dist", "loadgroup"]
-    bench = [sys.executable, "-m", "benchmarks", "--device", "cuda"]
-    bench += ["--out", str(WORK / "benchmark.json"), "--picture", str(WORK / "benchmark.png")]
+        # Not by group: that distribution waits for ever where a worker has crashed.
+        pytest += ["-p", "xdist", "-n", str(workers), "--dist", "worksteal", "-p", "benchmarks.gpu_plugin"]
+    bench = [sys.executable, "-m", "benchmarks", "--device", "cuda", "--out"]
     return [
         Stage("build", 90, build, {**native, "NEXUS_CUDA": "1"}),
         # Triton needs the rest of the extension.
@@ -97,7 +97,10 @@ def later_stages(arch: str) -> list[Stage]:
         # What torch asks of the driver may be refused without harm, and nexus reports its own failures.
         _sanitizer_stage("memcheck", "--report-api-errors", "no"),
         _sanitizer_stage("racecheck"),
-        Stage("benchmark", 155, bench, PATHS),
+        Stage("kernels", 30, [*bench, str(WORK / "kernels.json"), "--case", "kernels"], PATHS),
+        Stage(
+            "benchmark", 125, [*bench, str(WORK / "benchmark.json"), "--picture", str(WORK / "benchmark.png")], PATHS
+        ),
     ]
 
 
@@ -129,10 +132,13 @@ def _sanitizer_stage(tool: str, *options: str) -> Stage:
 
 def write(metadata: dict[str, Any], outcomes: list[Outcome]) -> str:
     """Write the results as far as they have come; returns the summary."""
-    benchmark = _json("benchmark") or {"format": FORMAT, "rows": [], "left_out": [], "complete": False}
+    nothing = {"format": FORMAT, "rows": [], "kernels": [], "left_out": [], "complete": False}
+    benchmark, kernels = (_json(name) or nothing for name in ("benchmark", "kernels"))
     results = {
         **benchmark,
         "metadata": {**metadata, **benchmark.get("metadata", {})},
+        "kernels": kernels["kernels"],
+        "left_out": [*benchmark["left_out"], *kernels["left_out"]],
         "stages": [vars(outcome) for outcome in outcomes],
         "tests": gpu_summary.tests(WORK / "junit.xml"),
         "rates": _json("rates"),

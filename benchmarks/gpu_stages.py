@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -85,7 +86,8 @@ def run(stage: Stage, limit_s: float, log: Path, folder: Path) -> Outcome:
         return Outcome(stage.name, PASSED, seconds)
     if stage.excuse is not None and stage.excuse in read(log):
         return Outcome(stage.name, NOT_RUN, seconds, stage.excuse)
-    return Outcome(stage.name, FAILED, seconds, f"killed by signal {-code}" if code < 0 else f"exit code {code}")
+    reason = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
+    return Outcome(stage.name, FAILED, seconds, reason)
 
 
 def _wait(process: subprocess.Popen[bytes], limit_s: float, shown: Path | None) -> int:
@@ -111,9 +113,21 @@ def read(log: Path) -> str:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    for kind in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):  # at the first, pytest writes its report
-        try:
-            os.killpg(process.pid, kind)
+    """At an interrupt pytest writes its report, once no worker of its own keeps it waiting."""
+    for end in (_interrupt, _kill_children):
+        with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+            end(process.pid)
             process.wait(PATIENCE_S)
-        except (ProcessLookupError, subprocess.TimeoutExpired):
-            continue
+            break
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):
+        os.killpg(process.pid, signal.SIGKILL)  # and what it leaves behind
+        process.wait(PATIENCE_S)
+
+
+def _interrupt(group: int) -> None:
+    os.killpg(group, signal.SIGINT)
+
+
+def _kill_children(parent: int) -> None:
+    for child in Path(f"/proc/{parent}/task/{parent}/children").read_text().split():
+        os.kill(int(child), signal.SIGKILL)

@@ -1,15 +1,31 @@
-"""The results of `make gpu` in words: each stage, the tests, and what was aimed at beside what was reached."""
+"""The results of `make gpu` in words: stages, tests, a step's parts, and what was aimed at beside it."""
 
 from __future__ import annotations
 
 import xml.etree.ElementTree as ElementTree
+from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cases import CAPTURED, CLIP_STEP_SCHEDULE, COPY, FUSED, STEP, TORCH_LOOP
+from benchmarks.cases import (
+    CAPTURED,
+    CLIP_STEP_SCHEDULE,
+    COPY,
+    FUSED,
+    NEXUS_TRITON,
+    NORM,
+    PROLOGUE,
+    STEP,
+    TORCH_LOOP,
+    UPDATE,
+)
 
 MAX_NAMES = 30  # of failed tests
+KERNELS = (NORM, PROLOGUE, UPDATE)
+UNCLIPPED = "no clipping"  # the device, with no kernel for the norm
+FIELDS = {"host": "host", "replay": "replay", "replay: host": "replay_host"}
 
 Data = dict[str, Any]
 
@@ -56,9 +72,10 @@ TARGETS = (
 
 def tests(junit: Path) -> Data | None:
     """How many tests there were, and which failed; None where pytest did not come to its end."""
-    if not junit.exists():
+    try:
+        suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
+    except (OSError, ElementTree.ParseError):
         return None
-    suites = list(ElementTree.parse(junit).getroot().iter("testsuite"))
     counts = {name: sum(int(suite.get(name, 0)) for suite in suites) for name in ("tests", "skipped")}
     failed = [
         f"{case.get('classname')}::{case.get('name')}"
@@ -67,6 +84,41 @@ def tests(junit: Path) -> Data | None:
         if case.find("failure") is not None or case.find("error") is not None
     ]
     return {**counts, "failed": len(failed), "names": failed[:MAX_NAMES]}
+
+
+def steps(results: Data) -> list[str]:
+    """A table of what a step with clipping and schedule takes, of each case and backend, and of its parts."""
+    cells: dict[tuple[str, str], Data] = defaultdict(dict)
+    for row in results["kernels"]:
+        cells[row["case"], row["backend"]].update({part: row["times"][part]["median"] for part in KERNELS})
+    for row in results["rows"]:
+        if row["peer"] not in (COPY, NEXUS_TRITON):
+            continue
+        side, backend = ("nexus", row["backend"]) if row["peer"] == COPY else ("peer", "triton")
+        found = cells[row["case"], backend]
+        if row["job"] == STEP:
+            found[UNCLIPPED] = row[f"{side}_us"]
+            continue
+        found["device"] = row[f"{side}_us"]
+        for column, field in FIELDS.items():
+            if row[field] and row[field][side]:
+                found[column] = row[field][side]["median"]
+        if row["peer"] == COPY:
+            found.update({COPY: row["peer_us"], "step/copy": row["ratio"]["median"]})
+    columns = (*KERNELS, "device", UNCLIPPED, *FIELDS, COPY, "step/copy")
+    lines = [_step_line("steps, in µs", "", columns)]
+    for (case, backend), found in cells.items():
+        lines.append(_step_line(f"  {case}", backend, [_figure(found.get(name)) for name in columns]))
+    left_out = [one for one in results["left_out"] if one["job"] == "kernels"]
+    return lines + ["  {case}, {peer}: {reason}".format(**one) for one in left_out]
+
+
+def _step_line(case: str, backend: str, cells: Sequence[str]) -> str:
+    return f"{case:<16}{backend:<8}{''.join(f'{cell:>14}' for cell in cells)}"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
 
 
 def text(results: Data) -> str:
@@ -83,7 +135,7 @@ def text(results: Data) -> str:
         for name, found in results["rates"].items():
             count = "{unequal} of {steps}" if "unequal" in found else "not run: {not run}"
             lines.append(f"  {name:<12} {count.format(**found)}")
-    lines += ["", "targets"]
+    lines += ["", *steps(results), "", "targets"]
     for target in results["targets"]:
         value = "not measured" if target["value"] is None else f"{target['value']:.3g}"
         met = {None: "", True: "met", False: "MISSED"}[target["met"]]

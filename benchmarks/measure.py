@@ -80,7 +80,7 @@ def _beside(case: AnyCase, job: str, name: str, ours: Side, theirs: Side, repeat
         host=host if device.kind == CUDA else None,
         remark=theirs.remark,
     )
-    if device.kind != CUDA or not theirs.params:
+    if device.kind != CUDA:
         return row
     if isinstance(case, TrainingCase):
         first, second = (partial(_step_us, case.loop_steps, side.call, device) for side in (ours, theirs))

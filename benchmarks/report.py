@@ -115,6 +115,22 @@ class HostRow:
     value: Spread
 
 
+@dataclass(frozen=True)
+class KernelRow:
+    """A step with clipping and schedule, taken apart by kernel on a GPU."""
+
+    case: str
+    title: str
+    dtype: str
+    tensors: int
+    elements: int
+    backend: str
+    steps: int
+    times: dict[str, Spread]  # microseconds of the device, of norm, prologue, update, and of a copy of as many bytes
+    shares: dict[str, Spread]  # bytes a second over those of the copy, of norm, update and the whole step
+    others: list[str]  # names of what else ran
+
+
 @dataclass
 class Results:
     """Of one run, as far as it has come."""
@@ -123,6 +139,7 @@ class Results:
     rows: list[Row] = field(default_factory=list)
     left_out: list[LeftOut] = field(default_factory=list)
     host: list[HostRow] = field(default_factory=list)
+    kernels: list[KernelRow] = field(default_factory=list)
     complete: bool = False
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.cases import COPY, CPU, CUDA, TRAINING_CASES
-from benchmarks.report import Comparison, HostRow, LeftOut, Row, Spread
+from benchmarks.cases import COPY, CPU, CUDA, NORM, PROLOGUE, STEP, TRAINING_CASES, UPDATE
+from benchmarks.report import Comparison, HostRow, KernelRow, LeftOut, Row, Spread
 
 PEER_NAMES = {COPY: "copy of as much"}
 RATE = "steps a second"
@@ -45,6 +45,23 @@ def _both(times: Comparison | None, per_second: bool) -> str:
 
 def _aligned(case: str, job: str, peer: str, columns: list[str], last: str) -> str:
     return f"{case:<12} {job:<24} {peer:<22}{''.join(f'{column:>20}' for column in columns)}  {last}"
+
+
+def kernel_line(row: KernelRow) -> str:
+    """A row of the table of kernels."""
+    cells = [figures(spread.median) for spreads in (row.times, row.shares) for spread in spreads.values()]
+    others = f"beside {', '.join(row.others)}" if row.others else ""
+    return _kernels(row.case, row.backend, cells, others)
+
+
+def kernel_heading() -> str:
+    """Over the rows of kernels."""
+    times = [f"{part}, µs" for part in (NORM, PROLOGUE, UPDATE, COPY)]
+    return _kernels("case", "backend", times + [f"{what}/copy" for what in (NORM, UPDATE, STEP)], "bytes a second")
+
+
+def _kernels(case: str, backend: str, cells: list[str], last: str) -> str:
+    return f"{case:<14}{backend:<8}{''.join(f'{cell:>14}' for cell in cells)}  {last}".rstrip()
 
 
 def left_out_line(left_out: LeftOut) -> str:

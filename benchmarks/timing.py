@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases import CPU, CUDA
 from benchmarks.peers import installed_version, versions
@@ -62,6 +63,17 @@ class Device:
             return None
         kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
         return None if kilobytes is None else int(kilobytes) * 1024
+
+    def lacks(self, needed: int) -> str | None:
+        """In words, where less memory than so many bytes is free."""
+        free = self.free_bytes()
+        if free is None or free >= needed:
+            return None
+        return f"it needs {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+
+    def kernels(self, call: Call, times: int) -> list[tuple[str, float]]:
+        """The name of each kernel and copy that so many calls enqueue, and its microseconds, in order."""
+        return []
 
     def settle(self) -> None:
         """Give back the memory of what has been dropped."""
@@ -132,6 +144,9 @@ class Cuda(Device):
         self.settle()
         return int(torch.cuda.mem_get_info()[0])
 
+    def kernels(self, call: Call, times: int) -> list[tuple[str, float]]:
+        return profiled(call, times, ProfilerActivity.CUDA)
+
     def settle(self) -> None:
         gc.collect()
         torch.cuda.empty_cache()
@@ -159,6 +174,18 @@ def _driver() -> str | None:
     except (OSError, subprocess.SubprocessError):
         return None
     return answer.split("\n")[0].strip() or None
+
+
+def profiled(call: Call, times: int, activity: ProfilerActivity) -> list[tuple[str, float]]:
+    """What torch's profiler sees of so many calls on one kind of device, in order."""
+    with profile(activities=[activity]) as profiler:
+        for _ in range(times):
+            call()
+        if activity == ProfilerActivity.CUDA:
+            torch.cuda.synchronize()
+    seen = [event for event in profiler.events() if event.device_type.name == activity.name]
+    seen.sort(key=lambda event: event.time_range.start)
+    return [(event.name, event.time_range.elapsed_us()) for event in seen]
 
 
 def microseconds(call: Call) -> float:

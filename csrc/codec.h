@@ -124,20 +124,18 @@ struct Low8 {
   uint8_t bits;
 };
 
-// The low bits count only where the parameter may have been rounded up to: beside a zero that somebody wrote
-// over it, they would make a NaN.
-NEXUS_FN bool was_rounded_up_to(BFloat16 high) { return (high.bits & 0x7fffu) != 0; }
-
+// Beside a zero that somebody has written over the parameter, bits that make the weight smaller than it would
+// make a NaN: there, they count as 0.
 NEXUS_FN float decoded(BFloat16 high, Low16 low) {
-  const uint32_t above = low.bits >> 15;  // 1: the parameter is the weight rounded up
-  const uint32_t lower = above != 0 && !was_rounded_up_to(high) ? 0 : low.bits;
-  return float_of_bits((high.bits - (lower >> 15)) << 16 | lower);
+  const bool is_stale = (high.bits & 0x7fffu) == 0 && low.bits >> 15 != 0;
+  const uint32_t below = is_stale ? 0u : low.bits;
+  return float_of_bits((high.bits - (below >> 15)) << 16 | below);
 }
 
 NEXUS_FN float decoded(BFloat16 high, Low8 low) {
-  const uint32_t above = low.bits >> 7;
-  const uint32_t lower = above != 0 && !was_rounded_up_to(high) ? 0 : low.bits;
-  return float_of_bits(((high.bits - (lower >> 7)) << 8 | lower) << 8);
+  const bool is_stale = (high.bits & 0x7fffu) == 0 && low.bits >> 7 != 0;
+  const uint32_t below = is_stale ? 0u : low.bits;
+  return float_of_bits(((high.bits - (below >> 7)) << 8 | below) << 8);
 }
 
 NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
@@ -193,12 +191,19 @@ NEXUS_FN float decoded(Fourth8 x, float scale) {
   return square * square * scale;
 }
 
-// A code is the largest whose number, less half a step, is at most `share`, |value| * inverse: a comparison
-// decides it between two that a rough root yields, which may be off by 0.4 codes. NaN has the smallest code.
+// The part of the largest magnitude that a value is, from 0 to 1. Where the scale is finite, it may be up to
+// 1 + 2^-20, and clean_share() changes no code.
+NEXUS_FN float share_of(float value, float inverse) { return fabsf(value) * inverse; }
+
+NEXUS_FN float clean_share(float share) {
+  const float most = share < 1.0f ? share : 1.0f;
+  return share != share ? 0.0f : most;
+}
+
+// A code is the largest whose number, less half a step, is at most the share: a comparison decides it between
+// two that a rough root yields, which may be off by a quarter of a step.
 NEXUS_FN void encode(float value, float share, float rough_root, Squared8& out) {
-  const float rough = 127.0f * rough_root;
-  const float above_zero = rough > 0.0f ? rough : 0.0f;
-  const auto code = static_cast<int32_t>(above_zero < 126.0f ? above_zero : 126.0f);
+  const auto code = static_cast<int32_t>(127.0f * rough_root);
   const float root = (static_cast<float>(code) + 0.5f) * (1.0f / 127.0f);
   const int32_t magnitude = code + (root * root <= share ? 1 : 0);
   out.code = static_cast<int8_t>(value < 0.0f ? -magnitude : magnitude);
@@ -206,9 +211,9 @@ NEXUS_FN void encode(float value, float share, float rough_root, Squared8& out) 
 
 // Not half a step but `chance` of a step, in [0, 1).
 NEXUS_FN void encode(float share, float rough_fourth_root, float chance, Fourth8& out) {
-  const float rough = 255.0f * rough_fourth_root + (chance - 0.5f);
-  const float above_one = rough > 1.0f ? rough : 1.0f;
-  const auto code = static_cast<int32_t>(above_one < 254.0f ? above_one : 254.0f);
+  const auto rough = static_cast<int32_t>(255.0f * rough_fourth_root + (chance - 0.5f));
+  const int32_t above_zero = rough > 1 ? rough : 1;
+  const int32_t code = above_zero < 254 ? above_zero : 254;
   const float root = (static_cast<float>(code + 1) - chance) * (1.0f / 255.0f);
   const float square = root * root;
   out.code = static_cast<uint8_t>(code + (square * square <= share ? 1 : 0));

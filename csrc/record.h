@@ -96,7 +96,8 @@ struct StepState {
   const float* grad_scale;       // gradients are to be divided by this, or null
   const float* found_inf;        // nonzero: skip this step, or null
   int64_t skip_nonfinite;
-  int64_t seed;  // of stochastic rounding
+  int64_t seed;      // of stochastic rounding
+  int64_t advances;  // 0: the counters stay as they are, since another step ends this update
   History history;
 };
 
@@ -166,7 +167,7 @@ NEXUS_RECORD(Rate, {F(value), F(tensor), F(is_float64), F(table), F(rows), F(sca
 NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize)});
 NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});
 NEXUS_RECORD(StepState, {F(completed), F(skipped), F(sum_of_squares), F(grad_norm), F(grad_scale),
-                         F(found_inf), F(skip_nonfinite), F(seed), F(history)});
+                         F(found_inf), F(skip_nonfinite), F(seed), F(advances), F(history)});
 #undef F
 
 // All of an optimizer, as the host sees it: what a watch keeps up to date and every step reads.

@@ -13,7 +13,7 @@ from nexus.optim.storage import bytes_table
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print versions, backends (or why one is missing) with their instruction sets, threads, and bytes a parameter."""
+    """Print versions, threads, backends (or why one is missing) with instruction sets, and bytes a parameter."""
     lines = [
         ("nexus", __version__),
         ("Python", f"{platform.python_version()} on {platform.platform()}"),

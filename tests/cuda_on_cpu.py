@@ -32,6 +32,18 @@ def shim() -> Shim:
     return Shim(extension().__file__)
 
 
+def allocate(device: int, nbytes: int, stream: int) -> int:
+    """See `nexus.backends.cuda.allocate`."""
+    address = shim().allocate(device, nbytes)
+    if address is None:
+        raise torch.cuda.OutOfMemoryError(f"the shim does not give {nbytes} bytes")
+    return address
+
+
+def release(address: int) -> None:
+    assert shim().free(address) == 0
+
+
 class Runner(cuda.CudaRunner):
     def __init__(self, tensors: Any) -> None:
         super().__init__(tensors)
@@ -55,7 +67,8 @@ class Backend:
         return "for tests"
 
     def runner(self, setting_names: tuple[str, ...]) -> Runner:
-        return Runner(make_records(extension().CudaRecords, setting_names))
+        records = functools.partial(extension().CudaRecords, allocate, release)
+        return Runner(make_records(records, setting_names))
 
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         steps = steps.contiguous()

@@ -123,10 +123,10 @@ bool Step::prepare() {
       evaluate(i);
     }
     advance(state.history);
-    ++*state.skipped;
+    *state.skipped += state.advances;
     return false;
   }
-  ++*state.completed;
+  *state.completed += state.advances;
   int32_t group = -1;
   double step = -1.0;  // of the coefficients at hand: tensors of one group mostly share theirs
   Row row = {};

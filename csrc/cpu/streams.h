@@ -77,7 +77,12 @@ struct Shares {
     scale = scale_of(largest);
     const float inverse = inverse_of(scale);
     for (int64_t i = 0; i < n; ++i) {
-      values[i] = fabsf(from[i]) * inverse;
+      values[i] = share_of(from[i], inverse);
+    }
+    if (largest >= 0x7f800000u) {
+      for (int64_t i = 0; i < n; ++i) {
+        values[i] = clean_share(values[i]);
+      }
     }
     for (int64_t i = n; i < kScaleBlock; ++i) {
       values[i] = 0.0f;

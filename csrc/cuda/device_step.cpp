@@ -6,31 +6,9 @@
 #include "launch.h"
 
 namespace nexus::cuda {
-namespace {
-
-// A stream that waits for no other.
-class SideStream {
- public:
-  SideStream() { check(cudaStreamCreateWithFlags(&stream_, cudaStreamNonBlocking), "making a stream"); }
-  ~SideStream() { cudaStreamDestroy(stream_); }
-  SideStream(const SideStream&) = delete;
-  SideStream& operator=(const SideStream&) = delete;
-  cudaStream_t get() const { return stream_; }
-
- private:
-  cudaStream_t stream_ = nullptr;
-};
-
-bool is_capturing(cudaStream_t stream) {
-  cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
-  check(cudaStreamIsCapturing(stream, &status), "asking whether the stream is being captured");
-  return status != cudaStreamCaptureStatusNone;
-}
-
-}  // namespace
 
 DeviceStep::DeviceStep(const Records& records, const Part& part, std::unique_ptr<DeviceTable> table,
-                       std::vector<std::unique_ptr<DeviceTable>>& captured)
+                       CapturedTables& captured)
     : records_(records), part_(part), table_(std::move(table)), captured_(captured) {
   const auto first = records.tensors.begin() + part.first_tensor;
   contents_.tensors.assign(first, first + part.tensor_count);
@@ -59,25 +37,16 @@ const Table& DeviceStep::current_table(cudaStream_t stream) {
   }
   read_groups();
 
-  if (!is_capturing(stream)) {
+  const cudaGraph_t graph = graph_of(stream);
+  if (graph == nullptr) {
     table_->write(contents_, stream);
     return table_->get();
   }
-  for (const auto& table : captured_) {
-    if (table->device() == part_.device && table->holds(contents_)) {
-      return table->get();
-    }
-  }
-  auto table = std::make_unique<DeviceTable>(part_.device);
   const OutsideCapture outside;
   check(load_norm(), "loading the gradient norm");
   check(load_prologue(), "loading the prologue of a step");
   check(load_update(contents_.codecs), "loading the update");
-  const SideStream side;
-  table->write(contents_, side.get());
-  check(cudaStreamSynchronize(side.get()), "writing the table of a captured step");
-  captured_.push_back(std::move(table));
-  return captured_.back()->get();
+  return captured_.table(part_.device, contents_, graph);
 }
 
 void DeviceStep::sum_of_squares(double* out, cudaStream_t stream) {
@@ -95,11 +64,7 @@ void DeviceStep::step(cudaStream_t stream) {
 void DeviceStep::update_captured(cudaStream_t stream) {
   const DeviceGuard guard(part_.device);
   read_groups();
-  for (const auto& table : captured_) {
-    if (table->device() == part_.device) {
-      table->write_groups(contents_, stream);
-    }
-  }
+  captured_.write_groups(part_.device, contents_, stream);
 }
 
 }  // namespace nexus::cuda

@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "../hyperparameters.h"
+#include "captured_tables.h"
 #include "device_table.h"
 
 namespace nexus::cuda {
@@ -20,14 +21,13 @@ struct Part {
 
 // Everything here is enqueued on the caller's stream, and returns at once.
 //
-// While that stream is being captured, a step gets a table of its own, which is complete before the call
-// returns. Nothing but update_captured() writes to it again: a graph that is replayed finds what the captured
-// step has seen.
+// While that stream is being captured, a step gets a table of CapturedTables: a graph that is replayed finds
+// what the captured step has seen.
 class DeviceStep {
  public:
-  // `captured` outlives this object, and any graph that was captured.
+  // `captured` outlives this object.
   DeviceStep(const Records& records, const Part& part, std::unique_ptr<DeviceTable> table,
-             std::vector<std::unique_ptr<DeviceTable>>& captured);
+             CapturedTables& captured);
 
   int device() const { return part_.device; }
   std::unique_ptr<DeviceTable> take_table() { return std::move(table_); }
@@ -51,7 +51,7 @@ class DeviceStep {
   Part part_;
   Contents contents_;
   std::unique_ptr<DeviceTable> table_;
-  std::vector<std::unique_ptr<DeviceTable>>& captured_;
+  CapturedTables& captured_;
 };
 
 }  // namespace nexus::cuda

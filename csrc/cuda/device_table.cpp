@@ -46,33 +46,13 @@ DeviceGuard::~DeviceGuard() {
   }
 }
 
-OutsideCapture::OutsideCapture() {
-  check(cudaThreadExchangeStreamCaptureMode(&mode_), "leaving the capture");
-}
-
-OutsideCapture::~OutsideCapture() { cudaThreadExchangeStreamCaptureMode(&mode_); }
-
-DeviceTable::~DeviceTable() {
-  if (memory_ == nullptr) {
-    return;
-  }
-  try {
-    const OutsideCapture outside;
-    const DeviceGuard guard(device_);
-    cudaFree(memory_);
-  } catch (const std::runtime_error&) {
-    // At the end of a process the driver may be gone, and its memory with it.
-  }
-  cudaGetLastError();
-}
-
-void DeviceTable::lay_out(const Contents& now) {
+void DeviceTable::lay_out(const Contents& now, cudaStream_t stream) {
   size_t bytes = 0;
   const auto place = [&](auto*& section, size_t count) {
     const size_t offset = bytes;
     bytes += (count * sizeof(*section) + 255) / 256 * 256;
-    section =
-        reinterpret_cast<std::remove_reference_t<decltype(section)>>(static_cast<char*>(memory_) + offset);
+    char* const start = static_cast<char*>(memory_.get());
+    section = reinterpret_cast<std::remove_reference_t<decltype(section)>>(start + offset);
   };
   const auto place_all = [&] {
     bytes = 0;
@@ -86,13 +66,13 @@ void DeviceTable::lay_out(const Contents& now) {
     place(table_.partial_sums, static_cast<size_t>(std::max<int64_t>(now.chunk_count, 1)));
   };
   place_all();
-  if (bytes > capacity_) {
-    const OutsideCapture outside;
-    void* memory = nullptr;
-    check(cudaMalloc(&memory, bytes), "allocating the table of tensors");
-    cudaFree(memory_);  // waits until nothing uses it
-    memory_ = memory;
+  // A table is written and read on the stream that its memory was allocated for, so that what comes to have
+  // this memory next waits, on the device, for the last step that reads it. Steps on another stream get
+  // another table.
+  if (bytes > capacity_ || stream != stream_) {
+    memory_ = allocate_(device_, bytes, stream);
     capacity_ = bytes;
+    stream_ = stream;
     place_all();
   }
   table_.tensor_count = static_cast<int64_t>(now.tensors.size());
@@ -102,17 +82,22 @@ void DeviceTable::lay_out(const Contents& now) {
 }
 
 void DeviceTable::write(const Contents& now, cudaStream_t stream) {
-  const bool everything = !complete_;
+  const bool everything = !complete_ || stream != stream_;
   complete_ = false;
   if (everything) {
-    lay_out(now);
+    lay_out(now, stream);
     written_ = {};
     const Header header = {};
     upload(table_.header, &header, sizeof header, stream);
     write_changes(table_.tensors, written_.tensors, now.tensors, stream);
     divide(table_, stream);
   }
-  write_changes(table_.pointers, written_.pointers, now.pointers, stream);
+  if (now.pointers.size() == 1) {
+    table_.only = now.pointers[0];
+    written_.pointers = now.pointers;
+  } else {
+    write_changes(table_.pointers, written_.pointers, now.pointers, stream);
+  }
   write_changes(table_.groups, written_.groups, now.groups, stream);
   written_.measures_norm = now.measures_norm;
   complete_ = true;

@@ -3,6 +3,9 @@
 
 #include <cuda_runtime.h>
 
+#include <functional>
+#include <memory>
+#include <utility>
 #include <vector>
 
 #include "table.h"
@@ -21,18 +24,12 @@ class DeviceGuard {
   int previous_ = -1;  // or -1: it was current already
 };
 
-// Lets this thread allocate, free and wait while a stream is being captured. What it does so is no part of
-// the graph.
-class OutsideCapture {
- public:
-  OutsideCapture();
-  ~OutsideCapture();
-  OutsideCapture(const OutsideCapture&) = delete;
-  OutsideCapture& operator=(const OutsideCapture&) = delete;
+// A block of device memory. Whoever lets go of it last may be a thread that must not call CUDA.
+using Memory = std::shared_ptr<void>;
 
- private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;
-};
+// Gives memory of a device. Once nobody holds it, it serves again what is enqueued on `stream` from then on.
+// Throws where there is none.
+using Allocate = std::function<Memory(int device, size_t bytes, cudaStream_t stream)>;
 
 // What a step on one device reads.
 struct Contents {
@@ -46,18 +43,16 @@ struct Contents {
 
 class DeviceTable {
  public:
-  explicit DeviceTable(int device) : device_(device) {}
-  ~DeviceTable();
-  DeviceTable(const DeviceTable&) = delete;
-  DeviceTable& operator=(const DeviceTable&) = delete;
+  // `allocate` outlives the table.
+  DeviceTable(int device, const Allocate& allocate) : device_(device), allocate_(allocate) {}
 
   int device() const { return device_; }
 
   // To be called when other `tensors` follow: the next write() is of everything.
   void forget() { complete_ = false; }
 
-  // Enqueues what brings the device up to date: all of it at first, then the pointers and groups that
-  // changed. If that fails, everything is written the next time.
+  // Enqueues what brings the device up to date: all of it at first, and on another stream, then the pointers
+  // and groups that changed. If that fails, everything is written the next time.
   void write(const Contents& now, cudaStream_t stream);
 
   // Enqueues the hyperparameters alone, into a table of as many groups; another one stays as it is. Throws
@@ -68,12 +63,17 @@ class DeviceTable {
 
   const Table& get() const { return table_; }
 
+  // Hands the memory over. The table is there as long as others hold that.
+  Memory take_memory() { return std::move(memory_); }
+
  private:
-  void lay_out(const Contents& now);
+  void lay_out(const Contents& now, cudaStream_t stream);
 
   int device_;
-  void* memory_ = nullptr;
+  const Allocate& allocate_;
+  Memory memory_;
   size_t capacity_ = 0;
+  cudaStream_t stream_ = nullptr;  // for whose work the memory was allocated
   Table table_ = {};
   bool complete_ = false;
   Contents written_;

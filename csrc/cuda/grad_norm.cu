@@ -139,7 +139,7 @@ __global__ void __launch_bounds__(kThreads, 4) sum_squares(Table table, double* 
   double sum = 0.0;
   if (blockIdx.x < table.chunk_count) {
     const Chunk chunk = table.chunks[blockIdx.x];
-    const void* grad = table.pointers[chunk.tensor].grad;
+    const void* grad = pointers_of(table, chunk.tensor).grad;
     if (grad != nullptr) {
       sum = with_codec(table.tensors[chunk.tensor].grad_dtype, [&](auto codec) {
         return thread_sum(static_cast<const decltype(codec)*>(global(grad)) + chunk.begin, chunk.count);

@@ -49,6 +49,7 @@ class CodecPairs {
 struct Table {
   const TensorRecord* tensors;
   const TensorPointers* pointers;
+  TensorPointers only;  // of the one tensor where there are no more: no launch has to write them
   const Group* groups;
   int64_t tensor_count;
   int64_t group_count;
@@ -60,5 +61,9 @@ struct Table {
   Header* header;
   CodecPairs codecs;
 };
+
+NEXUS_FN TensorPointers pointers_of(const Table& table, int64_t tensor) {
+  return table.tensor_count == 1 ? table.only : table.pointers[tensor];
+}
 
 }  // namespace nexus::cuda

@@ -127,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
   }
   const Chunk chunk = table.chunks[blockIdx.x];
   const TensorRecord& record = table.tensors[chunk.tensor];
-  const TensorPointers pointers = table.pointers[chunk.tensor];
+  const TensorPointers pointers = pointers_of(table, chunk.tensor);
   if (pointers.grad == nullptr || record.param_dtype != param_dtype || record.grad_dtype != grad_dtype) {
     return;
   }
@@ -161,7 +161,7 @@ Kernel kernel_for(DType param_dtype, DType grad_dtype) {
 void update(const Table& table, const StepState& state, cudaStream_t stream) {
   table.codecs.for_each([&](DType param, DType grad, bool is_last) {
     launch("the update", kernel_for(param, grad), table.chunk_count, stream, table, state, param, grad,
-           is_last);
+           is_last && state.advances != 0);
   });
 }
 

@@ -33,10 +33,11 @@ py::memoryview memory_of(const std::vector<Record>& records) {
                                      static_cast<py::ssize_t>(records.size() * sizeof(Record)));
 }
 
-// That of WatchedRecords, which its kinds have, too.
-inline auto constructor() {
-  return py::init<py::tuple, py::list, py::tuple, int64_t, py::object, int64_t, py::object, py::object,
-                  py::tuple>();
+// That of WatchedRecords, which its kinds have, too, after `First`.
+template <class... First>
+auto constructor() {
+  return py::init<First..., py::tuple, py::list, py::tuple, int64_t, py::object, int64_t, py::object,
+                  py::object, py::tuple>();
 }
 
 // Lets the garbage collector see what watched records refer to.

@@ -8,9 +8,11 @@
 #include <utility>
 #include <vector>
 
+#include "../cuda/captured_tables.h"
 #include "../cuda/device_step.h"
 #include "../cuda/kernels.h"
 #include "binding.h"
+#include "device_memory.h"
 
 #ifndef NEXUS_CUDA_ARCHS
 #define NEXUS_CUDA_ARCHS ""
@@ -23,7 +25,15 @@ cudaStream_t stream_at(Address address) { return at<CUstream_st>(address); }
 
 class CudaRecords : public WatchedRecords {
  public:
-  using WatchedRecords::WatchedRecords;
+  // `allocate` and `release`: see allocate_with().
+  template <class... Watched>
+  CudaRecords(py::object allocate, py::object release, const Watched&... watched)
+      : WatchedRecords(watched...), allocate_(allocate_with(std::move(allocate), std::move(release))) {}
+
+  ~CudaRecords() {
+    devices_.clear();
+    abandoned_blocks().give_back();
+  }
 
   // (device, tensors, groups) of each device, in the order of the records. To be called once these are
   // filled.
@@ -41,7 +51,7 @@ class CudaRecords : public WatchedRecords {
         }
       }
       if (table == nullptr) {
-        table = std::make_unique<cuda::DeviceTable>(device);
+        table = std::make_unique<cuda::DeviceTable>(device, allocate_);
       }
       const cuda::Part part = {device, first_tensor, tensors, first_group, groups};
       devices_.push_back(std::make_unique<cuda::DeviceStep>(records_, part, std::move(table), captured_));
@@ -60,6 +70,8 @@ class CudaRecords : public WatchedRecords {
   }
 
   void step(size_t index, Address grad_scale, Address found_inf, Address stream) {
+    abandoned_blocks().give_back();
+    const py::gil_scoped_release release;
     cuda::DeviceStep& device = *devices_.at(index);
     device.state.grad_scale = at<const float>(grad_scale);
     device.state.found_inf = at<const float>(found_inf);
@@ -70,12 +82,13 @@ class CudaRecords : public WatchedRecords {
     devices_.at(index)->update_captured(stream_at(stream));
   }
 
-  // Whether a graph may have captured a step.
-  bool has_captured() const { return !captured_.empty(); }
+  // Whether a graph may have captured a step, and is there.
+  bool has_captured() { return !captured_.empty(); }
 
  private:
+  cuda::Allocate allocate_;
+  cuda::CapturedTables captured_{allocate_};
   std::vector<std::unique_ptr<cuda::DeviceStep>> devices_;
-  std::vector<std::unique_ptr<cuda::DeviceTable>> captured_;
 };
 
 void evaluate(int device, Address table, int64_t rows, Address steps, int64_t count, Address out,
@@ -104,11 +117,11 @@ void define_cuda(py::module_& m) {
   m.def("cuda_evaluate", &evaluate, release());
   py::class_<CudaRecords, WatchedRecords>(m, "CudaRecords", py::module_local(),
                                           py::custom_type_setup(collect_garbage))
-      .def(constructor())
+      .def(constructor<py::object, py::object>())
       .def("divide", &CudaRecords::divide)
       .def("fill_state", &CudaRecords::fill_state)
       .def("sum_of_squares", &CudaRecords::sum_of_squares, release())
-      .def("step", &CudaRecords::step, release())
+      .def("step", &CudaRecords::step)
       .def("update_captured", &CudaRecords::update_captured, release())
       .def("has_captured", &CudaRecords::has_captured);
 }

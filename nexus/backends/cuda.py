@@ -73,7 +73,24 @@ def detail() -> str:
 
 def runner(setting_names: tuple[str, ...]) -> CudaRunner:
     """One for an optimizer."""
-    return CudaRunner(make_records(extension.CudaRecords, setting_names))
+    release = torch._C._cuda_cudaCachingAllocator_raw_delete
+    return CudaRunner(make_records(functools.partial(extension.CudaRecords, allocate, release), setting_names))
+
+
+def allocate(device: int, nbytes: int, stream: int) -> int:
+    """The address of memory for what a step reads, of torch's allocator, which frees what it can where a GPU is full.
+
+    Raises:
+        torch.cuda.OutOfMemoryError: there is not enough.
+    """
+    try:
+        address: int = torch.cuda.caching_allocator_alloc(nbytes, device, stream)
+    except torch.cuda.OutOfMemoryError as error:
+        raise torch.cuda.OutOfMemoryError(
+            f"{error} (FusedAdamW asked for {nbytes} bytes on cuda:{device}, for the table of the tensors that it "
+            "updates. The step has changed nothing; the next one asks again.)"
+        ) from error
+    return address
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:

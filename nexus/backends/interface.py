@@ -183,6 +183,7 @@ class DevicePlan:
     entries: list[TensorEntry]
     measures_norm: bool  # some group clips, or non-finite gradients are to be skipped
     history: Ring | None = None  # on one device of the plan at most
+    advances: bool = True  # else the counters stay as they are, since another step ends this update
 
 
 @dataclass

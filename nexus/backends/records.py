@@ -120,6 +120,7 @@ def state_values(plan: DevicePlan) -> dict[str, int]:
         "found_inf": 0,
         "skip_nonfinite": state.skip_nonfinite,
         "seed": state.seed,
+        "advances": plan.advances,
         "history.count": 0 if ring is None else ring.count.data_ptr(),
         "history.rows": 0 if ring is None else ring.rows.data_ptr(),
         "history.slots": 0 if ring is None else ring.slots,

@@ -112,8 +112,6 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
         if state.skip_nonfinite:
             nonfinite = ~torch.isfinite(state.sum_of_squares)
             skip = nonfinite if skip is None else skip | nonfinite
-    if skip is not None:
-        state.skipped.add_(skip)
 
     rows, recorded = [], []
     for group in plan.groups:
@@ -135,7 +133,10 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
         grad_norm = state.grad_norm if plan.measures_norm else torch.full_like(scale, math.nan)
         skipped = torch.zeros_like(scale) if skip is None else skip.to(torch.float64)
         _record(plan.history, [state.completed.to(torch.float64), skipped, grad_norm, *recorded])
-    state.completed.add_(1 if skip is None else ~skip)
+    if plan.advances:
+        state.completed.add_(1 if skip is None else ~skip)
+        if skip is not None:
+            state.skipped.add_(skip)
 
 
 def _record(ring: Ring, row: list[Tensor]) -> None:
@@ -190,7 +191,8 @@ def _update(
     if state.max_exp_avg_sq is not None:
         largest_v = torch.maximum(streams.moment("max_exp_avg_sq"), v)
         streams.put_moment("max_exp_avg_sq", largest_v)
-    denominator = largest_v.sqrt() * inv_sqrt_bias2 + group["eps"]
+    # In float64, since torch's float32 root may be off by one in its last place.
+    denominator = largest_v.double().sqrt().to(dtype) * inv_sqrt_bias2 + group["eps"]
     weight = streams.weight(dtype)
     # Not (1 - decay) * weight: rounded to float32, that factor is off the same way in every step.
     decayed = torch.where(weight.isfinite(), decay * weight, 0.0)  # an infinite parameter stays what it is

@@ -213,6 +213,7 @@ class _DeviceStep:
                 self._skip,
                 state.completed,
                 state.skipped,
+                int(self.plan.advances),
                 self._history[0],
                 KINDS=self._kinds,
                 **OPTIONS,

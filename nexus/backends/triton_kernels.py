@@ -333,8 +333,29 @@ def _update_chunk(
         offset += BLOCK
 
 
-@triton.jit(do_not_specialize=["chunks", "records", "coefficients", "skip", "completed", "skipped", "history_count"])
-def update(chunks, records, coefficients, skip, completed, skipped, history_count: tl.int64, KINDS: tl.constexpr):
+@triton.jit(
+    do_not_specialize=[
+        "chunks",
+        "records",
+        "coefficients",
+        "skip",
+        "completed",
+        "skipped",
+        "advances",
+        "history_count",
+    ]
+)
+def update(
+    chunks,
+    records,
+    coefficients,
+    skip,
+    completed,
+    skipped,
+    advances: tl.int64,
+    history_count: tl.int64,
+    KINDS: tl.constexpr,
+):
     """Update one chunk of a tensor and, in its first, the tensor's counter. A program for each chunk of the model.
 
     `KINDS` has what occurs in the model, in the order of the records' `kind`: (dtype of the parameter, dtype of
@@ -342,7 +363,7 @@ def update(chunks, records, coefficients, skip, completed, skipped, history_coun
     """
     index = tl.program_id(0).to(tl.int64)
     skips = tl.load(skip) != 0
-    if index == 0:
+    if (index == 0) & (advances != 0):
         counter = completed
         if skips:
             counter = skipped

@@ -56,6 +56,7 @@ class Engine:
     """
 
     backend: Backend
+    advances = True  # whether a step moves the counters
 
     def __init__(
         self, backend: str, *, skip_nonfinite: bool = False, norm_group: ProcessGroup | None = None, seed: int = 0
@@ -151,7 +152,7 @@ class Engine:
         options = [tuple(group[name] for name in STATE_OPTIONS) for group in groups]
         if self.plan is not None and change == Change.SETTINGS and options == self._planned_options:
             for device, device_plan in self.plan.devices.items():
-                self._fill_settings(device_plan, groups, device)
+                self.fill_settings(device_plan, groups, device)
             self.runner.update_settings()
         else:
             self.plan = self.make_plan(attributes)
@@ -183,11 +184,11 @@ class Engine:
         states = attributes["state"]
         devices: dict[torch.device, DevicePlan] = {}
         for device in devices_of(attributes):
-            devices[device] = DevicePlan(self.state_on(device), [], [], False)
-            self._fill_settings(devices[device], groups, device)
+            devices[device] = DevicePlan(self.state_on(device), [], [], False, advances=self.advances)
+            self.fill_settings(devices[device], groups, device)
         if self.history is not None:
             self.history.attach(next(iter(devices.values())))
-        self.states = {device: self.states[device] for device in devices}  # what was left behind goes stale
+        self.states = {device: self.state_on(device) for device in devices}  # what was left behind goes stale
         self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
         entries: dict[Tensor, TensorEntry] = {}
         for index, param, name in named:
@@ -214,7 +215,8 @@ class Engine:
                 starting.append((state, param, name, storage_of(param, groups[index], name)))
         complete_states(starting)
 
-    def _fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+    def fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+        """Give a plan the settings of settled groups."""
         plan.groups = [
             settings_of(group, {name: self.table(s, device).rows for name, s in group.schedules()}, device)
             for group in groups

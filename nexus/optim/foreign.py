@@ -8,8 +8,10 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus.arguments import shown
+from nexus.backends.sharding import local
 
 _BITSANDBYTES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
 
@@ -44,6 +46,7 @@ def _translated(group: Any, states: dict[Any, Any], where: str) -> Any:
         state = states.get(key) if isinstance(key, (int, str)) else None  # what else it is, is refused later
         if not isinstance(state, dict) or not state:
             continue
+        _check_codes(state, f"state[{key!r}] of the loaded state dict")
         renamed = {_BITSANDBYTES.get(name, name): value for name, value in state.items()}
         if renamed.keys() != state.keys():
             _check_32_bits(state, f"state[{key!r}] of the loaded state dict")
@@ -51,6 +54,24 @@ def _translated(group: Any, states: dict[Any, Any], where: str) -> Any:
             renamed["step"], moved = count, True
         states[key] = renamed
     return {name: value for name, value in group.items() if name != "step"} if moved else group
+
+
+def _check_codes(state: dict[str, Any], where: str) -> None:
+    """Refuse what another library has stored in fewer bits, each in its own way."""
+    flash = [name for name in state if name == "error_bits" or str(name).endswith("::quantized")]
+    if flash:
+        raise ValueError(
+            f"{where} is FlashOptim's, with {shown(flash[0])}, whose codes FusedAdamW does not read: save it with "
+            "compress_state_dict=False, and delete error_bits, to go on from the parameters as they are; "
+            "optimizer.load_master() takes float32 weights"
+        )
+    for name, value in state.items():
+        part = local(value) if isinstance(value, Tensor) else None
+        if part is not None and is_traceable_wrapper_subclass(part):
+            raise ValueError(
+                f"{where} has {name} as a {type(part).__name__}, whose codes FusedAdamW does not read: put "
+                f"{name}.dequantize() into the state dict, as torchao's tensors have it, or what else gives float32"
+            )
 
 
 def _check_32_bits(state: dict[str, Any], where: str) -> None:

@@ -70,7 +70,7 @@ def check_choice(name: str, value: Any) -> Any:
         value = int(value)  # of any library
     if not any(type(value) is type(each) and value == each for each in allowed):
         listed = f"{', '.join(map(str, allowed[:-1]))} or {allowed[-1]}"
-        kind = ValueError if isinstance(value, (torch.dtype, int)) else TypeError
+        kind = ValueError if isinstance(value, torch.dtype) or type(value) is int else TypeError
         raise kind(f"{name} must be {listed}, got {shown(value)}")
     return value
 

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus.arguments import shown
+from nexus.backends.interface import LAST_WRITE, DevicePlan, StepState
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
-from nexus.optim.groups import SETTINGS, ParamGroup
+from nexus.optim.groups import SCHEDULABLE, SETTINGS, ParamGroup
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -113,12 +114,13 @@ class StepInBackward:
         """Follow what has been added to the optimizer, taken away, or unfrozen."""
         optimizer, of_model = self._optimizer, set(self._model.parameters())
         parts = {}
-        for index, param, name in engine_of(optimizer).named_parameters(optimizer.param_groups):
+        listed = engine_of(optimizer).named_parameters(optimizer.param_groups)
+        for ordinal, (index, param, name) in enumerate(listed):
             if param not in of_model or not param.requires_grad:
                 continue
             group, part = optimizer.param_groups[index], self._parts.get(param)
-            if part is None or part.group is not group:
-                part = _OneParameter(optimizer, group, param, name)
+            if part is None or part.group is not group or part.first_ordinal != ordinal:
+                part = _OneParameter(optimizer, group, param, name, ordinal)
             parts[param] = part
             if param not in self._hooks:
                 hook = _hook(weakref.ref(self))
@@ -168,12 +170,15 @@ class StepInBackward:
 class _OneParameter(Engine):
     """One parameter in a plan of its own, with the owner's state, settings and schedules.
 
-    Its step does to the parameter what the owner's would, bit for bit: it begins at the owner's count of completed
-    updates, which it does not advance. It takes no part in a norm or a history, which are of all parameters.
+    Its step does to the parameter what the owner's would, bit for bit: it reads the owner's count of completed
+    updates, and leaves it alone. It takes no part in a norm or a history, which are of all parameters.
     """
 
-    def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str) -> None:
+    advances = False
+
+    def __init__(self, owner: FusedAdamW, group: ParamGroup, param: Tensor, name: str, ordinal: int) -> None:
         super().__init__(engine_of(owner).requested_backend)
+        self.first_ordinal = ordinal
         self.backend = engine_of(owner).backend
         self.group = group
         self.name = name
@@ -181,16 +186,19 @@ class _OneParameter(Engine):
         self._param = param
         own = ParamGroup({**group, "params": [param]})
         own.outputs = group.outputs
+        self._last_write: object | None = None  # to any group, where this one's rate may depend on it
         self._attributes: Attributes = {"param_groups": [own], "state": {}, "defaults": owner.defaults}
 
     def step_alone(self) -> None:
         """Update the parameter, which has a gradient."""
         self._follow()
-        device, state = self._param.device, self._attributes["state"]
-        self.state_on(device).completed.copy_(engine_of(self._owner).state_on(device).completed)
+        device = self._param.device
+        came_back = self.states.get(device) is not self.state_on(device)  # from another device
+        if came_back or (self._last_write is not None and self._last_write is not LAST_WRITE[0]):
+            self.forget_plan()
         self.step(self._attributes, None, None)
         self.release_state()
-        state.clear()  # the owner's to free
+        self._attributes["state"].clear()  # the owner's to free
 
     def _follow(self) -> None:
         """Take over what has been changed in the owner."""
@@ -206,6 +214,18 @@ class _OneParameter(Engine):
     def settle(self, attributes: Attributes) -> None:
         engine_of(self._owner).settle(attributes_of(self._owner))
         self._follow()
+
+    def fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+        """See `Engine.fill_settings`. A rate may be the tensor that another group's schedule writes."""
+        rates = {id(groups[0][name]) for name in SCHEDULABLE}
+        others = [group for group in self._owner.param_groups if group is not self.group]
+        sources = [group for group in others if not rates.isdisjoint(map(id, group.outputs.values()))]
+        super().fill_settings(plan, [*groups, *sources], device)
+        del plan.groups[1:]
+        self._last_write = LAST_WRITE[0] if sources else None
+
+    def state_on(self, device: torch.device) -> StepState:
+        return engine_of(self._owner).state_on(device)
 
     def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
         return engine_of(self._owner).table(schedule, device)

@@ -11,7 +11,8 @@ from cuda_shim.controls import ORDERS, Shim
 
 THREADS = 256  # of a block, in toy.cu
 NO_ERROR, INVALID_VALUE, INVALID_CONFIGURATION, INVALID_DEVICE, INVALID_HANDLE = 0, 1, 9, 101, 400
-ILLEGAL_ADDRESS, TIMEOUT, MISALIGNED, FAILURE, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 700, 702, 716, 719, 900, 901
+ILLEGAL_ADDRESS, TIMEOUT, MISALIGNED, FAILURE = 700, 702, 716, 719
+NOT_PERMITTED, CAPTURE_UNSUPPORTED, CAPTURE_INVALIDATED = 800, 900, 901
 INVALIDATED = 2  # a stream's capture
 RELAXED = 2
 POISON = 0xCCCCCCCC - 2**32  # as int32
@@ -39,11 +40,10 @@ def shim(library):
 @pytest.fixture
 def toy(shim):
     toy = shim.library
-    toy.toy_malloc.restype = toy.toy_stream.restype = ctypes.c_void_p
-    toy.toy_malloc.argtypes = (ctypes.c_size_t,)
+    toy.toy_stream.restype = ctypes.c_void_p
     toy.toy_add.argtypes = (ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int, ctypes.c_int, ctypes.c_void_p)
-    for function in (toy.toy_free, toy.toy_synchronize, toy.toy_destroy, toy.toy_capture_status):
-        function.argtypes = (ctypes.c_void_p,)
+    toy.toy_synchronize.argtypes = toy.toy_capture_status.argtypes = (ctypes.c_void_p,)
+    toy.toy_hold.argtypes = toy.toy_hold_and_call.argtypes = (ctypes.c_void_p, ctypes.c_void_p)
     toy.toy_last_error.restype = ctypes.c_char_p
     return toy
 
@@ -142,25 +142,23 @@ def test_impossible_grids_are_refused(toy, blocks, threads):
 # Captures.
 
 
-@pytest.mark.parametrize("what", ["cudaMalloc", "cudaFree", "cudaStreamSynchronize"])
+@pytest.mark.parametrize("what", ["allocate", "cudaStreamSynchronize"])
 def test_what_may_wait_ends_a_capture(shim, toy, what):
     stream = shim.stream()
-    held = toy.toy_malloc(4)
-    call = {
-        "cudaMalloc": lambda: toy.toy_malloc(4) is None and CAPTURE_UNSUPPORTED,
-        "cudaFree": lambda: toy.toy_free(held),
-        "cudaStreamSynchronize": lambda: toy.toy_synchronize(None),
-    }[what]
+    held = shim.allocate(0, 4)
 
     def capture():
         with shim.capture(stream):
-            assert call() == CAPTURE_UNSUPPORTED
+            if what == "allocate":
+                assert shim.allocate(0, 4) is None
+            else:
+                assert toy.toy_synchronize(None) == CAPTURE_UNSUPPORTED
             assert toy.toy_capture_status(stream) == INVALIDATED
             assert add_one(toy, held, stream=stream) == CAPTURE_INVALIDATED
 
     with pytest.raises(RuntimeError, match=f"invalidated: {what} in a capture"):
         capture()
-    assert toy.toy_free(held) == NO_ERROR
+    assert shim.free(held) == NO_ERROR
 
 
 def test_a_relaxed_thread_may_wait_but_not_for_the_captured_stream(shim, toy):
@@ -168,11 +166,46 @@ def test_a_relaxed_thread_may_wait_but_not_for_the_captured_stream(shim, toy):
     with shim.capture(stream):
         assert toy.toy_exchange_capture_mode(RELAXED) == 0
         assert not shim.capture_mode_is_global()
-        assert toy.toy_free(toy.toy_malloc(4)) == toy.toy_synchronize(None) == NO_ERROR
+        assert shim.free(shim.allocate(0, 4)) == toy.toy_synchronize(None) == NO_ERROR
     with pytest.raises(RuntimeError, match="invalidated"), shim.capture(stream):
         assert toy.toy_synchronize(stream) == CAPTURE_UNSUPPORTED
     assert toy.toy_exchange_capture_mode(0) == RELAXED
     assert shim.capture_mode_is_global()
+
+
+def test_a_graph_and_what_is_made_of_it_hold_what_they_need(shim, toy):
+    stream, count = shim.stream(), ints(1)
+    with shim.capture(stream) as graph:
+        assert toy.toy_hold(stream, pointer(count)) == NO_ERROR
+    executable = graph.instantiate()
+    del graph
+    assert count.tolist() == [1]
+    executable.replay()
+    del executable
+    assert count.tolist() == [0]
+
+
+def test_a_capture_that_fails_lets_go(shim, toy):
+    stream, count = shim.stream(), ints(1)
+
+    def capture():
+        with shim.capture(stream):
+            toy.toy_hold(stream, pointer(count))
+            toy.toy_synchronize(None)
+            assert count.tolist() == [1]
+
+    with pytest.raises(RuntimeError, match="invalidated"):
+        capture()
+    assert count.tolist() == [0]
+
+
+def test_what_lets_go_must_not_call_cuda(shim, toy):
+    stream, error = shim.stream(), ints(0)
+    with shim.capture(stream) as graph:
+        toy.toy_hold_and_call(stream, pointer(error))
+    del graph
+    assert error.tolist() == [NOT_PERMITTED]
+    assert shim.fault() == "cudaSetDevice in a callback"
 
 
 # Memory and devices.
@@ -180,30 +213,30 @@ def test_a_relaxed_thread_may_wait_but_not_for_the_captured_stream(shim, toy):
 
 def test_memory_is_counted_and_starts_with_a_pattern(shim, toy):
     before = shim.allocations(0)
-    first, second = toy.toy_malloc(12), toy.toy_malloc(5000)
+    first, second = shim.allocate(0, 12), shim.allocate(0, 5000)
     assert (shim.allocations(0) - before, shim.allocations(1)) == (2, 0)
     assert first % 256 == second % 256 == 0
     read = ints(0, 0, 0)
     assert add_one(toy, first, 2) == toy.toy_add(first, pointer(read), 3, 0, None) == NO_ERROR
     assert read.tolist() == [POISON + 1, POISON + 1, POISON]
-    assert [toy.toy_free(address) for address in (first, second, None)] == [NO_ERROR] * 3
+    assert shim.free(first) == shim.free(second) == NO_ERROR
     assert shim.allocations(0) == before
-    assert toy.toy_free(first) == INVALID_VALUE
+    assert shim.free(first) == INVALID_VALUE
 
 
 def test_memory_ends_where_it_ends(shim, toy):
-    memory = toy.toy_malloc(4096)
+    memory = shim.allocate(0, 4096)
     assert add_one(toy, memory, 1024) == NO_ERROR
     assert add_one(toy, memory, 1025) == ILLEGAL_ADDRESS
     assert f"nothing is at address {memory + 4096:#x} in thread 0 of block 0" in shim.fault()
-    assert toy.toy_free(memory) == NO_ERROR
+    assert shim.free(memory) == NO_ERROR
     for address in (memory, 0x1000, 0xDDDDDDDDDDDDDDDC):
         assert add_one(toy, address) == ILLEGAL_ADDRESS
 
 
 def test_devices_have_memory_and_streams_of_their_own(shim, toy):
     shim.set_devices(2)
-    memory, stream = toy.toy_malloc(4), toy.toy_stream()
+    memory, stream = shim.allocate(0, 4), toy.toy_stream()
     assert add_one(toy, memory, stream=stream) == NO_ERROR
     assert toy.toy_set_device(1) == NO_ERROR
     there = toy.toy_stream()
@@ -211,6 +244,5 @@ def test_devices_have_memory_and_streams_of_their_own(shim, toy):
     assert add_one(toy, memory, stream=there) == ILLEGAL_ADDRESS
     assert [launch.device for launch in shim.launches()] == [0, 1, 1]
     assert toy.toy_set_device(2) == INVALID_DEVICE
-    assert [toy.toy_destroy(each) for each in (there, stream)] == [NO_ERROR] * 2
-    assert toy.toy_destroy(stream) == toy.toy_synchronize(stream) == INVALID_HANDLE
-    toy.toy_free(memory)
+    assert toy.toy_synchronize(0x10) == INVALID_HANDLE
+    assert shim.free(memory) == NO_ERROR

@@ -13,6 +13,18 @@
 
 #define NEXUS_SHIM_CONTROL extern "C" __attribute__((visibility("default")))
 
+// What was enqueued while a stream was captured, and what this holds.
+struct CUgraph_st {
+  explicit CUgraph_st(cudaStream_t stream) : stream(stream) {}
+  CUgraph_st(const CUgraph_st& other);
+  ~CUgraph_st();
+
+  cudaStream_t stream;
+  bool valid = true;
+  std::vector<std::function<cudaError_t()>> nodes;
+  std::vector<cudaUserObject_t> held;
+};
+
 namespace nexus_shim {
 
 constexpr unsigned kMaxThreads = 1024;
@@ -32,13 +44,6 @@ struct PlannedFailure {
   cudaError_t error;
 };
 
-// What was enqueued while a stream was captured.
-struct Graph {
-  cudaStream_t stream;
-  bool valid;
-  std::vector<std::function<cudaError_t()>> nodes;
-};
-
 // All that tests can set and read.
 struct Control {
   int devices = 1;
@@ -49,14 +54,15 @@ struct Control {
   std::map<std::string, int> calls;  // of each function
   std::vector<Launch> launches;
   std::string fault;
-  std::vector<Graph> graphs;
-  bool capturing = false;  // into the last of the graphs
+  std::map<int, std::unique_ptr<CUgraph_st>> graphs;
+  cudaGraph_t capturing = nullptr;  // into this one of the graphs
 };
 
 extern Control control;
 extern std::mutex one_launch;  // kernels, and what changes the memory that they see, one at a time
 
 extern thread_local int current_device;
+extern thread_local bool is_callback;  // this thread is CUDA's own, and must not call CUDA
 
 // Notes an error for cudaGetLastError(), and returns it.
 cudaError_t remembered(cudaError_t error);

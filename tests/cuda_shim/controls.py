@@ -22,7 +22,7 @@ class Launch(NamedTuple):
 
 
 class Graph:
-    """What was enqueued on a stream while it was captured."""
+    """What was enqueued on a stream while it was captured. Dropped, it lets go of what it holds."""
 
     def __init__(self, shim: Shim, number: int):
         self.shim = shim
@@ -32,6 +32,13 @@ class Graph:
         error = self.shim.library.nexus_shim_replay(self.number)
         if error:
             raise RuntimeError(f"replay stopped with error {error}: {self.shim.fault()}")
+
+    def instantiate(self) -> Graph:
+        """An executable graph: it holds by itself what this one holds."""
+        return Graph(self.shim, self.shim.library.nexus_shim_instantiate(self.number))
+
+    def __del__(self) -> None:
+        self.shim.library.nexus_shim_destroy(self.number)
 
 
 class Shim:
@@ -45,6 +52,9 @@ class Shim:
         self.library.nexus_shim_set_order.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_uint64)
         self.library.nexus_shim_begin_capture.argtypes = (ctypes.c_void_p,)
         self.library.nexus_shim_capture_mode_is_global.restype = ctypes.c_bool
+        self.library.nexus_shim_allocate.restype = ctypes.c_void_p
+        self.library.nexus_shim_allocate.argtypes = (ctypes.c_int, ctypes.c_size_t)
+        self.library.nexus_shim_free.argtypes = (ctypes.c_void_p,)
         # dladdr() does not know names with internal linkage, which kernels have.
         symbols = subprocess.run(["nm", "-C", str(library)], check=True, capture_output=True, text=True).stdout
         found = re.findall(
@@ -67,7 +77,7 @@ class Shim:
         self.library.nexus_shim_set_order(ORDERS.index(blocks), ORDERS.index(threads), seed)
 
     def fail(self, error: int, nth: int = 1, function: str = "cudaLaunchKernelEx") -> None:
-        """Let the ``nth`` call of a function from now on do nothing but return ``error``."""
+        """Let the ``nth`` call of a function, CUDA's or "allocate", from now on do nothing but return ``error``."""
         self.library.nexus_shim_fail(function.encode(), nth - 1, error)
 
     def stream(self, device: int = 0) -> int:
@@ -80,9 +90,9 @@ class Shim:
 
         Calls that may wait for the device end the capture with an error, unless the thread is relaxed about them.
         """
-        number = self.library.nexus_shim_begin_capture(stream)
+        graph = Graph(self, self.library.nexus_shim_begin_capture(stream))
         try:
-            yield Graph(self, number)
+            yield graph
         finally:
             error = self.library.nexus_shim_end_capture()
         if error:
@@ -101,6 +111,14 @@ class Shim:
     def calls(self, function: str) -> int:
         """How often one of CUDA's functions was called since reset()."""
         return self.library.nexus_shim_calls(function.encode())
+
+    def allocate(self, device: int, nbytes: int) -> int | None:
+        """The address of memory of a device; None where there is none. Counts as a call of "allocate"."""
+        return self.library.nexus_shim_allocate(device, nbytes)
+
+    def free(self, address: int) -> int:
+        """Take memory back; an error, or 0. Counts as a call of "free"."""
+        return self.library.nexus_shim_free(address)
 
     def allocations(self, device: int = 0) -> int:
         """How many allocations of a device's memory are not freed."""

@@ -7,13 +7,14 @@
 //     through a pointer that is no multiple of 16. So vector accesses are to be written as accesses to types
 //     of this alignment: a memcpy goes unnoticed.
 //   - cudaErrorIllegalAddress: a null pointer, an index outside an array of known size, or an address where
-//     nothing is, such as beyond the end of what cudaMalloc() gave, in what cudaFree() took back, or on
-//     another device. (Memory of the host is not told from a device's: tests pass tensors of the CPU.)
+//     nothing is, such as beyond the end of what nexus_shim_allocate() gave, in what nexus_shim_free() took
+//     back, or on another device. (Memory of the host is not told from a device's: tests pass tensors of the
+//     CPU.)
 //   - cudaErrorLaunchTimeout: a barrier or a shuffle for which threads wait that others never reach, or have
 //     left without. Stricter than a device, where threads that have returned count as arrived.
 //   - cudaErrorLaunchFailure: signed overflow.
 // Shared memory holds 0xCC at the start of each block, new memory of a device too, automatic variables a
-// pattern. The host cannot touch what cudaMalloc() gave: that is a segmentation fault, as it would be.
+// pattern. The host cannot touch a device's memory: that is a segmentation fault, as it would be.
 //
 // What .cu files must respect: `__shared__` before the type (alignas before `__shared__`), of fixed size (no
 // extern arrays); grids and blocks of one dimension; launches by cudaLaunchKernelEx, kernels and launch code
@@ -56,6 +57,7 @@ struct dim3 {
   ERROR(cudaErrorLaunchTimeout, 702)            \
   ERROR(cudaErrorMisalignedAddress, 716)        \
   ERROR(cudaErrorLaunchFailure, 719)            \
+  ERROR(cudaErrorNotPermitted, 800)             \
   ERROR(cudaErrorStreamCaptureUnsupported, 900) \
   ERROR(cudaErrorStreamCaptureInvalidated, 901)
 
@@ -77,8 +79,18 @@ enum cudaStreamCaptureMode {
 };
 
 struct CUstream_st;
+struct CUevent_st;
+struct CUgraph_st;
+struct CUuserObject_st;
 using cudaStream_t = CUstream_st*;
+using cudaEvent_t = CUevent_st*;
+using cudaGraph_t = CUgraph_st*;
+using cudaUserObject_t = CUuserObject_st*;
+using cudaHostFn_t = void (*)(void*);
 constexpr unsigned cudaStreamNonBlocking = 1;
+constexpr unsigned cudaEventDisableTiming = 2;
+constexpr unsigned cudaUserObjectNoDestructorSync = 1;
+constexpr unsigned cudaGraphUserObjectMove = 1;
 
 struct cudaLaunchConfig_t {
   dim3 gridDim;
@@ -95,13 +107,20 @@ const char* cudaGetErrorString(cudaError_t error);
 cudaError_t cudaGetLastError();
 cudaError_t cudaGetDevice(int* device);
 cudaError_t cudaSetDevice(int device);
-cudaError_t cudaMalloc(void** address, size_t bytes);
-cudaError_t cudaFree(void* address);
 cudaError_t cudaStreamCreateWithFlags(cudaStream_t* stream, unsigned flags);
-cudaError_t cudaStreamDestroy(cudaStream_t stream);
 cudaError_t cudaStreamSynchronize(cudaStream_t stream);
-cudaError_t cudaStreamIsCapturing(cudaStream_t stream, cudaStreamCaptureStatus* status);
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status,
+                                     unsigned long long* id, cudaGraph_t* graph);
 cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode);
+cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
+cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
+cudaError_t cudaEventDestroy(cudaEvent_t event);
+cudaError_t cudaUserObjectCreate(cudaUserObject_t* object, void* pointer, cudaHostFn_t destroy,
+                                 unsigned references, unsigned flags);
+cudaError_t cudaUserObjectRelease(cudaUserObject_t object, unsigned count);
+cudaError_t cudaGraphRetainUserObject(cudaGraph_t graph, cudaUserObject_t object, unsigned count,
+                                      unsigned flags);
 cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void* function);
 
 template <class T>

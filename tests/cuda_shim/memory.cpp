@@ -8,7 +8,7 @@ namespace nexus_shim {
 namespace {
 
 constexpr size_t kPage = 4096;
-constexpr size_t kAlignment = 256;  // as cudaMalloc()
+constexpr size_t kAlignment = 256;  // as that of a device's allocations
 
 struct Allocation {
   int device;
@@ -46,9 +46,11 @@ void forget_freed() {
 
 using namespace nexus_shim;
 
-cudaError_t cudaMalloc(void** address, size_t bytes) {
-  return called(__func__, [=, function = __func__] {
-    if (const cudaError_t error = may_wait(function); error != cudaSuccess) {
+// Null where there is none. An allocator may have to wait for the device.
+NEXUS_SHIM_CONTROL void* nexus_shim_allocate(int device, size_t bytes) {
+  void* address = nullptr;
+  called("allocate", [&] {
+    if (const cudaError_t error = may_wait("allocate"); error != cudaSuccess) {
       return error;
     }
     const std::lock_guard<std::mutex> lock(one_launch);
@@ -60,17 +62,15 @@ cudaError_t cudaMalloc(void** address, size_t bytes) {
     }
     memset(pages, 0xCC, size);
     mprotect(pages, size + kPage, PROT_NONE);
-    *address = static_cast<char*>(pages) + size - rounded_up(bytes, kAlignment);
-    allocations[*address] = {current_device, static_cast<char*>(pages), size, false};
+    address = static_cast<char*>(pages) + size - rounded_up(bytes, kAlignment);
+    allocations[address] = {device, static_cast<char*>(pages), size, false};
     return cudaSuccess;
   });
+  return address;
 }
 
-cudaError_t cudaFree(void* address) {
-  return called(__func__, [=, function = __func__] {
-    if (const cudaError_t error = may_wait(function); error != cudaSuccess || address == nullptr) {
-      return error;
-    }
+NEXUS_SHIM_CONTROL int nexus_shim_free(void* address) {
+  return called("free", [=] {
     const std::lock_guard<std::mutex> lock(one_launch);
     const auto found = allocations.find(address);
     if (found == allocations.end() || found->second.freed) {

@@ -6,6 +6,7 @@ namespace nexus_shim {
 Control control;
 
 thread_local int current_device = 0;
+thread_local bool is_callback = false;
 
 namespace {
 
@@ -21,6 +22,10 @@ cudaError_t remembered(cudaError_t error) {
 }
 
 cudaError_t called(const char* function, const std::function<cudaError_t()>& work) {
+  if (is_callback) {
+    control.fault = std::string(function) + " in a callback";
+    return cudaErrorNotPermitted;
+  }
   ++control.calls[function];
   const auto failure = control.failures.find(function);
   if (failure == control.failures.end() || failure->second.calls_before-- > 0) {

@@ -86,6 +86,16 @@ int launch_on(void* stream, unsigned blocks, unsigned threads, void (*kernel)(Pa
   return cudaLaunchKernelEx(&config, kernel, arguments...);
 }
 
+// Lets the graph that a stream is captured into hold something.
+int hold(void* stream, void* held, cudaHostFn_t let_go) {
+  cudaStreamCaptureStatus status;
+  cudaGraph_t graph = nullptr;
+  cudaUserObject_t object = nullptr;
+  cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, nullptr, &graph);
+  cudaUserObjectCreate(&object, held, let_go, 1, cudaUserObjectNoDestructorSync);
+  return cudaGraphRetainUserObject(graph, object, 1, cudaGraphUserObjectMove);
+}
+
 // As wide an access as there is.
 struct alignas(16) Wide {
   float elements[4];
@@ -120,23 +130,24 @@ TOY int toy_add(const int* from, int* to, int count, int amount, void* stream) {
 TOY const char* toy_last_error() { return cudaGetErrorName(cudaGetLastError()); }
 TOY int toy_capture_status(void* stream) {
   cudaStreamCaptureStatus status;
-  cudaStreamIsCapturing(static_cast<cudaStream_t>(stream), &status);
+  cudaGraph_t graph = nullptr;
+  cudaStreamGetCaptureInfo(static_cast<cudaStream_t>(stream), &status, nullptr, &graph);
   return status;
 }
 TOY int toy_set_device(int device) { return cudaSetDevice(device); }
-TOY void* toy_malloc(size_t bytes) {
-  void* address = nullptr;
-  cudaMalloc(&address, bytes);
-  return address;
-}
-TOY int toy_free(void* address) { return cudaFree(address); }
 TOY int toy_synchronize(void* stream) { return cudaStreamSynchronize(static_cast<cudaStream_t>(stream)); }
 TOY void* toy_stream() {
   cudaStream_t stream = nullptr;
   cudaStreamCreateWithFlags(&stream, cudaStreamNonBlocking);
   return stream;
 }
-TOY int toy_destroy(void* stream) { return cudaStreamDestroy(static_cast<cudaStream_t>(stream)); }
+// What holds `count` counts it down when it lets go.
+TOY int toy_hold(void* stream, int* count) {
+  return hold(stream, count, [](void* held) { --*static_cast<int*>(held); });
+}
+TOY int toy_hold_and_call(void* stream, int* error) {
+  return hold(stream, error, [](void* held) { *static_cast<int*>(held) = cudaSetDevice(0); });
+}
 TOY int toy_exchange_capture_mode(int mode) {
   auto exchanged = static_cast<cudaStreamCaptureMode>(mode);
   cudaThreadExchangeStreamCaptureMode(&exchanged);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,6 +128,75 @@ def test_a_second_capture_in_a_row_holds_no_more_than_the_first(name: str) -> No
         found.append(sorted(event.name for event in on_device))
     assert any("update" in kernel for kernel in found[0])
     assert found[0] == found[1]
+
+
+def test_a_step_that_finds_no_memory_for_its_table() -> None:
+    params = params_on("cuda", SHAPES)
+    optimizer, reference = run_beside_torch(params, "cuda", steps=2, max_grad_norm=1.0)
+    grads = make_grads(params)
+    set_grads(params, grads)
+    other = torch.cuda.Stream()  # whose steps take another table
+    other.wait_stream(torch.cuda.current_stream())
+    torch.cuda.synchronize()
+    torch.cuda.empty_cache()
+    there_is = torch.cuda.get_device_properties("cuda").total_memory
+    torch.cuda.set_per_process_memory_fraction(torch.cuda.memory_reserved() / there_is)
+    try:
+        with torch.cuda.stream(other):
+            taken = []  # what is free of blocks that other tests have left on this stream
+            with contextlib.suppress(torch.cuda.OutOfMemoryError):
+                while True:
+                    taken.append(torch.empty(512, dtype=torch.uint8, device="cuda"))
+            with pytest.raises(torch.cuda.OutOfMemoryError, match=r"FusedAdamW asked for \d+ bytes on cuda:0"):
+                optimizer.step()
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    with torch.cuda.stream(other):
+        optimizer.step()
+    torch.cuda.current_stream().wait_stream(other)
+    reference.step(grads)
+    assert_same_run(optimizer, reference)
+
+
+def test_the_tables_of_dropped_graphs_are_given_back() -> None:
+    params = params_on("cuda", SHAPES)
+    optimizer, reference = run_beside_torch(params, "cuda", steps=1)
+    allocated = []
+    for _ in range(100):
+        grads = [grad.cuda() for grad in make_grads(params)]
+        set_grads(params, grads)  # elsewhere, so that the step needs a table of its own
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            optimizer.step()
+        graph.replay()
+        del graph
+        reference.step(grads)
+        torch.cuda.synchronize()
+        allocated.append(torch.cuda.memory_allocated())
+    assert_same_run(optimizer, reference)
+    few = 10 * 4096  # a table is 2 KiB; a thread of CUDA's lets go of it, and may be late
+    assert allocated[-1] <= allocated[4] + few
+
+
+def test_a_graph_that_is_dropped_while_it_runs_keeps_its_table() -> None:
+    params = params_on("cuda", SHAPES)
+    optimizer, reference = run_beside_torch(params, "cuda", steps=1)
+    side = torch.cuda.Stream()
+    rounds = [make_grads(params) for _ in range(10)]
+    for grads in rounds:  # each step would take the last one's table, if that was free
+        set_grads(params, grads)
+        side.wait_stream(torch.cuda.current_stream())
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(side):
+            graph.capture_begin(capture_error_mode="thread_local")
+            optimizer.step()
+            graph.capture_end()
+            torch.cuda._sleep(20_000_000)
+            graph.replay()
+        del graph
+        reference.step(grads)
+    torch.cuda.current_stream().wait_stream(side)
+    assert_same_run(optimizer, reference)
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")

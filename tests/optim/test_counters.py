@@ -10,8 +10,10 @@ from references import (
     Float64AdamW,
     assert_same_run,
     backward_both,
+    copies,
     make_grads,
     make_params,
+    params_of,
     run_beside_torch,
     same_bits,
     set_grads,
@@ -21,6 +23,7 @@ from references import (
 from side_by_side import train
 
 from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
 RATE = {"rel": 1e-15, "abs": 1e-18}  # on a GPU, the last bit of a cosine may be another
@@ -83,6 +86,31 @@ def test_the_schedule_advances_where_no_gradient_is(backend: str) -> None:
         optimizer.step()
         assert lr(optimizer) == schedule(step)  # as a scheduler that is stepped once a step
     assert int(optimizer.state[params[0]]["step"]) == 2
+
+
+def check_a_step_that_advances_nothing(backend: str) -> None:
+    """It does all the rest."""
+    params = make_params([(3,)])
+    runs = [FusedAdamW(each, lr=Cosine(0.1, 50), backend=backend) for each in (params, copies(params))]
+    engine_of(runs[1]).advances = False
+    for found_inf, advance in ((0.0, (1, 0)), (1.0, (0, 1))):
+        for optimizer in runs:
+            state = engine_of(optimizer).state_on(params_of(optimizer)[0].device)
+            before = int(state.completed), int(state.skipped)
+            optimizer.found_inf = torch.tensor(found_inf)  # type: ignore[attr-defined]  # as a GradScaler does
+            set_grads(params_of(optimizer), [torch.ones(3)])
+            optimizer.step()
+            moved = int(state.completed) - before[0], int(state.skipped) - before[1]
+            assert moved == (advance if optimizer is runs[0] else (0, 0))
+        assert same_bits(snapshot(runs[0]), snapshot(runs[1]))
+
+
+def test_a_step_that_advances_nothing(backend: str) -> None:
+    check_a_step_that_advances_nothing(backend)
+
+
+def test_a_step_that_advances_nothing_in_triton(where_triton_runs: str) -> None:
+    check_a_step_that_advances_nothing("triton")
 
 
 def test_each_parameter_counts_its_own_updates(backend: str) -> None:

@@ -25,7 +25,7 @@ from benchmarks.report import LeftOut, Row, Spread
 from benchmarks.timing import PROCESSOR, Device, interleaved
 
 RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
-SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), 3, 2, memory_bound=True)
+SMALL = Case("small", "three small tensors", ((40,), (7, 5), (1,)), 3, 2, peers=(FUSED, FOREACH, FOR_LOOP, COPY))
 GROUPS = Case("dealt", "three groups", ((17,),) * 6, 3, 2, groups=3)
 
 
@@ -38,6 +38,8 @@ GROUPS = Case("dealt", "three groups", ((17,),) * 6, 3, 2, groups=3)
         ("gpt2", 148, 124_439_808, 1),
         ("groups", 100, 100_000, 100),
         ("many", 1000, 1_000_000, 1),
+        ("ten", 10, 10_000, 1),
+        ("ten-thousand", 10_000, 10_000_000, 1),
         ("billion", 292, 1_017_302_272, 1),
         ("billion-bf16", 292, 1_017_302_272, 1),
     ],
@@ -54,17 +56,16 @@ def test_sizes(name: str, tensors: int, elements: int, groups: int) -> None:
 
 def test_which_cases_run() -> None:
     on_cpu, on_cuda = ([case.name for case in command._cases(None, device)] for device in (CPU, CUDA))
-    steps = ["tiny", "gpt", "deep", "gpt2", "groups", "many"]
-    assert on_cpu == [*steps, "train-mlp", "train-gpt"]
-    assert on_cuda == ["billion", "billion-bf16", "train-mlp", "train-gpt", "train-gpt2", *steps]
+    steps, training = ["tiny", "gpt", "deep", "gpt2", "groups"], ["train-mlp", "train-gpt"]
+    assert on_cpu == [*steps, "many", *training]
+    assert on_cuda == ["billion", "billion-bf16", "many", *training, "ten", "ten-thousand", *steps, "train-gpt2"]
     assert [case.name for case in command._cases(["train-gpt2", "tiny", "host"], CPU)] == ["train-gpt2", "tiny"]
 
 
 @pytest.mark.parametrize("case", [SMALL, GROUPS], ids=lambda case: case.name)
 def test_rows(case: Case) -> None:
     rows = list(measure(case, repeats=3))
-    expected = [(job, peer) for job in case.jobs for peer in case.peers]
-    assert [(row.job, row.peer) for row in rows if row.peer != COPY] == expected
+    assert [(row.job, row.peer) for row in rows] == [(job, peer) for job in case.jobs for peer in case.peers]
     for row in rows:
         assert (row.case, row.tensors, row.elements, row.pairs) == (case.name, len(case.shapes), case.elements, 3)
         for spread in (row.time.nexus, row.time.peer, row.time.ratio):
@@ -228,7 +229,7 @@ def test_ctrl_c(monkeypatch: pytest.MonkeyPatch, capsys, tmp_path: Path) -> None
 
     monkeypatch.setattr(command, "_measure", interrupted)
     assert main(["--case", "tiny", "--out", str(tmp_path)]) == 130
-    assert capsys.readouterr().err == "\nStopped; the cases before this one are written.\n"
+    assert capsys.readouterr().err == "\nStopped; the rows above are written.\n"
 
 
 def test_a_case_that_does_not_fit_is_left_out(monkeypatch: pytest.MonkeyPatch, capsys) -> None:

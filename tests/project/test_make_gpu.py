@@ -29,7 +29,7 @@ def python(code: str, **options) -> Stage:
     [
         (python("print('fine')"), "passed", ""),
         (python("print('oh'); raise SystemExit(3)"), "failed", "exit code 3"),
-        (python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"), "failed", "killed by signal 11"),
+        (python("import os, signal; os.kill(os.getpid(), signal.SIGSEGV)"), "failed", "killed by SIGSEGV"),
         (python("exit('no such device')", excuse="no such device"), "not run", "no such device"),
         (python("", impossible="no such tool"), "not run", "no such tool"),
         (
@@ -73,6 +73,47 @@ def test_a_stage_that_is_ended_may_write_what_it_knows(tmp_path: Path) -> None:
     code = "import time\ntry:\n    time.sleep(60)\nexcept KeyboardInterrupt:\n    print('report')"
     assert run(python(code), 1.5, tmp_path / "log", tmp_path).status == "timed out"
     assert (tmp_path / "log").read_text() == "report\n"
+
+
+@pytest.mark.parametrize(
+    ("names", "test_seconds", "limit_s", "status"),
+    [("fine imports crashes breaks hangs", 3, 60, "failed"), ("fine imports hangs", 60, 10, "timed out")],
+    ids=["each test's limit", "the stage's limit"],
+)
+def test_a_test_that_hangs_crashes_breaks_cuda_or_cannot_be_imported_costs_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, names: str, test_seconds: int, limit_s: int, status: str
+) -> None:
+    """Only SIGKILL ends the hang, as one in a kernel."""
+    deaf = "[signal.signal(each, signal.SIG_IGN) for each in (signal.SIGINT, signal.SIGTERM)]"
+    bodies = {
+        "fine": "pass",
+        "crashes": "os.kill(os.getpid(), signal.SIGSEGV)",
+        "breaks": "torch.cuda.is_initialized = lambda: True\n    torch.cuda.synchronize = illegal_access",
+        "hangs": f"{deaf}\n    print('no end')\n    time.sleep(60)",
+    }
+    for name, body in bodies.items():
+        code = "import os, pytest, signal, time, torch\ndef illegal_access(): raise RuntimeError('CUDA error')\n"
+        code += f"@pytest.mark.gpu\ndef test_it():\n    {body}\n"
+        (tmp_path / f"test_{name}.py").write_text(code)
+    (tmp_path / "test_imports.py").write_text("import no_such_module\n")
+    files = [str(tmp_path / f"test_{name}.py") for name in names.split()]
+    monkeypatch.setattr(gpu, "files_with_gpu_tests", lambda: files)
+    monkeypatch.setattr(gpu, "WORK", tmp_path)
+    monkeypatch.setattr(gpu.os, "cpu_count", lambda: 4)
+    monkeypatch.setattr(gpu_stages, "PATIENCE_S", 1.0)
+    (stage,) = (stage for stage in gpu.later_stages("sm_90") if stage.name == "tests")
+    stage = replace(stage, environment={**stage.environment, "NEXUS_TEST_SECONDS": str(test_seconds)})
+    outcome = run(stage, limit_s, tmp_path / "log", tmp_path)
+    assert outcome.status == status
+    lost = {"::test_imports"}
+    logged = ["No module named 'no_such_module'"]
+    if status == "failed":
+        lost |= {f"test_{name}::test_it" for name in ("crashes", "breaks", "hangs")}
+        logged += ["test_breaks.py::test_it leaves this process without CUDA: CUDA error", "Timeout (0:00:03)!"]
+    assert set(gpu_summary.tests(tmp_path / "junit.xml")["names"]) == lost
+    assert 'classname="test_fine"' in (tmp_path / "junit.xml").read_text()
+    for words in logged:
+        assert words in (tmp_path / "log").read_text()
 
 
 def test_what_a_stage_prints_is_shown_as_it_goes(tmp_path: Path, capsys) -> None:
@@ -142,7 +183,7 @@ def whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
 
     found = {"gpu": "NVIDIA Fake 1", "arch": "sm_90", "torch": "2.11"}
     rates = {"cuda": {"steps": 10, "unequal": 0}, "triton": {"not run": "no Triton"}}
-    benchmark = {"format": 2, "metadata": {"torch": "2.11.0"}, "rows": [ROW]}
+    benchmark = {"format": 2, "metadata": {"torch": "2.11.0"}, "rows": [ROW], "left_out": []}
     codes = {
         "environment": writes("environment.json", json.dumps(found)),
         "rates": writes("rates.json", json.dumps(rates)),
@@ -171,7 +212,7 @@ def result(whole) -> dict:
 def test_all_pass(whole, capsys) -> None:
     assert gpu.main() == 0
     data = result(whole)
-    names = ["environment", "build", "smoke", "tests", "rates", "memcheck", "racecheck", "benchmark"]
+    names = ["environment", "build", "smoke", "tests", "rates", "memcheck", "racecheck", "kernels", "benchmark"]
     assert [(stage["name"], stage["status"]) for stage in data["stages"]] == [(name, "passed") for name in names]
     assert {"gpu", "date", "commit", "torch"} <= set(data["metadata"])
     assert data["metadata"]["torch"] == "2.11.0"
@@ -195,7 +236,7 @@ def test_a_failure_and_a_timeout_leave_the_others_alone(whole, monkeypatch: pyte
     # What came before the last stage is on disk when it runs.
     whole.codes["racecheck"] = f"from pathlib import Path; assert list(Path({str(whole.results)!r}).glob('*.json'))"
     whole.seconds = 1.0
-    monkeypatch.setattr(gpu, "LIMIT_S", 8.0)
+    monkeypatch.setattr(gpu, "LIMIT_S", 9.0)
     assert gpu.main() == 1
     data = result(whole)
     statuses = {stage["name"]: stage["status"] for stage in data["stages"]}
@@ -208,6 +249,31 @@ def test_a_failure_and_a_timeout_leave_the_others_alone(whole, monkeypatch: pyte
     assert "nvcc fatal" in out
     assert "failed: tests.a::b" in out
     assert "nvcc fatal" in (whole.out / "logs.txt").read_text()
+
+
+def test_stages_that_hang_crash_or_cannot_import(whole, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    """Each is named with its end, and what it said is kept; those after it run."""
+    deaf = "import signal, time; signal.signal(signal.SIGINT, signal.SIG_IGN); print('half way'); time.sleep(60)"
+    whole.codes["smoke"] = "import os, signal; print('a step'); os.kill(os.getpid(), signal.SIGSEGV)"
+    whole.codes["rates"] = deaf
+    whole.codes["kernels"] = "import no_such_module"
+    whole.seconds = 1.0
+    monkeypatch.setattr(gpu, "LIMIT_S", 10.0)
+    monkeypatch.setattr(gpu_stages, "PATIENCE_S", 0.1)
+    assert gpu.main() == 1
+    stages = {stage["name"]: (stage["status"], stage["reason"]) for stage in result(whole)["stages"]}
+    status, reason = stages.pop("rates")
+    assert (status, reason.startswith("it was ended after ")) == ("timed out", True)
+    assert stages.pop("smoke") == ("failed", "killed by SIGSEGV")
+    assert stages.pop("kernels") == ("failed", "exit code 1")
+    assert set(stages.values()) == {("passed", "")}
+    assert list(stages)[-1] == "benchmark"
+    printed = capsys.readouterr().out
+    for text in (printed, (whole.out / "logs.txt").read_text()):
+        for words in ("a step", "half way", "ModuleNotFoundError: No module named 'no_such_module'"):
+            assert words in text
+    for words in ("smoke          failed", "killed by SIGSEGV", "rates          timed out", "kernels        failed"):
+        assert words in (whole.out / "summary.txt").read_text()
 
 
 def test_no_benchmark(whole) -> None:

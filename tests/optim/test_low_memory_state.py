@@ -1,0 +1,322 @@
+"""Options and state of parameters that are stored in fewer bits: checked, saved, loaded, copied, changed."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import io
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import make_grads, set_grads
+from torch import Tensor
+from torch.nn import Parameter
+
+from nexus.backends import codecs
+from nexus.optim import FusedAdamW
+from nexus.optim.storage import MODES, bytes_table
+
+BF16 = torch.bfloat16
+assert_same = functools.partial(torch.testing.assert_close, rtol=0, atol=0)
+SEVEN_BYTES: dict[str, Any] = {"master_weight_bits": 24, "exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}
+modes = pytest.mark.parametrize(("dtype", "options"), [mode[1:] for mode in MODES], ids=[mode[0] for mode in MODES])
+
+
+def parameters(dtype: torch.dtype = BF16) -> list[Parameter]:
+    """One with a short last block, laid out in another order, and one that is too small for fewer bits."""
+    generator = torch.Generator().manual_seed(1)
+    large = torch.randn(65, 67, generator=generator).to(dtype).t()
+    return [Parameter(large), Parameter(torch.randn(7, 9, generator=generator).to(dtype))]
+
+
+def trained(dtype: torch.dtype = BF16, steps: int = 5, **options: Any) -> tuple[FusedAdamW, list[Parameter]]:
+    params = parameters(dtype)
+    optimizer = FusedAdamW(params, lr=1e-2, **options)
+    go_on(optimizer, params, steps)
+    return optimizer, params
+
+
+def go_on(optimizer: torch.optim.Optimizer, params: list[Parameter], steps: int = 3) -> None:
+    torch.manual_seed(steps)
+    for _ in range(steps):
+        set_grads(params, [grad.to(param.dtype) for grad, param in zip(make_grads(params), params, strict=True)])
+        optimizer.step()
+
+
+def beside(params: list[Parameter], **options: Any) -> tuple[FusedAdamW, list[Parameter]]:
+    """A new optimizer of equal parameters."""
+    own = [Parameter(param.detach().clone()) for param in params]
+    return FusedAdamW(own, lr=1e-2, **options), own
+
+
+def assert_same_state(a: FusedAdamW, b: FusedAdamW) -> None:
+    for one, other in zip(a.state.values(), b.state.values(), strict=True):
+        assert_same(one, other)
+
+
+def resaved(state_dict: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state_dict, file)
+    file.seek(0)
+    loaded: dict[str, Any] = torch.load(file, weights_only=True)
+    return loaded
+
+
+@modes
+@pytest.mark.parametrize("amsgrad", [False, True])
+def test_a_run_is_resumed_bit_for_bit(dtype: torch.dtype, options: dict[str, Any], amsgrad: bool) -> None:
+    options = options | {"amsgrad": amsgrad}
+    optimizer, params = trained(dtype, **options)
+    runs = [(copy.deepcopy((optimizer, params)))]
+    pickled = pickle.loads(pickle.dumps((optimizer, params)))
+    runs.append(pickled)
+    for compact in (False, True):
+        saved = resaved(optimizer.state_dict(compact=compact))
+        loaded, own = beside(params, **options)
+        loaded.load_state_dict(saved)
+        assert_same_state(loaded, optimizer)
+        runs.append((loaded, own))
+    go_on(optimizer, params)
+    for other, own in runs:
+        go_on(other, own)
+        assert_same(own, params)
+        assert_same_state(other, optimizer)
+
+
+@modes
+def test_torch_goes_on_from_any_mode_and_any_mode_from_torch(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    optimizer, params = trained(dtype, **options)
+    own = [Parameter(param.detach().float()) for param in params]
+    peer = torch.optim.AdamW(own, lr=1e-2)
+    peer.load_state_dict(optimizer.state_dict())
+    for param, of_torch in zip(params, own, strict=True):
+        for name in ("exp_avg", "exp_avg_sq"):
+            saved = optimizer.state_dict()["state"][0 if param is params[0] else 1][name]
+            assert saved.dtype == torch.float32
+            assert saved.stride() == param.stride()
+            assert_same(peer.state[of_torch][name], saved)
+    go_on(peer, own)
+    back, _ = beside(params, **options)
+    back.load_state_dict(peer.state_dict())
+    for name, tolerance in (("exp_avg", 1 / 127), ("exp_avg_sq", 2 / 255)):  # half a code, where it is widest
+        now = back.state_dict()["state"][0][name]
+        wanted = peer.state[own[0]][name]
+        assert float((now - wanted).abs().max()) <= tolerance * float(wanted.abs().max())
+
+
+@modes
+def test_bytes_are_those_of_the_tensors(dtype: torch.dtype, options: dict[str, Any]) -> None:
+    param = Parameter(torch.zeros(64, 128, dtype=dtype))
+    optimizer = FusedAdamW([param], **options)
+    param.grad = torch.ones_like(param)
+    optimizer.step()
+    tensors = [param, param.grad, *(value for name, value in optimizer.state[param].items() if name != "step")]
+    assert optimizer.bytes_per_parameter() == sum(each.nbytes for each in tensors) / param.numel()
+    table = {name: resident for name, resident, _ in bytes_table()}
+    name = next(mode[0] for mode in MODES if mode[1:] == (dtype, options))
+    assert table[name] == optimizer.bytes_per_parameter()
+
+
+def test_small_tensors_and_groups_keep_float32_moments() -> None:
+    params = [Parameter(torch.zeros(n, dtype=BF16)) for n in (4095, 4096, 5000)]
+    optimizer = FusedAdamW([{"params": params[:2], **SEVEN_BYTES}, {"params": params[2:]}], stochastic_rounding=True)
+    go_on(optimizer, params, 1)
+    dtypes = [(optimizer.state[p]["exp_avg"].dtype, "master_low" in optimizer.state[p]) for p in params]
+    assert dtypes == [(torch.float32, True), (torch.int8, True), (torch.float32, False)]
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        ({}, SEVEN_BYTES),
+        (SEVEN_BYTES, {}),
+        ({"master_weight_bits": 32}, {"master_weight_bits": 24, "exp_avg_dtype": BF16}),
+        ({"exp_avg_sq_dtype": BF16, "amsgrad": True}, {"exp_avg_sq_dtype": torch.uint8, "amsgrad": True}),
+    ],
+    ids=["to fewer bits", "to more", "another master", "amsgrad"],
+)
+def test_options_changed_in_mid_run_encode_what_is_there(before: dict[str, Any], after: dict[str, Any]) -> None:
+    defaults = {"master_weight_bits": None, "exp_avg_dtype": None, "exp_avg_sq_dtype": None}
+    optimizer, params = trained(**before)
+    loaded, own = beside(params, **after)
+    loaded.load_state_dict(optimizer.state_dict())
+    optimizer.param_groups[0].update(defaults | after)
+    go_on(optimizer, params)
+    go_on(loaded, own)
+    assert_same(params, own)
+    assert_same_state(optimizer, loaded)
+
+
+def test_a_master_weight_is_the_weight_of_a_float32_run() -> None:
+    wide = [Parameter(param.detach().float()) for param in parameters()]
+    narrow = [Parameter(param.detach().to(BF16)) for param in wide]
+    runs = [FusedAdamW(wide, lr=1e-3), FusedAdamW(narrow, lr=1e-3, master_weight_bits=32)]
+    for _ in range(100):
+        grads = [grad.to(BF16) for grad in make_grads(narrow)]
+        set_grads(narrow, grads)
+        set_grads(wide, [grad.float() for grad in grads])
+        for run in runs:
+            run.step()
+        for index, param in enumerate(wide):
+            assert_same(runs[1].state_dict()["state"][index]["master_param"], param)
+
+
+def test_float32_weights_are_taken_for_master_weights() -> None:
+    model = torch.nn.Linear(70, 70)
+    weights = {name: weight.clone() for name, weight in model.state_dict().items()}
+    model.to(BF16)
+    optimizer = FusedAdamW(model.named_parameters(), lr=1e-3, **SEVEN_BYTES | {"master_weight_bits": 32})
+    optimizer.load_master(weights)
+    saved = optimizer.state_dict()["state"]
+    assert_same([saved[0]["master_param"], saved[1]["master_param"]], list(weights.values()))
+    assert_same([param.float() for param in model.parameters()], [rounded_away(each) for each in weights.values()])
+    optimizer.load_master([weight * 2 for weight in weights.values()])
+    assert_same(optimizer.state_dict()["state"][0]["master_param"], weights["weight"] * 2)
+    with pytest.raises(ValueError, match=r"weights has no 'weight' \(str\), and 1 of 2 names are missing"):
+        optimizer.load_master({"bias": weights["bias"]})
+    with pytest.raises(ValueError, match="weights must be 2 tensors, one for each parameter here"):
+        optimizer.load_master([weights["weight"]])
+    with pytest.raises(ValueError, match=r"the weight of parameter weight of group 0 must be of shape \(70, 70\)"):
+        optimizer.load_master([weights["bias"], weights["bias"]])
+    with pytest.raises(ValueError, match="the parameters have no names here"):
+        FusedAdamW(model.parameters(), master_weight_bits=32).load_master(weights)
+    with pytest.raises(ValueError, match="has no master weight, which a float32 weight would go to"):
+        FusedAdamW(model.named_parameters()).load_master(weights)
+
+
+def rounded_away(value: Tensor) -> Tensor:
+    upper, _ = codecs.split(value.flatten(), torch.int16)
+    return upper.view(value.shape).float()
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_a_master_weight_that_is_not_the_parameters(bits: int) -> None:
+    optimizer, params = trained(master_weight_bits=bits)
+    saved = copy.deepcopy(optimizer.state_dict())
+    other, own = beside(params, master_weight_bits=bits)
+    with torch.no_grad():
+        own[0][3, 4] += 1
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ValueError, match="master_param is not what the parameter is rounded from, in 1 of 4355"):
+        other.load_state_dict(saved)
+    assert_same(other.state_dict()["state"], before["state"])
+    del saved["state"][0]["master_param"]  # the parameter wins
+    other.load_state_dict(saved)
+    assert_same(other.state_dict()["state"][0]["master_param"], own[0].detach().float())
+    assert_same(other.state_dict()["state"][1]["master_param"], optimizer.state_dict()["state"][1]["master_param"])
+
+
+@pytest.mark.parametrize("bits", [24, 32])
+def test_a_parameter_that_the_user_writes_to(bits: int) -> None:
+    optimizer, params = trained(master_weight_bits=bits)
+    params[0].data.mul_(-3.0)
+    with torch.no_grad():
+        params[0][:5] = 0.0
+        params[0][5:10] = -0.0
+    master = optimizer.state_dict()["state"][0]["master_param"]
+    assert_same(rounded_away(master), params[0].detach().float())
+    go_on(optimizer, params)
+    assert bool(params[0].isfinite().all())
+
+
+CHOICES = "None, torch.float32, torch.bfloat16 or torch."
+BAD_OPTIONS: list[tuple[torch.dtype, dict[str, Any], type[Exception], str]] = [
+    (BF16, {"exp_avg_dtype": torch.uint8}, ValueError, f"exp_avg_dtype must be {CHOICES}int8, got torch.uint8"),
+    (BF16, {"exp_avg_sq_dtype": torch.float16}, ValueError, f"exp_avg_sq_dtype must be {CHOICES}uint8, got"),
+    (BF16, {"exp_avg_dtype": "int8"}, TypeError, f"exp_avg_dtype must be {CHOICES}int8, got 'int8'"),
+    (BF16, {"master_weight_bits": 16}, ValueError, "master_weight_bits must be None, 24 or 32, got 16"),
+    (BF16, {"master_weight_bits": True}, TypeError, "master_weight_bits must be None, 24 or 32, got True "),
+    (BF16, {"stochastic_rounding": 1}, TypeError, "stochastic_rounding must be a bool, got 1 "),
+    (BF16, {"seed": 1.5}, TypeError, "seed must be an int from 0"),
+    (BF16, {"seed": -1}, ValueError, "seed must be an int from 0"),
+    (torch.float32, {"master_weight_bits": 24}, ValueError, "is of float32, and a master weight of 24 bits has less"),
+    (torch.float16, {"master_weight_bits": 32}, ValueError, "is of float16, which is no upper half of a float32"),
+    (torch.float16, {"stochastic_rounding": True}, ValueError, "is of float16, which is not rounded by chance"),
+    (
+        torch.float64,
+        {"exp_avg_dtype": torch.float32},
+        ValueError,
+        "is of float64, for which there is no exp_avg_dtype",
+    ),
+    (torch.float64, {"stochastic_rounding": True}, ValueError, "is of float64, for which there is no stochastic"),
+]
+
+
+@pytest.mark.parametrize(
+    ("dtype", "options", "error", "words"), BAD_OPTIONS, ids=[str(case[1:2]) for case in BAD_OPTIONS]
+)
+def test_options_that_cannot_be_had(dtype: torch.dtype, options: dict[str, Any], error: type, words: str) -> None:
+    with pytest.raises(error, match=words):
+        FusedAdamW(parameters(dtype), **options)
+    optimizer, params = trained(dtype)
+    before = copy.deepcopy(optimizer.state_dict())
+    for name, value in options.items():
+        if name != "seed":
+            with pytest.raises(error, match=words):
+                optimizer.add_param_group({"params": parameters(dtype), name: value})
+            optimizer.param_groups[0][name] = value
+            with pytest.raises(error, match=words):
+                go_on(optimizer, params, 1)
+            optimizer.param_groups[0][name] = optimizer.defaults[name]
+    assert_same(optimizer.state_dict()["state"], before["state"])
+
+
+class Codes(torch.Tensor):
+    """Stands for the subclasses in which torchao keeps moments."""
+
+    @staticmethod
+    def __new__(cls, inner: Tensor) -> Codes:
+        wrapper: Codes = torch.Tensor._make_wrapper_subclass(cls, inner.shape, dtype=torch.float32)  # type: ignore[attr-defined]
+        wrapper.inner = inner
+        return wrapper
+
+    inner: Tensor
+
+    def __tensor_flatten__(self) -> tuple[list[str], None]:
+        return ["inner"], None
+
+    @staticmethod
+    def __tensor_unflatten__(inner: dict[str, Tensor], *_: Any) -> Codes:
+        return Codes(inner["inner"])
+
+    @classmethod
+    def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.detach.default:
+            return args[0]
+        raise NotImplementedError
+
+
+def change(**entries: Callable[[Tensor], Any]) -> Callable[[dict[str, Any]], None]:
+    def write(state: dict[str, Any]) -> None:
+        for name, make in entries.items():
+            state[name.replace("__", "::")] = make(state["exp_avg"])
+
+    return write
+
+
+BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
+    "FlashOptim": (change(exp_avg__quantized=Tensor.char, exp_avg__scales=Tensor.half), "is FlashOptim's, with"),
+    "FlashOptim's masters": (change(error_bits=Tensor.char), "is FlashOptim's, with 'error_bits'"),
+    "torchao": (change(exp_avg=Codes), "has exp_avg as a Codes, whose codes FusedAdamW does not read"),
+    "codes without scales": (change(exp_avg=Tensor.char), "exp_avg is of torch.int8, and needs 35 scales of float32"),
+    "other codes": (change(exp_avg_sq=Tensor.char), "exp_avg_sq must be dense, of floating point"),
+    "another master": (
+        change(master_param=lambda moment: moment[:3].float()),
+        r"master_param must be of shape \(67, 65\)",
+    ),
+    "a narrow master": (change(master_param=lambda moment: moment.half()), "master_param must be of shape"),
+}
+
+
+@pytest.mark.parametrize(("write", "words"), BAD_STATES.values(), ids=BAD_STATES.keys())
+def test_state_dicts_that_are_refused(write: Callable[[dict[str, Any]], None], words: str) -> None:
+    optimizer, params = trained(**SEVEN_BYTES)
+    saved = copy.deepcopy(optimizer.state_dict())
+    write(saved["state"][0])
+    other, _ = beside(params, **SEVEN_BYTES)
+    with pytest.raises(ValueError, match=words):
+        other.load_state_dict(saved)
+    assert not other.state_dict()["state"]

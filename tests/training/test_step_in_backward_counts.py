@@ -1,0 +1,140 @@
+"""Updates in the backward pass: what they leave to `optimizer.step()`, and what each of them costs."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from cuda_on_cpu import NAME
+from cuda_shim.controls import Shim
+from references import same_bits
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from nexus.optim import FusedAdamW
+from nexus.optim.engine import engine_of
+from nexus.schedules import WSD, Cosine
+from nexus.training import step_in_backward
+
+RATES = (WSD(3, 4, 8, 0.5), Cosine(0.25, 12))
+
+
+def make(backend: str, count: int = 1) -> tuple[nn.ParameterList, FusedAdamW]:
+    """Float64 zeros in two groups: where each gradient is 1, an update subtracts the group's rate."""
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(2 * count)])
+    groups = [
+        {"params": [*model[:count]], "lr": RATES[0]},
+        {"params": [*model[count:]], "lr": RATES[1], "lr_scale": 0.5},
+    ]
+    return model, FusedAdamW(groups, weight_decay=0.0, eps=0.0, backend=backend)
+
+
+def rates(step: int) -> tuple[float, float]:
+    return RATES[0](step), 0.5 * RATES[1](step)
+
+
+def counts(optimizer: FusedAdamW) -> tuple[int, int]:
+    (state,) = engine_of(optimizer).states.values()
+    return int(state.completed), int(optimizer.skipped_steps)
+
+
+def check_counts_and_rates(backend: str) -> None:
+    model, optimizer = make(backend, 2)
+    expected = [0.0, 0.0]
+    with step_in_backward(model, optimizer):
+        for step, order in enumerate(itertools.islice(itertools.permutations(range(4)), 0, None, 2)):
+            expected = [sum - rate for sum, rate in zip(expected, rates(step), strict=True)]
+            for index in order:
+                model[index].sum().backward()
+                assert model[index].grad is None
+                assert model[index].tolist() == pytest.approx([expected[index // 2]] * 3, rel=1e-12)
+                assert counts(optimizer) == (step, 0)
+                shown = optimizer.param_groups[index // 2]["lr"]
+                assert float(shown) == pytest.approx(rates(step)[index // 2], rel=1e-15, abs=1e-18)
+            optimizer.step()
+            assert counts(optimizer) == (step + 1, 0)
+
+
+def test_counts_advance_once_a_step_in_any_order(backend: str) -> None:
+    check_counts_and_rates(backend)
+
+
+def test_counts_advance_once_a_step_in_triton(where_triton_runs: str) -> None:
+    check_counts_and_rates("triton")
+
+
+def test_counts_that_are_elsewhere_are_followed(backend: str) -> None:
+    """As after the model has been on another device for a while, where a parameter had no gradient."""
+    (plain, plain_optimizer), (ours, optimizer) = make(backend), make(backend)
+    with step_in_backward(ours, optimizer):
+        for step in range(6):
+            if step == 3:
+                engine = engine_of(optimizer)
+                engine.states = {device: copy.deepcopy(state) for device, state in engine.states.items()}
+                engine.forget_plan()
+            for model, each in ((plain, plain_optimizer), (ours, optimizer)):
+                sum(param.sum() for param in model).backward()
+                each.step()
+                each.zero_grad()
+    assert same_bits([*plain], [*ours])
+
+
+def test_a_rate_that_another_groups_schedule_writes(backend: str) -> None:
+    """Whichever of the groups is updated first."""
+    (plain, plain_optimizer), (ours, optimizer) = make(backend, 2), make(backend, 2)
+    changes = {
+        0: lambda groups: groups[1].update(lr=groups[0]["lr"], lr_schedule=None, lr_scale=1.0),
+        3: lambda groups: groups[0].update(lr_scale=2.0),
+        5: lambda groups: groups[0].update(lr=Cosine(0.5, 9)),
+        7: lambda groups: groups[0].update(lr=0.25, lr_schedule=None, lr_scale=1.0),
+    }
+    with step_in_backward(ours, optimizer):
+        for step in range(9):
+            for model, each in ((plain, plain_optimizer), (ours, optimizer)):
+                changes.get(step, lambda groups: None)(each.param_groups)
+                for index in (3, 0, 1, 2):
+                    model[index].sum().backward()
+                each.step()
+                each.zero_grad()
+            assert same_bits([*plain], [*ours])
+
+
+class Operations(TorchDispatchMode):
+    """Lists what torch itself is asked to run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("count", [1, 5])
+def test_launches_of_an_update(gpu: Shim, count: int) -> None:
+    """None is a copy."""
+    model, optimizer = make(NAME, count)
+    step_in_backward(model, optimizer)
+
+    def launches(grads: list[Tensor]) -> list[str]:
+        gpu.reset()
+        for param, grad in zip(model, grads, strict=True):
+            param.grad = grad
+            for hook in param._post_accumulate_grad_hooks.values():
+                hook(param)
+        return [launch.kernel for launch in gpu.launches()]
+
+    first, second = ([torch.ones_like(param) for param in model] for _ in range(2))
+    launches(first)
+    optimizer.step()
+    for grads in (first, second):  # the same, and others elsewhere
+        with Operations() as operations:
+            assert launches(grads) == ["prepare", "update_tensors"] * len(model)
+        assert operations.names == []
+        gpu.reset()
+        optimizer.step()
+        assert [launch.kernel for launch in gpu.launches()] == ["prepare", "update_tensors"]

@@ -124,25 +124,24 @@ struct Low8 {
   uint8_t bits;
 };
 
-// Beside a zero that somebody has written over the parameter, bits that make the weight smaller than it would
-// make a NaN: there, they count as 0.
-NEXUS_FN float decoded(BFloat16 high, Low16 low) {
-  const bool is_stale = (high.bits & 0x7fffu) == 0 && low.bits >> 15 != 0;
-  const uint32_t below = is_stale ? 0u : low.bits;
-  return float_of_bits((high.bits - (below >> 15)) << 16 | below);
+// What is nearest to the weight in bfloat16 is the parameter, and the low bits are the distance from it,
+// signed. Beside a zero that somebody has written over the parameter, a negative one would make a NaN: there
+// it counts as 0.
+NEXUS_FN float weight_of(BFloat16 high, int32_t distance) {
+  const uint32_t upper = high.bits;
+  const bool is_stale = (upper & 0x7fffu) == 0 && distance < 0;
+  return float_of_bits((upper << 16) + static_cast<uint32_t>(is_stale ? 0 : distance));
 }
 
+NEXUS_FN float decoded(BFloat16 high, Low16 low) { return weight_of(high, static_cast<int16_t>(low.bits)); }
 NEXUS_FN float decoded(BFloat16 high, Low8 low) {
-  const bool is_stale = (high.bits & 0x7fffu) == 0 && low.bits >> 7 != 0;
-  const uint32_t below = is_stale ? 0u : low.bits;
-  return float_of_bits(((high.bits - (below >> 7)) << 8 | below) << 8);
+  return weight_of(high, static_cast<int8_t>(low.bits) * 256);
 }
 
 NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
   const uint32_t bits = bits_of_float(value);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t upper = (bits >> 16) + (bits >> 15 & 1u);
-  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : upper);
+  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : (bits + 0x8000u) >> 16);
   low.bits = static_cast<uint16_t>(is_nan ? 0u : bits);
 }
 
@@ -150,10 +149,9 @@ NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
   const uint32_t bits = bits_of_float(value);
   const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t kept = (bits + chance) >> 8;
-  const uint32_t upper = (kept >> 8) + (kept >> 7 & 1u);
-  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : upper);
-  low.bits = static_cast<uint8_t>(is_nan ? 0u : kept);
+  const uint32_t rounded = bits + chance;
+  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : (rounded + 0x8000u) >> 16);
+  low.bits = static_cast<uint8_t>(is_nan ? 0u : rounded >> 8);
 }
 
 // A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements, the largest magnitude
@@ -180,43 +178,50 @@ NEXUS_FN float scale_of(uint32_t magnitude) {
 // A number that the scale times is at least 1.
 NEXUS_FN float inverse_of(float scale) { return float_of_bits(bits_of_float(1.0f / scale) + 1u); }
 
+// The share of the scale that a number between codes stands for. F is float or a vector of floats.
+template <class F>
+NEXUS_FN F squared_share(F code) {
+  const F root = code * (1.0f / 127.0f);
+  return root * root;
+}
+
+template <class F>
+NEXUS_FN F fourth_share(F code) {
+  const F root = code * (1.0f / 255.0f);
+  const F square = root * root;
+  return square * square;
+}
+
 NEXUS_FN float decoded(Squared8 x, float scale) {
-  const float root = static_cast<float>(x.code) * (1.0f / 127.0f);
-  return root * fabsf(root) * scale;
+  const float share = squared_share(static_cast<float>(x.code));
+  return (x.code < 0 ? -share : share) * scale;
 }
 
-NEXUS_FN float decoded(Fourth8 x, float scale) {
-  const float root = static_cast<float>(x.code) * (1.0f / 255.0f);
-  const float square = root * root;
-  return square * square * scale;
-}
+NEXUS_FN float decoded(Fourth8 x, float scale) { return fourth_share(static_cast<float>(x.code)) * scale; }
 
-// The part of the largest magnitude that a value is, from 0 to 1. Where the scale is finite, it may be up to
-// 1 + 2^-20, and clean_share() changes no code.
-NEXUS_FN float share_of(float value, float inverse) { return fabsf(value) * inverse; }
-
-NEXUS_FN float clean_share(float share) {
+// The share that a value has. Where the scale is not finite, a NaN counts as 0, and infinity as 1.
+NEXUS_FN float share_of(float value, float inverse) {
+  const float share = fabsf(value) * inverse;
   const float most = share < 1.0f ? share : 1.0f;
   return share != share ? 0.0f : most;
 }
 
-// A code is the largest whose number, less half a step, is at most the share: a comparison decides it between
-// two that a rough root yields, which may be off by a quarter of a step.
-NEXUS_FN void encode(float value, float share, float rough_root, Squared8& out) {
-  const auto code = static_cast<int32_t>(127.0f * rough_root);
-  const float root = (static_cast<float>(code) + 0.5f) * (1.0f / 127.0f);
-  const int32_t magnitude = code + (root * root <= share ? 1 : 0);
-  out.code = static_cast<int8_t>(value < 0.0f ? -magnitude : magnitude);
+// A code is the largest whose share, taken half a step below it, is at most the value's. A root that is off
+// by less than half a step leaves two, of which the comparison takes one.
+NEXUS_FN void encode(float value, float inverse, Squared8& out) {
+  const float share = share_of(value, inverse);
+  const auto below = static_cast<int32_t>(127.0f * sqrtf(share));
+  const int32_t code = below + (squared_share(static_cast<float>(below) + 0.5f) <= share ? 1 : 0);
+  out.code = static_cast<int8_t>(value < 0.0f ? -code : code);
 }
 
-// Not half a step but `chance` of a step, in [0, 1).
-NEXUS_FN void encode(float share, float rough_fourth_root, float chance, Fourth8& out) {
-  const auto rough = static_cast<int32_t>(255.0f * rough_fourth_root + (chance - 0.5f));
-  const int32_t above_zero = rough > 1 ? rough : 1;
-  const int32_t code = above_zero < 254 ? above_zero : 254;
-  const float root = (static_cast<float>(code + 1) - chance) * (1.0f / 255.0f);
-  const float square = root * root;
-  out.code = static_cast<uint8_t>(code + (square * square <= share ? 1 : 0));
+// Taken not half a step but `chance` of a step below, in [0, 1).
+NEXUS_FN void encode(float value, float inverse, float chance, Fourth8& out) {
+  const float share = share_of(value, inverse);
+  const auto rough = static_cast<int32_t>(255.0f * sqrtf(sqrtf(share)) + (chance - 0.5f));
+  const int32_t below = rough < 1 ? 1 : rough < 254 ? rough : 254;
+  const int32_t code = below + (fourth_share(static_cast<float>(below + 1) - chance) <= share ? 1 : 0);
+  out.code = static_cast<uint8_t>(code);
 }
 
 // n elements of a stream, as T, and back. Where n is a constant, they stay in registers.

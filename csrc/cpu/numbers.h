@@ -2,49 +2,14 @@
 // instruction set.
 #pragma once
 
-#ifdef NEXUS_X86
-#include <immintrin.h>
-#endif
-
-#include <cstring>
-
 #include "../chance.h"
+#include "lanes.h"
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 4 * kScaleBlock;
+constexpr int64_t kBlock = 8 * kScaleBlock;
 
-#if defined(__AVX512F__)
-typedef uint64_t Words __attribute__((vector_size(64)));
-constexpr Words kPlaces = {0, 1, 2, 3, 4, 5, 6, 7};
-constexpr Words kLower = {0, 8, 1, 9, 2, 10, 3, 11};  // of two vectors, element by element
-constexpr Words kUpper = {4, 12, 5, 13, 6, 14, 7, 15};
-Words product(Words a, uint32_t b) {
-  return reinterpret_cast<Words>(
-      _mm512_maskz_mul_epu32(0xff, reinterpret_cast<__m512i>(a), _mm512_set1_epi64(b)));
-}
-#elif defined(__AVX2__)
-typedef uint64_t Words __attribute__((vector_size(32)));
-constexpr Words kPlaces = {0, 1, 2, 3};
-constexpr Words kLower = {0, 4, 1, 5};
-constexpr Words kUpper = {2, 6, 3, 7};
-Words product(Words a, uint32_t b) {
-  return reinterpret_cast<Words>(_mm256_mul_epu32(reinterpret_cast<__m256i>(a), _mm256_set1_epi64x(b)));
-}
-#else
-typedef uint64_t Words __attribute__((vector_size(16)));
-constexpr Words kPlaces = {0, 1};
-constexpr Words kLower = {0, 2};
-constexpr Words kUpper = {1, 3};
-Words product(Words a, uint32_t b) {
-#ifdef NEXUS_X86
-  return reinterpret_cast<Words>(_mm_mul_epu32(reinterpret_cast<__m128i>(a), _mm_set1_epi64x(b)));
-#else
-  return (a & uint64_t{0xffffffff}) * uint64_t{b};
-#endif
-}
-#endif
 constexpr int64_t kWords = sizeof(Words) / sizeof(uint64_t);
 constexpr int64_t kTogether = 8;  // vectors whose rounds hide each other's latency
 

@@ -5,8 +5,7 @@
 
 #include <type_traits>
 
-#include "numbers.h"
-#include "rough_roots.h"
+#include "scaled.h"
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
@@ -37,82 +36,6 @@ void encode(const T* from, void* stream, DType dtype, int64_t begin, int64_t n) 
     if constexpr (std::is_same_v<typename ArithmeticOf<Codec>::type, T> && !kInPlace<Codec, T>) {
       store(from, static_cast<Codec*>(stream) + begin, n);
     }
-  });
-}
-
-// Calls f(i, n) for each scale's elements [i, i + n) of a block; n is a constant unless it is a tensor's end.
-template <class F>
-void for_each_scale(int64_t count, const F& f) {
-  int64_t i = 0;
-  for (; i + kScaleBlock <= count; i += kScaleBlock) {
-    f(i, std::integral_constant<int64_t, kScaleBlock>());
-  }
-  if (i < count) {
-    f(i, count - i);
-  }
-}
-
-template <class Codec>
-void decode_scaled(const Codec* from, const float* scales, float* to, int64_t count) {
-  for_each_scale(count, [=](int64_t start, auto n) {
-    const float scale = scales[start / kScaleBlock];
-    for (int64_t i = start; i < start + n; ++i) {
-      to[i] = decoded(from[i], scale);
-    }
-  });
-}
-
-// The scale of n elements, and their magnitudes as shares of it, followed by zeros.
-struct Shares {
-  float scale;
-  alignas(64) float values[kScaleBlock];
-
-  template <class Count>
-  Shares(const float* from, Count n) {
-    uint32_t largest = kSmallestScale;
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t magnitude = magnitude_bits(from[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    scale = scale_of(largest);
-    const float inverse = inverse_of(scale);
-    for (int64_t i = 0; i < n; ++i) {
-      values[i] = share_of(from[i], inverse);
-    }
-    if (largest >= 0x7f800000u) {
-      for (int64_t i = 0; i < n; ++i) {
-        values[i] = clean_share(values[i]);
-      }
-    }
-    for (int64_t i = n; i < kScaleBlock; ++i) {
-      values[i] = 0.0f;
-    }
-  }
-};
-
-void encode_scaled(const float* from, Squared8* to, float* scales, int64_t count) {
-  for_each_scale(count, [=](int64_t start, auto n) {
-    const Shares shares(from + start, n);
-    alignas(64) float roots[kScaleBlock];
-    rough_roots(shares.values, roots);
-    for (int64_t i = 0; i < n; ++i) {
-      encode(from[start + i], shares.values[i], roots[i], to[start + i]);
-    }
-    scales[start / kScaleBlock] = shares.scale;
-  });
-}
-
-// `chance_at` gives an element's.
-template <class F>
-void encode_scaled(const float* from, Fourth8* to, float* scales, int64_t count, const F& chance_at) {
-  for_each_scale(count, [=](int64_t start, auto n) {
-    const Shares shares(from + start, n);
-    alignas(64) float roots[kScaleBlock];
-    rough_fourth_roots(shares.values, roots);
-    for (int64_t i = 0; i < n; ++i) {
-      encode(shares.values[i], roots[i], chance_at(start + i), to[start + i]);
-    }
-    scales[start / kScaleBlock] = shares.scale;
   });
 }
 
@@ -175,11 +98,9 @@ void encode(const float* from, const Moment& moment, const Chance& chance, int64
     case DType::kUInt8:
       if (moment.by_chance) {
         const Numbers numbers(chance, moment.rounded, element, n);
-        const uint16_t* drawn = numbers.begin();
-        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n,
-                      [=](int64_t i) { return static_cast<float>(drawn[i]) * 0x1p-16f; });
+        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n, ByChance{numbers.begin()});
       } else {
-        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n, [](int64_t) { return 0.5f; });
+        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n, ToNearest());
       }
       break;
     default:

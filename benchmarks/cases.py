@@ -7,6 +7,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
+from nexus.optim.storage import MODES, bytes_table
+
 STEP = "step"
 STEP_SCHEDULE = "step + schedule"
 CLIP_STEP_SCHEDULE = "clip + step + schedule"
@@ -18,6 +22,8 @@ FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"  # ways to run torch.o
 CAPTURABLE = "fused, capturable"  # and a rate that is a tensor
 NEXUS_TRITON = "nexus in Triton"
 OPTIMI, TORCHAO, APEX = "torch-optimi", "torchao", "apex"
+NEXUS_FLOAT32, FUSED_FLOAT32 = "nexus in float32", "fused, float32"
+OPTIMI_KAHAN, TORCHAO_8_BIT, BITSANDBYTES = "torch-optimi, Kahan", "torchao, 8 bit", "bitsandbytes, 8 bit"
 COPY = "copy"  # that reads and writes as many bytes: what memory alone takes
 TORCH_LOOP, TORCH_FUSED_LOOP, TORCH_GRAPH = "torch loop", "torch loop, fused", "torch in a CUDA graph"
 NEXUS_EAGER = "nexus, not captured"
@@ -44,6 +50,12 @@ class Case:
     cuda_peers: tuple[str, ...] = (FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON)
     dtype: str = FLOAT32
     devices: tuple[str, ...] = (CPU, CUDA)
+    mode: str = ""  # how nexus stores state: a name of nexus.optim.storage.MODES
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """Of nexus's optimizer."""
+        return {} if not self.mode else next(options for name, _, options in MODES if name == self.mode)
 
     @property
     def elements(self) -> int:
@@ -53,7 +65,7 @@ class Case:
     @property
     def by_default(self) -> tuple[str, ...]:
         """The devices on which it is timed without being asked for."""
-        return self.devices
+        return () if self.mode else self.devices
 
     @property
     def tolerance(self) -> float:
@@ -61,7 +73,7 @@ class Case:
 
         In bfloat16, where peers' moments are of that type too, they were seen to differ by up to 0.035 in 200 steps.
         """
-        return 0.1 if self.dtype == BFLOAT16 else 5e-3
+        return 0.1 if self.dtype == BFLOAT16 or self.mode else 5e-3
 
     def comparisons(self, device: str) -> Iterator[tuple[str, str]]:
         """Each job, and each peer that it is set beside on this kind of device."""
@@ -81,6 +93,8 @@ class Case:
 
         Parameter in and out, gradient in, two float32 moments in and out; clipping reads the gradient once more.
         """
+        if self.mode:
+            return int(self.elements * next(moved for name, _, moved in bytes_table() if name == self.mode))
         item = ITEM_SIZES[self.dtype]
         return self.elements * (3 * item + 4 * 4 + (item if job == CLIP_STEP_SCHEDULE else 0))
 
@@ -151,6 +165,8 @@ _THIRD_PARTY = (*_BESIDE_COPY, OPTIMI, TORCHAO, APEX)
 _LARGE: dict[str, Any] = {"repeats": 40, "quick_repeats": 5, "devices": (CUDA,)}
 _COUNTED: dict[str, Any] = {**_LARGE, "repeats": 150, "cuda_peers": (COPY, NEXUS_TRITON)}
 _TINY, _SMALL = (64,), (1000,)
+_WIDE_PEERS = (NEXUS_FLOAT32, FUSED_FLOAT32)
+_NARROW_PEERS = (*_WIDE_PEERS, OPTIMI_KAHAN, TORCHAO_8_BIT, BITSANDBYTES)
 _GPT, _DEEP = gpt_shapes(3, 128, 256, 256), gpt_shapes(12, 64, 256, 256)
 _GPT2, _BILLION = gpt_shapes(12, 768, 50257, 1024), gpt_shapes(24, 1792, 50257, 1024)
 
@@ -182,6 +198,21 @@ CASES = {
             cuda_peers=_BESIDE_COPY,
             dtype=BFLOAT16,
             **_LARGE,
+        ),
+        *(
+            Case(
+                f"gpt2-{index}",
+                f"GPT-2 124M, {mode}",
+                _GPT2,
+                30,
+                4,
+                jobs=(STEP,),
+                peers=_NARROW_PEERS if dtype == torch.bfloat16 else _WIDE_PEERS,
+                cuda_peers=(COPY, *_WIDE_PEERS),
+                dtype=str(dtype).removeprefix("torch."),
+                mode=mode,
+            )
+            for index, (mode, dtype, _) in enumerate(MODES[1:], 1)
         ),
     )
 }

@@ -4,14 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from benchmarks.cases import BFLOAT16, CLIP_STEP_SCHEDULE, COPY, NEXUS_TRITON, STEP, Case, Shape
+from benchmarks.cases import (
+    BFLOAT16,
+    CLIP_STEP_SCHEDULE,
+    COPY,
+    FLOAT32,
+    NEXUS_FLOAT32,
+    NEXUS_TRITON,
+    STEP,
+    Case,
+    Shape,
+)
 from benchmarks.peers import MAX_GRAD_NORM, PEAK_LR, PEERS, SCHEDULE, warmup
 from benchmarks.timing import PROCESSOR, Device
 from nexus.optim import FusedAdamW
@@ -54,7 +64,7 @@ class Contestant:
         """
         if other.first_before is None:
             return None
-        if other.first_before.dtype == torch.bfloat16:
+        if torch.bfloat16 in (self.params[0].dtype, other.first_before.dtype):
             x, y, before = (tensor.float() for tensor in (self.params[0], other.params[0], other.first_before))
             return float((x - y).abs().mean() / (y - before).abs().mean())
         way = (other.params[0] - other.first_before).abs().max()
@@ -88,7 +98,7 @@ def rate_scale(index: int, groups: int) -> float:
 def nexus_optimizer(case: Case, job: str, params: list[Tensor], backend: str = "auto") -> FusedAdamW:
     """One whose `step` does the whole job."""
     if job == STEP:
-        return FusedAdamW(params, lr=PEAK_LR, backend=backend)
+        return FusedAdamW(params, lr=PEAK_LR, backend=backend, **case.options)
     parts = enumerate(_dealt(params, case.groups))
     groups = [{"params": part, "lr": rate_scale(i, case.groups) * SCHEDULE} for i, part in parts]
     clip = MAX_GRAD_NORM if job == CLIP_STEP_SCHEDULE else None
@@ -106,10 +116,13 @@ def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contest
     """The optimizer that `name` stands for, with what the usual training loop calls around it; or a copy."""
     if name == NEXUS_TRITON:
         return nexus(case, job, device, "triton")
+    if name == NEXUS_FLOAT32:
+        return nexus(replace(case, mode="", dtype=FLOAT32), job, device)
     if name == COPY:
         copies = copy(case, job, device)
         return Contestant(copies, in_graph=copies)
-    params = make_params(case.shapes, getattr(torch, case.dtype), device.where)
+    dtype = PEERS[name].dtype or case.dtype
+    params = make_params(case.shapes, getattr(torch, dtype), device.where)
     optimizer = PEERS[name].make([{"params": part} for part in _dealt(params, case.groups)], device.where)
     scheduler = None if job == STEP else LambdaLR(optimizer, factors(case.groups))
 
@@ -126,7 +139,7 @@ def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contest
     in_graph = clip_and_step if PEERS[name].capturable else None
     # A scheduler computes the rate on the host: a graph would hold that of one step for ever.
     beside_graph = None if scheduler is None else scheduler.step
-    remark = BFLOAT16_REMARK if case.dtype == BFLOAT16 else ""
+    remark = BFLOAT16_REMARK if dtype == BFLOAT16 and not case.mode else ""
     return Contestant(call, params, in_graph, beside_graph, remark=remark)
 
 

@@ -11,7 +11,21 @@ from typing import Any, TypeAlias
 import torch
 from torch.optim import Optimizer
 
-from benchmarks.cases import APEX, CAPTURABLE, FOR_LOOP, FOREACH, FUSED, NEXUS_TRITON, OPTIMI, TORCHAO
+from benchmarks.cases import (
+    APEX,
+    BITSANDBYTES,
+    CAPTURABLE,
+    FLOAT32,
+    FOR_LOOP,
+    FOREACH,
+    FUSED,
+    FUSED_FLOAT32,
+    NEXUS_TRITON,
+    OPTIMI,
+    OPTIMI_KAHAN,
+    TORCHAO,
+    TORCHAO_8_BIT,
+)
 from nexus import backends
 from nexus.schedules import WSD
 
@@ -33,6 +47,7 @@ class Peer:
     module: str = "torch.optim"
     name: str = "AdamW"
     distribution: str = "torch"
+    dtype: str = ""  # of its parameters, where that is not the case's
 
     @property
     def capturable(self) -> bool:
@@ -54,6 +69,10 @@ PEERS = {
     FOR_LOOP: Peer({"foreach": False, "fused": False}),
     OPTIMI: Peer({}, "optimi", "AdamW", "torch-optimi"),
     TORCHAO: Peer({}, "torchao.optim", "_AdamW", "torchao"),
+    FUSED_FLOAT32: Peer({"fused": True}, dtype=FLOAT32),
+    OPTIMI_KAHAN: Peer({"kahan_sum": True}, "optimi", "AdamW", "torch-optimi"),
+    TORCHAO_8_BIT: Peer({}, "torchao.optim", "AdamW8bit", "torchao"),
+    BITSANDBYTES: Peer({}, "bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     APEX: Peer({"adam_w_mode": True}, "apex.optimizers", "FusedAdam", "apex"),
 }
 

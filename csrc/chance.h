@@ -28,16 +28,22 @@ enum Rounded : uint32_t { kRoundedParam, kRoundedExpAvg, kRoundedExpAvgSq, kRoun
 // Adjacent elements whose numbers come from one draw.
 constexpr int kDrawn = 8;
 
-// Four words of 32 bits, at first a counter, at last random. Of a Word, which is uint64_t or a vector of
-// such, the lower half counts, and the upper may have anything.
-template <class Word>
 struct Draw {
+  uint32_t words[kDrawn / 2];
+};
+
+// The number of element k of a draw, in 16 bits.
+NEXUS_FN uint32_t number(const Draw& draw, int k) { return draw.words[k / 2] >> (k % 2 * 16) & 0xffffu; }
+
+// Four words of 32 bits: at first the place of a draw, at last its numbers. Of a Word, which is uint64_t or a
+// vector of such, the lower half counts, and the upper may have anything.
+template <class Word>
+struct Mixture {
   Word a, b, c, d;
 };
 
 constexpr int kRounds = 10;
 
-// The key of a round, from 0 on.
 struct Key {
   uint64_t low, high;
 };
@@ -47,41 +53,36 @@ NEXUS_FN Key key_of(const Chance& chance, int round) {
   return {chance.seed_low + i * 0x9e3779b9u, chance.seed_high + i * 0xbb67ae85u};
 }
 
-// `product` multiplies the lower half of each word by a number.
+// One round. `product` multiplies the lower half of each word by a number.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
 template <class Word, class F>
-NEXUS_FN void mix(Draw<Word>& draw, const Key& key, const F& product) {
-  const Word first = product(draw.a, 0xd2511f53u);
-  const Word second = product(draw.c, 0xcd9e8d57u);
-  draw.a = (second >> 32) ^ draw.b ^ key.low;
-  draw.b = second;
-  draw.c = (first >> 32) ^ draw.d ^ key.high;
-  draw.d = first;
+NEXUS_FN void mix(Mixture<Word>& x, const Key& key, const F& product) {
+  const Word first = product(x.a, 0xd2511f53u);
+  const Word second = product(x.c, 0xcd9e8d57u);
+  x.a = (second >> 32) ^ x.b ^ key.low;
+  x.b = second;
+  x.c = (first >> 32) ^ x.d ^ key.high;
+  x.d = first;
 }
 
-// The counter for elements [8 * eighth, 8 * eighth + 8) of the whole tensor.
+// For elements [8 * eighth, 8 * eighth + 8) of the whole tensor.
 template <class Word>
-NEXUS_FN Draw<Word> counter(const Chance& chance, Rounded stream, Word eighth) {
+NEXUS_FN Mixture<Word> unmixed(const Chance& chance, Rounded stream, Word eighth) {
   const Word none = eighth ^ eighth;
   return {eighth, none + uint64_t{chance.ordinal}, (eighth >> 32 << 8) | uint64_t{stream},
           none + uint64_t{chance.step}};
 }
 
-// The draw for these elements: number(draw, k) is that of element k.
-NEXUS_FN Draw<uint64_t> draw(const Chance& chance, Rounded stream, uint64_t eighth) {
+NEXUS_FN Draw draw(const Chance& chance, Rounded stream, uint64_t eighth) {
   const auto product = [](uint64_t a, uint32_t b) { return uint64_t{static_cast<uint32_t>(a)} * b; };
-  Draw<uint64_t> drawn = counter(chance, stream, eighth);
+  Mixture<uint64_t> x = unmixed(chance, stream, eighth);
   for (int round = 0; round < kRounds; ++round) {
-    mix(drawn, key_of(chance, round), product);
+    mix(x, key_of(chance, round), product);
   }
-  return drawn;
-}
-
-NEXUS_FN uint32_t number(const Draw<uint64_t>& drawn, int k) {
-  const uint64_t word = k < 4 ? (k < 2 ? drawn.a : drawn.b) : (k < 6 ? drawn.c : drawn.d);
-  return static_cast<uint32_t>(word) >> (k % 2 * 16) & 0xffffu;
+  return {{static_cast<uint32_t>(x.a), static_cast<uint32_t>(x.b), static_cast<uint32_t>(x.c),
+           static_cast<uint32_t>(x.d)}};
 }
 
 }  // namespace nexus

@@ -199,27 +199,22 @@ NEXUS_FN float decoded(Squared8 x, float scale) {
 
 NEXUS_FN float decoded(Fourth8 x, float scale) { return fourth_share(static_cast<float>(x.code)) * scale; }
 
-// The share that a value has. Where the scale is not finite, a NaN counts as 0, and infinity as 1.
-NEXUS_FN float share_of(float value, float inverse) {
-  const float share = fabsf(value) * inverse;
-  const float most = share < 1.0f ? share : 1.0f;
-  return share != share ? 0.0f : most;
-}
-
-// A code is the largest whose share, taken half a step below it, is at most the value's. A root that is off
-// by less than half a step leaves two, of which the comparison takes one.
-NEXUS_FN void encode(float value, float inverse, Squared8& out) {
-  const float share = share_of(value, inverse);
-  const auto below = static_cast<int32_t>(127.0f * sqrtf(share));
+// A code is the largest whose share, taken half a step below it, is at most the value's: |value| / scale. A
+// rough root, which may be off by 0.4 codes, leaves two, of which the comparison takes one. NaN has the
+// smallest code.
+NEXUS_FN void encode(float value, float share, float rough_root, Squared8& out) {
+  const float rough = 127.0f * rough_root;
+  const float above_zero = rough > 0.0f ? rough : 0.0f;
+  const auto below = static_cast<int32_t>(above_zero < 126.0f ? above_zero : 126.0f);
   const int32_t code = below + (squared_share(static_cast<float>(below) + 0.5f) <= share ? 1 : 0);
   out.code = static_cast<int8_t>(value < 0.0f ? -code : code);
 }
 
 // Taken not half a step but `chance` of a step below, in [0, 1).
-NEXUS_FN void encode(float value, float inverse, float chance, Fourth8& out) {
-  const float share = share_of(value, inverse);
-  const auto rough = static_cast<int32_t>(255.0f * sqrtf(sqrtf(share)) + (chance - 0.5f));
-  const int32_t below = rough < 1 ? 1 : rough < 254 ? rough : 254;
+NEXUS_FN void encode(float share, float rough_fourth_root, float chance, Fourth8& out) {
+  const float rough = 255.0f * rough_fourth_root + (chance - 0.5f);
+  const float above_one = rough > 1.0f ? rough : 1.0f;
+  const auto below = static_cast<int32_t>(above_one < 254.0f ? above_one : 254.0f);
   const int32_t code = below + (fourth_share(static_cast<float>(below + 1) - chance) <= share ? 1 : 0);
   out.code = static_cast<uint8_t>(code);
 }

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from low_memory_oracle import SCALE_BLOCK, Array, Mode
 from torch import Tensor
@@ -36,11 +37,27 @@ MODES = {
 """What is tested of how the state may be stored: the pairs of moments, and of a parameter and its master weight."""
 
 
+_TRAINED: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.bfloat16, {"master_weight_bits": 24, **_8_BITS}),
+    (torch.bfloat16, {"stochastic_rounding": True, **_8_BITS}),
+    (torch.float32, _BF16),
+]
+IN_TRAINERS = [pytest.param(*case, id=f"{case[0]} {' '.join(case[1])}") for case in _TRAINED]
+"""What is trained in trainers: a model's dtype, float32 under mixed precision, and the options of its optimizer."""
+
+
+def stored_dtypes(options: dict[str, Any]) -> set[torch.dtype]:
+    """Of the state that such options ask for."""
+    return {each for each in options.values() if isinstance(each, torch.dtype)}
+
+
 WAYS = [*(f"native, {name}" for name in _native.instruction_sets()), "reference"]
 """To run an update: a backend, and of the native one an instruction set."""
 
 
-def optimizer_of(way: str, params: Sequence[Tensor], mode: Mode, **options: Any) -> FusedAdamW:
+def optimizer_of(
+    way: str, params: Sequence[Tensor] | Sequence[dict[str, Any]], mode: Mode, **options: Any
+) -> FusedAdamW:
     backend, _, instruction_set = way.partition(", ")
     optimizer = FusedAdamW(params, backend=backend, **mode.options(), **options)
     if instruction_set:

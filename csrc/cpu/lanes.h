@@ -6,9 +6,11 @@
 #include <immintrin.h>
 #endif
 
+#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
@@ -25,7 +27,6 @@ constexpr int kWidth = kVectorBytes / 4;
 typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
-typedef uint8_t Bytes __attribute__((vector_size(kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 
 template <class Vector, class T>
@@ -52,7 +53,15 @@ Floats rough_fourth_root(Floats x) {
 }
 
 Ints widened(Halves x) { return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x); }
-Bytes narrowed(Ints x) { return (Bytes)_mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x); }
+
+Ints nearest(Floats x) { return (Ints)_mm512_maskz_cvtps_epi32(0xffff, x); }
+
+void store_narrowed(Ints x, int8_t* to) {
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtsepi32_epi8(0xffff, (__m512i)x));
+}
+void store_narrowed(Ints x, uint8_t* to) {
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtusepi32_epi8(0xffff, (__m512i)x));
+}
 
 #elif defined(__AVX2__)
 constexpr Words kPlaces = {0, 1, 2, 3};
@@ -64,11 +73,16 @@ Floats rough_root(Floats x) { return _mm256_rcp_ps(_mm256_rsqrt_ps(x)); }
 Floats rough_fourth_root(Floats x) { return _mm256_rsqrt_ps(_mm256_rsqrt_ps(x)); }
 Ints widened(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
 
-Bytes narrowed(Ints x) {
-  const __m256i bytes = _mm256_and_si256((__m256i)x, _mm256_set1_epi32(0xff));
-  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-  const __m128i packed = _mm_packus_epi16(halves, halves);
-  return vector_at<Bytes>(&packed);
+Ints nearest(Floats x) { return (Ints)_mm256_cvtps_epi32(x); }
+
+__m128i narrowed_to_16(Ints x) {
+  return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+}
+void store_narrowed(Ints x, int8_t* to) {
+  _mm_storeu_si64(to, _mm_packs_epi16(narrowed_to_16(x), __m128i{}));
+}
+void store_narrowed(Ints x, uint8_t* to) {
+  _mm_storeu_si64(to, _mm_packus_epi16(narrowed_to_16(x), __m128i{}));
 }
 
 #else
@@ -92,7 +106,25 @@ Floats rough_root(Floats x) {
 }
 Floats rough_fourth_root(Floats x) { return rough_root(rough_root(x)); }
 Ints widened(Halves x) { return __builtin_convertvector(x, Ints); }
-Bytes narrowed(Ints x) { return __builtin_convertvector(x, Bytes); }
+
+Ints nearest(Floats x) {
+#ifdef NEXUS_X86
+  return (Ints)_mm_cvtps_epi32(x);
+#else
+  for (int i = 0; i < kWidth; ++i) {
+    x[i] = rintf(x[i]);
+  }
+  return __builtin_convertvector(x, Ints);
+#endif
+}
+
+template <class Code>
+void store_narrowed(Ints x, Code* to) {
+  for (int i = 0; i < kWidth; ++i) {
+    to[i] = static_cast<Code>(
+        std::clamp<int32_t>(x[i], std::numeric_limits<Code>::min(), std::numeric_limits<Code>::max()));
+  }
+}
 #endif
 
 }  // namespace

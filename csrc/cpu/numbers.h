@@ -20,10 +20,10 @@ class Numbers {
     const auto first = static_cast<uint64_t>(element / kDrawn);
     const int64_t draws = (skipped_ + n + kDrawn - 1) / kDrawn;
     for (int64_t i = 0; i < draws; i += kTogether * kWords) {
-      Draw<Words> drawn[kTogether];
+      Mixture<Words> drawn[kTogether];
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTogether; ++k) {
-        drawn[k] = counter(chance, stream, kPlaces + (first + static_cast<uint64_t>(i + k * kWords)));
+        drawn[k] = unmixed(chance, stream, kPlaces + (first + static_cast<uint64_t>(i + k * kWords)));
       }
       for (int round = 0; round < kRounds; ++round) {
         const Key key = key_of(chance, round);
@@ -43,7 +43,7 @@ class Numbers {
   const uint16_t* begin() const { return numbers_ + skipped_; }
 
  private:
-  static void store(const Draw<Words>& drawn, uint16_t* to) {
+  static void store(const Mixture<Words>& drawn, uint16_t* to) {
     constexpr uint64_t kHalf = 0xffffffff;
     const Words first = (drawn.a & kHalf) | drawn.b << 32;
     const Words second = (drawn.c & kHalf) | drawn.d << 32;

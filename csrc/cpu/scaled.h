@@ -37,45 +37,45 @@ uint32_t largest_magnitude(const float* from) {
 
 // Chance of a step, in [0, 1).
 struct ToNearest {
-  Floats at(int64_t) const { return Floats{} + 0.5f; }
+  float one(int64_t) const { return 0.5f; }
+  Floats several(int64_t) const { return Floats{} + 0.5f; }
   ToNearest from(int64_t) const { return {}; }
 };
 struct ByChance {
   const uint16_t* numbers;
-  Floats at(int64_t i) const {
-    return __builtin_convertvector(widened(vector_at<Halves>(numbers + i)), Floats) * 0x1p-16f;
+  float one(int64_t i) const { return static_cast<float>(numbers[i]) * 0x1p-16f; }
+  // In bits, 128 + a number of 16 bits / 65,536 is 128.0 with that number in its lower half.
+  Floats several(int64_t i) const {
+    return (Floats)(widened(vector_at<Halves>(numbers + i)) | 0x43000000) - 128.0f;
   }
   ByChance from(int64_t i) const { return {numbers + i}; }
 };
 
-Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
-
-// The formulas of codec.h, for a vector of values whose scale is finite.
-Ints encoded(Floats value, float inverse, const Squared8*, ToNearest, int64_t) {
-  const Floats share = magnitude(value) * inverse;
-  const Ints below = __builtin_convertvector(rough_root(share) * 127.0f, Ints);
-  const Ints code = below - (squared_share(__builtin_convertvector(below, Floats) + 0.5f) <= share);
-  return (Ints)value < 0 ? -code : code;
+void encode_one(float value, float inverse, float, Squared8& out) {
+  const float share = fabsf(value) * inverse;
+  encode(value, share, sqrtf(share), out);
+}
+void encode_one(float value, float inverse, float chance, Fourth8& out) {
+  const float share = fabsf(value) * inverse;
+  encode(share, sqrtf(sqrtf(share)), chance, out);
 }
 
-template <class Chance>
-Ints encoded(Floats value, float inverse, const Fourth8*, Chance chances, int64_t i) {
-  const Floats chance = chances.at(i);
-  const Floats share = magnitude(value) * inverse;
-  const Ints rough = __builtin_convertvector(rough_fourth_root(share) * 255.0f + (chance - 0.5f), Ints);
-  const Ints positive = rough > 1 ? rough : Ints{} + 1;
-  const Ints below = positive < 254 ? positive : Ints{} + 254;
-  return below - (fourth_share(__builtin_convertvector(below + 1, Floats) - chance) <= share);
-}
+Floats as_floats(Ints x) { return __builtin_convertvector(x, Floats); }
 
-void encode_one(float value, float inverse, ToNearest, int64_t, Squared8& out) {
-  encode(value, inverse, out);
+// As encode() of codec.h, for values whose scale is finite. No share is above 1 + 2^-20, so that `below`
+// needs no bounds but those that come of the narrowing.
+void encode_several(Floats value, float inverse, Floats, Squared8* to) {
+  const Floats share = (Floats)((Ints)value & 0x7fffffff) * inverse;
+  const Ints below = nearest(rough_root(share) * 127.0f - 0.5f);
+  const Ints code = squared_share(as_floats(below) + 0.5f) <= share ? below + 1 : below;
+  store_narrowed((Ints)value < 0 ? -code : code, reinterpret_cast<int8_t*>(to));
 }
-void encode_one(float value, float inverse, ToNearest, int64_t, Fourth8& out) {
-  encode(value, inverse, 0.5f, out);
-}
-void encode_one(float value, float inverse, ByChance chances, int64_t i, Fourth8& out) {
-  encode(value, inverse, static_cast<float>(chances.numbers[i]) * 0x1p-16f, out);
+void encode_several(Floats value, float inverse, Floats chance, Fourth8* to) {
+  const Floats share = value * inverse;  // a second moment has no sign
+  const Floats less = chance - 1.0f;     // exact
+  const Ints below = nearest(rough_fourth_root(share) * 255.0f + less);
+  const Ints code = fourth_share(as_floats(below) - less) <= share ? below + 1 : below;
+  store_narrowed(code > 1 ? code : Ints{} + 1, reinterpret_cast<uint8_t*>(to));
 }
 
 // The codes of one scale's elements.
@@ -84,14 +84,13 @@ void encode_block(const float* __restrict__ from, Codec* __restrict__ to, float 
                   const Chance& chances) {
   if (!(scale < INFINITY)) {
     for (int64_t i = 0; i < kScaleBlock; ++i) {
-      encode_one(from[i], inverse, chances, i, to[i]);
+      encode_one(from[i], inverse, chances.one(i), to[i]);
     }
     return;
   }
 #pragma GCC unroll 2
   for (int64_t i = 0; i < kScaleBlock; i += kWidth) {
-    const Bytes codes = narrowed(encoded(vector_at<Floats>(from + i), inverse, to, chances, i));
-    memcpy(to + i, &codes, sizeof codes);
+    encode_several(vector_at<Floats>(from + i), inverse, chances.several(i), to + i);
   }
 }
 

@@ -19,7 +19,7 @@ DeviceStep::DeviceStep(const Records& records, const Part& part, std::unique_ptr
     tensor.place = static_cast<int32_t>(contents_.chunk_count);
     // One at least: the first chunk's block counts the tensor's steps.
     contents_.chunk_count += tensor.numel == 0 ? 1 : chunk_count(tensor.numel);
-    contents_.codecs.add(tensor.param_dtype, tensor.grad_dtype);
+    contents_.kinds.add(kind_of(tensor));
   }
   table_->forget();
 }
@@ -45,7 +45,7 @@ const Table& DeviceStep::current_table(cudaStream_t stream) {
   const OutsideCapture outside;
   check(load_norm(), "loading the gradient norm");
   check(load_prologue(), "loading the prologue of a step");
-  check(load_update(contents_.codecs), "loading the update");
+  check(load_update(contents_.kinds), "loading the update");
   return captured_.table(part_.device, contents_, graph);
 }
 

@@ -78,7 +78,7 @@ void DeviceTable::lay_out(const Contents& now, cudaStream_t stream) {
   table_.tensor_count = static_cast<int64_t>(now.tensors.size());
   table_.group_count = static_cast<int64_t>(now.groups.size());
   table_.chunk_count = now.chunk_count;
-  table_.codecs = now.codecs;
+  table_.kinds = now.kinds;
 }
 
 void DeviceTable::write(const Contents& now, cudaStream_t stream) {

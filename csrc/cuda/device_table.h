@@ -38,7 +38,7 @@ struct Contents {
   std::vector<Group> groups;
   int64_t chunk_count = 0;
   bool measures_norm = false;
-  CodecPairs codecs;
+  Kinds kinds;
 };
 
 class DeviceTable {

@@ -26,9 +26,13 @@ void sum_of_squares(const Table& table, double* out, cudaStream_t stream);
 // Decides whether to skip, and evaluates the schedules and everything that depends on them alone.
 void prologue(const Table& table, const StepState& state, cudaStream_t stream);
 
-// Updates every tensor, in a launch for each pair of codecs, of which the last advances the counters. No
-// other launch changes the optimizer.
+// Updates every tensor, in a launch for each kind, of which the last advances the counters. No other launch
+// changes the optimizer.
 void update(const Table& table, const StepState& state, cudaStream_t stream);
+
+// The kernel of a kind that is no plain one.
+using UpdateKernel = void (*)(Table, StepState, int kind, bool advances);
+UpdateKernel encoded_kernel(int kind);
 
 // A schedule's values at `steps`.
 void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out,
@@ -38,7 +42,7 @@ void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t c
 // be left to a launch that is captured.
 cudaError_t load_norm();
 cudaError_t load_prologue();
-cudaError_t load_update(const CodecPairs& codecs);
+cudaError_t load_update(const Kinds& kinds);
 
 // Why the current device cannot run these kernels, or an empty string.
 std::string missing_code();

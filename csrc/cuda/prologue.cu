@@ -88,7 +88,7 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
   if (tensor->param_dtype == DType::kFloat64) {
     table.coefficients[i].as_double = c;
   } else {
-    table.coefficients[i].as_float = rounded<float>(c);
+    table.coefficients[i].as_float = {rounded<float>(c), static_cast<int64_t>(count)};
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../adamw.h"
+#include "kinds.h"
 
 namespace nexus::cuda {
 
@@ -15,35 +16,18 @@ struct TensorPointers {
 };
 
 // A tensor's coefficients in the type of its arithmetic: double for float64 parameters.
+struct FloatRow {
+  Coefficients<float> coefficients;
+  int64_t step;  // the tensor's count of updates, this one included: record.step is counted meanwhile
+};
 union CoefficientRow {
-  Coefficients<float> as_float;
+  FloatRow as_float;
   Coefficients<double> as_double;
 };
 
 struct Header {
   int32_t skip;            // this step changes nothing
   uint32_t finished_sums;  // blocks of the norm that are done
-};
-
-// Which codecs the tensors have: pairs of a parameter's and its gradient's.
-class CodecPairs {
- public:
-  void add(DType param, DType grad) {
-    pairs_ |= 1u << (static_cast<int>(param) * kFloatTypes + static_cast<int>(grad));
-  }
-
-  // Calls f(param, grad, is_last) for each pair; where there is no tensor, for one pair all the same.
-  template <class F>
-  void for_each(const F& f) const {
-    for (uint32_t left = pairs_ == 0 ? 1u : pairs_, pair = 0; left != 0; left >>= 1, ++pair) {
-      if (left % 2 != 0) {
-        f(static_cast<DType>(pair / kFloatTypes), static_cast<DType>(pair % kFloatTypes), left == 1);
-      }
-    }
-  }
-
- private:
-  uint32_t pairs_ = 0;
 };
 
 struct Table {
@@ -59,7 +43,7 @@ struct Table {
   CoefficientRow* coefficients;  // one a tensor
   double* partial_sums;          // one a chunk
   Header* header;
-  CodecPairs codecs;
+  Kinds kinds;
 };
 
 NEXUS_FN TensorPointers pointers_of(const Table& table, int64_t tensor) {

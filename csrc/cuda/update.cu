@@ -1,8 +1,9 @@
-// The update of every tensor: a block for each chunk, a launch for each pair of a parameter's and a
-// gradient's codec that occurs. Mostly that is one.
+// The update of every tensor: a block for each chunk, a launch for each kind that occurs. And the kernels of
+// the plain kinds, where nothing has fewer bits than the arithmetic but the parameter and its gradient: one
+// for each pair of their codecs.
 #include "kernels.h"
 #include "launch.h"
-#include "streams.h"
+#include "turns.h"
 
 namespace nexus::cuda {
 namespace {
@@ -18,8 +19,10 @@ struct Streams {
 };
 
 // Adjacent elements of every stream, as they are stored.
-template <bool kAmsgrad, int kCount, class P, class G, class T>
+template <bool kAmsgrad, int kElements, class P, class G, class T>
 struct Elements {
+  static constexpr int kCount = kElements;
+
   Pack<P, kCount> param;
   Pack<G, kCount> grad;
   Pack<T, kCount> exp_avg;
@@ -36,7 +39,7 @@ struct Elements {
     }
   }
 
-  __device__ void update(const Coefficients<T>& c) {
+  __device__ void update(const Streams<P, G, T>&, int32_t, const Coefficients<T>& c) {
     T p[kCount], g[kCount], m[kCount], v[kCount], largest_v[kCount] = {};
     load(param.elements, p, kCount);
     load(grad.elements, g, kCount);
@@ -67,31 +70,6 @@ struct Elements {
   }
 };
 
-// Elements [begin, end) of a chunk. A thread takes kTurns turns at a time, each of kCount adjacent elements,
-// and adjacent lanes take adjacent turns: an access of a warp covers whole sectors, whatever the codec. The
-// loads of all these turns stand before the first store, which none of them has to wait for.
-template <bool kAmsgrad, int kTurns, int kCount, class P, class G, class T>
-__device__ void update_range(const Streams<P, G, T>& s, int32_t begin, int32_t end,
-                             const Coefficients<T>& c) {
-  constexpr int32_t kStride = kThreads * kCount;  // from one turn to the next
-#pragma unroll 1
-  for (int32_t i = begin + static_cast<int32_t>(threadIdx.x) * kCount; i < end; i += kTurns * kStride) {
-    Elements<kAmsgrad, kCount, P, G, T> turns[kTurns];
-#pragma unroll
-    for (int k = 0; k < kTurns; ++k) {
-      // A turn behind the end loads what the first does, so that no load waits for a branch.
-      turns[k].fetch(s, i + k * kStride < end ? i + k * kStride : i);
-    }
-#pragma unroll
-    for (int k = 0; k < kTurns; ++k) {
-      if (i + k * kStride < end) {
-        turns[k].update(c);
-        turns[k].put(s, i + k * kStride);
-      }
-    }
-  }
-}
-
 template <bool kAmsgrad, class P, class G, class T>
 __device__ void update_chunk(const Streams<P, G, T>& s, int32_t count, const Coefficients<T>& c) {
   constexpr int kCount = 16 / sizeof(T);  // of the moments, 16 bytes
@@ -99,11 +77,13 @@ __device__ void update_chunk(const Streams<P, G, T>& s, int32_t count, const Coe
                        is_aligned<kCount>(s.exp_avg) && is_aligned<kCount>(s.exp_avg_sq) &&
                        is_aligned<kCount>(s.max_exp_avg_sq);
   const int32_t whole = aligned ? count / kCount * kCount : 0;
-  update_range<kAmsgrad, 2, kCount>(s, 0, whole, c);
-  update_range<kAmsgrad, 4, 1>(s, whole, count, c);
+  update_range<2, Elements<kAmsgrad, kCount, P, G, T>>(s, 0, whole, c);
+  update_range<4, Elements<kAmsgrad, 1, P, G, T>>(s, whole, count, c);
 }
 
-__device__ const Coefficients<float>& of_type(const CoefficientRow& row, float) { return row.as_float; }
+__device__ const Coefficients<float>& of_type(const CoefficientRow& row, float) {
+  return row.as_float.coefficients;
+}
 __device__ const Coefficients<double>& of_type(const CoefficientRow& row, double) { return row.as_double; }
 
 // Blocks that share a multiprocessor: 4 leave a thread 64 registers, which suffice where no stream is
@@ -112,64 +92,54 @@ __device__ const Coefficients<double>& of_type(const CoefficientRow& row, double
 template <class P, class G>
 constexpr int kBlocks = sizeof(P) == sizeof(double) || sizeof(G) == sizeof(double) ? 2 : 4;
 
-// The chunks of the tensors whose codecs are P and G. The one launch that `advances` moves the counters, too.
+// The chunks of the tensors whose codecs are P and G.
 template <class P, class G>
 __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
-    update_tensors(Table table, StepState state, DType param_dtype, DType grad_dtype, bool advances) {
+    update_tensors(Table table, StepState state, int kind, bool advances) {
   using T = typename ArithmeticOf<P>::type;
-  const bool skip = table.header->skip != 0;
-  if (advances && blockIdx.x == 0 && threadIdx.x == 0) {
-    ++*(skip ? state.skipped : state.completed);
-    advance(state.history);
-  }
-  if (skip || blockIdx.x >= table.chunk_count) {
+  const Work work = work_of_block(table, state, advances);
+  if (work.record == nullptr || kind_of(*work.record) != kind) {
     return;
   }
-  const Chunk chunk = table.chunks[blockIdx.x];
-  const TensorRecord& record = table.tensors[chunk.tensor];
-  const TensorPointers pointers = pointers_of(table, chunk.tensor);
-  if (pointers.grad == nullptr || record.param_dtype != param_dtype || record.grad_dtype != grad_dtype) {
-    return;
-  }
-  if (chunk.begin == 0 && threadIdx.x == 0) {
-    *global(record.step) += 1.0;
-  }
+  count_update(work);
+  const auto& [record, pointers, chunk] = work;
   const Coefficients<T> c = of_type(table.coefficients[chunk.tensor], T());
   Streams<P, G, T> streams = {global(static_cast<P*>(pointers.param) + chunk.begin),
                               global(static_cast<const G*>(pointers.grad) + chunk.begin),
-                              global(static_cast<T*>(record.exp_avg) + chunk.begin),
-                              global(static_cast<T*>(record.exp_avg_sq) + chunk.begin), nullptr};
-  if (record.max_exp_avg_sq != nullptr) {
-    streams.max_exp_avg_sq = global(static_cast<T*>(record.max_exp_avg_sq) + chunk.begin);
+                              global(static_cast<T*>(record->exp_avg) + chunk.begin),
+                              global(static_cast<T*>(record->exp_avg_sq) + chunk.begin), nullptr};
+  if (record->max_exp_avg_sq != nullptr) {
+    streams.max_exp_avg_sq = global(static_cast<T*>(record->max_exp_avg_sq) + chunk.begin);
     update_chunk<true>(streams, chunk.count, c);
   } else {
     update_chunk<false>(streams, chunk.count, c);
   }
 }
 
-using Kernel = void (*)(Table, StepState, DType, DType, bool);
-
-Kernel kernel_for(DType param_dtype, DType grad_dtype) {
-  return with_codec(param_dtype, [=](auto param) {
-    return with_codec(grad_dtype,
-                      [=](auto grad) -> Kernel { return update_tensors<decltype(param), decltype(grad)>; });
+UpdateKernel plain_kernel(int kind) {
+  return with_codec(static_cast<DType>(kind / kFloatTypes), [=](auto param) {
+    return with_codec(static_cast<DType>(kind % kFloatTypes), [=](auto grad) -> UpdateKernel {
+      return update_tensors<decltype(param), decltype(grad)>;
+    });
   });
 }
+
+UpdateKernel kernel_of(int kind) { return kind < kPlainKinds ? plain_kernel(kind) : encoded_kernel(kind); }
 
 }  // namespace
 
 void update(const Table& table, const StepState& state, cudaStream_t stream) {
-  table.codecs.for_each([&](DType param, DType grad, bool is_last) {
-    launch("the update", kernel_for(param, grad), table.chunk_count, stream, table, state, param, grad,
+  table.kinds.for_each([&](int kind, bool is_last) {
+    launch("the update", kernel_of(kind), table.chunk_count, stream, table, state, kind,
            is_last && state.advances != 0);
   });
 }
 
-cudaError_t load_update(const CodecPairs& codecs) {
+cudaError_t load_update(const Kinds& kinds) {
   cudaError_t error = cudaSuccess;
-  codecs.for_each([&](DType param, DType grad, bool) {
+  kinds.for_each([&](int kind, bool) {
     cudaFuncAttributes attributes;
-    const cudaError_t failure = cudaFuncGetAttributes(&attributes, kernel_for(param, grad));
+    const cudaError_t failure = cudaFuncGetAttributes(&attributes, kernel_of(kind));
     error = failure == cudaSuccess ? error : failure;
   });
   return error;

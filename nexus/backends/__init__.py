@@ -71,7 +71,7 @@ def select(name: str, devices: list[torch.device]) -> Backend:
             reason = backend.unavailable(devices)
             if reason is None:
                 if reasons and cuda.has_code():  # and not for this GPU, or this driver
-                    _say_once(f"{backend.NAME!r} runs in the place of {reasons[-1]}")
+                    say_once(f"{backend.NAME!r} runs in the place of {reasons[-1]}")
                 return backend
             reasons.append(f"backend {backend.NAME!r}: {reason}")
     if reasons:
@@ -87,7 +87,7 @@ def select(name: str, devices: list[torch.device]) -> Backend:
 
 
 @functools.cache
-def _say_once(words: str) -> None:
+def say_once(words: str) -> None:
     warnings.warn(f"nexus: {words}", RuntimeWarning, stacklevel=2)
 
 

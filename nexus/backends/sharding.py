@@ -54,6 +54,11 @@ def first_element(tensor: Tensor) -> int:
     return sum(offset * stride for offset, stride in zip(offsets, tensor.stride(), strict=True))
 
 
+def begins_a_block(param: Tensor, first: int, block: int) -> bool:
+    """Whether blocks of elements that are counted within this process's part, from `first` on, are the whole's."""
+    return not is_spread(param) or (local(param).shape[1:] == param.shape[1:] and first % block == 0)
+
+
 @torch.no_grad()
 def spread_as(tensor: Tensor, like: Tensor) -> Tensor:
     """What this process holds of a DTensor once it is spread as `like` is: a collective, where it is not yet."""

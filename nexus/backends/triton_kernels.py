@@ -11,8 +11,20 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from nexus.backends.codecs import SCALE_BLOCK
 from nexus.backends.interface import HISTORY_COLUMNS
 from nexus.backends.records import DTYPES, layout
+from nexus.backends.triton_codecs import (
+    ROUNDED_EXP_AVG,
+    ROUNDED_EXP_AVG_SQ,
+    ROUNDED_MAX_EXP_AVG_SQ,
+    load,
+    load_moment,
+    load_param,
+    store_moment,
+    store_param,
+    stream_at,
+)
 from nexus.backends.triton_math import adamw, bias_correction, evaluate_schedule
 from nexus.backends.triton_tables import CHUNK, COEFFICIENTS
 
@@ -28,7 +40,13 @@ _GRAD = _word("TensorRecord", "grad")
 _EXP_AVG = _word("TensorRecord", "exp_avg")
 _EXP_AVG_SQ = _word("TensorRecord", "exp_avg_sq")
 _MAX_EXP_AVG_SQ = _word("TensorRecord", "max_exp_avg_sq")
+_MASTER_LOW = _word("TensorRecord", "master_low")
+_EXP_AVG_SCALE = _word("TensorRecord", "exp_avg_scale")
+_EXP_AVG_SQ_SCALE = _word("TensorRecord", "exp_avg_sq_scale")
+_MAX_EXP_AVG_SQ_SCALE = _word("TensorRecord", "max_exp_avg_sq_scale")
 _STEP = _word("TensorRecord", "step")
+_FIRST = _word("TensorRecord", "first")
+_ORDINAL = _word("TensorRecord", "ordinal")
 _GROUP_AND_KIND = _word("TensorRecord", "group")  # an int32 each, the kind as the place
 _GROUP_WORDS = tl.constexpr(layout("Group").words)
 _WEIGHT_DECAY = _word("Group", "weight_decay.value")
@@ -47,6 +65,7 @@ _LAST = _word("Rate", "last")
 _CHUNK_WORDS = tl.constexpr(len(CHUNK))
 _COEFFICIENTS = tl.constexpr(len(COEFFICIENTS))
 _HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
+_SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
 _DTYPES = tl.constexpr(tuple(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in DTYPES))
 
 
@@ -93,45 +112,19 @@ def _history_row(count, rows, slots, width):
     return rows.to(tl.int64).to(tl.pointer_type(tl.float64)) + written % slots * width
 
 
-# The codecs: how a stream is stored is said in these three, and nowhere else in Triton.
-
-
-@triton.jit
-def _stream(address, begin, dtype: tl.constexpr):
-    return (address + begin * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
-
-
-@triton.jit
-def _load(stream, i, count, T: tl.constexpr, ALIGNED: tl.constexpr):
-    """Elements `i` of a stream as T; those from `count` on are 0, which ALIGNED blocks have none of."""
-    if ALIGNED:  # in accesses of 128 bits
-        return tl.load(tl.multiple_of(stream + i, 16)).to(T)
-    else:
-        return tl.load(stream + i, mask=i < count, other=0.0).to(T)
-
-
-@triton.jit
-def _store(stream, i, count, elements, ALIGNED: tl.constexpr):
-    stored = elements.to(stream.dtype.element_ty)
-    if ALIGNED:
-        tl.store(tl.multiple_of(stream + i, 16), stored)
-    else:
-        tl.store(stream + i, stored, mask=i < count)
-
-
 @triton.jit
 def _sum_chunk(address, begin, count, out, dtype: tl.constexpr, BLOCK: tl.constexpr):
-    grad = _stream(address, begin, dtype)
+    grad = stream_at(address, begin, dtype)
     full = tl.where(address % 16 == 0, count // BLOCK * BLOCK, 0)
     total = tl.zeros((BLOCK,), tl.float64)
     offsets = tl.arange(0, BLOCK)
     offset = tl.zeros_like(count)
     while offset < full:
-        g = _load(grad, offset + offsets, count, tl.float64, True)
+        g = load(grad, offset + offsets, count, tl.float64, True)
         total += g * g
         offset += BLOCK
     while offset < count:
-        g = _load(grad, offset + offsets, count, tl.float64, False)
+        g = load(grad, offset + offsets, count, tl.float64, False)
         total += g * g
         offset += BLOCK
     tl.store(out, tl.sum(total, axis=0))
@@ -148,7 +141,7 @@ def norm(chunks, records, partial_sums, KINDS: tl.constexpr):
     kind = tl.load(record + _GROUP_AND_KIND) >> 32
     for j in tl.static_range(len(KINDS)):
         if kind == j:
-            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, _DTYPES[KINDS[j][1]], 2 * KINDS[j][3])
+            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, _DTYPES[KINDS[j][1]], 2 * KINDS[j][7])
 
 
 @triton.jit(do_not_specialize=["partial_sums", "count", "sum_of_squares"])
@@ -264,26 +257,44 @@ def prologue(
         tl.store(row + 5, lr / bias_correction(beta1, count), mask=mask)
         tl.store(row + 6, 1.0 / tl.sqrt(bias_correction(beta2, count)), mask=mask)
         tl.store(row + 7, _float64(group + _EPS, mask), mask=mask)
+        tl.store(row + 8, count, mask=mask)
 
 
 @triton.jit
-def _update_block(streams, i, count, coefficients, T: tl.constexpr, AMSGRAD: tl.constexpr, ALIGNED: tl.constexpr):
-    params, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = streams
-    param = _load(params, i, count, T, ALIGNED)
-    grad = _load(grads, i, count, T, ALIGNED)
-    exp_avg = _load(exp_avgs, i, count, T, ALIGNED)
-    exp_avg_sq = _load(exp_avg_sqs, i, count, T, ALIGNED)
+def _update_block(
+    streams,
+    place,
+    coefficients,
+    chance,
+    T: tl.constexpr,
+    HAS_MASTER: tl.constexpr,
+    AMSGRAD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
+    ALIGNED: tl.constexpr,
+):
+    params, lows, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = streams
+    _, i, count = place
+    param = load_param(params, lows, place, T, HAS_MASTER, ALIGNED)
+    grad = load(grads, i, count, T, ALIGNED)
+    exp_avg = load_moment(exp_avgs, place, T, ALIGNED)
+    exp_avg_sq = load_moment(exp_avg_sqs, place, T, ALIGNED)
     max_exp_avg_sq = exp_avg_sq
     if AMSGRAD:
-        max_exp_avg_sq = _load(max_exp_avg_sqs, i, count, T, ALIGNED)
+        max_exp_avg_sq = load_moment(max_exp_avg_sqs, place, T, ALIGNED)
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = adamw(
         param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRAD
     )
-    _store(params, i, count, param, ALIGNED)
-    _store(exp_avgs, i, count, exp_avg, ALIGNED)
-    _store(exp_avg_sqs, i, count, exp_avg_sq, ALIGNED)
+    store_param(params, lows, place, param, chance, HAS_MASTER, STOCHASTIC, ALIGNED)
+    store_moment(exp_avgs, place, exp_avg, chance, ROUNDED_EXP_AVG, STOCHASTIC, ALIGNED)
+    store_moment(exp_avg_sqs, place, exp_avg_sq, chance, ROUNDED_EXP_AVG_SQ, STOCHASTIC, ALIGNED)
     if AMSGRAD:
-        _store(max_exp_avg_sqs, i, count, max_exp_avg_sq, ALIGNED)
+        store_moment(max_exp_avg_sqs, place, max_exp_avg_sq, chance, ROUNDED_MAX_EXP_AVG_SQ, STOCHASTIC, ALIGNED)
+
+
+@triton.jit
+def _moment(address, scales, begin, dtype: tl.constexpr):
+    """A moment from its element `begin` on, and its scales, whose address `scales` points to."""
+    return stream_at(address, begin, dtype), stream_at(tl.load(scales), begin // _SCALE_BLOCK, tl.float32)
 
 
 @triton.jit
@@ -292,26 +303,36 @@ def _update_chunk(
     begin,
     count,
     row,
+    seed,
     PARAM: tl.constexpr,
     GRAD: tl.constexpr,
+    EXP_AVG: tl.constexpr,
+    EXP_AVG_SQ: tl.constexpr,
+    MASTER_LOW: tl.constexpr,
     AMSGRAD: tl.constexpr,
+    STOCHASTIC: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     T: tl.constexpr = PARAM if tl.float64 == PARAM else tl.float32
+    HAS_MASTER: tl.constexpr = MASTER_LOW >= 0
     param_address = tl.load(record + _PARAM)
+    low_address = tl.load(record + _MASTER_LOW)
     grad_address = tl.load(record + _GRAD)
     exp_avg_address = tl.load(record + _EXP_AVG)
     exp_avg_sq_address = tl.load(record + _EXP_AVG_SQ)
     max_address = tl.load(record + _MAX_EXP_AVG_SQ)
     streams = (
-        _stream(param_address, begin, PARAM),
-        _stream(grad_address, begin, GRAD),
-        _stream(exp_avg_address, begin, T),
-        _stream(exp_avg_sq_address, begin, T),
-        _stream(max_address, begin, T),
+        stream_at(param_address, begin, PARAM),
+        stream_at(low_address, begin, _DTYPES[MASTER_LOW]),
+        stream_at(grad_address, begin, GRAD),
+        _moment(exp_avg_address, record + _EXP_AVG_SCALE, begin, EXP_AVG),
+        _moment(exp_avg_sq_address, record + _EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
+        _moment(max_address, record + _MAX_EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
     )
     # Chunks begin at multiples of 16 elements: a stream is aligned where its tensor is.
     addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address | max_address
+    if HAS_MASTER:
+        addresses |= low_address
     full = tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
     coefficients = (
         tl.load(row).to(T),
@@ -323,13 +344,27 @@ def _update_chunk(
         tl.load(row + 6).to(T),
         tl.load(row + 7).to(T),
     )
+    ordinal = tl.load(record + _ORDINAL).to(tl.uint32)
+    chance = (seed, ordinal, tl.load(row + 8).to(tl.int64).to(tl.uint32), tl.load(record + _FIRST) + begin)
     offsets = tl.arange(0, BLOCK)
     offset = tl.zeros_like(count)
     while offset < full:
-        _update_block(streams, offset + offsets, count, coefficients, T, AMSGRAD, True)
+        _update_block(
+            streams, (offset, offset + offsets, count), coefficients, chance, T, HAS_MASTER, AMSGRAD, STOCHASTIC, True
+        )
         offset += BLOCK
     while offset < count:
-        _update_block(streams, offset + offsets, count, coefficients, T, AMSGRAD, False)
+        _update_block(
+            streams,
+            (offset, offset + offsets, count),
+            coefficients,
+            chance,
+            T,
+            HAS_MASTER,
+            AMSGRAD,
+            STOCHASTIC,
+            False,
+        )
         offset += BLOCK
 
 
@@ -343,6 +378,7 @@ def _update_chunk(
         "skipped",
         "advances",
         "history_count",
+        "seed",
     ]
 )
 def update(
@@ -354,12 +390,12 @@ def update(
     skipped,
     advances: tl.int64,
     history_count: tl.int64,
+    seed: tl.int64,
     KINDS: tl.constexpr,
 ):
     """Update one chunk of a tensor and, in its first, the tensor's counter. A program for each chunk of the model.
 
-    `KINDS` has what occurs in the model, in the order of the records' `kind`: (dtype of the parameter, dtype of
-    the gradient, amsgrad, elements at once).
+    `KINDS` has each `Kind` that occurs in the model, in the order of the records' `kind`.
     """
     index = tl.program_id(0).to(tl.int64)
     skips = tl.load(skip) != 0
@@ -390,10 +426,15 @@ def update(
                         begin,
                         count,
                         row,
+                        seed,
                         _DTYPES[KINDS[j][0]],
                         _DTYPES[KINDS[j][1]],
-                        KINDS[j][2],
-                        KINDS[j][3],
+                        _DTYPES[KINDS[j][2]],
+                        _DTYPES[KINDS[j][3]],
+                        KINDS[j][4],
+                        KINDS[j][5],
+                        KINDS[j][6],
+                        KINDS[j][7],
                     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ COEFFICIENTS = (
     "step_size",
     "inv_sqrt_bias2",
     "eps",
+    "count",  # of the tensor's updates, this one included
 )
 
 
@@ -52,11 +54,34 @@ def dtypes_of(entry: TensorEntry) -> tuple[torch.dtype, torch.dtype]:
     return param, param if entry.grad is None else entry.grad.dtype
 
 
-def kind_of(entry: TensorEntry, block_elements: int) -> tuple[int, int, bool, int]:
-    """What an update is compiled for: dtypes by their index, amsgrad, and elements at once."""
+class Kind(NamedTuple):
+    """What an update is compiled for: dtypes by their index, -1 for a stream that is not there."""
+
+    param: int
+    grad: int
+    exp_avg: int
+    exp_avg_sq: int
+    master_low: int
+    amsgrad: bool
+    stochastic_rounding: bool
+    elements: int  # at once
+
+
+def kind_of(entry: TensorEntry, block_elements: int) -> Kind:
+    """That of one tensor."""
     param, grad = dtypes_of(entry)
-    assert entry.state is not None
-    return DTYPE_INDEX[param], DTYPE_INDEX[grad], entry.state.max_exp_avg_sq is not None, block_elements
+    state = entry.state
+    assert state is not None
+    return Kind(
+        DTYPE_INDEX[param],
+        DTYPE_INDEX[grad],
+        DTYPE_INDEX[state.exp_avg.dtype],
+        DTYPE_INDEX[state.exp_avg_sq.dtype],
+        -1 if state.master_low is None else DTYPE_INDEX[state.master_low.dtype],
+        state.max_exp_avg_sq is not None,
+        entry.stochastic_rounding,
+        block_elements,
+    )
 
 
 def chunk_words(sizes: tuple[int, ...]) -> Tensor:

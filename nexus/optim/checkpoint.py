@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import check_count, shown
+from nexus.backends.sharding import is_spread
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
@@ -50,6 +51,11 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
     for index, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
         indices.setdefault(id(param), index)  # the first place of one that is in several
     states: dict[Any, Any] = {}
+    if compact and any(is_spread(param) for group in optimizer.param_groups for param in group["params"]):
+        raise ValueError(
+            "compact=True is for parameters that are whole in each process: codes of a DTensor's part mean nothing "
+            "beside another part. Leave it out; torch.distributed.checkpoint saves the float32 moments in parts"
+        )
     for key, value in optimizer.state.items():
         if id(key) in indices:
             states[indices[id(key)]] = saved_state(key, value) if is_trained(key) and not compact else value

@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from nexus.arguments import MAX_STEP, shown
-from nexus.backends import codecs, sharding
-from nexus.backends.codecs import SCALED, flat
+from nexus.backends import codecs, say_once, sharding
+from nexus.backends.codecs import SCALE_BLOCK, SCALED, flat
 from nexus.backends.interface import STATE_NAMES, StateStreams, TensorEntry
 from nexus.backends.sharding import local, respread
 from nexus.optim.parameters import is_dense, is_freed, same_layout
@@ -45,6 +45,14 @@ def make_entry(
     grad, grad_buffer = param.grad, None
     if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
+    first = sharding.first_element(param)
+    has_scales = any(scale_name(name) in state for name in MOMENTS)
+    if has_scales and not sharding.begins_a_block(param, first, SCALE_BLOCK):
+        say_once(
+            f"8-bit moments share a scale in blocks of {SCALE_BLOCK} elements, and this process's part of a "
+            "parameter begins within a block of the whole: its blocks are counted from there, and results depend on "
+            "the number of processes"
+        )
     used = [name for name in STATE_NAMES if storage.amsgrad or not name.startswith("max_")]
     streams = {name: local(state[name]) if name in used and name in state else None for name in STATE_NAMES}
     return TensorEntry(
@@ -54,7 +62,7 @@ def make_entry(
         grad_buffer=grad_buffer,
         state=StateStreams(**streams | {"step": state["step"].reshape(())}),
         ordinal=ordinal,
-        first=sharding.first_element(param),
+        first=first,
         stochastic_rounding=storage.stochastic_rounding,
     )
 

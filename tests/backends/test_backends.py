@@ -44,7 +44,7 @@ def test_auto_takes_the_best_there_is(there: Any, reasons: dict[str, str | None]
 def test_a_gpu_that_the_cuda_kernels_are_not_for_is_named_once(there: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     there(cuda="none for cuda:0 (Tesla T4, sm_75)", triton=None)
     monkeypatch.setattr(cuda, "has_code", lambda: True)
-    backends._say_once.cache_clear()
+    backends.say_once.cache_clear()
     with pytest.warns(RuntimeWarning, match=r"'triton' runs in the place of backend 'cuda': none for .*Tesla T4"):
         assert backends.select("auto", [GPU]) is triton
     assert backends.select("auto", [GPU]) is triton  # warnings are errors here

@@ -25,6 +25,7 @@ from triton.runtime.jit import create_function_from_signature
 from nexus.backends import triton as backend
 from nexus.backends import triton_kernels
 from nexus.optim import FusedAdamW
+from nexus.optim.storage import SMALL
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, evaluate
 
 ARCHS = (80, 90, 100)
@@ -32,14 +33,24 @@ CACHE = Path(__file__).resolve().parents[2] / "build" / "triton"
 CUOBJDUMP = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 Launch = tuple[str, tuple[tuple[str, Any], ...], tuple[tuple[str, Any], ...]]  # kernel, signature, constants
 
-COMPILED = {
-    "float32": [(torch.float32, torch.float32, False)],
-    "float32 amsgrad": [(torch.float32, torch.float32, True)],
-    "bfloat16": [(torch.bfloat16, torch.bfloat16, False)],
-    "bfloat16 and float32 gradients": [(torch.bfloat16, torch.float32, False)],
-    "float16": [(torch.float16, torch.float16, False)],
-    "float64": [(torch.float64, torch.float64, True)],
-    "mixed": [(torch.float32, torch.float32, False), (torch.bfloat16, torch.bfloat16, False)],
+BITS_8 = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}
+BITS_16 = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
+Kind = tuple[torch.dtype, torch.dtype, dict[str, Any]]  # parameter, gradient, options of the group
+COMPILED: dict[str, list[Kind]] = {
+    "float32": [(torch.float32, torch.float32, {})],
+    "float32 amsgrad": [(torch.float32, torch.float32, {"amsgrad": True})],
+    "bfloat16": [(torch.bfloat16, torch.bfloat16, {})],
+    "bfloat16 and float32 gradients": [(torch.bfloat16, torch.float32, {})],
+    "float16": [(torch.float16, torch.float16, {})],
+    "float64": [(torch.float64, torch.float64, {"amsgrad": True})],
+    "mixed": [(torch.float32, torch.float32, {}), (torch.bfloat16, torch.bfloat16, {})],
+    "float32, 8 bits": [(torch.float32, torch.float32, BITS_8)],
+    "bfloat16 + 32, bfloat16": [(torch.bfloat16, torch.bfloat16, {"master_weight_bits": 32, **BITS_16})],
+    "bfloat16 + 24, 8 bits": [(torch.bfloat16, torch.bfloat16, {"master_weight_bits": 24, **BITS_8})],
+    "all by chance": [
+        (torch.bfloat16, torch.bfloat16, {"stochastic_rounding": True, **BITS_8, "amsgrad": True}),
+        (torch.bfloat16, torch.bfloat16, {"stochastic_rounding": True, "master_weight_bits": 24, **BITS_16}),
+    ],
 }
 
 
@@ -113,9 +124,9 @@ def train_variously() -> None:
             evaluate(schedule, torch.arange(count + 1)[1:], backend="triton")
 
 
-def launches_of(kinds: list[tuple[torch.dtype, torch.dtype, bool]]) -> list[Launch]:
+def launches_of(kinds: list[Kind]) -> list[Launch]:
     recorder = recording()
-    groups = [{"params": [param_with_grad(9, p, g)], "amsgrad": amsgrad} for p, g, amsgrad in kinds]
+    groups = [{"params": [param_with_grad(SMALL, p, g)], **options} for p, g, options in kinds]
     FusedAdamW(groups, max_grad_norm=1.0, backend="triton").step()
     evaluate(Constant(1.0), torch.arange(9), backend="triton")
     return list(recorder.launches)

@@ -168,16 +168,29 @@ extern dim3 gridDim;
 
 inline void __syncthreads() { nexus_shim::wait_for_block(); }
 
+namespace nexus_shim {
+
+// What the lane `source` came with; beyond the warp's end, one's own.
+template <class T>
+T shuffled(T value, unsigned source) {
+  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "as CUDA's shuffles");
+  uint64_t bits = 0;
+  memcpy(&bits, &value, sizeof value);
+  bits = wait_for_warp(bits, source < 32 ? source : lane());
+  memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+}  // namespace nexus_shim
+
 // Of whole warps: `mask` is not looked at.
 template <class T>
 T __shfl_down_sync(unsigned mask, T value, unsigned delta) {
-  static_assert(std::is_arithmetic_v<T> && (sizeof(T) == 4 || sizeof(T) == 8), "as CUDA's shuffles");
-  const unsigned source = nexus_shim::lane() + delta;
-  uint64_t bits = 0;
-  memcpy(&bits, &value, sizeof value);
-  bits = nexus_shim::wait_for_warp(bits, source < 32 ? source : nexus_shim::lane());
-  memcpy(&value, &bits, sizeof value);
-  return value;
+  return nexus_shim::shuffled(value, nexus_shim::lane() + delta);
+}
+template <class T>
+T __shfl_xor_sync(unsigned mask, T value, int lanes) {
+  return nexus_shim::shuffled(value, nexus_shim::lane() ^ static_cast<unsigned>(lanes));
 }
 
 // One thread runs at a time.

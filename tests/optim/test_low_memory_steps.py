@@ -15,7 +15,7 @@ from low_memory_oracle import Array, Mode
 from references import LAYOUTS, params_of, same_bits, set_grads, snapshot, through_a_file
 from torch import Tensor
 
-from nexus.backends import codecs
+from nexus.backends import codecs, sharding
 from nexus.optim import FusedAdamW
 
 SHAPES = [(16_384 + 130,), (7,), (0,), (), (67, 65), (32, 128)]
@@ -61,7 +61,7 @@ def expected(name: str, option: str) -> list[dict[str, Array]]:
     return [parameter.streams(amsgrad="amsgrad" in options) for parameter in ours]
 
 
-def run(optimizer: FusedAdamW, rounds: Sequence[Sequence[Tensor]]) -> FusedAdamW:
+def run(optimizer: FusedAdamW, rounds: Sequence[Sequence[Tensor | None]]) -> FusedAdamW:
     for grads in rounds:
         set_grads(params_of(optimizer), grads)
         optimizer.step()
@@ -132,6 +132,44 @@ def test_elements_are_taken_in_the_order_of_the_memory(name: str, layout: str, w
     found = optimizer.state[param] | {"param": torch.empty_like(param).copy_(param.detach())}
     for stream, stored in ours.streams().items():
         assert not oracle.unequal(oracle.stored_bits(found[stream]), stored).any(), stream
+
+
+@ways
+@pytest.mark.parametrize("first", [3, 2**35 - 8, 2**40 + 5])
+@pytest.mark.parametrize("name", ["bf16 + 8, bf16 moments by chance", "float32, 8-bit moments by chance"])
+def test_a_shard_is_rounded_as_its_place_in_the_whole(
+    name: str, first: int, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sharding, "first_element", lambda tensor: first)
+    param = torch.randn(16_384 + 130).to(MODES[name].param)
+    ours = oracle.Parameter(param, MODES[name], seed=SEED, first=first)
+    optimizer = optimizer_of(way, parameters([param]), MODES[name], amsgrad=True, seed=SEED)
+    for count in (0, 2**32 + 5):  # of updates so far
+        ours.step_count = count
+        for param in params_of(optimizer):
+            optimizer.state[param].get("step", torch.zeros(())).fill_(count)
+        grad = torch.randn(param.shape).to(param.dtype)
+        ours.step(grad, oracle.Settings(amsgrad=True))
+        run(optimizer, [[grad]])
+    assert_equals_the_oracle(optimizer, [ours.streams(amsgrad=True)])
+
+
+@ways
+def test_groups_may_store_otherwise(way: str) -> None:
+    names = ["bf16 + 8, 8-bit moments by chance", "bf16, 8-bit moments by chance", "bf16 + 16, bf16 moments", "bf16"]
+    params = [torch.randn(5000).bfloat16() for _ in range(2 * len(names))]
+    groups = [
+        {"params": parameters(params[2 * i : 2 * i + 2]), **MODES[name].options()} for i, name in enumerate(names)
+    ]
+    ours = [oracle.Parameter(param, MODES[names[i // 2]], i, SEED) for i, param in enumerate(params)]
+    optimizer = optimizer_of(way, groups, Mode(), seed=SEED)
+    for step in range(3):
+        grads = [None if (i + step) % 5 == 0 else torch.randn(5000).bfloat16() for i in range(len(params))]
+        for parameter, grad in zip(ours, grads, strict=True):
+            if grad is not None:
+                parameter.step(grad, oracle.Settings())
+        run(optimizer, [grads])
+    assert_equals_the_oracle(optimizer, [parameter.streams() for parameter in ours])
 
 
 @ways

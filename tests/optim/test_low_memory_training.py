@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -9,9 +10,10 @@ import pytest
 import torch
 from low_memory_cases import MODES, WAYS, optimizer_of
 from references import Float64AdamW, bits, same_bits, snapshot
-from torch import Tensor
+from torch import Tensor, nn
 
 from nexus.optim import FusedAdamW
+from nexus.training import step_in_backward
 
 WAY = WAYS[0]  # the others have the same bits
 NUMEL = 8_192
@@ -93,6 +95,23 @@ def test_a_full_master_weight_is_that_of_float32() -> None:
     *_, (_, optimizer) = trained("bf16 + 16, float32 moments", start, rounds)
     master = optimizer.state_dict()["state"][0]["master_param"]
     assert torch.equal(bits(master), bits(param))
+
+
+@modes
+def test_updates_in_the_backward_pass_have_the_same_bits(name: str) -> None:
+    dtype = MODES[name].param
+    first = nn.Sequential(*(nn.Linear(64, 64, dtype=dtype) for _ in range(3)))
+    second = copy.deepcopy(first)
+    plain = optimizer_of(WAY, list(first.parameters()), MODES[name], seed=7)
+    early = optimizer_of("native", list(second.parameters()), MODES[name], seed=7)
+    with step_in_backward(second, early):
+        for _ in range(3):
+            x = torch.randn(8, 64, dtype=dtype)
+            for model, optimizer in ((first, plain), (second, early)):
+                optimizer.zero_grad()
+                model(x).square().sum().backward()
+                optimizer.step()
+    assert same_bits(snapshot(plain), snapshot(early))
 
 
 # Of 100 steps that mostly go one way, the error of where they lead. Measured: half of it to all but a fifth.

@@ -1,4 +1,8 @@
-"""A thousand updates of the demo's GPT in float32, beside torch's AdamW in float64: never brought together again."""
+"""The demo's GPT, beside another optimizer that has its gradients: the two are never brought together again.
+
+In float32, for a thousand updates, beside torch's AdamW in float64; in bfloat16 with 32-bit master weights, beside
+`FusedAdamW` in float32.
+"""
 
 import pytest
 import torch
@@ -8,6 +12,7 @@ from gpt.train import BETAS, MAX_GRAD_NORM, make_optimizer, parameter_groups
 from references import Float64AdamW
 from torch import Tensor
 
+from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
 STEPS = 1000
@@ -61,3 +66,32 @@ def test_float32_training_follows_float64() -> None:
         # An update that does nothing, or leaves a part of it out, is not within a tolerance of the reference.
         assert distance("parameter", start[index], theirs["parameter"]) > 1000 * TOLERANCES["parameter"]
     assert all(worst[name] < bound for name, bound in TOLERANCES.items()), worst
+
+
+@pytest.mark.usefixtures("restored_threads")
+def test_master_weights_of_32_bits_are_the_weights_of_float32() -> None:
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    text = corpus.load(torch.device("cpu"))
+    model = GPT(SIZE).bfloat16()
+    options = {"lr": SCHEDULE, "betas": BETAS, "max_grad_norm": MAX_GRAD_NORM}
+    optimizer = FusedAdamW(parameter_groups(model), master_weight_bits=32, **options)
+    groups = parameter_groups(model)
+    params = [param for group in groups for param in group["params"]]
+    in_float32 = [{**group, "params": [param.detach().float() for param in group["params"]]} for group in groups]
+    twins = [twin for group in in_float32 for twin in group["params"]]
+    plain = FusedAdamW(in_float32, **options)
+    start = [twin.clone() for twin in twins]
+
+    for step in range(100):
+        optimizer.zero_grad()
+        model.loss(*text.batch(seed=0, step=step, size=4, context=SIZE.context)).backward()
+        for param, twin in zip(params, twins, strict=True):
+            twin.grad = param.grad.float()
+        optimizer.step()
+        plain.step()
+        state = optimizer.state_dict()["state"]
+        assert all(torch.equal(state[index]["master_param"], twin) for index, twin in enumerate(twins)), step
+    assert all(not torch.equal(twin, first) for twin, first in zip(twins, start, strict=True))
+    # The parameter alone is not that weight: without the low bits, the comparison would fail.
+    assert all(not torch.equal(param.float(), twin) for param, twin in zip(params, twins, strict=True))

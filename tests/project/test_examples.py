@@ -86,6 +86,17 @@ def test_the_ensemble_beats_its_members(capsys: pytest.CaptureFixture[str]) -> N
     assert_prints(capsys.readouterr().out.splitlines(), "snapshot_ensemble")
 
 
+def test_seven_bytes_learn_as_well_as_sixteen(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("low_memory")
+    plain, seven, after = found["results"].values()
+    assert seven == pytest.approx(plain, rel=0.05)
+    assert after < 0.9 * seven  # torch.optim.AdamW goes on
+    (megabytes, bytes_each), (fewer_megabytes, fewer_bytes) = found["memory"].values()
+    assert (bytes_each, fewer_bytes) == pytest.approx((16.0, 7.1), abs=0.01)
+    assert fewer_megabytes / megabytes == pytest.approx(fewer_bytes / bytes_each, rel=1e-3)  # added up, and predicted
+    assert_prints(capsys.readouterr().out.splitlines(), "low_memory")
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_short_and_explained(name: str) -> None:
     text = (EXAMPLES / f"{name}.py").read_text("utf-8")

@@ -31,6 +31,7 @@ from lightning_cases import (
     torchs,
     trainer_in,
 )
+from low_memory_cases import IN_TRAINERS, stored_dtypes
 from references import Float64AdamW, assert_same_run, same_bits, snapshot
 from torch import Tensor
 
@@ -258,6 +259,28 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(tmp_path: Path, way:
     whole, resumed = (snapshot(optimizer_of(run)) for run in runs)
     assert same_bits(whole, resumed)
     assert len(whole) == 4 * 4  # a parameter, two moments and a count
+
+
+class Wide(NumberedBatches):
+    """With a tensor that is large enough for fewer bits."""
+
+    def __init__(self, configure: Configure) -> None:
+        super().__init__(configure)
+        self.net = torch.nn.Sequential(torch.nn.Linear(3, 64), torch.nn.Linear(64, 64), torch.nn.Linear(64, 1))
+
+
+@resuming
+@pytest.mark.parametrize(("dtype", "options"), IN_TRAINERS)
+def test_low_memory_state_is_resumed_bit_for_bit(tmp_path: Path, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    precision = "bf16-true" if dtype == torch.bfloat16 else "bf16-mixed"
+    configure = functools.partial(inside, **options)
+    whole, resumed = (
+        fit(tmp_path, configure, Wide, from_file, precision=precision, callbacks=[saved_every_7(tmp_path)])
+        for from_file in ({}, {"ckpt_path": tmp_path / "step=7.ckpt", "weights_only": True})
+    )
+    expected = snapshot(optimizer_of(whole))
+    assert {each.dtype for each in expected} >= {dtype, *stored_dtypes(options)}
+    assert same_bits(snapshot(optimizer_of(resumed)), expected)
 
 
 @resuming

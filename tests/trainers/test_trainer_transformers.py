@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from low_memory_cases import IN_TRAINERS, stored_dtypes
 from references import MOMENTS, Float64AdamW, Tolerance, assert_close, assert_same_run, same_bits, snapshot
 from torch import Tensor
 from torch.optim import Optimizer
@@ -63,11 +64,11 @@ def make_data() -> list[dict[str, Tensor]]:
     return [{"input_ids": row, "labels": row} for row in tokens]
 
 
-def gpt2(dtype: torch.dtype = torch.float64, seed: int = 0) -> PreTrainedModel:
+def gpt2(dtype: torch.dtype = torch.float64, seed: int = 0, width: int = 8) -> PreTrainedModel:
     """With dropout, so that a resumed run has to have the random numbers of the uninterrupted one."""
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=31, n_positions=8, n_embd=8, n_layer=2, n_head=2, bos_token_id=0, eos_token_id=0)
-    return GPT2LMHeadModel(config).to(dtype)
+    sizes = {"vocab_size": 31, "n_positions": 8, "n_embd": width, "n_layer": 2, "n_head": 2}
+    return GPT2LMHeadModel(GPT2Config(**sizes, bos_token_id=0, eos_token_id=0)).to(dtype)
 
 
 def llama() -> PreTrainedModel:
@@ -258,6 +259,21 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(way: str, tmp_path: 
     for folder in (tmp_path, tmp_path / "second"):
         saved = json.loads((folder / f"checkpoint-{STEPS}" / "trainer_state.json").read_text("utf-8"))
         assert steps_logged(saved["log_history"]) == steps_logged(first.state.log_history)
+
+
+@pytest.mark.parametrize(("dtype", "options"), IN_TRAINERS)
+def test_low_memory_state_is_resumed_bit_for_bit(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
+    def make(folder: Path, seed: int) -> Trainer:
+        optimizer = (FusedAdamW, {"lr": SCHEDULE, **options})
+        model = gpt2(dtype, seed, width=32)  # of which some tensors are large enough for fewer bits
+        return make_trainer(model, folder, optimizer, FollowingScheduler, bf16=dtype == torch.float32, **SAVING)
+
+    first, second = make(tmp_path, 0), make(tmp_path / "second", 1)
+    train(first)
+    train(second, tmp_path / "checkpoint-8")
+    expected = snapshot(unwrapped(first))
+    assert {each.dtype for each in expected} >= {dtype, *stored_dtypes(options)}
+    assert same_bits(snapshot(unwrapped(second)), expected)
 
 
 @pytest.mark.parametrize("way", ["WSD inside", "Trainer's scheduler"])

@@ -1,0 +1,90 @@
+// Which kernel updates a tensor. Host and device.
+#pragma once
+
+#include <utility>
+
+#include "../record.h"
+
+namespace nexus::cuda {
+
+// How the state of a tensor is stored, where any of it has fewer bits than the arithmetic.
+struct Encoding {
+  DType param;
+  DType master_low;
+  DType exp_avg;
+  DType exp_avg_sq;
+};
+
+// Those that have a kernel of their own, without amsgrad and for gradients in float32 and bfloat16. Of all
+// others, and of what does not fill whole turns, one kernel finds out at each turn how it is stored.
+constexpr Encoding kEncodings[] = {
+    {DType::kFloat32, DType::kOther, DType::kBFloat16, DType::kBFloat16},
+    {DType::kFloat32, DType::kOther, DType::kInt8, DType::kUInt8},
+    {DType::kBFloat16, DType::kInt16, DType::kFloat32, DType::kFloat32},
+    {DType::kBFloat16, DType::kInt16, DType::kBFloat16, DType::kBFloat16},
+    {DType::kBFloat16, DType::kUInt8, DType::kInt8, DType::kUInt8},
+    {DType::kBFloat16, DType::kOther, DType::kInt8, DType::kUInt8},
+};
+using EncodingIndices = std::make_index_sequence<sizeof(kEncodings) / sizeof(Encoding)>;
+
+// Kinds: pairs of a parameter's and its gradient's dtype, where nothing has fewer bits; then the encodings.
+constexpr int kPlainKinds = kFloatTypes * kFloatTypes;
+constexpr int kAnyEncoding = kPlainKinds + static_cast<int>(EncodingIndices::size());
+
+NEXUS_FN constexpr int plain_kind(DType param, DType grad) {
+  return static_cast<int>(param) * kFloatTypes + static_cast<int>(grad);
+}
+
+template <size_t... kIndex>
+NEXUS_FN int encoding_of(const TensorRecord& tensor, std::index_sequence<kIndex...>) {
+  int found = kAnyEncoding;
+  const auto compare = [&](Encoding e, int index) {
+    if (tensor.param_dtype == e.param && tensor.master_low_dtype == e.master_low &&
+        tensor.exp_avg_dtype == e.exp_avg && tensor.exp_avg_sq_dtype == e.exp_avg_sq) {
+      found = kPlainKinds + index;
+    }
+  };
+  (compare(kEncodings[kIndex], static_cast<int>(kIndex)), ...);
+  return found;
+}
+
+NEXUS_FN int kind_of(const TensorRecord& tensor) {
+  const bool is_double = tensor.param_dtype == DType::kFloat64;
+  const DType arithmetic = is_double ? DType::kFloat64 : DType::kFloat32;
+  const bool by_chance = tensor.param_dtype == DType::kBFloat16 && tensor.stochastic_rounding != 0;
+  if (tensor.exp_avg_dtype == arithmetic && tensor.exp_avg_sq_dtype == arithmetic &&
+      tensor.master_low_dtype == DType::kOther && !by_chance) {
+    return plain_kind(tensor.param_dtype, tensor.grad_dtype);
+  }
+  const bool is_usual = tensor.max_exp_avg_sq == nullptr && (tensor.grad_dtype == DType::kFloat32 ||
+                                                             tensor.grad_dtype == DType::kBFloat16);
+  return is_usual ? encoding_of(tensor, EncodingIndices()) : kAnyEncoding;
+}
+
+// Which kinds the tensors of a table have.
+class Kinds {
+ public:
+  void add(int kind) {
+    kinds_ |= 1u << kind;
+    if (kind >= kPlainKinds) {
+      kinds_ |= 1u << kAnyEncoding;  // what does not fill whole turns
+    }
+  }
+
+  // Calls f(kind, is_last) for each; where there is no tensor, for one kind all the same.
+  template <class F>
+  void for_each(const F& f) const {
+    int kind = 0;
+    for (uint32_t left = kinds_ == 0 ? 1u : kinds_; left != 0; left >>= 1, ++kind) {
+      if (left % 2 != 0) {
+        f(kind, left == 1);
+      }
+    }
+  }
+
+ private:
+  uint32_t kinds_ = 0;
+};
+static_assert(kAnyEncoding < 32, "a bit for each kind");
+
+}  // namespace nexus::cuda

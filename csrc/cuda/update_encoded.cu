@@ -1,0 +1,310 @@
+// The update of tensors whose state is stored in fewer bits than the arithmetic has: a kernel for each
+// encoding of kinds.h, and one for all that is left.
+#include "encoded.h"
+#include "kernels.h"
+
+namespace nexus::cuda {
+namespace {
+
+// Whether every stream is aligned to 16 bytes.
+__device__ bool is_aligned(const Work& work) {
+  const TensorRecord& record = *work.record;
+  const auto addresses = reinterpret_cast<uintptr_t>(work.pointers.param) |
+                         reinterpret_cast<uintptr_t>(work.pointers.grad) |
+                         reinterpret_cast<uintptr_t>(record.master_low) |
+                         reinterpret_cast<uintptr_t>(record.exp_avg) |
+                         reinterpret_cast<uintptr_t>(record.exp_avg_sq) |
+                         reinterpret_cast<uintptr_t>(record.max_exp_avg_sq);
+  return addresses % 16 == 0;
+}
+
+// Of a known encoding, 256 elements fill a warp's turns, and 8 share a draw.
+__device__ bool has_whole_turns(const Work& work) {
+  return is_aligned(work) && work.chunk.count % 256 == 0 && work.record->first % kDrawn == 0;
+}
+
+// An encoding that the compiler knows, of a chunk of whole turns.
+template <int kIndex>
+struct Known {
+  static constexpr Encoding kEncoding = kEncodings[kIndex];
+  static constexpr DType param_dtype = kEncoding.param;
+  static constexpr DType master_low_dtype = kEncoding.master_low;
+  static constexpr DType exp_avg_dtype = kEncoding.exp_avg;
+  static constexpr DType exp_avg_sq_dtype = kEncoding.exp_avg_sq;
+  static constexpr bool kHasFloats = kEncoding.param == DType::kFloat32 || kEncoding.exp_avg == DType::kFloat32;
+  static constexpr int kCount = kHasFloats ? 4 : 8;  // of a turn: at most 16 bytes of any stream but the gradient
+  static constexpr int kTurns = 8 / kCount;
+  static constexpr bool kInTurn = true;
+  static constexpr bool amsgrad = false;
+  static constexpr bool aligned = true;
+
+  __device__ Known(const Work& work) : grad_is_float_(work.record->grad_dtype == DType::kFloat32) {}
+
+  __device__ static bool takes(const Work& work) {
+    return kind_of(*work.record) == kPlainKinds + kIndex && has_whole_turns(work);
+  }
+
+  __device__ DType grad_dtype() const { return grad_is_float_ ? DType::kFloat32 : DType::kBFloat16; }
+
+  // How many elements of a turn there are.
+  __device__ int left(int32_t) const { return kCount; }
+
+ private:
+  bool grad_is_float_;
+};
+
+// An encoding that the record tells, of a chunk of any size and place.
+struct Told {
+  static constexpr int kCount = 4;
+  static constexpr int kTurns = 1;
+  static constexpr bool kInTurn = false;
+  DType param_dtype;
+  DType master_low_dtype;
+  DType exp_avg_dtype;
+  DType exp_avg_sq_dtype;
+  bool amsgrad;
+  bool aligned;
+
+  __device__ Told(const Work& work)
+      : param_dtype(work.record->param_dtype),
+        master_low_dtype(work.record->master_low_dtype),
+        exp_avg_dtype(work.record->exp_avg_dtype),
+        exp_avg_sq_dtype(work.record->exp_avg_sq_dtype),
+        amsgrad(work.record->max_exp_avg_sq != nullptr),
+        aligned(is_aligned(work)),
+        grad_dtype_(work.record->grad_dtype),
+        count_(work.chunk.count) {}
+
+  __device__ static bool takes(const Work& work) {
+    const int kind = kind_of(*work.record);
+    return kind == kAnyEncoding || (kind >= kPlainKinds && !has_whole_turns(work));
+  }
+
+  __device__ DType grad_dtype() const { return grad_dtype_; }
+  __device__ int left(int32_t i) const { return count_ - i; }
+
+ private:
+  DType grad_dtype_;
+  int32_t count_;
+};
+
+template <class How>
+struct EncodedStreams : How {
+  char* param;
+  const char* grad;
+  char* master_low;
+  MomentStream exp_avg;
+  MomentStream exp_avg_sq;
+  MomentStream max_exp_avg_sq;
+  bool by_chance;
+  Chance chance;
+  uint64_t first;  // where the chunk begins in the whole tensor
+
+  __device__ EncodedStreams(const Work& work, const Chance& drawn)
+      : How(work),
+        param(part(work.pointers.param, How::param_dtype, work)),
+        grad(part(work.pointers.grad, How::grad_dtype(), work)),
+        master_low(part(work.record->master_low, How::master_low_dtype, work)),
+        exp_avg{part(work.record->exp_avg, How::exp_avg_dtype, work), scales(work.record->exp_avg_scale, work)},
+        exp_avg_sq{part(work.record->exp_avg_sq, How::exp_avg_sq_dtype, work),
+                   scales(work.record->exp_avg_sq_scale, work)},
+        max_exp_avg_sq{part(work.record->max_exp_avg_sq, How::exp_avg_sq_dtype, work),
+                       scales(work.record->max_exp_avg_sq_scale, work)},
+        by_chance(work.record->stochastic_rounding != 0),
+        chance(drawn),
+        first(static_cast<uint64_t>(work.record->first + work.chunk.begin)) {}
+
+ private:
+  // Where a chunk's part of a stream begins.
+  template <class Void>
+  __device__ static auto part(Void* stream, DType dtype, const Work& work) {
+    using Bytes = std::conditional_t<std::is_const_v<Void>, const char, char>;
+    return global(static_cast<Bytes*>(stream) + work.chunk.begin * bytes_of(dtype));
+  }
+  __device__ static float* scales(float* stream, const Work& work) {
+    return global(stream + work.chunk.begin / kScaleBlock);
+  }
+};
+
+template <class How>
+struct EncodedElements {
+  using Streams = EncodedStreams<How>;
+  static constexpr int kCount = How::kCount;
+
+  Words<kCount> param;
+  Words<kCount> grad;
+  Words<kCount> master_low;
+  Moment<kCount> exp_avg;
+  Moment<kCount> exp_avg_sq;
+  Moment<kCount> max_exp_avg_sq;
+
+  __device__ void fetch(const Streams& s, int32_t i) {
+    const int n = s.left(i);
+    param = fetch_words<kCount>(s.param, s.param_dtype, i, n, s.aligned);
+    if (s.master_low_dtype != DType::kOther) {
+      master_low = fetch_words<kCount>(s.master_low, s.master_low_dtype, i, n, s.aligned);
+    }
+    if (s.grad_dtype() == DType::kFloat64) {
+      fetch_doubles(reinterpret_cast<const double*>(s.grad) + i, n);
+    } else {
+      grad = fetch_words<kCount>(s.grad, s.grad_dtype(), i, n, s.aligned);
+    }
+    exp_avg.fetch(s.exp_avg, s.exp_avg_dtype, i, n, s.aligned);
+    exp_avg_sq.fetch(s.exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
+    if (s.amsgrad) {
+      max_exp_avg_sq.fetch(s.max_exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
+    }
+  }
+
+  __device__ void update(const Streams& s, int32_t i, const Coefficients<float>& c) {
+    float p[kCount], g[kCount], m[kCount], v[kCount], largest_v[kCount] = {};
+    decode_param(s, p);
+    decode(grad, s.grad_dtype(), g);
+    exp_avg.decode(s.exp_avg_dtype, m);
+    exp_avg_sq.decode(s.exp_avg_sq_dtype, v);
+    if (s.amsgrad) {
+      max_exp_avg_sq.decode(s.exp_avg_sq_dtype, largest_v);
+      adamw_each<true>(p, g, m, v, largest_v, c);
+    } else {
+      adamw_each<false>(p, g, m, v, largest_v, c);
+    }
+    const auto numbers = [&](Rounded stream) {
+      return [&s, i, stream] {
+        return Numbers<kCount>::template of<How::kInTurn>(s.chance, stream, s.first + static_cast<uint64_t>(i));
+      };
+    };
+    const int n = s.left(i);
+    encode_param(s, p, numbers(kRoundedParam));
+    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(kRoundedExpAvg));
+    // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
+    const bool by_chance = s.by_chance || s.exp_avg_sq_dtype == DType::kBFloat16;
+    exp_avg_sq.encode(s.exp_avg_sq_dtype, v, n, by_chance, numbers(kRoundedExpAvgSq));
+    if (s.amsgrad) {
+      max_exp_avg_sq.encode(s.exp_avg_sq_dtype, largest_v, n, by_chance, numbers(kRoundedMaxExpAvgSq));
+    }
+  }
+
+  __device__ void put(const Streams& s, int32_t i) const {
+    const int n = s.left(i);
+    put_words(param, s.param, s.param_dtype, i, n, s.aligned);
+    if (s.master_low_dtype != DType::kOther) {
+      put_words(master_low, s.master_low, s.master_low_dtype, i, n, s.aligned);
+    }
+    exp_avg.put(s.exp_avg, s.exp_avg_dtype, i, n, s.aligned);
+    exp_avg_sq.put(s.exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
+    if (s.amsgrad) {
+      max_exp_avg_sq.put(s.max_exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
+    }
+  }
+
+ private:
+  // As float32, in which they are needed.
+  __device__ void fetch_doubles(const double* from, int n) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      grad.set(k, k < n ? static_cast<float>(from[k]) : 0.0f);
+    }
+  }
+
+  __device__ static void decode(const Words<kCount>& words, DType dtype, float* to) {
+    with_float(dtype, [&](auto codec) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        to[k] = decoded(words.template get<decltype(codec)>(k));
+      }
+    });
+  }
+
+  template <bool kAmsgrad>
+  __device__ static void adamw_each(float* p, const float* g, float* m, float* v, float* largest_v,
+                                    const Coefficients<float>& c) {
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      adamw<kAmsgrad>(p[k], g[k], m[k], v[k], largest_v[k], c);
+    }
+  }
+
+  __device__ void decode_param(const Streams& s, float* to) const {
+    if (s.master_low_dtype == DType::kOther) {
+      return decode(param, s.param_dtype, to);
+    }
+    with_low(s.master_low_dtype, [&](auto low) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        to[k] = decoded(param.template get<BFloat16>(k), master_low.template get<decltype(low)>(k));
+      }
+    });
+  }
+
+  // `numbers()` gives those of the elements.
+  template <class F>
+  __device__ void encode_param(const Streams& s, const float* from, const F& numbers) {
+    const bool has_low = s.master_low_dtype != DType::kOther;
+    const bool is_exact = has_low ? s.master_low_dtype == DType::kInt16 : s.param_dtype != DType::kBFloat16;
+    const bool by_chance = s.by_chance && !is_exact;
+    Numbers<kCount> drawn = {};
+    if (by_chance) {
+      drawn = numbers();
+    }
+    if (!has_low) {
+      with_float(s.param_dtype, [&](auto codec) {
+        using Codec = decltype(codec);
+#pragma unroll
+        for (int k = 0; k < kCount; ++k) {
+          Codec out;
+          if constexpr (std::is_same_v<Codec, BFloat16>) {
+            by_chance ? encode(from[k], drawn[k], out) : encode(from[k], out);
+          } else {
+            encode(from[k], out);
+          }
+          param.set(k, out);
+        }
+      });
+      return;
+    }
+    with_low(s.master_low_dtype, [&](auto codec) {
+      using Low = decltype(codec);
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        BFloat16 high;
+        Low low;
+        if constexpr (std::is_same_v<Low, Low16>) {
+          encode(from[k], high, low);
+        } else {
+          encode(from[k], by_chance ? drawn[k] >> 8 : 0x80u, high, low);
+        }
+        param.set(k, high);
+        master_low.set(k, low);
+      }
+    });
+  }
+};
+
+template <class How>
+__global__ void __launch_bounds__(kThreads, 4)
+    update_encoded(Table table, StepState state, int, bool advances) {
+  const Work work = work_of_block(table, state, advances);
+  if (work.record == nullptr || !How::takes(work)) {
+    return;
+  }
+  count_update(work);
+  const FloatRow& row = table.coefficients[work.chunk.tensor].as_float;
+  const EncodedStreams<How> streams(work, chance_of(*work.record, state.seed, row.step));
+  const Coefficients<float> c = row.coefficients;
+  // The lanes of a warp stay together: blocks of a scale are whole, but for elements that are not there.
+  const auto end = static_cast<int32_t>((work.chunk.count + kScaleBlock - 1) / kScaleBlock * kScaleBlock);
+  update_range<How::kTurns, EncodedElements<How>>(streams, 0, end, c);
+}
+
+template <size_t... kIndex>
+UpdateKernel kernel_at(int index, std::index_sequence<kIndex...>) {
+  UpdateKernel found = update_encoded<Told>;
+  ((index == static_cast<int>(kIndex) ? void(found = update_encoded<Known<kIndex>>) : void()), ...);
+  return found;
+}
+
+}  // namespace
+
+UpdateKernel encoded_kernel(int kind) { return kernel_at(kind - kPlainKinds, EncodingIndices()); }
+
+}  // namespace nexus::cuda

@@ -1,0 +1,235 @@
+"""The codecs in Triton: how a stream is stored is said here, and nowhere else in Triton.
+
+They mirror `csrc/codec.h` and `csrc/chance.h`, to the bit. Elements are those of one block of a chunk; of a block
+that is not ALIGNED, those from `count` on are not the tensor's.
+"""
+# mypy: ignore-errors
+# What is decorated here is compiled by Triton, whose types are not Python's.
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from nexus.backends.codecs import SCALE_BLOCK
+
+_SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
+_SMALLEST_SCALE = tl.constexpr(0x10800000)  # the bits of 2**-94
+_INFINITY = tl.constexpr(0x7F800000)
+_NAN = tl.constexpr(0x7FC00000)
+_INV_127 = tl.constexpr(1 / 127)
+_INV_255 = tl.constexpr(1 / 255)
+_DRAWN = tl.constexpr(8)  # adjacent elements whose random numbers come from one draw
+
+# The number of each stream in a counter of chance.
+ROUNDED_PARAM = tl.constexpr(0)
+ROUNDED_EXP_AVG = tl.constexpr(1)
+ROUNDED_EXP_AVG_SQ = tl.constexpr(2)
+ROUNDED_MAX_EXP_AVG_SQ = tl.constexpr(3)
+
+
+@triton.jit
+def stream_at(address, begin, dtype: tl.constexpr):
+    """A stream from its element `begin` on."""
+    return (address + begin * (dtype.primitive_bitwidth // 8)).to(tl.pointer_type(dtype))
+
+
+@triton.jit
+def load(stream, i, count, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """Elements `i` of a stream as T; those from `count` on are 0, which ALIGNED blocks have none of."""
+    if ALIGNED:  # in accesses of 128 bits
+        return tl.load(tl.multiple_of(stream + i, 16)).to(T)
+    else:
+        return tl.load(stream + i, mask=i < count, other=0.0).to(T)
+
+
+@triton.jit
+def store(stream, i, count, elements, ALIGNED: tl.constexpr):
+    """Elements `i` of a stream, rounded to nearest."""
+    stored = elements.to(stream.dtype.element_ty)
+    if ALIGNED:
+        tl.store(tl.multiple_of(stream + i, 16), stored)
+    else:
+        tl.store(stream + i, stored, mask=i < count)
+
+
+# Chance.
+
+
+@triton.jit
+def _drawn(chance, eighths, k, ROUNDED: tl.constexpr):
+    """Number `k` of each draw: (draws, 8). A draw is Philox4x32-10, for eight elements of the whole tensor."""
+    seed, ordinal, step, _ = chance
+    high = ((eighths >> 32).to(tl.uint32) << 8) | ROUNDED
+    a, b, c, d = tl.philox(seed, eighths.to(tl.uint32), ordinal, high, step)
+    k = k[None, :]
+    word = tl.where(k < 4, tl.where(k < 2, a[:, None], b[:, None]), tl.where(k < 6, c[:, None], d[:, None]))
+    return (word >> (k % 2 * 16)) & 0xFFFF
+
+
+@triton.jit
+def _numbers(chance, place, ROUNDED: tl.constexpr):
+    """The random numbers of a block's elements, of 16 bits each."""
+    _, _, _, first = chance
+    offset, i, _ = place
+    BLOCK: tl.constexpr = i.shape[0]
+    eighths = first // _DRAWN + (offset // _DRAWN + tl.arange(0, BLOCK // _DRAWN))
+    k = (first % _DRAWN).to(tl.int32) + tl.arange(0, _DRAWN)
+    numbers = _drawn(chance, eighths, k % _DRAWN, ROUNDED)
+    if first % _DRAWN != 0:  # of a shard
+        numbers = tl.where(k[None, :] < _DRAWN, numbers, _drawn(chance, eighths + 1, k % _DRAWN, ROUNDED))
+    return tl.reshape(numbers, (BLOCK,))
+
+
+@triton.jit
+def _upper_half(bits):
+    """The bfloat16 with these bits."""
+    return bits.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+@triton.jit
+def _bfloat16_by_chance(value, numbers):
+    bits = value.to(tl.uint32, bitcast=True)
+    return _upper_half(tl.where(value == value, (bits + numbers) >> 16, (bits >> 16) | 0x40))
+
+
+# The parameter, with or without the low bits of a master weight.
+
+
+@triton.jit
+def load_param(params, lows, place, T: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):
+    """As T: the master weight if there is one. `place` has the block's first element, its elements, and the count."""
+    _, i, count = place
+    if HAS_MASTER:
+        WIDTH: tl.constexpr = lows.dtype.element_ty.primitive_bitwidth
+        upper = load(params, i, count, tl.bfloat16, ALIGNED).to(tl.uint16, bitcast=True).to(tl.uint32)
+        lower = load(lows, i, count, tl.uint32, ALIGNED) & ((1 << WIDTH) - 1)
+        # Beside a zero that somebody has written over the parameter, such bits would make a NaN.
+        is_stale = ((upper & 0x7FFF) == 0) & ((lower >> (WIDTH - 1)) != 0)
+        lower = tl.where(is_stale, 0, lower)
+        kept = ((upper - (lower >> (WIDTH - 1))) << WIDTH) | lower
+        return (kept << (16 - WIDTH)).to(tl.float32, bitcast=True)
+    else:
+        return load(params, i, count, T, ALIGNED)
+
+
+@triton.jit
+def store_param(
+    params, lows, place, param, chance, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Of a master weight, the parameter is the bfloat16 half, rounded with ties away from zero."""
+    _, i, count = place
+    if HAS_MASTER:
+        WIDTH: tl.constexpr = lows.dtype.element_ty.primitive_bitwidth
+        bits = param.to(tl.uint32, bitcast=True)
+        kept = bits
+        if WIDTH == 8:
+            added = _numbers(chance, place, ROUNDED_PARAM) >> 8 if STOCHASTIC else 0x80
+            kept = (bits + added) >> 8
+        lower = kept & ((1 << WIDTH) - 1)
+        upper = (kept >> WIDTH) + (lower >> (WIDTH - 1))
+        is_number = param == param
+        store(params, i, count, _upper_half(tl.where(is_number, upper, (bits >> 16) | 0x40)), ALIGNED)
+        store(lows, i, count, tl.where(is_number, lower, 0), ALIGNED)
+    elif STOCHASTIC and params.dtype.element_ty == tl.bfloat16:
+        store(params, i, count, _bfloat16_by_chance(param, _numbers(chance, place, ROUNDED_PARAM)), ALIGNED)
+    else:
+        store(params, i, count, param, ALIGNED)
+
+
+# Moments. In 8 bits, the first is int8, the others uint8, and each 128 elements have a scale.
+
+
+@triton.jit
+def _rows(offset, BLOCK: tl.constexpr):
+    """The places of a block's scales."""
+    return offset // _SCALE_BLOCK + tl.arange(0, BLOCK // _SCALE_BLOCK)
+
+
+@triton.jit
+def _spread(scale, BLOCK: tl.constexpr):
+    """For each element, the scale's number that is its own."""
+    return tl.reshape(tl.broadcast_to(scale[:, None], (BLOCK // _SCALE_BLOCK, _SCALE_BLOCK)), (BLOCK,))
+
+
+@triton.jit
+def load_moment(moment, place, T: tl.constexpr, ALIGNED: tl.constexpr):
+    """As T. `moment` is the stream, and the one of its scales, which is read if it has any."""
+    codes, scales = moment
+    offset, i, count = place
+    stored = load(codes, i, count, T, ALIGNED)
+    if codes.dtype.element_ty.primitive_bitwidth == 8:
+        BLOCK: tl.constexpr = i.shape[0]
+        rows = _rows(offset, BLOCK)
+        scale = _spread(tl.load(scales + rows, mask=rows * _SCALE_BLOCK < count, other=0.0), BLOCK)
+        if codes.dtype.element_ty == tl.int8:
+            root = stored * _INV_127
+            stored = root * tl.abs(root) * scale
+        else:
+            root = stored * _INV_255
+            square = root * root
+            stored = square * square * scale
+    return stored
+
+
+@triton.jit
+def store_moment(
+    moment, place, value, chance, ROUNDED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
+):
+    """Round to what the stream holds: to nearest, or by the chance that ROUNDED names."""
+    codes, _ = moment
+    _, i, count = place
+    if codes.dtype.element_ty.primitive_bitwidth == 8:
+        _store_scaled(moment, place, value, chance, ROUNDED, STOCHASTIC, ALIGNED)
+    elif codes.dtype.element_ty == tl.bfloat16 and (STOCHASTIC or ROUNDED > ROUNDED_EXP_AVG):
+        # To nearest, a second moment would freeze: what a step adds is less than half a unit.
+        store(codes, i, count, _bfloat16_by_chance(value, _numbers(chance, place, ROUNDED)), ALIGNED)
+    else:
+        store(codes, i, count, value, ALIGNED)
+
+
+@triton.jit
+def _store_scaled(
+    moment, place, value, chance, ROUNDED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
+):
+    codes, scales = moment
+    offset, i, count = place
+    BLOCK: tl.constexpr = i.shape[0]
+    magnitudes = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    if not ALIGNED:
+        magnitudes = tl.where(i < count, magnitudes, 0)
+    largest = tl.max(tl.reshape(magnitudes, (BLOCK // _SCALE_BLOCK, _SCALE_BLOCK)), axis=1)
+    largest = tl.maximum(largest, _SMALLEST_SCALE)
+    scale = tl.where(largest > _INFINITY, _NAN, largest).to(tl.float32, bitcast=True)
+    rows = _rows(offset, BLOCK)
+    tl.store(scales + rows, scale, mask=rows * _SCALE_BLOCK < count)
+    # A number that the scale times is at least 1.
+    inverse = (tl.div_rn(1.0, scale).to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+    share = tl.abs(value) * _spread(inverse, BLOCK)
+    share = tl.where(share == share, share, 0.0)
+    if codes.dtype.element_ty == tl.int8:
+        code = _signed_code(value, share)
+    elif STOCHASTIC:
+        code = _code(share, _numbers(chance, place, ROUNDED).to(tl.int32).to(tl.float32) * (1 / 65536))
+    else:
+        code = _code(share, 0.5)
+    store(codes, i, count, code, ALIGNED)
+
+
+@triton.jit
+def _signed_code(value, share):
+    """The largest code whose number, less half a step, is at most `share`, with the sign of `value`."""
+    code = tl.minimum(127.0 * tl.sqrt(share), 126.0).to(tl.int32)  # or one less: any root will do
+    root = (code.to(tl.float32) + 0.5) * _INV_127
+    code += (root * root <= share).to(tl.int32)
+    return tl.where(value < 0.0, -code, code)
+
+
+@triton.jit
+def _code(share, chance):
+    """The largest code, from 1 on, whose number, less `chance` of a step, is at most `share`."""
+    rough = 255.0 * tl.sqrt(tl.sqrt(share)) + (chance - 0.5)
+    code = tl.minimum(tl.maximum(rough, 1.0), 254.0).to(tl.int32)
+    root = ((code + 1).to(tl.float32) - chance) * _INV_255
+    square = root * root
+    return code + (square * square <= share).to(tl.int32)

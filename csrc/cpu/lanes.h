@@ -1,0 +1,131 @@
+// Vectors as wide as the instruction set has them, and what of them the compiler does not find by itself.
+// Included once for each instruction set.
+#pragma once
+
+#ifdef NEXUS_X86
+#include <immintrin.h>
+#endif
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <limits>
+
+namespace nexus::cpu::NEXUS_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int kVectorBytes = 64;
+#elif defined(__AVX2__)
+constexpr int kVectorBytes = 32;
+#else
+constexpr int kVectorBytes = 16;
+#endif
+constexpr int kWidth = kVectorBytes / 4;
+
+typedef float Floats __attribute__((vector_size(kVectorBytes)));
+typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
+typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+
+template <class Vector, class T>
+Vector vector_at(const T* from) {
+  Vector vector;
+  memcpy(&vector, from, sizeof vector);
+  return vector;
+}
+
+#if defined(__AVX512F__)
+constexpr Words kPlaces = {0, 1, 2, 3, 4, 5, 6, 7};
+constexpr Words kLower = {0, 8, 1, 9, 2, 10, 3, 11};  // of two vectors, element by element
+constexpr Words kUpper = {4, 12, 5, 13, 6, 14, 7, 15};
+
+// Of the lower halves.
+Words product(Words a, uint32_t b) {
+  return (Words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
+}
+
+// These are off by 0.02% at most, in the other instruction sets by 0.1%. Of 0 and infinity they are exact.
+Floats rough_root(Floats x) { return _mm512_maskz_rcp14_ps(0xffff, _mm512_maskz_rsqrt14_ps(0xffff, x)); }
+Floats rough_fourth_root(Floats x) {
+  return _mm512_maskz_rsqrt14_ps(0xffff, _mm512_maskz_rsqrt14_ps(0xffff, x));
+}
+
+Ints widened(Halves x) { return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x); }
+
+Ints nearest(Floats x) { return (Ints)_mm512_maskz_cvtps_epi32(0xffff, x); }
+
+void store_narrowed(Ints x, int8_t* to) {
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtsepi32_epi8(0xffff, (__m512i)x));
+}
+void store_narrowed(Ints x, uint8_t* to) {
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtusepi32_epi8(0xffff, (__m512i)x));
+}
+
+#elif defined(__AVX2__)
+constexpr Words kPlaces = {0, 1, 2, 3};
+constexpr Words kLower = {0, 4, 1, 5};
+constexpr Words kUpper = {2, 6, 3, 7};
+
+Words product(Words a, uint32_t b) { return (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+Floats rough_root(Floats x) { return _mm256_rcp_ps(_mm256_rsqrt_ps(x)); }
+Floats rough_fourth_root(Floats x) { return _mm256_rsqrt_ps(_mm256_rsqrt_ps(x)); }
+Ints widened(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
+
+Ints nearest(Floats x) { return (Ints)_mm256_cvtps_epi32(x); }
+
+__m128i narrowed_to_16(Ints x) {
+  return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+}
+void store_narrowed(Ints x, int8_t* to) {
+  _mm_storeu_si64(to, _mm_packs_epi16(narrowed_to_16(x), __m128i{}));
+}
+void store_narrowed(Ints x, uint8_t* to) {
+  _mm_storeu_si64(to, _mm_packus_epi16(narrowed_to_16(x), __m128i{}));
+}
+
+#else
+constexpr Words kPlaces = {0, 1};
+constexpr Words kLower = {0, 2};
+constexpr Words kUpper = {1, 3};
+
+Words product(Words a, uint32_t b) {
+#ifdef NEXUS_X86
+  return (Words)_mm_mul_epu32((__m128i)a, _mm_set1_epi64x(b));
+#else
+  return (a & uint64_t{0xffffffff}) * uint64_t{b};
+#endif
+}
+
+Floats rough_root(Floats x) {
+  for (int i = 0; i < kWidth; ++i) {
+    x[i] = sqrtf(x[i]);
+  }
+  return x;
+}
+Floats rough_fourth_root(Floats x) { return rough_root(rough_root(x)); }
+Ints widened(Halves x) { return __builtin_convertvector(x, Ints); }
+
+Ints nearest(Floats x) {
+#ifdef NEXUS_X86
+  return (Ints)_mm_cvtps_epi32(x);
+#else
+  for (int i = 0; i < kWidth; ++i) {
+    x[i] = rintf(x[i]);
+  }
+  return __builtin_convertvector(x, Ints);
+#endif
+}
+
+template <class Code>
+void store_narrowed(Ints x, Code* to) {
+  for (int i = 0; i < kWidth; ++i) {
+    to[i] = static_cast<Code>(
+        std::clamp<int32_t>(x[i], std::numeric_limits<Code>::min(), std::numeric_limits<Code>::max()));
+  }
+}
+#endif
+
+}  // namespace
+}  // namespace nexus::cpu::NEXUS_ISA

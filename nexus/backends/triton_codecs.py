@@ -1,7 +1,8 @@
 """The codecs in Triton: how a stream is stored is said here, and nowhere else in Triton.
 
-They mirror `csrc/codec.h` and `csrc/chance.h`, to the bit. Elements are those of one block of a chunk; of a block
-that is not ALIGNED, those from `count` on are not the tensor's.
+They mirror `csrc/codec.h` and `csrc/chance.h`, to the bit. `place` says which block of a chunk it is: its first
+element, all its elements, and the chunk's count; of a block that is not ALIGNED, those from `count` on are not the
+tensor's.
 """
 # mypy: ignore-errors
 # What is decorated here is compiled by Triton, whose types are not Python's.
@@ -53,7 +54,8 @@ def store(stream, i, count, elements, ALIGNED: tl.constexpr):
         tl.store(stream + i, stored, mask=i < count)
 
 
-# Chance.
+# Chance: (seed, the tensor's ordinal, its count of updates with this one, the chunk's first element in the whole
+# tensor).
 
 
 @triton.jit
@@ -98,7 +100,7 @@ def _bfloat16_by_chance(value, numbers):
 
 @triton.jit
 def load_param(params, lows, place, T: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):
-    """As T: the master weight if there is one. `place` has the block's first element, its elements, and the count."""
+    """As T: the master weight if there is one."""
     _, i, count = place
     if HAS_MASTER:
         WIDTH: tl.constexpr = lows.dtype.element_ty.primitive_bitwidth

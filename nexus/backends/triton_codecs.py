@@ -20,7 +20,6 @@ _INFINITY = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _INV_127 = tl.constexpr(1 / 127)
 _INV_255 = tl.constexpr(1 / 255)
-_DRAWN = tl.constexpr(8)  # adjacent elements whose random numbers come from one draw
 
 # The number of each stream in a counter of chance.
 ROUNDED_PARAM = tl.constexpr(0)
@@ -59,28 +58,35 @@ def store(stream, i, count, elements, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _drawn(chance, eighths, k, ROUNDED: tl.constexpr):
-    """Number `k` of each draw: (draws, 8). A draw is Philox4x32-10, for eight elements of the whole tensor."""
+def _draw(chance, eighths, ROUNDED: tl.constexpr):
+    """Four words for each eight elements of the whole tensor: Philox4x32-10."""
     seed, ordinal, step, _ = chance
     high = ((eighths >> 32).to(tl.uint32) << 8) | ROUNDED
-    a, b, c, d = tl.philox(seed, eighths.to(tl.uint32), ordinal, high, step)
-    k = k[None, :]
-    word = tl.where(k < 4, tl.where(k < 2, a[:, None], b[:, None]), tl.where(k < 6, c[:, None], d[:, None]))
-    return (word >> (k % 2 * 16)) & 0xFFFF
+    return tl.philox(seed, eighths.to(tl.uint32), ordinal, high, step)
 
 
 @triton.jit
 def _numbers(chance, place, ROUNDED: tl.constexpr):
-    """The random numbers of a block's elements, of 16 bits each."""
+    """The random numbers of a block's elements, of 16 bits each: halves of the words, the lower one first."""
     _, _, _, first = chance
     offset, i, _ = place
     BLOCK: tl.constexpr = i.shape[0]
-    eighths = first // _DRAWN + (offset // _DRAWN + tl.arange(0, BLOCK // _DRAWN))
-    k = (first % _DRAWN).to(tl.int32) + tl.arange(0, _DRAWN)
-    numbers = _drawn(chance, eighths, k % _DRAWN, ROUNDED)
-    if first % _DRAWN != 0:  # of a shard
-        numbers = tl.where(k[None, :] < _DRAWN, numbers, _drawn(chance, eighths + 1, k % _DRAWN, ROUNDED))
-    return tl.reshape(numbers, (BLOCK,))
+    eighths = first // 8 + (offset // 8 + tl.arange(0, BLOCK // 8))
+    a, b, c, d = _draw(chance, eighths, ROUNDED)
+    before = first % 8  # of the numbers of a draw, for elements of another shard: they make room for the next draw's
+    if before != 0:
+        e, f, g, h = _draw(chance, eighths + 1, ROUNDED)
+        if before & 4 != 0:
+            a, b, c, d, e, f = c, d, e, f, g, h
+        if before & 2 != 0:
+            a, b, c, d, e = b, c, d, e, f
+        if before & 1 != 0:
+            a = (a >> 16) | (b << 16)
+            b = (b >> 16) | (c << 16)
+            c = (c >> 16) | (d << 16)
+            d = (d >> 16) | (e << 16)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK // 2,))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
 
 
 @triton.jit

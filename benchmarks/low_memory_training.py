@@ -157,7 +157,7 @@ def main() -> int:
             print(f"{mode:<45} seed {seed}: {row['held_out_bits']:.4f} bits a byte, {row['seconds']} s", flush=True)
     if args.picture is not None:
         draw(rows, args.picture)
-    for mode, mean, difference, deviations in summary(rows):
+    for mode, mean, difference, deviations in summary(rows) if args.seeds > 1 else ():
         print(f"{mode:<45} {mean:.4f} {difference:+.4f} {deviations:+.1f} deviations")
     return 0
 

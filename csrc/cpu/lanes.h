@@ -56,6 +56,13 @@ Ints widened(Halves x) { return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m25
 
 Ints nearest(Floats x) { return (Ints)_mm512_maskz_cvtps_epi32(0xffff, x); }
 
+Ints at_least(Ints x, int32_t least) {
+  return (Ints)_mm512_maskz_max_epi32(0xffff, (__m512i)x, _mm512_set1_epi32(least));
+}
+Ints at_most(Ints x, int32_t most) {
+  return (Ints)_mm512_maskz_min_epi32(0xffff, (__m512i)x, _mm512_set1_epi32(most));
+}
+
 void store_narrowed(Ints x, int8_t* to) {
   _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtsepi32_epi8(0xffff, (__m512i)x));
 }
@@ -84,6 +91,9 @@ void store_narrowed(Ints x, int8_t* to) {
 void store_narrowed(Ints x, uint8_t* to) {
   _mm_storeu_si64(to, _mm_packus_epi16(narrowed_to_16(x), __m128i{}));
 }
+
+Ints at_least(Ints x, int32_t least) { return x > least ? x : Ints{} + least; }
+Ints at_most(Ints x, int32_t most) { return x < most ? x : Ints{} + most; }
 
 #else
 constexpr Words kPlaces = {0, 1};
@@ -117,6 +127,9 @@ Ints nearest(Floats x) {
   return __builtin_convertvector(x, Ints);
 #endif
 }
+
+Ints at_least(Ints x, int32_t least) { return x > least ? x : Ints{} + least; }
+Ints at_most(Ints x, int32_t most) { return x < most ? x : Ints{} + most; }
 
 template <class Code>
 void store_narrowed(Ints x, Code* to) {

@@ -74,34 +74,27 @@ T* decode(const Moment& moment, int64_t begin, int64_t n, T* buffer) {
   return codes<T>(moment, begin);
 }
 
-void store_by_chance(const float* from, BFloat16* to, const Numbers& numbers, int64_t n) {
+void store_by_chance(const float* from, BFloat16* to, const uint16_t* numbers, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    encode(from[i], numbers.begin()[i], to[i]);
+    encode(from[i], numbers[i], to[i]);
   }
 }
 
-// `element` is where the block begins in the whole tensor.
-void encode(const float* from, const Moment& moment, const Chance& chance, int64_t element, int64_t begin,
-            int64_t n) {
+void encode(const float* from, const Moment& moment, Numbers& numbers, int64_t begin, int64_t n) {
   float* scales = moment.scales + begin / kScaleBlock;
   switch (moment.dtype) {
     case DType::kBFloat16:
       if (moment.by_chance) {
-        store_by_chance(from, codes<BFloat16>(moment, begin), Numbers(chance, moment.rounded, element, n), n);
+        store_by_chance(from, codes<BFloat16>(moment, begin), numbers.of(moment.rounded), n);
       } else {
         store(from, codes<BFloat16>(moment, begin), n);
       }
       break;
     case DType::kInt8:
-      encode_scaled(from, codes<Squared8>(moment, begin), scales, n);
+      encode_scaled(from, codes<Squared8>(moment, begin), scales, numbers.of(moment.rounded), n);
       break;
     case DType::kUInt8:
-      if (moment.by_chance) {
-        const Numbers numbers(chance, moment.rounded, element, n);
-        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n, ByChance{numbers.begin()});
-      } else {
-        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n, ToNearest());
-      }
+      encode_scaled(from, codes<Fourth8>(moment, begin), scales, numbers.of(moment.rounded), n);
       break;
     default:
       break;
@@ -126,7 +119,7 @@ const float* decode_master(const TensorRecord& tensor, int64_t begin, int64_t n,
   return buffer;
 }
 
-void encode_master(const float* from, const TensorRecord& tensor, const Chance& chance, int64_t begin,
+void encode_master(const float* from, const TensorRecord& tensor, Numbers& numbers, int64_t begin,
                    int64_t n) {
   BFloat16* high = static_cast<BFloat16*>(tensor.param) + begin;
   if (tensor.master_low_dtype == DType::kInt16) {
@@ -138,9 +131,9 @@ void encode_master(const float* from, const TensorRecord& tensor, const Chance& 
   }
   Low8* low = static_cast<Low8*>(tensor.master_low) + begin;
   if (tensor.stochastic_rounding != 0) {
-    const Numbers numbers(chance, kRoundedParam, tensor.first + begin, n);
+    const uint16_t* chance = numbers.of(kRoundedParam);
     for (int64_t i = 0; i < n; ++i) {
-      encode(from[i], numbers.begin()[i] >> 8, high[i], low[i]);
+      encode(from[i], chance[i] >> 8, high[i], low[i]);
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
@@ -156,7 +149,8 @@ class Streams {
       : tensor_(tensor),
         chance_(chance),
         by_chance_(tensor.stochastic_rounding != 0),
-        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale, kRoundedExpAvg, by_chance_},
+        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale,
+                 rounded_exp_avg(tensor.exp_avg_dtype), by_chance_},
         exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale, kRoundedExpAvgSq)),
         max_exp_avg_sq_(
             second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale, kRoundedMaxExpAvgSq)) {}
@@ -185,12 +179,12 @@ class Streams {
 
   void encode(int64_t begin, int64_t n) const {
     if constexpr (std::is_same_v<T, float>) {
-      const int64_t element = tensor_.first + begin;
-      encode_param(begin, n);
-      NEXUS_ISA::encode(exp_avg, exp_avg_, chance_, element, begin, n);
-      NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, chance_, element, begin, n);
+      Numbers numbers(chance_, tensor_.first + begin, n);
+      encode_param(numbers, begin, n);
+      NEXUS_ISA::encode(exp_avg, exp_avg_, numbers, begin, n);
+      NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, numbers, begin, n);
       if (max_exp_avg_sq != nullptr) {
-        NEXUS_ISA::encode(max_exp_avg_sq, max_exp_avg_sq_, chance_, element, begin, n);
+        NEXUS_ISA::encode(max_exp_avg_sq, max_exp_avg_sq_, numbers, begin, n);
       }
     }
   }
@@ -215,12 +209,11 @@ class Streams {
     return NEXUS_ISA::decode(tensor_.param, tensor_.param_dtype, begin, n, param_buffer_);
   }
 
-  void encode_param(int64_t begin, int64_t n) const {
+  void encode_param(Numbers& numbers, int64_t begin, int64_t n) const {
     if (tensor_.master_low_dtype != DType::kOther) {
-      encode_master(param, tensor_, chance_, begin, n);
+      encode_master(param, tensor_, numbers, begin, n);
     } else if (tensor_.param_dtype == DType::kBFloat16 && by_chance_) {
-      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin,
-                      Numbers(chance_, kRoundedParam, tensor_.first + begin, n), n);
+      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin, numbers.of(kRoundedParam), n);
     } else {
       NEXUS_ISA::encode(param, tensor_.param, tensor_.param_dtype, begin, n);
     }

@@ -30,7 +30,8 @@ class Numbers {
   }
 
  private:
-  void draw(Rounded stream) {
+  // Not inlined: what it is inlined into would leave it too few registers.
+  __attribute__((noinline)) void draw(Rounded stream) {
     const int64_t draws = (skipped_ + n_ + kDrawn - 1) / kDrawn;
     for (int64_t i = 0; i < draws; i += kTogether * kWords) {
       Mixture<Words> x[kTogether];

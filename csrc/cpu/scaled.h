@@ -56,56 +56,50 @@ void each(const F& f) {
 
 Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
 
-struct Rounding {
-  Floats shares[kAtOnce];
-  Floats less[kAtOnce];  // chance - 1
-  Ints codes[kAtOnce];
+// A number that is added to this one is rounded to a whole number, which the lower bits of the sum are.
+constexpr float kWhole = 0x1.8p23f;
+constexpr int32_t kWholeBits = 0x4b400000;
 
-  explicit Rounding(const uint16_t* numbers) {
-    // Of bits, 128.0 with a number in its lower half is 128 + number / 65,536.
-    each([&](int k) { less[k] = (Floats)(widened(vector_at<Halves>(numbers + k * kWidth)) | 0x43000000); });
-    each([&](int k) { less[k] -= 129.0f; });
-  }
+// As encode() of codec.h, for values whose scale is finite: the codes of what has these shares, plus
+// kWholeBits. The rough roots, times kSteps codes, may be off by 0.4. `share_at` is the share at a place
+// between codes.
+template <int kSteps, class F>
+void round_shares(const Floats (&shares)[kAtOnce], const Floats (&rough_roots)[kAtOnce],
+                  const uint16_t* numbers, const F& share_at, Ints (&codes)[kAtOnce]) {
+  Floats chance[kAtOnce];  // and 128: of bits, 128.0 with a number in its lower half is 128 + number / 65,536
+  Floats whole[kAtOnce];
+  Floats places[kAtOnce];
+  each([&](int k) { chance[k] = (Floats)(widened(vector_at<Halves>(numbers + k * kWidth)) | 0x43000000); });
+  each([&](int k) { whole[k] = fused(rough_roots[k], Floats{} + static_cast<float>(kSteps), chance[k]); });
+  each([&](int k) { whole[k] += kWhole - 129.0f; });
+  each([&](int k) { places[k] = (whole[k] - (kWhole - 129.0f)) - chance[k]; });  // exact
+  each([&](int k) { places[k] = share_at(places[k]); });
+  each([&](int k) { codes[k] = places[k] <= shares[k] ? (Ints)whole[k] + 1 : (Ints)whole[k]; });
+}
 
-  // The codes, of which the rough ones may be off by 0.4. `share_at` is the share at a place between codes.
-  template <class F>
-  void round(Floats (&rough)[kAtOnce], const F& share_at) {
-    Floats places[kAtOnce];
-    each([&](int k) { rough[k] += less[k]; });
-    each([&](int k) { codes[k] = nearest(rough[k]); });
-    each([&](int k) { places[k] = __builtin_convertvector(codes[k], Floats); });
-    each([&](int k) { places[k] -= less[k]; });
-    each([&](int k) { places[k] = share_at(places[k]); });
-    each([&](int k) { codes[k] = places[k] <= shares[k] ? codes[k] + 1 : codes[k]; });
-  }
-};
-
-// As encode() of codec.h, for values whose scale is finite.
 void encode_several(const float* from, float inverse, const uint16_t* numbers, Squared8* to) {
-  Rounding r(numbers);
-  Floats rough[kAtOnce];
-  each([&](int k) { r.shares[k] = magnitude(vector_at<Floats>(from + k * kWidth)) * inverse; });
-  each([&](int k) { rough[k] = rough_root(r.shares[k]); });
-  each([&](int k) { rough[k] *= 127.0f; });
-  r.round(rough, [](Floats place) { return squared_share(place); });
-  each([&](int k) { r.codes[k] = at_most(at_least(r.codes[k], 0), 127); });
+  Floats shares[kAtOnce];
+  Floats roots[kAtOnce];
+  Ints codes[kAtOnce];
+  each([&](int k) { shares[k] = magnitude(vector_at<Floats>(from + k * kWidth)) * inverse; });
+  each([&](int k) { roots[k] = rough_root(shares[k]); });
+  round_shares<127>(shares, roots, numbers, [](Floats place) { return squared_share(place); }, codes);
+  each([&](int k) { codes[k] = at_most(at_least(codes[k], kWholeBits), kWholeBits + 127); });
   each([&](int k) {
     const Ints sign = vector_at<Ints>(from + k * kWidth) >> 31;  // -1 of a negative value
-    store_narrowed((r.codes[k] ^ sign) - sign, reinterpret_cast<int8_t*>(to + k * kWidth));
+    store_bytes((codes[k] ^ sign) - sign, to + k * kWidth);
   });
 }
 
 void encode_several(const float* from, float inverse, const uint16_t* numbers, Fourth8* to) {
-  Rounding r(numbers);
-  Floats rough[kAtOnce];
-  each([&](int k) { r.shares[k] = vector_at<Floats>(from + k * kWidth) * inverse; });  // which has no sign
-  each([&](int k) { rough[k] = rough_fourth_root(r.shares[k]); });
-  each([&](int k) { rough[k] *= 255.0f; });
-  r.round(rough, [](Floats place) { return fourth_share(place); });
-  each([&](int k) { r.codes[k] = at_least(r.codes[k], 2); });
-  each([&](int k) {
-    store_narrowed(r.codes[k], reinterpret_cast<uint8_t*>(to + k * kWidth));
-  });  // 255 at most
+  Floats shares[kAtOnce];
+  Floats roots[kAtOnce];
+  Ints codes[kAtOnce];
+  each([&](int k) { shares[k] = vector_at<Floats>(from + k * kWidth) * inverse; });  // which has no sign
+  each([&](int k) { roots[k] = rough_fourth_root(shares[k]); });
+  round_shares<255>(shares, roots, numbers, [](Floats place) { return fourth_share(place); }, codes);
+  each([&](int k) { codes[k] = at_most(at_least(codes[k], kWholeBits + 2), kWholeBits + 255); });
+  each([&](int k) { store_bytes(codes[k], to + k * kWidth); });
 }
 
 // The codes of one scale's elements.

@@ -225,11 +225,14 @@ class Streams {
   Moment exp_avg_;
   Moment exp_avg_sq_;
   Moment max_exp_avg_sq_;
-  alignas(64) T param_buffer_[kBlock];
-  alignas(64) T grad_buffer_[kBlock];
-  alignas(64) T exp_avg_buffer_[kBlock];
-  alignas(64) T exp_avg_sq_buffer_[kBlock];
-  alignas(64) T max_exp_avg_sq_buffer_[kBlock];
+  // Longer than a block: were they 4096 bytes apart, the processor would take loads from one for loads of
+  // what it is storing to another.
+  static constexpr int64_t kBuffer = kBlock + 48;
+  alignas(64) T param_buffer_[kBuffer];
+  alignas(64) T grad_buffer_[kBuffer];
+  alignas(64) T exp_avg_buffer_[kBuffer];
+  alignas(64) T exp_avg_sq_buffer_[kBuffer];
+  alignas(64) T max_exp_avg_sq_buffer_[kBuffer];
 };
 
 }  // namespace

@@ -56,8 +56,8 @@ NEXUS_FN int kind_of(const TensorRecord& tensor) {
       tensor.master_low_dtype == DType::kOther && !by_chance) {
     return plain_kind(tensor.param_dtype, tensor.grad_dtype);
   }
-  const bool is_usual = tensor.max_exp_avg_sq == nullptr && (tensor.grad_dtype == DType::kFloat32 ||
-                                                             tensor.grad_dtype == DType::kBFloat16);
+  const bool is_usual = tensor.max_exp_avg_sq == nullptr &&
+                        (tensor.grad_dtype == DType::kFloat32 || tensor.grad_dtype == DType::kBFloat16);
   return is_usual ? encoding_of(tensor, EncodingIndices()) : kAnyEncoding;
 }
 

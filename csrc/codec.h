@@ -84,18 +84,19 @@ NEXUS_FN float decoded(Float16 x) {
 NEXUS_FN void encode(float value, float& out) { out = value; }
 NEXUS_FN void encode(double value, double& out) { out = value; }
 
+// The upper half of `rounded`, or a quiet NaN with the payload's upper bits.
+NEXUS_FN uint16_t upper_half(float value, uint32_t rounded) {
+  return static_cast<uint16_t>((value != value ? bits_of_float(value) | 0x400000u : rounded) >> 16);
+}
+
 NEXUS_FN void encode(float value, BFloat16& out) {
   const uint32_t bits = bits_of_float(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40u;  // quiet, with the payload's upper bits
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  out.bits = upper_half(value, bits + 0x7fffu + ((bits >> 16) & 1u));
 }
 
 // `chance` of 65,536 decides between the numbers below and above: the mean is `value`.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& out) {
-  const uint32_t bits = bits_of_float(value);
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : (bits + chance) >> 16);
+  out.bits = upper_half(value, bits_of_float(value) + chance);
 }
 
 NEXUS_FN void encode(float value, Float16& out) {
@@ -129,8 +130,9 @@ struct Low8 {
 // it counts as 0.
 NEXUS_FN float weight_of(BFloat16 high, int32_t distance) {
   const uint32_t upper = high.bits;
-  const bool is_stale = (upper & 0x7fffu) == 0 && distance < 0;
-  return float_of_bits((upper << 16) + static_cast<uint32_t>(is_stale ? 0 : distance));
+  const int32_t positive = distance < 0 ? 0 : distance;
+  const int32_t kept = (upper & 0x7fffu) == 0 ? positive : distance;
+  return float_of_bits((upper << 16) + static_cast<uint32_t>(kept));
 }
 
 NEXUS_FN float decoded(BFloat16 high, Low16 low) { return weight_of(high, static_cast<int16_t>(low.bits)); }
@@ -140,18 +142,15 @@ NEXUS_FN float decoded(BFloat16 high, Low8 low) {
 
 NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
   const uint32_t bits = bits_of_float(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : (bits + 0x8000u) >> 16);
-  low.bits = static_cast<uint16_t>(is_nan ? 0u : bits);
+  high.bits = upper_half(value, bits + 0x8000u);
+  low.bits = static_cast<uint16_t>(value != value ? 0u : bits);
 }
 
 // `chance` of 256 decides between the numbers below and above; 128 rounds to nearest.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
-  const uint32_t bits = bits_of_float(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t rounded = bits + chance;
-  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : (rounded + 0x8000u) >> 16);
-  low.bits = static_cast<uint8_t>(is_nan ? 0u : rounded >> 8);
+  const uint32_t rounded = bits_of_float(value) + chance;
+  high.bits = upper_half(value, rounded + 0x8000u);
+  low.bits = static_cast<uint8_t>(value != value ? 0u : rounded >> 8);
 }
 
 // A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements, the largest magnitude
@@ -193,16 +192,16 @@ NEXUS_FN F fourth_share(F code) {
 }
 
 NEXUS_FN float decoded(Squared8 x, float scale) {
-  const float share = squared_share(static_cast<float>(x.code));
-  return (x.code < 0 ? -share : share) * scale;
+  const float root = static_cast<float>(x.code) * (1.0f / 127.0f);
+  return root * fabsf(root) * scale;
 }
 
 NEXUS_FN float decoded(Fourth8 x, float scale) { return fourth_share(static_cast<float>(x.code)) * scale; }
 
-// A code is the largest whose share, taken `chance` of a step below it, in [0, 1), is at most the value's:
-// that of |value| in the scale. A rough root, which may be off by 0.4 codes, leaves two, of which the
-// comparison takes one. NaN has the smallest code. To nearest, moments would stand still: what fades by a
-// tenth in each step would keep a code below 10.
+// A code is the largest whose share, taken `chance` of a step, in [0, 1), below it, is at most the value's:
+// |value| / scale. A rough root, which may be off by 0.4 codes, leaves two, of which the comparison takes
+// one. NaN has the smallest code. To nearest, moments would stand still: what fades by a tenth a step keeps a
+// code below 10.
 NEXUS_FN void encode(float value, float share, float rough_root, float chance, Squared8& out) {
   const float rough = 127.0f * rough_root + (chance - 0.5f);
   const float above_zero = rough > 0.0f ? rough : 0.0f;

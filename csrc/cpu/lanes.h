@@ -6,11 +6,9 @@
 #include <immintrin.h>
 #endif
 
-#include <algorithm>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <limits>
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
@@ -54,13 +52,17 @@ Floats rough_fourth_root(Floats x) {
 
 Ints widened(Halves x) { return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)x); }
 
-Ints nearest(Floats x) { return (Ints)_mm512_maskz_cvtps_epi32(0xffff, x); }
+Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-void store_narrowed(Ints x, int8_t* to) {
-  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtsepi32_epi8(0xffff, (__m512i)x));
+Ints at_least(Ints x, int32_t least) {
+  return (Ints)_mm512_maskz_max_epi32(0xffff, (__m512i)x, _mm512_set1_epi32(least));
 }
-void store_narrowed(Ints x, uint8_t* to) {
-  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtusepi32_epi8(0xffff, (__m512i)x));
+Ints at_most(Ints x, int32_t most) {
+  return (Ints)_mm512_maskz_min_epi32(0xffff, (__m512i)x, _mm512_set1_epi32(most));
+}
+
+void store_bytes(Ints x, void* to) {
+  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x));
 }
 
 #elif defined(__AVX2__)
@@ -73,17 +75,16 @@ Floats rough_root(Floats x) { return _mm256_rcp_ps(_mm256_rsqrt_ps(x)); }
 Floats rough_fourth_root(Floats x) { return _mm256_rsqrt_ps(_mm256_rsqrt_ps(x)); }
 Ints widened(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
 
-Ints nearest(Floats x) { return (Ints)_mm256_cvtps_epi32(x); }
+Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
-__m128i narrowed_to_16(Ints x) {
-  return _mm_packs_epi32(_mm256_castsi256_si128((__m256i)x), _mm256_extracti128_si256((__m256i)x, 1));
+void store_bytes(Ints x, void* to) {
+  const __m256i bytes = (__m256i)(x & 0xff);
+  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
+  _mm_storeu_si64(to, _mm_packus_epi16(halves, halves));
 }
-void store_narrowed(Ints x, int8_t* to) {
-  _mm_storeu_si64(to, _mm_packs_epi16(narrowed_to_16(x), __m128i{}));
-}
-void store_narrowed(Ints x, uint8_t* to) {
-  _mm_storeu_si64(to, _mm_packus_epi16(narrowed_to_16(x), __m128i{}));
-}
+
+Ints at_least(Ints x, int32_t least) { return x > least ? x : Ints{} + least; }
+Ints at_most(Ints x, int32_t most) { return x < most ? x : Ints{} + most; }
 
 #else
 constexpr Words kPlaces = {0, 1};
@@ -107,22 +108,14 @@ Floats rough_root(Floats x) {
 Floats rough_fourth_root(Floats x) { return rough_root(rough_root(x)); }
 Ints widened(Halves x) { return __builtin_convertvector(x, Ints); }
 
-Ints nearest(Floats x) {
-#ifdef NEXUS_X86
-  return (Ints)_mm_cvtps_epi32(x);
-#else
-  for (int i = 0; i < kWidth; ++i) {
-    x[i] = rintf(x[i]);
-  }
-  return __builtin_convertvector(x, Ints);
-#endif
-}
+Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 
-template <class Code>
-void store_narrowed(Ints x, Code* to) {
+Ints at_least(Ints x, int32_t least) { return x > least ? x : Ints{} + least; }
+Ints at_most(Ints x, int32_t most) { return x < most ? x : Ints{} + most; }
+
+void store_bytes(Ints x, void* to) {
   for (int i = 0; i < kWidth; ++i) {
-    to[i] = static_cast<Code>(
-        std::clamp<int32_t>(x[i], std::numeric_limits<Code>::min(), std::numeric_limits<Code>::max()));
+    static_cast<uint8_t*>(to)[i] = static_cast<uint8_t>(x[i]);
   }
 }
 #endif

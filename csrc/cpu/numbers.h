@@ -15,43 +15,59 @@ constexpr int64_t kTogether = 8;  // vectors whose rounds hide each other's late
 
 class Numbers {
  public:
-  // Those of the n elements that begin at `element` of the whole tensor.
-  Numbers(const Chance& chance, Rounded stream, int64_t element, int64_t n) : skipped_(element % kDrawn) {
-    const auto first = static_cast<uint64_t>(element / kDrawn);
-    const int64_t draws = (skipped_ + n + kDrawn - 1) / kDrawn;
+  // Of the n elements that begin at `element` of the whole tensor.
+  Numbers(const Chance& chance, int64_t element, int64_t n)
+      : chance_(chance), first_(static_cast<uint64_t>(element / kDrawn)), skipped_(element % kDrawn), n_(n) {}
+
+  // One for each element, from 0 to 65535.
+  const uint16_t* of(Rounded stream) {
+    if (!drawn_ || stream != stream_) {
+      draw(stream);
+      drawn_ = true;
+      stream_ = stream;
+    }
+    return numbers_ + skipped_;
+  }
+
+ private:
+  // Not inlined: what it is inlined into would leave it too few registers.
+  __attribute__((noinline)) void draw(Rounded stream) {
+    const int64_t draws = (skipped_ + n_ + kDrawn - 1) / kDrawn;
     for (int64_t i = 0; i < draws; i += kTogether * kWords) {
-      Mixture<Words> drawn[kTogether];
+      Mixture<Words> x[kTogether];
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTogether; ++k) {
-        drawn[k] = unmixed(chance, stream, kPlaces + (first + static_cast<uint64_t>(i + k * kWords)));
+        x[k] = unmixed(chance_, stream, kPlaces + (first_ + static_cast<uint64_t>(i + k * kWords)));
       }
+#pragma GCC unroll 10
       for (int round = 0; round < kRounds; ++round) {
-        const Key key = key_of(chance, round);
+        const Key key = key_of(chance_, round);
 #pragma GCC unroll 8
         for (int64_t k = 0; k < kTogether; ++k) {
-          mix(drawn[k], key, product);
+          mix(x[k], key, product);
         }
       }
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTogether; ++k) {
-        store(drawn[k], numbers_ + (i + k * kWords) * kDrawn);
+        store(x[k], numbers_ + (i + k * kWords) * kDrawn);
       }
     }
   }
 
-  // One for each element, from 0 to 65535.
-  const uint16_t* begin() const { return numbers_ + skipped_; }
-
- private:
-  static void store(const Mixture<Words>& drawn, uint16_t* to) {
+  static void store(const Mixture<Words>& x, uint16_t* to) {
     constexpr uint64_t kHalf = 0xffffffff;
-    const Words first = (drawn.a & kHalf) | drawn.b << 32;
-    const Words second = (drawn.c & kHalf) | drawn.d << 32;
+    const Words first = (x.a & kHalf) | x.b << 32;
+    const Words second = (x.c & kHalf) | x.d << 32;
     const Words both[] = {__builtin_shuffle(first, second, kLower), __builtin_shuffle(first, second, kUpper)};
     memcpy(to, both, sizeof both);
   }
 
+  const Chance& chance_;
+  uint64_t first_;   // draw
   int64_t skipped_;  // numbers of the first draw that belong to elements before the block
+  int64_t n_;
+  bool drawn_ = false;
+  Rounded stream_ = kRoundedParam;
   alignas(64) uint16_t numbers_[kBlock + kTogether * kWords * kDrawn];
 };
 

@@ -80,22 +80,21 @@ void store_by_chance(const float* from, BFloat16* to, const uint16_t* numbers, i
   }
 }
 
-// `numbers` are the elements' own; null where a moment is rounded to nearest.
-void encode(const float* from, const Moment& moment, const uint16_t* numbers, int64_t begin, int64_t n) {
+void encode(const float* from, const Moment& moment, Numbers& numbers, int64_t begin, int64_t n) {
   float* scales = moment.scales + begin / kScaleBlock;
   switch (moment.dtype) {
     case DType::kBFloat16:
-      if (numbers != nullptr) {
-        store_by_chance(from, codes<BFloat16>(moment, begin), numbers, n);
+      if (moment.by_chance) {
+        store_by_chance(from, codes<BFloat16>(moment, begin), numbers.of(moment.rounded), n);
       } else {
         store(from, codes<BFloat16>(moment, begin), n);
       }
       break;
     case DType::kInt8:
-      encode_scaled(from, codes<Squared8>(moment, begin), scales, numbers, n);
+      encode_scaled(from, codes<Squared8>(moment, begin), scales, numbers.of(moment.rounded), n);
       break;
     case DType::kUInt8:
-      encode_scaled(from, codes<Fourth8>(moment, begin), scales, numbers, n);
+      encode_scaled(from, codes<Fourth8>(moment, begin), scales, numbers.of(moment.rounded), n);
       break;
     default:
       break;
@@ -120,7 +119,7 @@ const float* decode_master(const TensorRecord& tensor, int64_t begin, int64_t n,
   return buffer;
 }
 
-void encode_master(const float* from, const TensorRecord& tensor, const Chance& chance, int64_t begin,
+void encode_master(const float* from, const TensorRecord& tensor, Numbers& numbers, int64_t begin,
                    int64_t n) {
   BFloat16* high = static_cast<BFloat16*>(tensor.param) + begin;
   if (tensor.master_low_dtype == DType::kInt16) {
@@ -132,9 +131,9 @@ void encode_master(const float* from, const TensorRecord& tensor, const Chance& 
   }
   Low8* low = static_cast<Low8*>(tensor.master_low) + begin;
   if (tensor.stochastic_rounding != 0) {
-    const Numbers numbers(chance, kRoundedParam, tensor.first + begin, n);
+    const uint16_t* chance = numbers.of(kRoundedParam);
     for (int64_t i = 0; i < n; ++i) {
-      encode(from[i], numbers.begin()[i] >> 8, high[i], low[i]);
+      encode(from[i], chance[i] >> 8, high[i], low[i]);
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
@@ -150,7 +149,8 @@ class Streams {
       : tensor_(tensor),
         chance_(chance),
         by_chance_(tensor.stochastic_rounding != 0),
-        exp_avg_(first_moment()),
+        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale,
+                 rounded_exp_avg(tensor.exp_avg_dtype), by_chance_},
         exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale, kRoundedExpAvgSq)),
         max_exp_avg_sq_(
             second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale, kRoundedMaxExpAvgSq)) {}
@@ -179,17 +179,12 @@ class Streams {
 
   void encode(int64_t begin, int64_t n) const {
     if constexpr (std::is_same_v<T, float>) {
-      encode_param(begin, n);
-      if (exp_avg_.by_chance && exp_avg_sq_.by_chance && exp_avg_.rounded == exp_avg_sq_.rounded) {
-        const Numbers numbers(chance_, exp_avg_.rounded, tensor_.first + begin, n);
-        NEXUS_ISA::encode(exp_avg, exp_avg_, numbers.begin(), begin, n);
-        NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, numbers.begin(), begin, n);
-      } else {
-        encode_moment(exp_avg, exp_avg_, begin, n);
-        encode_moment(exp_avg_sq, exp_avg_sq_, begin, n);
-      }
+      Numbers numbers(chance_, tensor_.first + begin, n);
+      encode_param(numbers, begin, n);
+      NEXUS_ISA::encode(exp_avg, exp_avg_, numbers, begin, n);
+      NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, numbers, begin, n);
       if (max_exp_avg_sq != nullptr) {
-        encode_moment(max_exp_avg_sq, max_exp_avg_sq_, begin, n);
+        NEXUS_ISA::encode(max_exp_avg_sq, max_exp_avg_sq_, numbers, begin, n);
       }
     }
   }
@@ -199,25 +194,10 @@ class Streams {
     return dtype == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
   }
 
-  Moment first_moment() const {
-    const DType dtype = tensor_.exp_avg_dtype;
-    const bool by_chance = dtype == DType::kInt8 || (dtype == DType::kBFloat16 && by_chance_);
-    return {tensor_.exp_avg, dtype, tensor_.exp_avg_scale, rounded_exp_avg(dtype), by_chance};
-  }
-
-  // To nearest, a second moment in fewer bits would freeze: what a step adds is less than half a unit.
+  // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
   Moment second_moment(void* codes, float* scales, Rounded rounded) const {
     const DType dtype = tensor_.exp_avg_sq_dtype;
-    return {codes, dtype, scales, rounded, !is_arithmetic(dtype)};
-  }
-
-  void encode_moment(const float* from, const Moment& moment, int64_t begin, int64_t n) const {
-    if (moment.by_chance) {
-      const Numbers numbers(chance_, moment.rounded, tensor_.first + begin, n);
-      NEXUS_ISA::encode(from, moment, numbers.begin(), begin, n);
-    } else {
-      NEXUS_ISA::encode(from, moment, nullptr, begin, n);
-    }
+    return {codes, dtype, scales, rounded, by_chance_ || dtype == DType::kBFloat16};
   }
 
   const T* decode_param(int64_t begin, int64_t n) {
@@ -229,12 +209,11 @@ class Streams {
     return NEXUS_ISA::decode(tensor_.param, tensor_.param_dtype, begin, n, param_buffer_);
   }
 
-  void encode_param(int64_t begin, int64_t n) const {
+  void encode_param(Numbers& numbers, int64_t begin, int64_t n) const {
     if (tensor_.master_low_dtype != DType::kOther) {
-      encode_master(param, tensor_, chance_, begin, n);
+      encode_master(param, tensor_, numbers, begin, n);
     } else if (tensor_.param_dtype == DType::kBFloat16 && by_chance_) {
-      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin,
-                      Numbers(chance_, kRoundedParam, tensor_.first + begin, n).begin(), n);
+      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin, numbers.of(kRoundedParam), n);
     } else {
       NEXUS_ISA::encode(param, tensor_.param, tensor_.param_dtype, begin, n);
     }
@@ -246,11 +225,14 @@ class Streams {
   Moment exp_avg_;
   Moment exp_avg_sq_;
   Moment max_exp_avg_sq_;
-  alignas(64) T param_buffer_[kBlock];
-  alignas(64) T grad_buffer_[kBlock];
-  alignas(64) T exp_avg_buffer_[kBlock];
-  alignas(64) T exp_avg_sq_buffer_[kBlock];
-  alignas(64) T max_exp_avg_sq_buffer_[kBlock];
+  // Longer than a block: were they 4096 bytes apart, the processor would take loads from one for loads of
+  // what it is storing to another.
+  static constexpr int64_t kBuffer = kBlock + 48;
+  alignas(64) T param_buffer_[kBuffer];
+  alignas(64) T grad_buffer_[kBuffer];
+  alignas(64) T exp_avg_buffer_[kBuffer];
+  alignas(64) T exp_avg_sq_buffer_[kBuffer];
+  alignas(64) T max_exp_avg_sq_buffer_[kBuffer];
 };
 
 }  // namespace

@@ -249,7 +249,8 @@ class Moment:
         return (decode_int8 if self.dtype == torch.int8 else decode_uint8)(self.stored, self.scale)
 
     def store(self, value: Array, chance: Chance) -> None:
-        by = chance.of(self.stream) if self.by_chance else None
+        stream = EXP_AVG_SQ if self.dtype == torch.int8 else self.stream  # by one number, where both have 8 bits
+        by = chance.of(stream) if self.by_chance else None
         if self.dtype == torch.bfloat16:
             self.stored = bf16(value, by)
         elif self.dtype == torch.int8:

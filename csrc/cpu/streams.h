@@ -249,7 +249,8 @@ class Streams {
       : tensor_(tensor),
         chance_(chance),
         by_chance_(tensor.stochastic_rounding != 0),
-        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale, kRoundedExpAvg, by_chance_},
+        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale,
+                 rounded_exp_avg(tensor.exp_avg_dtype), by_chance_},
         exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale, kRoundedExpAvgSq)),
         max_exp_avg_sq_(
             second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale, kRoundedMaxExpAvgSq)) {}

@@ -172,7 +172,7 @@ struct EncodedElements {
       };
     };
     const int n = s.left(i);
-    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(kRoundedExpAvg));
+    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
     encode_param(s, p, numbers(kRoundedParam));
     // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
     const bool by_chance = s.by_chance || s.exp_avg_sq_dtype == DType::kBFloat16;

@@ -180,7 +180,8 @@ def store_moment(
     codes, _ = moment
     _, i, count = place
     if codes.dtype.element_ty.primitive_bitwidth == 8:
-        _store_scaled(moment, place, value, chance, ROUNDED, ALIGNED)
+        # The first moment's numbers are the second's, which are drawn once for both.
+        _store_scaled(moment, place, value, chance, max(ROUNDED, ROUNDED_EXP_AVG_SQ), ALIGNED)
     elif codes.dtype.element_ty == tl.bfloat16 and (STOCHASTIC or ROUNDED > ROUNDED_EXP_AVG):
         # To nearest, a second moment would freeze: what a step adds is less than half a unit.
         store(codes, i, count, _bfloat16_by_chance(value, _numbers(chance, place, ROUNDED)), ALIGNED)

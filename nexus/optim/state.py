@@ -26,22 +26,19 @@ def scale_name(moment: str) -> str:
     return f"{moment}_scale"
 
 
-def make_entry(
-    param: Tensor, state: dict[str, Any], group: int, ordinal: int, storage: Storage, where: str
-) -> TensorEntry:
+def make_entry(param: Tensor, state: dict[str, Any], group: int, ordinal: int, storage: Storage) -> TensorEntry:
     """The streams of a parameter whose `state` is complete (see `complete_states`).
 
     State tensors that were put there by hand, or are stored otherwise than `storage` says, are made anew as it says,
-    and laid out as the parameter is; what does not fit is an error.
+    and laid out as the parameter is. `check_streams` has refused what does not fit.
     """
     target = local(param).detach()
     param_buffer = None if is_dense(target) else torch.empty(target.shape, dtype=param.dtype, device=param.device)
     target = target if param_buffer is None else param_buffer
     for name in MOMENTS:
         if name in state:
-            dtype = storage.exp_avg if name == "exp_avg" else storage.exp_avg_sq
-            _fit_moment(state, name, dtype, param, target, f"{where}: state {name!r}")
-    fit_master(state, storage, param, target, f"{where}: state 'master_low'")
+            _fit_moment(state, name, storage, param, target)
+    fit_master(state, storage, param, target)
     grad, grad_buffer = param.grad, None
     if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
@@ -165,24 +162,55 @@ def _dense_stride(param: Tensor) -> tuple[int, ...]:
     return torch.empty(param.shape, device="meta").stride()
 
 
-def _fit_moment(
-    state: dict[str, Any], name: str, dtype: torch.dtype, param: Tensor, target: Tensor, where: str
-) -> None:
-    """See to it that a moment in the state is stored as `dtype`, and laid out as `target`, the parameter here."""
-    moment, scale = state[name], state.get(scale_name(name))
-    if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != target.device:
-        given = f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
-        raise ValueError(f"{where} must be of shape {tuple(param.shape)} on {target.device}, got {given}")
-    _check_memory(moment, where)
-    check_scale(moment, scale, where)
-    if sharding.same_spread(moment, param):
-        part = local(moment)
-        if part.dtype == dtype and is_dense(part) and same_layout(part, target):
-            if dtype not in SCALED:
-                state.pop(scale_name(name), None)
-            return
-    for each in (moment, scale):
-        _check_unshared(each, where, _like(dtype))
+def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where: str) -> None:
+    """Raise where moments or low bits in a complete state can not be brought into the form that `storage` says."""
+    part = local(param).detach()
+    for name in MOMENTS:
+        if name not in state:
+            continue
+        moment, scale, what = state[name], state.get(scale_name(name)), f"{where}: state {name!r}"
+        if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != part.device:
+            given = (
+                f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
+            )
+            raise ValueError(f"{what} must be of shape {tuple(param.shape)} on {part.device}, got {given}")
+        _check_memory(moment, what)
+        check_scale(moment, scale, what)
+        dtype = _moment_dtype(name, storage)
+        if not _fits(moment, dtype, param):
+            for each in (moment, scale):
+                _check_unshared(each, what, _like(dtype))
+    low = state.get("master_low")
+    if low is not None and storage.master_low is not None:
+        bits = local(low) if isinstance(low, Tensor) else None
+        if bits is None or bits.shape != part.shape or bits.dtype not in codecs.LOW_DTYPES.values():
+            raise ValueError(
+                f"{where}: state 'master_low' must be of shape {tuple(param.shape)} and as nexus made it, got "
+                f"{shown(low)}"
+            )
+
+
+def _moment_dtype(name: str, storage: Storage) -> torch.dtype:
+    return storage.exp_avg if name == "exp_avg" else storage.exp_avg_sq
+
+
+def _fits(stored: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
+    """Whether a stream is stored as `dtype`, spread as the parameter, and laid out as a kernel wants it."""
+    if not sharding.same_spread(stored, param):
+        return False
+    part, beside = local(stored), local(param)
+    strides = zip(part.shape, part.stride(), _dense_stride(beside), strict=True)
+    same = part.shape == beside.shape and all(size <= 1 or given == wanted for size, given, wanted in strides)
+    return part.dtype == dtype and is_dense(part) and same
+
+
+def _fit_moment(state: dict[str, Any], name: str, storage: Storage, param: Tensor, target: Tensor) -> None:
+    """See to it that a moment, which is checked, is stored as `storage` says, and laid out as `target`."""
+    moment, scale, dtype = state[name], state.get(scale_name(name)), _moment_dtype(name, storage)
+    if _fits(moment, dtype, param):
+        if dtype not in SCALED:
+            state.pop(scale_name(name), None)
+        return
     value = torch.empty_like(target, dtype=moment_dtype(target)).copy_(respread(_value(moment, scale), param))
     stored, scale = codecs.encoded(flat(value), dtype)
     state[name] = sharding.spread_like(param, stored.as_strided(value.shape, value.stride()))
@@ -213,8 +241,8 @@ def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
     return sharding.spread_like(moment, value.as_strided(part.shape, part.stride()))
 
 
-def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor, where: str) -> None:
-    """See to it that the low bits of the master weight are those that `storage` wants, laid out as `target`."""
+def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor) -> None:
+    """See to it that the low bits, which are checked, are those that `storage` wants, laid out as `target`."""
     low = state.get("master_low")
     if low is None or storage.master_low is None:
         state.pop("master_low", None)
@@ -222,8 +250,6 @@ def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: T
             state["master_low"] = sharding.spread_like(param, torch.zeros_like(target, dtype=storage.master_low))
         return
     part = local(low)
-    if part.shape != target.shape or part.dtype not in codecs.LOW_DTYPES.values():
-        raise ValueError(f"{where} must be of shape {tuple(param.shape)} and as nexus made it, got {shown(low)}")
     if part.dtype == storage.master_low and is_dense(part) and same_layout(part, target):
         return
     upper = torch.empty_like(target).copy_(local(param).detach())

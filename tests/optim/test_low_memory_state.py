@@ -150,6 +150,23 @@ def test_options_changed_in_mid_run_encode_what_is_there(before: dict[str, Any],
     assert_same_state(optimizer, loaded)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_refused_change_encodes_nothing(backend: str) -> None:
+    params = [*parameters(), *parameters()]
+    optimizer = FusedAdamW(params, lr=1e-2, backend=backend, **SEVEN_BYTES)
+    go_on(optimizer, params)
+    optimizer.state[params[2]]["exp_avg_sq"].share_memory_()
+    go_on(optimizer, params)
+    before = copy.deepcopy([params, [optimizer.state[param] for param in params]])
+    optimizer.param_groups[0]["exp_avg_sq_dtype"] = torch.float32
+    with pytest.raises(TypeError, match="parameter 2 of group 0: state 'exp_avg_sq' is in shared memory"):
+        go_on(optimizer, params, 1)
+    assert_same([params, [optimizer.state[param] for param in params]], before)
+    optimizer.param_groups[0]["exp_avg_sq_dtype"] = torch.uint8
+    go_on(optimizer, params)
+    assert {optimizer.state[param]["exp_avg_sq"].dtype for param in params[::2]} == {torch.uint8}
+
+
 def test_a_master_weight_is_the_weight_of_a_float32_run() -> None:
     wide = [Parameter(param.detach().float()) for param in parameters()]
     narrow = [Parameter(param.detach().to(BF16)) for param in wide]

@@ -36,6 +36,9 @@ def load_master(optimizer: FusedAdamW, weights: Mapping[str, Tensor] | Iterable[
                 f"the weight of {name} must be of shape {tuple(param.shape)} and of float32, got "
                 f"{tuple(weight.shape)} of {weight.dtype}"
             )
+        if param.is_meta or weight.is_meta or weight.layout != torch.strided:
+            given = f"{weight.layout} on {weight.device} for a parameter on {param.device}"
+            raise ValueError(f"the weight of {name} must be dense, and both must have memory, got {given}")
         if storage.master_low is None and weight.dtype != param.dtype:
             raise ValueError(
                 f"{name} is of {param.dtype} and has no master weight, which a float32 weight would go to: give its "

@@ -19,6 +19,7 @@ from nexus.optim.storage import Storage, moment_dtype
 REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
 MOMENTS = STATE_NAMES[1:4]
 SAVED_NAMES = (*STATE_NAMES, "master_param")
+_CODES = {name: torch.int8 if name == "exp_avg" else torch.uint8 for name in MOMENTS}
 
 
 def scale_name(moment: str) -> str:
@@ -105,7 +106,7 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
         lacking = []
         for state, param, _, storage in states:
             dtype = storage.streams().get(name)
-            if dtype is not None and name not in state:
+            if dtype is not None and state.get(name) is None:
                 stream = torch.empty(0, dtype=dtype, device=local(param).device)
                 lacking.append((state, param, stream))
         # Their memory comes once all tensors are made, so that it lies together: 1,000 small ones step 10% faster.
@@ -113,6 +114,10 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
             part = local(param).detach()
             stream.resize_(part.numel()).zero_().as_strided_(part.shape, _dense_stride(part))
             state[name] = sharding.spread_like(param, stream)
+            if name == "master_low":  # from here on, the weight is what the parameter is
+                weight = state.pop("master_param", None)
+                if isinstance(weight, Tensor) and weight.shape == param.shape:  # loaded while it was frozen
+                    _split_master(stream, param, respread(weight.detach(), param))
             if name in MOMENTS and stream.dtype in SCALED:
                 count = codecs.scale_count(part.numel())
                 state[scale_name(name)] = torch.zeros(count, dtype=torch.float32, device=part.device)
@@ -175,6 +180,8 @@ def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where:
             )
             raise ValueError(f"{what} must be of shape {tuple(param.shape)} on {part.device}, got {given}")
         _check_memory(moment, what)
+        if moment.dtype in SCALED and moment.dtype != _CODES[name]:
+            raise ValueError(f"{what} may be of {_CODES[name]} or float32, got {moment.dtype}, which are other codes")
         check_scale(moment, scale, what)
         dtype = _moment_dtype(name, storage)
         if not _fits(moment, dtype, param):
@@ -227,7 +234,8 @@ def check_scale(moment: Tensor, scale: object, where: str) -> None:
         if not isinstance(scale, Tensor) or scale.shape != (count,) or scale.dtype != torch.float32:
             given = f"{tuple(scale.shape)} of {scale.dtype}" if isinstance(scale, Tensor) else shown(scale)
             raise ValueError(
-                f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, got {given}"
+                f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, got {given}: put them "
+                "there, or give the moment in float32"
             )
 
 
@@ -243,12 +251,10 @@ def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
 
 def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor) -> None:
     """See to it that the low bits, which are checked, are those that `storage` wants, laid out as `target`."""
-    low = state.get("master_low")
-    if low is None or storage.master_low is None:
+    if storage.master_low is None:
         state.pop("master_low", None)
-        if storage.master_low is not None:  # from here on: the weight is what the parameter is
-            state["master_low"] = sharding.spread_like(param, torch.zeros_like(target, dtype=storage.master_low))
         return
+    low = state["master_low"]
     part = local(low)
     if part.dtype == storage.master_low and is_dense(part) and same_layout(part, target):
         return
@@ -265,6 +271,11 @@ def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
     moments = [state[name] for name in MOMENTS if name in state]
     elsewhere = any(each.shape != param.shape or each.device != param.device for each in moments)
     return elsewhere or any(local(each).untyped_storage().nbytes() == 0 for each in (param, *moments))
+
+
+def has_codes(state: object) -> bool:
+    """Whether this is a state of which something is stored in a way that no other optimizer reads."""
+    return is_complete(state) and any(name in state for name in STATE_NAMES[4:])  # type: ignore[operator]
 
 
 def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
@@ -312,7 +323,7 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
             given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
             raise refusal(f": {name} must be of shape {tuple(param.shape)}, got {given}; another model's, perhaps")
-        if moment.dtype == (torch.int8 if name == "exp_avg" else torch.uint8):
+        if moment.dtype == _CODES[name]:
             check_scale(moment, state.get(scale_name(name)), f"{where}: {name}")
             continue
         if moment.layout != torch.strided or not moment.is_floating_point() or moment.is_meta:
@@ -417,6 +428,12 @@ def loaded(
         master = saved_master(saved, param)
         low.zero_()
         if master is not None:
-            upper, weight = (torch.empty_like(low, dtype=each.dtype).copy_(each) for each in (local(param), master))
-            flat(low).copy_(codecs.low_bits(flat(weight), flat(upper), low.dtype)[0])
+            _split_master(low, param, master)
     return kept
+
+
+def _split_master(low: Tensor, param: Tensor, master: Tensor) -> None:
+    """Fill in the low bits with which a parameter is nearest to a master weight, where it is that one rounded."""
+    upper = torch.empty_like(low, dtype=param.dtype).copy_(local(param).detach())
+    weight = torch.empty_like(low, dtype=torch.float32).copy_(master)
+    flat(low).copy_(codecs.low_bits(flat(weight), flat(upper), low.dtype)[0])

@@ -198,6 +198,11 @@ def test_float32_weights_are_taken_for_master_weights() -> None:
         optimizer.load_master([weights["weight"]])
     with pytest.raises(ValueError, match=r"the weight of parameter weight of group 0 must be of shape \(70, 70\)"):
         optimizer.load_master([weights["bias"], weights["bias"]])
+    before = copy.deepcopy(list(model.parameters()))
+    for bad in (weights["bias"].to_sparse(), weights["bias"].to("meta")):
+        with pytest.raises(ValueError, match="the weight of parameter bias of group 0 must be dense, and both must"):
+            optimizer.load_master([weights["weight"], bad])
+    assert_same(list(model.parameters()), before)
     with pytest.raises(ValueError, match="the parameters have no names here"):
         FusedAdamW(model.parameters(), master_weight_bits=32).load_master(weights)
     with pytest.raises(ValueError, match="has no master weight, which a float32 weight would go to"):
@@ -207,6 +212,29 @@ def test_float32_weights_are_taken_for_master_weights() -> None:
 def rounded_away(value: Tensor) -> Tensor:
     upper, _ = codecs.split(value.flatten(), torch.int16)
     return upper.view(value.shape).float()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_frozen_parameter_keeps_its_state_through_a_checkpoint(compact: bool) -> None:
+    optimizer, params = trained(**SEVEN_BYTES)
+    frozen = params[0]
+    frozen.grad = None
+    frozen.requires_grad_(False)
+    saved = resaved(optimizer.state_dict(compact=compact))
+    if not compact:  # what torch's optimizers read
+        assert {name: value.dtype for name, value in saved["state"][0].items()} == {
+            "step": torch.float64,
+            **dict.fromkeys(("exp_avg", "exp_avg_sq", "master_param"), torch.float32),
+        }
+    other, own = beside(params, **SEVEN_BYTES)
+    own[0].requires_grad_(False)
+    other.load_state_dict(saved)
+    for param in (frozen, own[0]):
+        param.requires_grad_(True)
+    go_on(optimizer, params)
+    go_on(other, own)
+    assert_same(own, params)
+    assert_same([other.state[param] for param in own], [optimizer.state[param] for param in params])
 
 
 @pytest.mark.parametrize("bits", [24, 32])

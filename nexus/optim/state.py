@@ -190,11 +190,18 @@ def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where:
     low = state.get("master_low")
     if low is not None and storage.master_low is not None:
         bits = local(low) if isinstance(low, Tensor) else None
-        if bits is None or bits.shape != part.shape or bits.dtype not in codecs.LOW_DTYPES.values():
+        if (
+            bits is None
+            or (bits.shape, bits.device) != (part.shape, part.device)
+            or bits.dtype not in codecs.LOW_DTYPES.values()
+            or not _has_memory(bits)
+        ):
             raise ValueError(
                 f"{where}: state 'master_low' must be of shape {tuple(param.shape)} and as nexus made it, got "
-                f"{shown(low)}"
+                f"{shown(low)}; delete it to go on from the parameter as it is"
             )
+        if not _fits(low, storage.master_low, param):
+            _check_unshared(low, f"{where}: state 'master_low'", _like(storage.master_low))
 
 
 def _moment_dtype(name: str, storage: Storage) -> torch.dtype:
@@ -227,16 +234,26 @@ def _fit_moment(state: dict[str, Any], name: str, storage: Storage, param: Tenso
 
 
 def check_scale(moment: Tensor, scale: object, where: str) -> None:
-    """Refuse a moment in 8 bits without the scales that belong to it."""
-    if moment.dtype in SCALED:
-        part = local(moment)
-        count = codecs.scale_count(part.numel())
-        if not isinstance(scale, Tensor) or scale.shape != (count,) or scale.dtype != torch.float32:
-            given = f"{tuple(scale.shape)} of {scale.dtype}" if isinstance(scale, Tensor) else shown(scale)
-            raise ValueError(
-                f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, got {given}: put them "
-                "there, or give the moment in float32"
-            )
+    """Refuse a moment in 8 bits without the scales that belong to it, in a row beside it."""
+    if moment.dtype not in SCALED:
+        return
+    part = local(moment)
+    count = codecs.scale_count(part.numel())
+    if (
+        not isinstance(scale, Tensor)
+        or (scale.shape, scale.dtype, scale.device) != ((count,), torch.float32, part.device)
+        or not _has_memory(scale)
+        or not scale.is_contiguous()
+    ):
+        given = f"{tuple(scale.shape)} of {scale.dtype}" if isinstance(scale, Tensor) else shown(scale)
+        raise ValueError(
+            f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, contiguous on "
+            f"{part.device}, got {given}: put them there, or give the moment in float32"
+        )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not is_freed(local(tensor))
 
 
 def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
@@ -323,16 +340,20 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
             given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
             raise refusal(f": {name} must be of shape {tuple(param.shape)}, got {given}; another model's, perhaps")
-        if moment.dtype == _CODES[name]:
-            check_scale(moment, state.get(scale_name(name)), f"{where}: {name}")
-            continue
-        if moment.layout != torch.strided or not moment.is_floating_point() or moment.is_meta:
+        is_code = moment.dtype == _CODES[name]
+        if moment.layout != torch.strided or not (is_code or moment.is_floating_point()) or moment.is_meta:
             raise refusal(
                 f": {name} must be dense, of floating point and not on meta, got {moment.dtype}, {moment.layout} on "
                 f"{moment.device}"
             )
         if is_freed(local(moment)):
             raise refusal(f": {name} has no memory: its storage was freed")
+        if is_code:
+            scale = state.get(scale_name(name))
+            check_scale(moment, scale, f"{where}: {name}")
+            if bool((scale < 0).any()):
+                raise refusal(f": {scale_name(name)} is negative somewhere, which no largest magnitude is")
+            continue
         wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
         if name != "exp_avg" and bool((wide < 0).any()):
             raise refusal(f": {name} is negative somewhere, which no average of squares is")
@@ -369,12 +390,15 @@ def check_master(saved: dict[str, Any], param: Tensor, storage: Storage, where: 
         ("master_low", low, tuple(codecs.LOW_DTYPES.values())),
     ):
         if value is not None and (
-            not isinstance(value, Tensor) or value.shape != param.shape or value.dtype not in dtypes
+            not isinstance(value, Tensor)
+            or value.shape != param.shape
+            or value.dtype not in dtypes
+            or not _has_memory(value)
         ):
             given = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
             raise ValueError(
-                f"{where}: {name} must be of shape {tuple(param.shape)} and of {dtypes[0]}, got {given}; delete the "
-                "entry to go on from the parameter as it is"
+                f"{where}: {name} must be of shape {tuple(param.shape)} and of {dtypes[0]}, with memory, got "
+                f"{given}; delete the entry to go on from the parameter as it is"
             )
     if weight is None or storage.master_low is None:
         return

@@ -361,12 +361,56 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "torchao": (change(exp_avg=Codes), "has exp_avg as a Codes, whose codes FusedAdamW does not read"),
     "codes without scales": (change(exp_avg=Tensor.char), "exp_avg is of torch.int8, and needs 35 scales of float32"),
     "other codes": (change(exp_avg_sq=Tensor.char), "exp_avg_sq must be dense, of floating point"),
+    "codes on meta": (change(exp_avg=lambda moment: moment.char().to("meta")), "exp_avg must be dense, of floating"),
+    "negative scales": (
+        change(exp_avg_sq=Tensor.byte, exp_avg_sq_scale=lambda moment: torch.full((35,), -1.0)),
+        "exp_avg_sq_scale is negative somewhere",
+    ),
+    "a sparse master": (
+        change(master_param=lambda moment: moment.float().to_sparse()),
+        "master_param must be of shape",
+    ),
     "another master": (
         change(master_param=lambda moment: moment[:3].float()),
         r"master_param must be of shape \(67, 65\)",
     ),
     "a narrow master": (change(master_param=lambda moment: moment.half()), "master_param must be of shape"),
 }
+
+
+BY_HAND: dict[str, tuple[str, Callable[[], Tensor], str]] = {
+    "expanded scales": (
+        "exp_avg_scale",
+        lambda: ZERO.expand(35),
+        "needs 35 scales of float32 beside it, contiguous on",
+    ),
+    "scales on meta": ("exp_avg_scale", lambda: torch.zeros(35, device="meta"), "needs 35 scales of float32 beside"),
+    "sparse scales": ("exp_avg_sq_scale", lambda: torch.zeros(35).to_sparse(), "needs 35 scales of float32 beside"),
+    "other codes": (
+        "exp_avg",
+        lambda: torch.zeros(67, 65, dtype=torch.uint8),
+        "may be of torch.int8 or float32, got torch.uint8, which are other codes",
+    ),
+    "low bits on meta": (
+        "master_low",
+        lambda: torch.zeros(67, 65, dtype=torch.uint8, device="meta"),
+        "'master_low' must be of shape .* delete it to go on from the parameter as it is",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(("name", "make", "words"), BY_HAND.values(), ids=BY_HAND.keys())
+def test_state_by_hand_that_a_kernel_cannot_read(
+    name: str, make: Callable[[], Tensor], words: str, backend: str
+) -> None:
+    optimizer, params = trained(backend=backend, **SEVEN_BYTES)
+    right, before = optimizer.state[params[0]][name], copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.state[params[0]][name] = make()
+    with pytest.raises(ValueError, match=words):
+        go_on(optimizer, params, 1)
+    optimizer.state[params[0]][name] = right
+    assert_same(optimizer.state_dict()["state"], before)
 
 
 @pytest.mark.parametrize(("write", "words"), BAD_STATES.values(), ids=BAD_STATES.keys())

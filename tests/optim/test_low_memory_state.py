@@ -381,7 +381,7 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
 BY_HAND: dict[str, tuple[str, Callable[[], Tensor], str]] = {
     "expanded scales": (
         "exp_avg_scale",
-        lambda: ZERO.expand(35),
+        lambda: torch.zeros(1).expand(35),
         "needs 35 scales of float32 beside it, contiguous on",
     ),
     "scales on meta": ("exp_avg_scale", lambda: torch.zeros(35, device="meta"), "needs 35 scales of float32 beside"),

@@ -25,6 +25,11 @@ NEXUS_FN Chance chance_of(const TensorRecord& tensor, int64_t seed, int64_t step
 // Which stream of the tensor is rounded.
 enum Rounded : uint32_t { kRoundedParam, kRoundedExpAvg, kRoundedExpAvgSq, kRoundedMaxExpAvgSq };
 
+// Of the first moment. In 8 bits, it is rounded by the second's numbers: they are drawn once for both.
+NEXUS_FN Rounded rounded_exp_avg(DType dtype) {
+  return dtype == DType::kInt8 ? kRoundedExpAvgSq : kRoundedExpAvg;
+}
+
 // Adjacent elements whose numbers come from one draw.
 constexpr int kDrawn = 8;
 

@@ -158,8 +158,8 @@ NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
 
 // A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements, the largest magnitude
 // among them. The first moment is the scale times the signed square of code / 127, the second times the
-// fourth power of code / 255, which is never 0: a second moment that became 0 beside a first moment that did
-// not would make the update thousands of times too large.
+// fourth power of code / 255, which is 2 at least: a second moment that became 0 beside a first moment that
+// did not would make the update thousands of times too large, and one of code 1 ten times.
 struct Squared8 {
   int8_t code;
 };
@@ -191,22 +191,23 @@ NEXUS_FN float decoded(Fourth8 x, float scale) {
   return square * square * scale;
 }
 
-// A code is the largest whose number, less half a step, is at most `share`, |value| * inverse: a comparison
-// decides it between two that a rough root yields, which may be off by 0.4 codes. NaN has the smallest code.
-NEXUS_FN void encode(float value, float share, float rough_root, Squared8& out) {
-  const float rough = 127.0f * rough_root;
+// A code is the largest whose number, less `chance` of a step, in [0, 1), is at most `share`, |value| *
+// inverse: a comparison decides it between two that a rough root yields, which may be off by 0.4 codes. NaN
+// has the smallest code. To nearest, moments would stand still: what fades by a tenth a step keeps a code
+// below 10.
+NEXUS_FN void encode(float value, float share, float rough_root, float chance, Squared8& out) {
+  const float rough = 127.0f * rough_root + (chance - 0.5f);
   const float above_zero = rough > 0.0f ? rough : 0.0f;
   const auto code = static_cast<int32_t>(above_zero < 126.0f ? above_zero : 126.0f);
-  const float root = (static_cast<float>(code) + 0.5f) * (1.0f / 127.0f);
+  const float root = (static_cast<float>(code + 1) - chance) * (1.0f / 127.0f);
   const int32_t magnitude = code + (root * root <= share ? 1 : 0);
   out.code = static_cast<int8_t>(value < 0.0f ? -magnitude : magnitude);
 }
 
-// Not half a step but `chance` of a step, in [0, 1).
 NEXUS_FN void encode(float share, float rough_fourth_root, float chance, Fourth8& out) {
   const float rough = 255.0f * rough_fourth_root + (chance - 0.5f);
-  const float above_one = rough > 1.0f ? rough : 1.0f;
-  const auto code = static_cast<int32_t>(above_one < 254.0f ? above_one : 254.0f);
+  const float above_two = rough > 2.0f ? rough : 2.0f;
+  const auto code = static_cast<int32_t>(above_two < 254.0f ? above_two : 254.0f);
   const float root = (static_cast<float>(code + 1) - chance) * (1.0f / 255.0f);
   const float square = root * root;
   out.code = static_cast<uint8_t>(code + (square * square <= share ? 1 : 0));

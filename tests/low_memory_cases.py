@@ -12,8 +12,13 @@ from low_memory_oracle import SCALE_BLOCK, Array, Mode
 from torch import Tensor
 
 from nexus import _native
+from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
+
+TRITON = triton.INTERPRETS and triton.unavailable() is None
+if TRITON:
+    import triton_interpreter  # noqa: F401  # mends it
 
 _8_BITS: dict[str, Any] = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}
 _BF16: dict[str, Any] = {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16}
@@ -51,7 +56,11 @@ def stored_dtypes(options: dict[str, Any]) -> set[torch.dtype]:
     return {each for each in options.values() if isinstance(each, torch.dtype)}
 
 
-WAYS = [*(f"native, {name}" for name in _native.instruction_sets()), "reference"]
+WAYS = [
+    *(f"native, {name}" for name in _native.instruction_sets()),
+    "reference",
+    pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="Triton is not there, or runs on the GPU")),
+]
 """To run an update: a backend, and of the native one an instruction set."""
 
 

@@ -150,9 +150,11 @@ def shares(x: Array, scale: Array) -> Array:
     return np.abs(x) * spread(inverse, len(x))
 
 
-def encode_int8(x: Array) -> tuple[Array, Array]:
+def encode_int8(x: Array, chance: Array | None = None) -> tuple[Array, Array]:
+    u = F(0.5) if chance is None else chance.astype(F) * F(2.0**-16)
+
     def threshold(code: Array) -> Array:
-        t = (code.astype(F) - F(0.5)) * F(1 / 127)
+        t = (code.astype(F) - u) * F(1 / 127)
         return t * t
 
     scale = scales(x)
@@ -173,7 +175,7 @@ def encode_uint8(x: Array, chance: Array | None = None) -> tuple[Array, Array]:
         return (t * t) * (t * t)
 
     scale = scales(x)
-    return largest_code(threshold, shares(x, scale), 1, 255).astype(np.uint8), scale
+    return largest_code(threshold, shares(x, scale), 2, 255).astype(np.uint8), scale
 
 
 def decode_uint8(code: Array, scale: Array) -> Array:
@@ -247,11 +249,12 @@ class Moment:
         return (decode_int8 if self.dtype == torch.int8 else decode_uint8)(self.stored, self.scale)
 
     def store(self, value: Array, chance: Chance) -> None:
-        by = chance.of(self.stream) if self.by_chance else None
+        stream = EXP_AVG_SQ if self.dtype == torch.int8 else self.stream  # by one number, where both have 8 bits
+        by = chance.of(stream) if self.by_chance else None
         if self.dtype == torch.bfloat16:
             self.stored = bf16(value, by)
         elif self.dtype == torch.int8:
-            self.stored, self.scale = encode_int8(value)
+            self.stored, self.scale = encode_int8(value, by)
         elif self.dtype == torch.uint8:
             self.stored, self.scale = encode_uint8(value, by)
         else:
@@ -281,7 +284,8 @@ class Parameter:
         for stream in (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ):
             dtype = (mode.exp_avg_dtype if stream == EXP_AVG else mode.exp_avg_sq_dtype) or torch.float32
             dtype = torch.float32 if few else dtype
-            by_chance = mode.stochastic_rounding or (stream != EXP_AVG and dtype == torch.bfloat16)
+            # To nearest, small first moments never come to rest, and second moments follow no small change.
+            by_chance = mode.stochastic_rounding or dtype.itemsize == 1 or (stream != EXP_AVG and dtype.itemsize == 2)
             self.moments.append(Moment(stream, dtype, by_chance, np.zeros(numel, dtype=F)))
             self.moments[-1].store(np.zeros(numel, dtype=F), self.chance())
 

@@ -108,27 +108,28 @@ struct Shares {
   }
 };
 
-void encode_scaled(const float* from, Squared8* to, float* scales, int64_t count) {
+// `numbers` are the elements' own.
+void encode_scaled(const float* from, Squared8* to, float* scales, const uint16_t* numbers, int64_t count) {
   for_each_scale(count, [=](int64_t start, auto n) {
     const Shares shares(from + start, n);
     alignas(64) float roots[kScaleBlock];
     rough_roots(shares.values, roots);
     for (int64_t i = 0; i < n; ++i) {
-      encode(from[start + i], shares.values[i], roots[i], to[start + i]);
+      const float chance = static_cast<float>(numbers[start + i]) * 0x1p-16f;
+      encode(from[start + i], shares.values[i], roots[i], chance, to[start + i]);
     }
     scales[start / kScaleBlock] = shares.scale;
   });
 }
 
-// `chance_at` gives an element's.
-template <class F>
-void encode_scaled(const float* from, Fourth8* to, float* scales, int64_t count, const F& chance_at) {
+void encode_scaled(const float* from, Fourth8* to, float* scales, const uint16_t* numbers, int64_t count) {
   for_each_scale(count, [=](int64_t start, auto n) {
     const Shares shares(from + start, n);
     alignas(64) float roots[kScaleBlock];
     rough_fourth_roots(shares.values, roots);
     for (int64_t i = 0; i < n; ++i) {
-      encode(shares.values[i], roots[i], chance_at(start + i), to[start + i]);
+      const float chance = static_cast<float>(numbers[start + i]) * 0x1p-16f;
+      encode(shares.values[i], roots[i], chance, to[start + i]);
     }
     scales[start / kScaleBlock] = shares.scale;
   });
@@ -188,17 +189,12 @@ void encode(const float* from, const Moment& moment, const Chance& chance, int64
       }
       break;
     case DType::kInt8:
-      encode_scaled(from, codes<Squared8>(moment, begin), scales, n);
+      encode_scaled(from, codes<Squared8>(moment, begin), scales,
+                    Numbers(chance, moment.rounded, element, n).begin(), n);
       break;
     case DType::kUInt8:
-      if (moment.by_chance) {
-        const Numbers numbers(chance, moment.rounded, element, n);
-        const uint16_t* drawn = numbers.begin();
-        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n,
-                      [=](int64_t i) { return static_cast<float>(drawn[i]) * 0x1p-16f; });
-      } else {
-        encode_scaled(from, codes<Fourth8>(moment, begin), scales, n, [](int64_t) { return 0.5f; });
-      }
+      encode_scaled(from, codes<Fourth8>(moment, begin), scales,
+                    Numbers(chance, moment.rounded, element, n).begin(), n);
       break;
     default:
       break;
@@ -253,7 +249,8 @@ class Streams {
       : tensor_(tensor),
         chance_(chance),
         by_chance_(tensor.stochastic_rounding != 0),
-        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale, kRoundedExpAvg, by_chance_},
+        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale,
+                 rounded_exp_avg(tensor.exp_avg_dtype), by_chance_},
         exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale, kRoundedExpAvgSq)),
         max_exp_avg_sq_(
             second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale, kRoundedMaxExpAvgSq)) {}

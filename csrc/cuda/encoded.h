@@ -267,9 +267,8 @@ struct Moment {
   __device__ void encode(DType dtype, const float* from, int n, bool by_chance, const F& numbers) {
     with_moment(dtype, [&](auto codec) {
       using Codec = decltype(codec);
-      constexpr bool kHasChance = std::is_same_v<Codec, BFloat16> || std::is_same_v<Codec, Fourth8>;
       Numbers<kCount> drawn = {};
-      if (kHasChance && by_chance) {
+      if (kHasScale<Codec> || (std::is_same_v<Codec, BFloat16> && by_chance)) {
         drawn = numbers();
       }
       float inverse = 0.0f;
@@ -281,10 +280,10 @@ struct Moment {
       for (int k = 0; k < kCount; ++k) {
         Codec out;
         const float share = fabsf(from[k]) * inverse;
+        const float chance = static_cast<float>(drawn[k]) * 0x1p-16f;
         if constexpr (std::is_same_v<Codec, Squared8>) {
-          nexus::encode(from[k], share, rough_root(share), out);
+          nexus::encode(from[k], share, rough_root(share), chance, out);
         } else if constexpr (std::is_same_v<Codec, Fourth8>) {
-          const float chance = by_chance ? static_cast<float>(drawn[k]) * 0x1p-16f : 0.5f;
           nexus::encode(share, rough_root(rough_root(share)), chance, out);
         } else if constexpr (std::is_same_v<Codec, BFloat16>) {
           by_chance ? nexus::encode(from[k], drawn[k], out) : nexus::encode(from[k], out);

@@ -9,12 +9,10 @@ namespace {
 // Whether every stream is aligned to 16 bytes.
 __device__ bool is_aligned(const Work& work) {
   const TensorRecord& record = *work.record;
-  const auto addresses = reinterpret_cast<uintptr_t>(work.pointers.param) |
-                         reinterpret_cast<uintptr_t>(work.pointers.grad) |
-                         reinterpret_cast<uintptr_t>(record.master_low) |
-                         reinterpret_cast<uintptr_t>(record.exp_avg) |
-                         reinterpret_cast<uintptr_t>(record.exp_avg_sq) |
-                         reinterpret_cast<uintptr_t>(record.max_exp_avg_sq);
+  const auto addresses =
+      reinterpret_cast<uintptr_t>(work.pointers.param) | reinterpret_cast<uintptr_t>(work.pointers.grad) |
+      reinterpret_cast<uintptr_t>(record.master_low) | reinterpret_cast<uintptr_t>(record.exp_avg) |
+      reinterpret_cast<uintptr_t>(record.exp_avg_sq) | reinterpret_cast<uintptr_t>(record.max_exp_avg_sq);
   return addresses % 16 == 0;
 }
 
@@ -31,8 +29,10 @@ struct Known {
   static constexpr DType master_low_dtype = kEncoding.master_low;
   static constexpr DType exp_avg_dtype = kEncoding.exp_avg;
   static constexpr DType exp_avg_sq_dtype = kEncoding.exp_avg_sq;
-  static constexpr bool kHasFloats = kEncoding.param == DType::kFloat32 || kEncoding.exp_avg == DType::kFloat32;
-  static constexpr int kCount = kHasFloats ? 4 : 8;  // of a turn: at most 16 bytes of any stream but the gradient
+  static constexpr bool kHasFloats =
+      kEncoding.param == DType::kFloat32 || kEncoding.exp_avg == DType::kFloat32;
+  static constexpr int kCount =
+      kHasFloats ? 4 : 8;  // of a turn: at most 16 bytes of any stream but the gradient
   static constexpr int kTurns = 8 / kCount;
   static constexpr bool kInTurn = true;
   static constexpr bool amsgrad = false;
@@ -105,7 +105,8 @@ struct EncodedStreams : How {
         param(part(work.pointers.param, How::param_dtype, work)),
         grad(part(work.pointers.grad, How::grad_dtype(), work)),
         master_low(part(work.record->master_low, How::master_low_dtype, work)),
-        exp_avg{part(work.record->exp_avg, How::exp_avg_dtype, work), scales(work.record->exp_avg_scale, work)},
+        exp_avg{part(work.record->exp_avg, How::exp_avg_dtype, work),
+                scales(work.record->exp_avg_scale, work)},
         exp_avg_sq{part(work.record->exp_avg_sq, How::exp_avg_sq_dtype, work),
                    scales(work.record->exp_avg_sq_scale, work)},
         max_exp_avg_sq{part(work.record->max_exp_avg_sq, How::exp_avg_sq_dtype, work),
@@ -170,12 +171,13 @@ struct EncodedElements {
     }
     const auto numbers = [&](Rounded stream) {
       return [&s, i, stream] {
-        return Numbers<kCount>::template of<How::kInTurn>(s.chance, stream, s.first + static_cast<uint64_t>(i));
+        return Numbers<kCount>::template of<How::kInTurn>(s.chance, stream,
+                                                          s.first + static_cast<uint64_t>(i));
       };
     };
     const int n = s.left(i);
     encode_param(s, p, numbers(kRoundedParam));
-    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(kRoundedExpAvg));
+    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
     // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
     const bool by_chance = s.by_chance || s.exp_avg_sq_dtype == DType::kBFloat16;
     exp_avg_sq.encode(s.exp_avg_sq_dtype, v, n, by_chance, numbers(kRoundedExpAvgSq));

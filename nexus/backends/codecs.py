@@ -65,17 +65,17 @@ def encoded(moment: Tensor, dtype: torch.dtype, chance: Tensor | None = None) ->
     inverse = (_bits(1.0 / scale) + 1).view(torch.float32)  # so that the largest is 1 at least
     share = moment.abs() * inverse.repeat_interleave(SCALE_BLOCK)[: len(moment)]
     share = torch.where(share.isnan(), 0.0, share)  # of a block without a scale, every code is the least
-    if dtype == torch.int8:
-        code = (share.sqrt() * 127.0 + 0.5).floor().clamp(0.0, 127.0)
-        code = code + ((code < 127.0) & (_square((code + 0.5) * _INV_127) <= share)).float()
-        code = code - ((code > 0.0) & (_square((code - 0.5) * _INV_127) > share)).float()
-        return torch.where(moment < 0.0, -code, code).to(dtype), scale
     threshold = torch.full_like(share, 0.5) if chance is None else chance.float() * 2.0**-16
-    code = (share.sqrt().sqrt() * 255.0 + threshold).floor().clamp(1.0, 255.0)
+    if dtype == torch.int8:
+        code = (share.sqrt() * 127.0 + threshold).floor().clamp(0.0, 127.0)
+        code = code + ((code < 127.0) & (_square(((code + 1.0) - threshold) * _INV_127) <= share)).float()
+        code = code - ((code > 0.0) & (_square((code - threshold) * _INV_127) > share)).float()
+        return torch.where(moment < 0.0, -code, code).to(dtype), scale
+    code = (share.sqrt().sqrt() * 255.0 + threshold).floor().clamp(2.0, 255.0)
     above = ((code + 1.0) - threshold) * _INV_255
     code = code + ((code < 255.0) & (_square(_square(above)) <= share)).float()
     below = (code - threshold) * _INV_255
-    code = code - ((code > 1.0) & (_square(_square(below)) > share)).float()
+    code = code - ((code > 2.0) & (_square(_square(below)) > share)).float()
     return code.to(dtype), scale
 
 

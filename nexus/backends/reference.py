@@ -222,10 +222,13 @@ class _Streams:
 
     def put_moment(self, name: str, value: Tensor) -> None:
         stored = codecs.flat(self._state[name])
-        # To nearest, an average of squares in bfloat16 would freeze with a beta2 above 0.996.
-        frozen = stored.dtype == torch.bfloat16 and name != "exp_avg"
-        by_chance = frozen or (self._stochastic and stored.dtype in (torch.bfloat16, torch.uint8))
-        codes, scale = codecs.encoded(value, stored.dtype, self._chance_of(_STREAMS[name], by_chance))
+        # To nearest, an average of squares would follow no small change (in bfloat16 with a beta2 above 0.996), and
+        # a first moment in 8 bits would not come to rest, and move the weight for ever, where gradients are 0.
+        frozen = stored.dtype in codecs.SCALED or (stored.dtype == torch.bfloat16 and name != "exp_avg")
+        # In 8 bits, both are rounded by the second's numbers, which are drawn once.
+        stream = _STREAMS["exp_avg_sq" if stored.dtype == torch.int8 else name]
+        by_chance = frozen or (self._stochastic and stored.dtype == torch.bfloat16)
+        codes, scale = codecs.encoded(value, stored.dtype, self._chance_of(stream, by_chance))
         _assign(stored, codes, self._skip)
         if scale is not None:
             _assign(self._state[f"{name}_scale"], scale, self._skip)

@@ -180,7 +180,8 @@ def store_moment(
     codes, _ = moment
     _, i, count = place
     if codes.dtype.element_ty.primitive_bitwidth == 8:
-        _store_scaled(moment, place, value, chance, ROUNDED, STOCHASTIC, ALIGNED)
+        # The first moment's numbers are the second's, which are drawn once for both.
+        _store_scaled(moment, place, value, chance, max(ROUNDED, ROUNDED_EXP_AVG_SQ), ALIGNED)
     elif codes.dtype.element_ty == tl.bfloat16 and (STOCHASTIC or ROUNDED > ROUNDED_EXP_AVG):
         # To nearest, a second moment would freeze: what a step adds is less than half a unit.
         store(codes, i, count, _bfloat16_by_chance(value, _numbers(chance, place, ROUNDED)), ALIGNED)
@@ -189,9 +190,7 @@ def store_moment(
 
 
 @triton.jit
-def _store_scaled(
-    moment, place, value, chance, ROUNDED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
-):
+def _store_scaled(moment, place, value, chance, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr):
     codes, scales = moment
     offset, i, count = place
     BLOCK: tl.constexpr = i.shape[0]
@@ -207,29 +206,26 @@ def _store_scaled(
     inverse = (tl.div_rn(1.0, scale).to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
     share = tl.abs(value) * _spread(inverse, BLOCK)
     share = tl.where(share == share, share, 0.0)
-    if codes.dtype.element_ty == tl.int8:
-        code = _signed_code(value, share)
-    elif STOCHASTIC:
-        code = _code(share, _numbers(chance, place, ROUNDED).to(tl.int32).to(tl.float32) * (1 / 65536))
-    else:
-        code = _code(share, 0.5)
+    drawn = _numbers(chance, place, ROUNDED).to(tl.int32).to(tl.float32) * (1 / 65536)
+    code = _signed_code(value, share, drawn) if codes.dtype.element_ty == tl.int8 else _code(share, drawn)
     store(codes, i, count, code, ALIGNED)
 
 
 @triton.jit
-def _signed_code(value, share):
-    """The largest code whose number, less half a step, is at most `share`, with the sign of `value`."""
-    code = tl.minimum(127.0 * tl.sqrt(share), 126.0).to(tl.int32)  # or one less: any root will do
-    root = (code.to(tl.float32) + 0.5) * _INV_127
+def _signed_code(value, share, chance):
+    """The largest code whose number, less `chance` of a step, is at most `share`, with the sign of `value`."""
+    rough = 127.0 * tl.sqrt(share) + (chance - 0.5)  # any root will do
+    code = tl.minimum(tl.maximum(rough, 0.0), 126.0).to(tl.int32)  # or one less
+    root = ((code + 1).to(tl.float32) - chance) * _INV_127
     code += (root * root <= share).to(tl.int32)
     return tl.where(value < 0.0, -code, code)
 
 
 @triton.jit
 def _code(share, chance):
-    """The largest code, from 1 on, whose number, less `chance` of a step, is at most `share`."""
+    """The largest code, from 2 on, whose number, less `chance` of a step, is at most `share`."""
     rough = 255.0 * tl.sqrt(tl.sqrt(share)) + (chance - 0.5)
-    code = tl.minimum(tl.maximum(rough, 1.0), 254.0).to(tl.int32)
+    code = tl.minimum(tl.maximum(rough, 2.0), 254.0).to(tl.int32)
     root = ((code + 1).to(tl.float32) - chance) * _INV_255
     square = root * root
     return code + (square * square <= share).to(tl.int32)

@@ -11,62 +11,39 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nexus.backends.codecs import SCALE_BLOCK
 from nexus.backends.interface import HISTORY_COLUMNS
-from nexus.backends.records import DTYPES, layout
-from nexus.backends.triton_codecs import (
-    ROUNDED_EXP_AVG,
-    ROUNDED_EXP_AVG_SQ,
-    ROUNDED_MAX_EXP_AVG_SQ,
-    load,
-    load_moment,
-    load_param,
-    store_moment,
-    store_param,
-    stream_at,
+from nexus.backends.records import layout
+from nexus.backends.triton_codecs import load, stream_at
+from nexus.backends.triton_math import bias_correction, evaluate_schedule
+from nexus.backends.triton_update import update
+from nexus.backends.triton_words import (
+    CHUNK_WORDS,
+    COEFFICIENT_WORDS,
+    DTYPES,
+    GRAD_WORD,
+    GROUP_AND_KIND_WORD,
+    RECORD_WORDS,
+    STEP_WORD,
+    word,
 )
-from nexus.backends.triton_math import adamw, bias_correction, evaluate_schedule
-from nexus.backends.triton_tables import CHUNK, COEFFICIENTS
 
+__all__ = ["evaluate", "norm", "norm_total", "prologue", "update"]
 
-def _word(record, field):
-    """Where a field stands, in words."""
-    return tl.constexpr(layout(record).offset(field) // 8)
-
-
-_RECORD_WORDS = tl.constexpr(layout("TensorRecord").words)
-_PARAM = _word("TensorRecord", "param")
-_GRAD = _word("TensorRecord", "grad")
-_EXP_AVG = _word("TensorRecord", "exp_avg")
-_EXP_AVG_SQ = _word("TensorRecord", "exp_avg_sq")
-_MAX_EXP_AVG_SQ = _word("TensorRecord", "max_exp_avg_sq")
-_MASTER_LOW = _word("TensorRecord", "master_low")
-_EXP_AVG_SCALE = _word("TensorRecord", "exp_avg_scale")
-_EXP_AVG_SQ_SCALE = _word("TensorRecord", "exp_avg_sq_scale")
-_MAX_EXP_AVG_SQ_SCALE = _word("TensorRecord", "max_exp_avg_sq_scale")
-_STEP = _word("TensorRecord", "step")
-_FIRST = _word("TensorRecord", "first")
-_ORDINAL = _word("TensorRecord", "ordinal")
-_GROUP_AND_KIND = _word("TensorRecord", "group")  # an int32 each, the kind as the place
 _GROUP_WORDS = tl.constexpr(layout("Group").words)
-_WEIGHT_DECAY = _word("Group", "weight_decay.value")
-_BETA1 = _word("Group", "beta1")
-_BETA2 = _word("Group", "beta2")
-_EPS = _word("Group", "eps")
-_MAX_GRAD_NORM = _word("Group", "max_grad_norm")
-_MAXIMIZE = _word("Group", "maximize")
-_VALUE = _word("Rate", "value")
-_TENSOR = _word("Rate", "tensor")
-_IS_FLOAT64 = _word("Rate", "is_float64")
-_TABLE = _word("Rate", "table")
-_ROWS = _word("Rate", "rows")
-_SCALE = _word("Rate", "scale")
-_LAST = _word("Rate", "last")
-_CHUNK_WORDS = tl.constexpr(len(CHUNK))
-_COEFFICIENTS = tl.constexpr(len(COEFFICIENTS))
+_WEIGHT_DECAY = word("Group", "weight_decay.value")
+_BETA1 = word("Group", "beta1")
+_BETA2 = word("Group", "beta2")
+_EPS = word("Group", "eps")
+_MAX_GRAD_NORM = word("Group", "max_grad_norm")
+_MAXIMIZE = word("Group", "maximize")
+_VALUE = word("Rate", "value")
+_TENSOR = word("Rate", "tensor")
+_IS_FLOAT64 = word("Rate", "is_float64")
+_TABLE = word("Rate", "table")
+_ROWS = word("Rate", "rows")
+_SCALE = word("Rate", "scale")
+_LAST = word("Rate", "last")
 _HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
-_SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
-_DTYPES = tl.constexpr(tuple(getattr(tl, str(dtype).removeprefix("torch.")) for dtype in DTYPES))
 
 
 @triton.jit
@@ -134,14 +111,14 @@ def _sum_chunk(address, begin, count, out, dtype: tl.constexpr, BLOCK: tl.conste
 def norm(chunks, records, partial_sums, KINDS: tl.constexpr):
     """The sum of squares of the gradient in one chunk, in float64. A program for each chunk of the model."""
     index = tl.program_id(0).to(tl.int64)
-    chunk = chunks + index * _CHUNK_WORDS
-    record = records + tl.load(chunk + 2) * _RECORD_WORDS
-    grad = tl.load(record + _GRAD)
+    chunk = chunks + index * CHUNK_WORDS
+    record = records + tl.load(chunk + 2) * RECORD_WORDS
+    grad = tl.load(record + GRAD_WORD)
     count = tl.where(grad != 0, tl.load(chunk + 1), 0).to(tl.int32)
-    kind = tl.load(record + _GROUP_AND_KIND) >> 32
+    kind = tl.load(record + GROUP_AND_KIND_WORD) >> 32
     for j in tl.static_range(len(KINDS)):
         if kind == j:
-            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, _DTYPES[KINDS[j][1]], 2 * KINDS[j][7])
+            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, DTYPES[KINDS[j][1]], 2 * KINDS[j][7])
 
 
 @triton.jit(do_not_specialize=["partial_sums", "count", "sum_of_squares"])
@@ -236,9 +213,9 @@ def prologue(
             offset += BLOCK
     else:
         i = (program - 1).to(tl.int64) * BLOCK + lanes
-        record = records + i * _RECORD_WORDS
-        mask = (i < record_count) & (tl.load(record + _GRAD, mask=i < record_count, other=0) != 0)
-        group = groups + (tl.load(record + _GROUP_AND_KIND, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
+        record = records + i * RECORD_WORDS
+        mask = (i < record_count) & (tl.load(record + GRAD_WORD, mask=i < record_count, other=0) != 0)
+        group = groups + (tl.load(record + GROUP_AND_KIND_WORD, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
         lr = _rates(group, t, mask)
         weight_decay = _rates(group + _WEIGHT_DECAY, t, mask)
         beta1 = _float64(group + _BETA1, mask)
@@ -246,9 +223,9 @@ def prologue(
         multiplier = 1.0 / (tl.zeros_like(lr) + scale.to(tl.float64))
         multiplier *= _clip(_float64(group + _MAX_GRAD_NORM, mask), total_norm)
         multiplier = tl.where(tl.load(group + _MAXIMIZE, mask=mask, other=0) != 0, -multiplier, multiplier)
-        step = tl.load(record + _STEP, mask=mask, other=0).to(tl.pointer_type(tl.float64))
+        step = tl.load(record + STEP_WORD, mask=mask, other=0).to(tl.pointer_type(tl.float64))
         count = tl.load(step, mask=mask, other=0.0) + 1
-        row = coefficients + i * _COEFFICIENTS
+        row = coefficients + i * COEFFICIENT_WORDS
         tl.store(row, multiplier, mask=mask)
         tl.store(row + 1, lr * weight_decay, mask=mask)
         tl.store(row + 2, 1.0 - beta1, mask=mask)
@@ -258,184 +235,6 @@ def prologue(
         tl.store(row + 6, 1.0 / tl.sqrt(bias_correction(beta2, count)), mask=mask)
         tl.store(row + 7, _float64(group + _EPS, mask), mask=mask)
         tl.store(row + 8, count, mask=mask)
-
-
-@triton.jit
-def _update_block(
-    streams,
-    place,
-    coefficients,
-    chance,
-    T: tl.constexpr,
-    HAS_MASTER: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    ALIGNED: tl.constexpr,
-):
-    params, lows, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = streams
-    _, i, count = place
-    param = load_param(params, lows, place, T, HAS_MASTER, ALIGNED)
-    grad = load(grads, i, count, T, ALIGNED)
-    exp_avg = load_moment(exp_avgs, place, T, ALIGNED)
-    exp_avg_sq = load_moment(exp_avg_sqs, place, T, ALIGNED)
-    max_exp_avg_sq = exp_avg_sq
-    if AMSGRAD:
-        max_exp_avg_sq = load_moment(max_exp_avg_sqs, place, T, ALIGNED)
-    param, exp_avg, exp_avg_sq, max_exp_avg_sq = adamw(
-        param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRAD
-    )
-    store_param(params, lows, place, param, chance, HAS_MASTER, STOCHASTIC, ALIGNED)
-    store_moment(exp_avgs, place, exp_avg, chance, ROUNDED_EXP_AVG, STOCHASTIC, ALIGNED)
-    store_moment(exp_avg_sqs, place, exp_avg_sq, chance, ROUNDED_EXP_AVG_SQ, STOCHASTIC, ALIGNED)
-    if AMSGRAD:
-        store_moment(max_exp_avg_sqs, place, max_exp_avg_sq, chance, ROUNDED_MAX_EXP_AVG_SQ, STOCHASTIC, ALIGNED)
-
-
-@triton.jit
-def _moment(address, scales, begin, dtype: tl.constexpr):
-    """A moment from its element `begin` on, and its scales, whose address `scales` points to."""
-    return stream_at(address, begin, dtype), stream_at(tl.load(scales), begin // _SCALE_BLOCK, tl.float32)
-
-
-@triton.jit
-def _update_chunk(
-    record,
-    begin,
-    count,
-    row,
-    seed,
-    PARAM: tl.constexpr,
-    GRAD: tl.constexpr,
-    EXP_AVG: tl.constexpr,
-    EXP_AVG_SQ: tl.constexpr,
-    MASTER_LOW: tl.constexpr,
-    AMSGRAD: tl.constexpr,
-    STOCHASTIC: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    T: tl.constexpr = PARAM if tl.float64 == PARAM else tl.float32
-    HAS_MASTER: tl.constexpr = MASTER_LOW >= 0
-    param_address = tl.load(record + _PARAM)
-    low_address = tl.load(record + _MASTER_LOW)
-    grad_address = tl.load(record + _GRAD)
-    exp_avg_address = tl.load(record + _EXP_AVG)
-    exp_avg_sq_address = tl.load(record + _EXP_AVG_SQ)
-    max_address = tl.load(record + _MAX_EXP_AVG_SQ)
-    streams = (
-        stream_at(param_address, begin, PARAM),
-        stream_at(low_address, begin, _DTYPES[MASTER_LOW]),
-        stream_at(grad_address, begin, GRAD),
-        _moment(exp_avg_address, record + _EXP_AVG_SCALE, begin, EXP_AVG),
-        _moment(exp_avg_sq_address, record + _EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
-        _moment(max_address, record + _MAX_EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
-    )
-    # Chunks begin at multiples of 16 elements: a stream is aligned where its tensor is.
-    addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address | max_address
-    if HAS_MASTER:
-        addresses |= low_address
-    full = tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
-    coefficients = (
-        tl.load(row).to(T),
-        tl.load(row + 1).to(T),
-        tl.load(row + 2).to(T),
-        tl.load(row + 3).to(T),
-        tl.load(row + 4).to(T),
-        tl.load(row + 5).to(T),
-        tl.load(row + 6).to(T),
-        tl.load(row + 7).to(T),
-    )
-    ordinal = tl.load(record + _ORDINAL).to(tl.uint32)
-    chance = (seed, ordinal, tl.load(row + 8).to(tl.int64).to(tl.uint32), tl.load(record + _FIRST) + begin)
-    offsets = tl.arange(0, BLOCK)
-    offset = tl.zeros_like(count)
-    while offset < full:
-        _update_block(
-            streams, (offset, offset + offsets, count), coefficients, chance, T, HAS_MASTER, AMSGRAD, STOCHASTIC, True
-        )
-        offset += BLOCK
-    while offset < count:
-        _update_block(
-            streams,
-            (offset, offset + offsets, count),
-            coefficients,
-            chance,
-            T,
-            HAS_MASTER,
-            AMSGRAD,
-            STOCHASTIC,
-            False,
-        )
-        offset += BLOCK
-
-
-@triton.jit(
-    do_not_specialize=[
-        "chunks",
-        "records",
-        "coefficients",
-        "skip",
-        "completed",
-        "skipped",
-        "advances",
-        "history_count",
-        "seed",
-    ]
-)
-def update(
-    chunks,
-    records,
-    coefficients,
-    skip,
-    completed,
-    skipped,
-    advances: tl.int64,
-    history_count: tl.int64,
-    seed: tl.int64,
-    KINDS: tl.constexpr,
-):
-    """Update one chunk of a tensor and, in its first, the tensor's counter. A program for each chunk of the model.
-
-    `KINDS` has each `Kind` that occurs in the model, in the order of the records' `kind`.
-    """
-    index = tl.program_id(0).to(tl.int64)
-    skips = tl.load(skip) != 0
-    if (index == 0) & (advances != 0):
-        counter = completed
-        if skips:
-            counter = skipped
-        tl.store(counter, tl.load(counter) + 1)
-        if history_count != 0:
-            rows_written = history_count.to(tl.int64).to(tl.pointer_type(tl.int64))
-            tl.store(rows_written, tl.load(rows_written) + 1)
-    if skips == 0:
-        chunk = chunks + index * _CHUNK_WORDS
-        begin = tl.load(chunk)
-        count = tl.load(chunk + 1).to(tl.int32)  # at most CHUNK_ELEMENTS
-        tensor = tl.load(chunk + 2)
-        record = records + tensor * _RECORD_WORDS
-        if tl.load(record + _GRAD) != 0:
-            if begin == 0:
-                step = tl.load(record + _STEP).to(tl.pointer_type(tl.float64))
-                tl.store(step, tl.load(step) + 1)
-            kind = tl.load(record + _GROUP_AND_KIND) >> 32
-            row = coefficients + tensor * _COEFFICIENTS
-            for j in tl.static_range(len(KINDS)):
-                if kind == j:
-                    _update_chunk(
-                        record,
-                        begin,
-                        count,
-                        row,
-                        seed,
-                        _DTYPES[KINDS[j][0]],
-                        _DTYPES[KINDS[j][1]],
-                        _DTYPES[KINDS[j][2]],
-                        _DTYPES[KINDS[j][3]],
-                        KINDS[j][4],
-                        KINDS[j][5],
-                        KINDS[j][6],
-                        KINDS[j][7],
-                    )
 
 
 @triton.jit(do_not_specialize=["segments", "rows", "steps", "count", "out"])

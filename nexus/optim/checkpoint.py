@@ -80,6 +80,9 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
 def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> dict[str, Any]:
     saved = dict(group)
     saved["params"] = [indices[id(param)] for param in group["params"]]
+    for name in STORAGE_DEFAULTS:
+        if isinstance(group[name], torch.dtype):
+            saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
     for name in SCHEDULABLE:
         if type(group[name]) is float:
             continue

@@ -70,7 +70,7 @@ class FusedAdamW(Optimizer):
         exp_avg_sq_dtype: the same for the second moment: `torch.float32`, `torch.bfloat16` or `torch.uint8`. Tensors
             of fewer than 4,096 elements have float32 moments in any case.
         stochastic_rounding: what is stored with fewer bits than it is computed in is rounded up or down by chance,
-            in proportion: bfloat16 parameters and moments, and second moments in 8 bits.
+            in proportion: bfloat16 parameters and first moments. The other moments in fewer bits always are.
         seed: of that chance, an int in [0, 2**63). The same seed gives the same bits, on any device, by any number
             of threads or processes.
 

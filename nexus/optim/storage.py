@@ -66,6 +66,8 @@ def check_choice(name: str, value: Any) -> Any:
         TypeError, ValueError: naming the option, what was given and what is allowed.
     """
     allowed = CHOICES[name]
+    if isinstance(value, str):  # of a state dict, whose groups some wrappers write back
+        value = next((each for each in allowed if isinstance(each, torch.dtype) and str(each) == value), value)
     if not isinstance(value, (bool, Tensor)) and hasattr(value, "__index__"):
         value = int(value)  # of any library
     if not any(type(value) is type(each) and value == each for each in allowed):

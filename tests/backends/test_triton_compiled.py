@@ -19,6 +19,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compiled")]  # o
 # float32, 64 at most with amsgrad; 72 for half precision (92 on sm_80), 92 for float64, 96 for several at once.
 MOST_REGISTERS = {"float32": 56, "float32 amsgrad": 64}
 MOST_REGISTERS_OF_OTHERS = 96
+# State in fewer bits: 12 warps at 168. The last has several at once.
+MOST_REGISTERS |= {
+    "float32, 8 bits": 72,
+    "bfloat16 + 24, 8 bits": 128,
+    "bfloat16 + 32, bfloat16": 168,
+    "all by chance": 232,
+}
 # Accesses of 128 bits in the aligned loop, of the parameter, the gradient and the moments: loads and stores.
 WIDE = {
     "float32": (4, 3),
@@ -28,7 +35,14 @@ WIDE = {
     "float16": (2 + 4, 1 + 4),
     "float64": (5, 4),  # with amsgrad
     "mixed": (4 + 6, 3 + 5),
+    # Where a stream is in 8 bits, the accesses to it are narrower.
+    "float32, 8 bits": (2, 1),
+    "bfloat16 + 24, 8 bits": (2, 1),
+    "bfloat16 + 32, bfloat16": (5, 4),
+    "all by chance": (2 + 4, 1 + 3),
 }
+# Codes of 8 bits are decided by comparison, between two that a rough root yields.
+ROUGH = ("float32, 8 bits", "bfloat16 + 24, 8 bits", "all by chance")
 
 
 @pytest.fixture(scope="module")
@@ -65,11 +79,10 @@ def wide(accesses: list[str]) -> int:
 
 def test_no_register_is_spilled(found: dict[str, Any]) -> None:
     for name in ("update", "norm", "norm_total"):
+        most = MOST_REGISTERS if name == "update" else {}
         for what, kernel in kernels(found, name):
             assert kernel["local_bytes"] == 0, (what, kernel)
-            assert kernel["registers"] <= MOST_REGISTERS_OF_OTHERS, (what, kernel)
-    for what, kernel in kernels(found, "update"):
-        assert kernel["registers"] <= MOST_REGISTERS.get(what, MOST_REGISTERS_OF_OTHERS), (what, kernel)
+            assert kernel["registers"] <= most.get(what, MOST_REGISTERS_OF_OTHERS), (what, kernel)
     for name in ("prologue", "evaluate"):  # where the cosine of a large number would need a table of its own
         for what, kernel in kernels(found, name):
             assert kernel["local_bytes"] <= 48, (what, kernel)
@@ -78,6 +91,7 @@ def test_no_register_is_spilled(found: dict[str, Any]) -> None:
 def test_an_update_is_rounded_as_the_other_backends_round(found: dict[str, Any]) -> None:
     for what, kernel in kernels(found, "update"):
         bits = 64 if what == "float64" else 32
-        assert kernel["arithmetic"] == [f"div.rn.f{bits}", f"sqrt.rn.f{bits}"], (what, kernel)  # and no fma
+        rough = ["sqrt.approx.ftz.f32"] if what in ROUGH else []
+        assert kernel["arithmetic"] == [f"div.rn.f{bits}", *rough, f"sqrt.rn.f{bits}"], (what, kernel)  # and no fma
     for what, kernel in [*kernels(found, "prologue"), *kernels(found, "evaluate")]:
         assert kernel["arithmetic"] == ["div.rn.f64", "fma.rn.f64", "sqrt.rn.f64"], (what, kernel)  # fma: in cos

@@ -62,8 +62,8 @@ def test_codes_are_the_rounded_roots() -> None:
     assert (codes.tolist(), scale.tolist()) == ([127, -32, 0, 0], [1.0])
     assert oracle.decode_int8(codes, scale).tolist() == pytest.approx([1.0, -((32 / 127) ** 2), 0.0, 0.0])
     codes, scale = oracle.encode_uint8(np.array([1.0, 1 / 81, 1e-12, 0.0], dtype=np.float32))
-    assert codes.tolist() == [255, 85, 1, 1]
-    assert oracle.decode_uint8(codes, scale).tolist() == pytest.approx([1.0, 1 / 81, 255**-4, 255**-4])
+    assert codes.tolist() == [255, 85, 2, 2]
+    assert oracle.decode_uint8(codes, scale).tolist() == pytest.approx([1.0, 1 / 81, (2 / 255) ** 4, (2 / 255) ** 4])
 
 
 @pytest.mark.parametrize("largest", [1e-27, 1.0, 3e38])
@@ -75,8 +75,9 @@ def test_codes_equal_the_roots_in_float64(largest: float) -> None:
     exact = values.astype(np.float64) / np.repeat(values[::128], 128)[: len(values)].astype(np.float64)
     for codes, roots in [
         (oracle.encode_int8(values)[0], 127 * exact**0.5 + 0.5),
-        (oracle.encode_uint8(values)[0], np.clip(255 * exact**0.25 + 0.5, 1, 255)),
-        (oracle.encode_uint8(values, chance)[0], np.clip(255 * exact**0.25 + chance / 2**16, 1, 255)),
+        (oracle.encode_int8(values, chance)[0], np.clip(127 * exact**0.5 + chance / 2**16, 0, 127)),
+        (oracle.encode_uint8(values)[0], np.clip(255 * exact**0.25 + 0.5, 2, 255)),
+        (oracle.encode_uint8(values, chance)[0], np.clip(255 * exact**0.25 + chance / 2**16, 2, 255)),
     ]:
         sure = np.abs(roots - np.round(roots)) > 1e-4
         assert sure.mean() > 0.98  # each block's largest is not

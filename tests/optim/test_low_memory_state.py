@@ -222,6 +222,19 @@ def test_a_parameter_that_the_user_writes_to(bits: int) -> None:
     assert bool(params[0].isfinite().all())
 
 
+def test_saved_groups_have_plain_types_and_can_be_written_back() -> None:
+    optimizer, params = trained(**SEVEN_BYTES)
+    saved = resaved(optimizer.state_dict())["param_groups"][0]
+    assert {type(value) for value in saved.values()} <= {int, float, str, bool, list, tuple, type(None)}
+    assert saved["exp_avg_dtype"] == "torch.int8"
+    other, own = copy.deepcopy((optimizer, params))
+    other.param_groups[0].update(saved | {"params": own})  # as ZeroRedundancyOptimizer does
+    go_on(optimizer, params)
+    go_on(other, own)
+    assert_same_state(other, optimizer)
+    assert other.param_groups[0]["exp_avg_dtype"] == torch.int8
+
+
 CHOICES = "None, torch.float32, torch.bfloat16 or torch."
 BAD_OPTIONS: list[tuple[torch.dtype, dict[str, Any], type[Exception], str]] = [
     (BF16, {"exp_avg_dtype": torch.uint8}, ValueError, f"exp_avg_dtype must be {CHOICES}int8, got torch.uint8"),

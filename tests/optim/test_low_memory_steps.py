@@ -10,12 +10,12 @@ import low_memory_oracle as oracle
 import numpy as np
 import pytest
 import torch
-from low_memory_cases import MODES, VALUES, WAYS, around_thresholds, optimizer_of, values
+from low_memory_cases import MODES, TRITON, VALUES, WAYS, around_thresholds, optimizer_of, values
 from low_memory_oracle import Array, Mode
 from references import LAYOUTS, params_of, same_bits, set_grads, snapshot, through_a_file
 from torch import Tensor
 
-from nexus.backends import codecs, sharding
+from nexus.backends import codecs, sharding, triton
 from nexus.optim import FusedAdamW
 
 SHAPES = [(16_384 + 130,), (7,), (0,), (), (67, 65), (32, 128)]
@@ -89,6 +89,16 @@ def test_updates_equal_the_oracle(name: str, option: str, way: str) -> None:
     params, rounds = started(name)
     optimizer = optimizer_of(way, parameters(params), MODES[name], lr=1e-2, seed=SEED, **OPTIONS[option])
     assert_equals_the_oracle(run(optimizer, rounds), expected(name, option))
+
+
+@pytest.mark.skipif(not TRITON, reason="Triton is not there, or runs on the GPU")
+@pytest.mark.parametrize("name", ["bf16 + 8, 8-bit moments by chance", "float32, bf16 and uint8"])
+def test_programs_of_many_blocks_equal_the_oracle(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    # As on a GPU: else, interpreted, a chunk is one block.
+    monkeypatch.setattr(triton, "block_elements", lambda param, grad: 4096)
+    params, rounds = started(name)
+    optimizer = optimizer_of("triton", parameters(params), MODES[name], lr=1e-2, seed=SEED, **OPTIONS["everything"])
+    assert_equals_the_oracle(run(optimizer, rounds), expected(name, "everything"))
 
 
 @ways

@@ -57,6 +57,28 @@ def test_second_moments_stay_right(name: str, fall: float) -> None:
 
 
 @modes
+def test_no_update_is_large(name: str) -> None:
+    sizes = (2.0 * torch.randn(NUMEL)).exp()
+    grads = (torch.randn(NUMEL) * sizes * (torch.rand(NUMEL) > 0.3) for _ in range(300))
+    largest = 0.0
+    for param, _ in trained(name, torch.zeros(NUMEL), grads, lr=1.0, weight_decay=0.0):
+        largest = max(largest, float(param.detach().abs().max()))
+        param.data.zero_()  # beside which every update is stored exactly enough
+    assert 1.0 <= largest <= 10.0
+
+
+@modes
+def test_a_weight_without_gradient_comes_to_rest(name: str) -> None:
+    # Among others that have one, which hold the scale of its block up. Of a second moment that fades, 1,000 steps.
+    idle = torch.arange(NUMEL) % 4 == 0
+    grads = (torch.randn(NUMEL) * ~(idle & (step > 50)) for step in range(1000))
+    steps = trained(name, torch.zeros(NUMEL), grads, lr=1e-3, betas=(0.9, 0.95), weight_decay=0.0)
+    kept = [weight(optimizer, param) for step, (param, optimizer) in enumerate(steps) if step in (299, 999)]
+    drift = (kept[1] - kept[0])[idle] / 1e-3
+    assert drift.square().mean().sqrt() < 1.0
+
+
+@modes
 def test_a_small_decay_is_not_lost(name: str) -> None:
     grads = (torch.randn(NUMEL) for _ in range(200))
     *_, (param, optimizer) = trained(name, torch.full((NUMEL,), START), grads, lr=1e-3, weight_decay=1e-2)

@@ -7,7 +7,7 @@ import math
 import os
 import re
 import runpy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +15,21 @@ import pytest
 import torch
 import torch.distributed as dist
 from distributed_cases import SCHEDULE, batch, loss_of, make_net, same_on_all_ranks
+from low_memory_cases import IN_TRAINERS, stored_dtypes
 from references import assert_same_run, same_bits, snapshot
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 from worlds import in_processes, launch
 
+from nexus.backends.sharding import local
+from nexus.optim import FusedAdamW
 from nexus.training.schedulers import WSDScheduler
 
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator, FullyShardedDataParallelPlugin
 from accelerate.optimizer import AcceleratedOptimizer
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DataLoaderConfiguration, DistributedType
 from accelerate_cases import (
     RATES,
@@ -210,6 +215,48 @@ def test_a_run_resumed_by_load_state_is_the_uninterrupted_one(
         assert first.accelerator.scaler.state_dict() == second.accelerator.scaler.state_dict()
 
 
+class Low:
+    """A prepared loop over weights that are stored in fewer bits."""
+
+    def __init__(self, accelerator: Accelerator, dtype: torch.dtype, options: dict[str, Any]) -> None:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Linear(64, 1)).to(dtype)
+        self.optimizer = FusedAdamW(model.parameters(), lr=SCHEDULE, **options)
+        self.accelerator = accelerator
+        self.model, self.prepared = accelerator.prepare(model, self.optimizer)
+
+    def train(self, steps: Iterable[int]) -> list[Tensor]:
+        """What it has, parameters and state, after these steps."""
+        for step in steps:
+            x = torch.randn(8, 64, generator=torch.Generator().manual_seed(step))
+            self.accelerator.backward(self.model(x.to(next(self.model.parameters()).dtype)).square().mean())
+            self.prepared.step()
+            self.prepared.zero_grad()
+        return [local(each) for each in snapshot(self.optimizer)]
+
+
+def assert_low_memory_state_is_resumed(
+    begin: Callable[[], Accelerator], folder: str, dtype: torch.dtype, options: dict[str, Any]
+) -> None:
+    first = Low(begin(), dtype, options)
+    first.train(range(5))
+    first.accelerator.save_state(folder)
+    expected = first.train(range(5, 9))
+    assert {each.dtype for each in expected} >= {dtype, *stored_dtypes(options)}
+    second = Low(begin(), dtype, options)
+    second.train(range(20, 22))
+    second.accelerator.load_state(folder)
+    assert same_bits(second.train(range(5, 9)), expected)
+
+
+@pytest.mark.parametrize(("dtype", "options"), IN_TRAINERS)
+def test_low_memory_state_is_resumed_bit_for_bit(dtype: torch.dtype, options: dict[str, Any], tmp_path: Path) -> None:
+    mixed = "bf16" if dtype == torch.float32 else "no"
+    assert_low_memory_state_is_resumed(
+        lambda: Accelerator(cpu=True, mixed_precision=mixed), str(tmp_path), dtype, options
+    )
+
+
 # Two processes.
 
 
@@ -253,20 +300,30 @@ def test_what_overflows_in_one_process_is_skipped_in_both() -> None:
     assert same_on_all_ranks(*snapshot(run.own))
 
 
+def fsdp2_accelerator() -> Accelerator:
+    """Accelerate swaps parameters for shards on GPUs alone. What it sets there does its work on the CPU as well."""
+    accelerator = Accelerator(cpu=True)
+    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
+        fsdp_version=2,
+        auto_wrap_policy="size_based_wrap",
+        min_num_params=10,
+        reshard_after_forward=True,
+        state_dict_type="SHARDED_STATE_DICT",
+    )
+    for shared in (AcceleratorState._shared_state, PartialState._shared_state):
+        shared["distributed_type"] = DistributedType.FSDP
+    os.environ["ACCELERATE_USE_FSDP"] = "true"
+    assert accelerator.is_fsdp2
+    return accelerator
+
+
 @pytest.mark.parametrize(("driver", "scaled"), [("inside", False), ("nexus", True)])
 @in_processes(2)
 @in_this_world()
 def test_fsdp2_by_accelerate_trains_as_one_process(driver: str, scaled: bool) -> None:
-    """Accelerate swaps parameters for shards on GPUs alone. What it sets there does its work on the CPU as well."""
-    accelerator = Accelerator(cpu=True)
+    accelerator = fsdp2_accelerator()
     if scaled:
         accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**20)  # in float64 a power of 2 is exact
-    accelerator.state.fsdp_plugin = FullyShardedDataParallelPlugin(
-        fsdp_version=2, auto_wrap_policy="size_based_wrap", min_num_params=10, reshard_after_forward=True
-    )
-    accelerator.state.distributed_type = DistributedType.FSDP
-    os.environ["ACCELERATE_USE_FSDP"] = "true"
-    assert accelerator.is_fsdp2
     run = Run(accelerator, driver, torch.float64, rows=ROWS // 2, lengthened=2)
     assert {type(param) for group in run.own.param_groups for param in group["params"]} == {DTensor}
     batches = list(run.loader)
@@ -277,6 +334,15 @@ def test_fsdp2_by_accelerate_trains_as_one_process(driver: str, scaled: bool) ->
     assert skipped == ([True, False] * UPDATES if scaled else [False] * UPDATES)
     assert run.rates == RATES
     assert_trained(run.model)
+
+
+@pytest.mark.parametrize(("dtype", "options"), IN_TRAINERS)
+@in_processes(2)
+@in_this_world()
+def test_low_memory_state_in_shards_is_resumed_bit_for_bit(
+    dtype: torch.dtype, options: dict[str, Any], tmp_path: Path
+) -> None:
+    assert_low_memory_state_is_resumed(fsdp2_accelerator, str(tmp_path), dtype, options)
 
 
 # The example.

@@ -113,8 +113,7 @@ class WatchedRunner(Runner):
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for entry in self._staged:
             entry.fetch()
-        for tensor, host in self._host_rates:
-            _fill_from_host(tensor, host)
+        self._bring_rates()
         assert self._plan is not None
         try:
             self._run(self._plan, grad_scale, found_inf)
@@ -125,6 +124,10 @@ class WatchedRunner(Runner):
         torch.autograd.graph.increment_version(self.records.written())
         for entry in self._staged:
             entry.put_back()
+
+    def _bring_rates(self) -> None:
+        for tensor, host in self._host_rates:
+            _fill_from_host(tensor, host)
 
     def _take_tensors(self, plan: Plan) -> None:
         """Take over a plan, which is in the records."""

@@ -20,6 +20,7 @@ from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine
 from nexus.training import StepInBackward, step_in_backward
 
+LAUNCH_FAILURE = 719
 RATES = (WSD(3, 4, 8, 0.5), Cosine(0.25, 12))
 
 
@@ -115,12 +116,16 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches_of_hooks(gpu: Shim, params: Iterable[nn.Parameter], grads: list[Tensor]) -> list[str]:
-    gpu.reset()
+def run_hooks(params: Iterable[nn.Parameter], grads: Iterable[Tensor]) -> None:
     for param, grad in zip(params, grads, strict=True):
         param.grad = grad
         for hook in param._post_accumulate_grad_hooks.values():
             hook(param)
+
+
+def launches_of_hooks(gpu: Shim, params: Iterable[nn.Parameter], grads: Iterable[Tensor]) -> list[str]:
+    gpu.reset()
+    run_hooks(params, grads)
     return [launch.kernel for launch in gpu.launches()]
 
 
@@ -177,4 +182,24 @@ def test_where_the_common_prologue_does_not_serve_each_update_has_its_own(gpu: S
         for param, grad in zip(plain, grads, strict=True):
             param.grad = grad
         plain_optimizer.step()
+    assert same_bits([*plain], [*ours])
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3], ids=["the prologue", "the first update", "the second update"])
+def test_a_launch_that_fails_changes_nothing_and_may_come_again(gpu: Shim, nth: int) -> None:
+    (plain, plain_optimizer), (ours, optimizer) = make(NAME), make(NAME)
+    step_in_backward(ours, optimizer)
+    for step in range(4):
+        for index, param in enumerate(ours):
+            grad = plain[index].grad = torch.full_like(param, 1.0 + step + index)
+            if step == 2 and index == nth // 3:
+                before = param.detach().clone()
+                gpu.fail(LAUNCH_FAILURE, nth - 2 * index)
+                with pytest.raises(RuntimeError, match="the prologue" if nth == 1 else "the update"):
+                    run_hooks([param], [grad])
+                assert torch.equal(param, before)
+                assert param.grad is not None
+            run_hooks([param], [grad])
+        plain_optimizer.step()
+        optimizer.step()
     assert same_bits([*plain], [*ours])

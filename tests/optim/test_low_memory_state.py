@@ -421,9 +421,7 @@ def test_what_is_offloaded_is_not_read() -> None:
     for tensor in (params[0], optimizer.state[params[0]]["exp_avg_scale"]):
         kept = tensor.untyped_storage().clone()
         tensor.untyped_storage().resize_(0)
-        with pytest.raises(
-            RuntimeError, match=r"cannot be decoded.* Bring back what was offloaded before state_dict"
-        ):
+        with pytest.raises(RuntimeError, match=r"cannot be decoded.* Bring back what was offloaded"):
             optimizer.state_dict()
         if tensor is params[0]:
             with pytest.raises(ValueError, match="has a master weight, and its parameter no memory: bring it back"):

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu import NAME
 from low_memory_oracle import SCALE_BLOCK, Array, Mode
 from torch import Tensor
 
@@ -59,6 +60,7 @@ def stored_dtypes(options: dict[str, Any]) -> set[torch.dtype]:
 WAYS = [
     *(f"native, {name}" for name in _native.instruction_sets()),
     "reference",
+    NAME,  # whose kernels run on the CPU, too
     pytest.param("triton", marks=pytest.mark.skipif(not TRITON, reason="Triton is not there, or runs on the GPU")),
 ]
 """To run an update: a backend, and of the native one an instruction set."""

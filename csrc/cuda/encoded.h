@@ -267,14 +267,14 @@ struct Moment {
   __device__ void encode(DType dtype, const float* from, int n, bool by_chance, const F& numbers) {
     with_moment(dtype, [&](auto codec) {
       using Codec = decltype(codec);
-      Numbers<kCount> drawn = {};
-      if (kHasScale<Codec> || (std::is_same_v<Codec, BFloat16> && by_chance)) {
-        drawn = numbers();
-      }
       float inverse = 0.0f;
       if constexpr (kHasScale<Codec>) {
         scale = scale_of_block<kCount>(from, n);
         inverse = inverse_of(scale);
+      }
+      Numbers<kCount> drawn = {};
+      if (kHasScale<Codec> || (std::is_same_v<Codec, BFloat16> && by_chance)) {
+        drawn = numbers();
       }
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {

@@ -1,6 +1,7 @@
 // Which kernel updates a tensor. Host and device.
 #pragma once
 
+#include <initializer_list>
 #include <utility>
 
 #include "../record.h"
@@ -10,20 +11,21 @@ namespace nexus::cuda {
 // How the state of a tensor is stored, where any of it has fewer bits than the arithmetic.
 struct Encoding {
   DType param;
+  DType grad;
   DType master_low;
   DType exp_avg;
   DType exp_avg_sq;
 };
 
-// Those that have a kernel of their own, without amsgrad and for gradients in float32 and bfloat16. Of all
-// others, and of what does not fill whole turns, one kernel finds out at each turn how it is stored.
+// Those that have a kernel of their own, without amsgrad. Of all others, and of what does not fill whole
+// turns, one kernel finds out at each turn how it is stored.
 constexpr Encoding kEncodings[] = {
-    {DType::kFloat32, DType::kOther, DType::kBFloat16, DType::kBFloat16},
-    {DType::kFloat32, DType::kOther, DType::kInt8, DType::kUInt8},
-    {DType::kBFloat16, DType::kInt16, DType::kFloat32, DType::kFloat32},
-    {DType::kBFloat16, DType::kInt16, DType::kBFloat16, DType::kBFloat16},
-    {DType::kBFloat16, DType::kUInt8, DType::kInt8, DType::kUInt8},
-    {DType::kBFloat16, DType::kOther, DType::kInt8, DType::kUInt8},
+    {DType::kFloat32, DType::kFloat32, DType::kOther, DType::kBFloat16, DType::kBFloat16},
+    {DType::kFloat32, DType::kFloat32, DType::kOther, DType::kInt8, DType::kUInt8},
+    {DType::kBFloat16, DType::kBFloat16, DType::kInt16, DType::kFloat32, DType::kFloat32},
+    {DType::kBFloat16, DType::kBFloat16, DType::kInt16, DType::kBFloat16, DType::kBFloat16},
+    {DType::kBFloat16, DType::kBFloat16, DType::kUInt8, DType::kInt8, DType::kUInt8},
+    {DType::kBFloat16, DType::kBFloat16, DType::kOther, DType::kInt8, DType::kUInt8},
 };
 using EncodingIndices = std::make_index_sequence<sizeof(kEncodings) / sizeof(Encoding)>;
 
@@ -35,17 +37,23 @@ NEXUS_FN constexpr int plain_kind(DType param, DType grad) {
   return static_cast<int>(param) * kFloatTypes + static_cast<int>(grad);
 }
 
+// All that makes the encoding, in one number.
+NEXUS_FN constexpr uint32_t packed(const Encoding& e) {
+  uint32_t number = 0;
+  for (const DType dtype : {e.param, e.grad, e.master_low, e.exp_avg, e.exp_avg_sq}) {
+    number = number << 4 | static_cast<uint32_t>(static_cast<int>(dtype) + 1);
+  }
+  return number;
+}
+
 template <size_t... kIndex>
 NEXUS_FN int encoding_of(const TensorRecord& tensor, std::index_sequence<kIndex...>) {
-  int found = kAnyEncoding;
-  const auto compare = [&](Encoding e, int index) {
-    if (tensor.param_dtype == e.param && tensor.master_low_dtype == e.master_low &&
-        tensor.exp_avg_dtype == e.exp_avg && tensor.exp_avg_sq_dtype == e.exp_avg_sq) {
-      found = kPlainKinds + index;
-    }
-  };
-  (compare(kEncodings[kIndex], static_cast<int>(kIndex)), ...);
-  return found;
+  const uint32_t found = packed({tensor.param_dtype, tensor.grad_dtype, tensor.master_low_dtype,
+                                 tensor.exp_avg_dtype, tensor.exp_avg_sq_dtype});
+  constexpr uint32_t kKnown[] = {packed(kEncodings[kIndex])...};
+  int kind = kAnyEncoding;
+  ((kind = found == kKnown[kIndex] ? kPlainKinds + static_cast<int>(kIndex) : kind), ...);
+  return kind;
 }
 
 NEXUS_FN int kind_of(const TensorRecord& tensor) {
@@ -56,9 +64,7 @@ NEXUS_FN int kind_of(const TensorRecord& tensor) {
       tensor.master_low_dtype == DType::kOther && !by_chance) {
     return plain_kind(tensor.param_dtype, tensor.grad_dtype);
   }
-  const bool is_usual = tensor.max_exp_avg_sq == nullptr &&
-                        (tensor.grad_dtype == DType::kFloat32 || tensor.grad_dtype == DType::kBFloat16);
-  return is_usual ? encoding_of(tensor, EncodingIndices()) : kAnyEncoding;
+  return tensor.max_exp_avg_sq == nullptr ? encoding_of(tensor, EncodingIndices()) : kAnyEncoding;
 }
 
 // Which kinds the tensors of a table have.

@@ -6,36 +6,32 @@
 
 namespace nexus::cuda {
 
-// What a block is to update.
-struct Work {
-  const TensorRecord* record;  // null: nothing
-  TensorPointers pointers;
-  Chunk chunk;
-};
-
-// The one launch that `advances` moves the counters, too.
-__device__ inline Work work_of_block(const Table& table, const StepState& state, bool advances) {
+// Whether this block updates anything. The one launch that `advances` moves the counters, too.
+__device__ inline bool has_work(const Table& table, const StepState& state, bool advances) {
   const bool skip = table.header->skip != 0;
   if (advances && blockIdx.x == 0 && threadIdx.x == 0) {
     ++*(skip ? state.skipped : state.completed);
     advance(state.history);
   }
-  Work work = {};
-  if (skip || blockIdx.x >= table.chunk_count) {
-    return work;
-  }
-  work.chunk = table.chunks[blockIdx.x];
-  work.pointers = pointers_of(table, work.chunk.tensor);
-  if (work.pointers.grad != nullptr) {
-    work.record = &table.tensors[work.chunk.tensor];
-  }
-  return work;
+  return !skip && blockIdx.x < table.chunk_count;
 }
+
+// What this block updates, unless the gradient is null.
+struct Work {
+  Chunk chunk;
+  const TensorRecord& record;
+  TensorPointers pointers;
+
+  __device__ explicit Work(const Table& table)
+      : chunk(table.chunks[blockIdx.x]),
+        record(table.tensors[chunk.tensor]),
+        pointers(pointers_of(table, chunk.tensor)) {}
+};
 
 // Counts the update of a tensor, by the block that has its first chunk.
 __device__ inline void count_update(const Work& work) {
   if (work.chunk.begin == 0 && threadIdx.x == 0) {
-    *global(work.record->step) += 1.0;
+    *global(work.record.step) += 1.0;
   }
 }
 

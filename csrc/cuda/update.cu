@@ -97,19 +97,22 @@ template <class P, class G>
 __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
     update_tensors(Table table, StepState state, int kind, bool advances) {
   using T = typename ArithmeticOf<P>::type;
-  const Work work = work_of_block(table, state, advances);
-  if (work.record == nullptr || kind_of(*work.record) != kind) {
+  if (!has_work(table, state, advances)) {
+    return;
+  }
+  const Work work(table);
+  const auto& [chunk, record, pointers] = work;
+  if (pointers.grad == nullptr || kind_of(record) != kind) {
     return;
   }
   count_update(work);
-  const auto& [record, pointers, chunk] = work;
   const Coefficients<T> c = of_type(table.coefficients[chunk.tensor], T());
   Streams<P, G, T> streams = {global(static_cast<P*>(pointers.param) + chunk.begin),
                               global(static_cast<const G*>(pointers.grad) + chunk.begin),
-                              global(static_cast<T*>(record->exp_avg) + chunk.begin),
-                              global(static_cast<T*>(record->exp_avg_sq) + chunk.begin), nullptr};
-  if (record->max_exp_avg_sq != nullptr) {
-    streams.max_exp_avg_sq = global(static_cast<T*>(record->max_exp_avg_sq) + chunk.begin);
+                              global(static_cast<T*>(record.exp_avg) + chunk.begin),
+                              global(static_cast<T*>(record.exp_avg_sq) + chunk.begin), nullptr};
+  if (record.max_exp_avg_sq != nullptr) {
+    streams.max_exp_avg_sq = global(static_cast<T*>(record.max_exp_avg_sq) + chunk.begin);
     update_chunk<true>(streams, chunk.count, c);
   } else {
     update_chunk<false>(streams, chunk.count, c);

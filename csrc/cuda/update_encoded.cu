@@ -8,7 +8,7 @@ namespace {
 
 // Whether every stream is aligned to 16 bytes.
 __device__ bool is_aligned(const Work& work) {
-  const TensorRecord& record = *work.record;
+  const TensorRecord& record = work.record;
   const auto addresses =
       reinterpret_cast<uintptr_t>(work.pointers.param) | reinterpret_cast<uintptr_t>(work.pointers.grad) |
       reinterpret_cast<uintptr_t>(record.master_low) | reinterpret_cast<uintptr_t>(record.exp_avg) |
@@ -18,7 +18,7 @@ __device__ bool is_aligned(const Work& work) {
 
 // Of a known encoding, 256 elements fill a warp's turns, and 8 share a draw.
 __device__ bool has_whole_turns(const Work& work) {
-  return is_aligned(work) && work.chunk.count % 256 == 0 && work.record->first % kDrawn == 0;
+  return is_aligned(work) && work.chunk.count % 256 == 0 && work.record.first % kDrawn == 0;
 }
 
 // An encoding that the compiler knows, of a chunk of whole turns.
@@ -26,65 +26,61 @@ template <int kIndex>
 struct Known {
   static constexpr Encoding kEncoding = kEncodings[kIndex];
   static constexpr DType param_dtype = kEncoding.param;
+  static constexpr DType grad_dtype = kEncoding.grad;
   static constexpr DType master_low_dtype = kEncoding.master_low;
   static constexpr DType exp_avg_dtype = kEncoding.exp_avg;
   static constexpr DType exp_avg_sq_dtype = kEncoding.exp_avg_sq;
   static constexpr bool kHasFloats =
       kEncoding.param == DType::kFloat32 || kEncoding.exp_avg == DType::kFloat32;
-  static constexpr int kCount =
-      kHasFloats ? 4 : 8;  // of a turn: at most 16 bytes of any stream but the gradient
-  static constexpr int kTurns = 8 / kCount;
+  static constexpr int kCount = kHasFloats ? 4 : 8;  // of a turn: at most 16 bytes of any stream
+  static constexpr int kTurns = 1;
+  static constexpr int kBlocks = 3;
   static constexpr bool kInTurn = true;
   static constexpr bool amsgrad = false;
   static constexpr bool aligned = true;
 
-  __device__ Known(const Work& work) : grad_is_float_(work.record->grad_dtype == DType::kFloat32) {}
+  __device__ explicit Known(const Work&) {}
 
   __device__ static bool takes(const Work& work) {
-    return kind_of(*work.record) == kPlainKinds + kIndex && has_whole_turns(work);
+    return kind_of(work.record) == kPlainKinds + kIndex && has_whole_turns(work);
   }
 
-  __device__ DType grad_dtype() const { return grad_is_float_ ? DType::kFloat32 : DType::kBFloat16; }
-
   // How many elements of a turn there are.
-  __device__ int left(int32_t) const { return kCount; }
-
- private:
-  bool grad_is_float_;
+  __device__ static int left(int32_t) { return kCount; }
 };
 
 // An encoding that the record tells, of a chunk of any size and place.
 struct Told {
   static constexpr int kCount = 4;
   static constexpr int kTurns = 1;
+  static constexpr int kBlocks = 2;
   static constexpr bool kInTurn = false;
   DType param_dtype;
+  DType grad_dtype;
   DType master_low_dtype;
   DType exp_avg_dtype;
   DType exp_avg_sq_dtype;
   bool amsgrad;
   bool aligned;
 
-  __device__ Told(const Work& work)
-      : param_dtype(work.record->param_dtype),
-        master_low_dtype(work.record->master_low_dtype),
-        exp_avg_dtype(work.record->exp_avg_dtype),
-        exp_avg_sq_dtype(work.record->exp_avg_sq_dtype),
-        amsgrad(work.record->max_exp_avg_sq != nullptr),
+  __device__ explicit Told(const Work& work)
+      : param_dtype(work.record.param_dtype),
+        grad_dtype(work.record.grad_dtype),
+        master_low_dtype(work.record.master_low_dtype),
+        exp_avg_dtype(work.record.exp_avg_dtype),
+        exp_avg_sq_dtype(work.record.exp_avg_sq_dtype),
+        amsgrad(work.record.max_exp_avg_sq != nullptr),
         aligned(is_aligned(work)),
-        grad_dtype_(work.record->grad_dtype),
         count_(work.chunk.count) {}
 
   __device__ static bool takes(const Work& work) {
-    const int kind = kind_of(*work.record);
+    const int kind = kind_of(work.record);
     return kind == kAnyEncoding || (kind >= kPlainKinds && !has_whole_turns(work));
   }
 
-  __device__ DType grad_dtype() const { return grad_dtype_; }
   __device__ int left(int32_t i) const { return count_ - i; }
 
  private:
-  DType grad_dtype_;
   int32_t count_;
 };
 
@@ -103,17 +99,17 @@ struct EncodedStreams : How {
   __device__ EncodedStreams(const Work& work, const Chance& drawn)
       : How(work),
         param(part(work.pointers.param, How::param_dtype, work)),
-        grad(part(work.pointers.grad, How::grad_dtype(), work)),
-        master_low(part(work.record->master_low, How::master_low_dtype, work)),
-        exp_avg{part(work.record->exp_avg, How::exp_avg_dtype, work),
-                scales(work.record->exp_avg_scale, work)},
-        exp_avg_sq{part(work.record->exp_avg_sq, How::exp_avg_sq_dtype, work),
-                   scales(work.record->exp_avg_sq_scale, work)},
-        max_exp_avg_sq{part(work.record->max_exp_avg_sq, How::exp_avg_sq_dtype, work),
-                       scales(work.record->max_exp_avg_sq_scale, work)},
-        by_chance(work.record->stochastic_rounding != 0),
+        grad(part(work.pointers.grad, How::grad_dtype, work)),
+        master_low(part(work.record.master_low, How::master_low_dtype, work)),
+        exp_avg{part(work.record.exp_avg, How::exp_avg_dtype, work),
+                scales(work.record.exp_avg_scale, work)},
+        exp_avg_sq{part(work.record.exp_avg_sq, How::exp_avg_sq_dtype, work),
+                   scales(work.record.exp_avg_sq_scale, work)},
+        max_exp_avg_sq{part(work.record.max_exp_avg_sq, How::exp_avg_sq_dtype, work),
+                       scales(work.record.max_exp_avg_sq_scale, work)},
+        by_chance(work.record.stochastic_rounding != 0),
         chance(drawn),
-        first(static_cast<uint64_t>(work.record->first + work.chunk.begin)) {}
+        first(static_cast<uint64_t>(work.record.first + work.chunk.begin)) {}
 
  private:
   // Where a chunk's part of a stream begins.
@@ -145,10 +141,10 @@ struct EncodedElements {
     if (s.master_low_dtype != DType::kOther) {
       master_low = fetch_words<kCount>(s.master_low, s.master_low_dtype, i, n, s.aligned);
     }
-    if (s.grad_dtype() == DType::kFloat64) {
+    if (s.grad_dtype == DType::kFloat64) {
       fetch_doubles(reinterpret_cast<const double*>(s.grad) + i, n);
     } else {
-      grad = fetch_words<kCount>(s.grad, s.grad_dtype(), i, n, s.aligned);
+      grad = fetch_words<kCount>(s.grad, s.grad_dtype, i, n, s.aligned);
     }
     exp_avg.fetch(s.exp_avg, s.exp_avg_dtype, i, n, s.aligned);
     exp_avg_sq.fetch(s.exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
@@ -160,7 +156,7 @@ struct EncodedElements {
   __device__ void update(const Streams& s, int32_t i, const Coefficients<float>& c) {
     float p[kCount], g[kCount], m[kCount], v[kCount], largest_v[kCount] = {};
     decode_param(s, p);
-    decode(grad, s.grad_dtype(), g);
+    decode(grad, s.grad_dtype, g);
     exp_avg.decode(s.exp_avg_dtype, m);
     exp_avg_sq.decode(s.exp_avg_sq_dtype, v);
     if (s.amsgrad) {
@@ -176,8 +172,8 @@ struct EncodedElements {
       };
     };
     const int n = s.left(i);
-    encode_param(s, p, numbers(kRoundedParam));
     exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
+    encode_param(s, p, numbers(kRoundedParam));
     // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
     const bool by_chance = s.by_chance || s.exp_avg_sq_dtype == DType::kBFloat16;
     exp_avg_sq.encode(s.exp_avg_sq_dtype, v, n, by_chance, numbers(kRoundedExpAvgSq));
@@ -283,15 +279,18 @@ struct EncodedElements {
 };
 
 template <class How>
-__global__ void __launch_bounds__(kThreads, 4)
+__global__ void __launch_bounds__(kThreads, How::kBlocks)
     update_encoded(Table table, StepState state, int, bool advances) {
-  const Work work = work_of_block(table, state, advances);
-  if (work.record == nullptr || !How::takes(work)) {
+  if (!has_work(table, state, advances)) {
+    return;
+  }
+  const Work work(table);
+  if (work.pointers.grad == nullptr || !How::takes(work)) {
     return;
   }
   count_update(work);
   const FloatRow& row = table.coefficients[work.chunk.tensor].as_float;
-  const EncodedStreams<How> streams(work, chance_of(*work.record, state.seed, row.step));
+  const EncodedStreams<How> streams(work, chance_of(work.record, state.seed, row.step));
   const Coefficients<float> c = row.coefficients;
   // The lanes of a warp stay together: blocks of a scale are whole, but for elements that are not there.
   const auto end = static_cast<int32_t>((work.chunk.count + kScaleBlock - 1) / kScaleBlock * kScaleBlock);

@@ -16,11 +16,13 @@ import pytest
 from cuda_shim.build import ROOT, imported
 
 ARCHS = ("80", "90", "100")
-SOURCES = {"update_tensors": "update", "sum_squares": "grad_norm"}
+SOURCES = {"update_tensors": "update", "update_encoded": "update_encoded", "sum_squares": "grad_norm"}
 
 THREADS = 256  # of a block
 REGISTERS = 65536  # of a multiprocessor
 SIZES = {"float": 4, "double": 8, "BFloat16": 2, "Float16": 2}
+# The encodings of kinds.h: bytes of an element of the parameter and its gradient, of its low bits, of each moment.
+ENCODED = {"0": (4, 0, 2), "1": (4, 0, 1), "2": (2, 2, 4), "3": (2, 2, 2), "4": (2, 1, 1), "5": (2, 0, 1)}
 WIDTHS = {2: ".U16", 4: "", 8: ".64", 16: ".128"}  # of an access, in bytes
 
 pytestmark = pytest.mark.xdist_group("cuda_compiled")  # one worker compiles
@@ -118,7 +120,7 @@ def kernel(signature, properties, code):
     name, _, types = re.search(r"(\w+)(<(.*?)>)?\((?!anonymous)", signature).groups()
     return Kernel(
         name,
-        tuple(re.findall(r"\w+(?=,|$)", types or "")),
+        tuple(re.findall(r"\w+(?=,|$|> $)", types or "")),
         int(re.search(r"Used (\d+) registers", properties)[1]),
         int(re.search(r"(\d+) bytes stack frame", properties)[1]),
         re.findall(r"\b((?:LD|ST|LDG|STG|LDL|STL)(?:\.\w+)*) [^;]*;", code),
@@ -155,7 +157,7 @@ def stretches(instructions):
 def test_registers_allow_the_occupancy_and_none_is_spilled(kernels, name, arch):
     for kernel in kernels[arch, name]:
         # Blocks that are to share a multiprocessor, so that enough loads are on their way at once.
-        blocks = 2 if "double" in kernel.types else 4
+        blocks = 2 if {"double", "Told"} & {*kernel.types} else 3 if name == "update_encoded" else 4
         assert kernel.registers <= REGISTERS // (THREADS * blocks), kernel
         assert kernel.local_bytes == 0, kernel
 
@@ -171,6 +173,24 @@ def test_the_update_loads_two_whole_turns_before_it_stores(kernels, arch):
             loads, stores = loop(*kernel.types, amsgrad, wide)
             found_loops = [(Counter(ls[-loads.total() :]), s) for ls, s in last]
             assert (loads, stores) in found_loops, (kernel, amsgrad, wide)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_update_of_an_encoding_loads_a_whole_turn_before_it_stores(kernels, arch):
+    """Of 16 bytes of its widest stream, in whole accesses, and of a scale for each moment in 8 bits."""
+    found = {kernel.types[0]: kernel for kernel in kernels[arch, "update_encoded"]}
+    assert {*found} == {*ENCODED, "Told"}
+    for index, (param, low, moment) in ENCODED.items():
+        elements = 16 // max(param, moment)
+        scales = [(4, 1)] * 2 if moment == 1 else []
+        written = [*((size, elements) for size in (param, low, moment, moment) if size), *scales]
+        stores = sum((accesses("STG", *each, 1) for each in written), Counter())
+        loads = sum((accesses("LDG", *each, 1) for each in [(param, elements), *written]), Counter())
+        last_loads, last_stores = stretches(found[index].accesses)[-1]
+        assert Counter(last_loads[-loads.total() :]) == loads, found[index]
+        # One lane writes a scale, from where it comes in more than one branch.
+        again = Counter({"STG.E": last_stores["STG.E"] - stores["STG.E"]}) if scales else Counter()
+        assert last_stores == stores + again, found[index]
 
 
 @pytest.mark.parametrize("arch", ARCHS)

@@ -37,38 +37,57 @@ struct Draw {
   uint32_t words[kDrawn / 2];
 };
 
-NEXUS_FN void multiply(uint32_t a, uint32_t b, uint32_t& high, uint32_t& low) {
-  const uint64_t product = static_cast<uint64_t>(a) * b;
-  high = static_cast<uint32_t>(product >> 32);
-  low = static_cast<uint32_t>(product);
-}
-
-// The draw for elements [8 * eighth, 8 * eighth + 8) of the whole tensor.
-NEXUS_FN Draw draw(const Chance& chance, Rounded stream, uint64_t eighth) {
-  uint32_t a = static_cast<uint32_t>(eighth);
-  uint32_t b = chance.ordinal;
-  uint32_t c = stream | static_cast<uint32_t>(eighth >> 32) << 8;
-  uint32_t d = chance.step;
-  uint32_t key_low = chance.seed_low;
-  uint32_t key_high = chance.seed_high;
-#ifndef __CUDACC__  // nvcc unrolls it unasked
-#pragma GCC unroll 10
-#endif
-  for (int round = 0; round < 10; ++round) {
-    uint32_t a_high, a_low, c_high, c_low;
-    multiply(a, 0xd2511f53u, a_high, a_low);
-    multiply(c, 0xcd9e8d57u, c_high, c_low);
-    a = c_high ^ b ^ key_low;
-    b = c_low;
-    c = a_high ^ d ^ key_high;
-    d = a_low;
-    key_low += 0x9e3779b9u;
-    key_high += 0xbb67ae85u;
-  }
-  return {{a, b, c, d}};
-}
-
 // The number of element k of a draw, in 16 bits.
 NEXUS_FN uint32_t number(const Draw& draw, int k) { return draw.words[k / 2] >> (k % 2 * 16) & 0xffffu; }
+
+// Four words of 32 bits: at first the place of a draw, at last its numbers. Of a Word, which is uint64_t or a
+// vector of such, the lower half counts, and the upper may have anything.
+template <class Word>
+struct Mixture {
+  Word a, b, c, d;
+};
+
+constexpr int kRounds = 10;
+
+struct Key {
+  uint64_t low, high;
+};
+
+NEXUS_FN Key key_of(const Chance& chance, int round) {
+  const auto i = static_cast<uint32_t>(round);
+  return {chance.seed_low + i * 0x9e3779b9u, chance.seed_high + i * 0xbb67ae85u};
+}
+
+// One round. `product` multiplies the lower half of each word by a number.
+#ifdef __CUDACC__
+#pragma nv_exec_check_disable
+#endif
+template <class Word, class F>
+NEXUS_FN void mix(Mixture<Word>& x, const Key& key, const F& product) {
+  const Word first = product(x.a, 0xd2511f53u);
+  const Word second = product(x.c, 0xcd9e8d57u);
+  x.a = (second >> 32) ^ x.b ^ key.low;
+  x.b = second;
+  x.c = (first >> 32) ^ x.d ^ key.high;
+  x.d = first;
+}
+
+// For elements [8 * eighth, 8 * eighth + 8) of the whole tensor.
+template <class Word>
+NEXUS_FN Mixture<Word> unmixed(const Chance& chance, Rounded stream, Word eighth) {
+  const Word none = eighth ^ eighth;
+  return {eighth, none + uint64_t{chance.ordinal}, (eighth >> 32 << 8) | uint64_t{stream},
+          none + uint64_t{chance.step}};
+}
+
+NEXUS_FN Draw draw(const Chance& chance, Rounded stream, uint64_t eighth) {
+  const auto product = [](uint64_t a, uint32_t b) { return uint64_t{static_cast<uint32_t>(a)} * b; };
+  Mixture<uint64_t> x = unmixed(chance, stream, eighth);
+  for (int round = 0; round < kRounds; ++round) {
+    mix(x, key_of(chance, round), product);
+  }
+  return {{static_cast<uint32_t>(x.a), static_cast<uint32_t>(x.b), static_cast<uint32_t>(x.c),
+           static_cast<uint32_t>(x.d)}};
+}
 
 }  // namespace nexus

@@ -84,18 +84,19 @@ NEXUS_FN float decoded(Float16 x) {
 NEXUS_FN void encode(float value, float& out) { out = value; }
 NEXUS_FN void encode(double value, double& out) { out = value; }
 
+// The upper half of `rounded`, or a quiet NaN with the payload's upper bits.
+NEXUS_FN uint16_t upper_half(float value, uint32_t rounded) {
+  return static_cast<uint16_t>((value != value ? bits_of_float(value) | 0x400000u : rounded) >> 16);
+}
+
 NEXUS_FN void encode(float value, BFloat16& out) {
   const uint32_t bits = bits_of_float(value);
-  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
-  const uint32_t nan = (bits >> 16) | 0x40u;  // quiet, with the payload's upper bits
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : rounded);
+  out.bits = upper_half(value, bits + 0x7fffu + ((bits >> 16) & 1u));
 }
 
 // `chance` of 65,536 decides between the numbers below and above: the mean is `value`.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& out) {
-  const uint32_t bits = bits_of_float(value);
-  const uint32_t nan = (bits >> 16) | 0x40u;
-  out.bits = static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? nan : (bits + chance) >> 16);
+  out.bits = upper_half(value, bits_of_float(value) + chance);
 }
 
 NEXUS_FN void encode(float value, Float16& out) {
@@ -124,36 +125,32 @@ struct Low8 {
   uint8_t bits;
 };
 
-// Beside a zero that somebody has written over the parameter, bits that make the weight smaller than it would
-// make a NaN: there, they count as 0.
-NEXUS_FN float decoded(BFloat16 high, Low16 low) {
-  const bool is_stale = (high.bits & 0x7fffu) == 0 && low.bits >> 15 != 0;
-  const uint32_t below = is_stale ? 0u : low.bits;
-  return float_of_bits((high.bits - (below >> 15)) << 16 | below);
+// What is nearest to the weight in bfloat16 is the parameter, and the low bits are the distance from it,
+// signed. Beside a zero that somebody has written over the parameter, a negative one would make a NaN: there
+// it counts as 0.
+NEXUS_FN float weight_of(BFloat16 high, int32_t distance) {
+  const uint32_t upper = high.bits;
+  const int32_t positive = distance < 0 ? 0 : distance;
+  const int32_t kept = (upper & 0x7fffu) == 0 ? positive : distance;
+  return float_of_bits((upper << 16) + static_cast<uint32_t>(kept));
 }
 
+NEXUS_FN float decoded(BFloat16 high, Low16 low) { return weight_of(high, static_cast<int16_t>(low.bits)); }
 NEXUS_FN float decoded(BFloat16 high, Low8 low) {
-  const bool is_stale = (high.bits & 0x7fffu) == 0 && low.bits >> 7 != 0;
-  const uint32_t below = is_stale ? 0u : low.bits;
-  return float_of_bits(((high.bits - (below >> 7)) << 8 | below) << 8);
+  return weight_of(high, static_cast<int8_t>(low.bits) * 256);
 }
 
 NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
   const uint32_t bits = bits_of_float(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t upper = (bits >> 16) + (bits >> 15 & 1u);
-  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : upper);
-  low.bits = static_cast<uint16_t>(is_nan ? 0u : bits);
+  high.bits = upper_half(value, bits + 0x8000u);
+  low.bits = static_cast<uint16_t>(value != value ? 0u : bits);
 }
 
 // `chance` of 256 decides between the numbers below and above; 128 rounds to nearest.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
-  const uint32_t bits = bits_of_float(value);
-  const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
-  const uint32_t kept = (bits + chance) >> 8;
-  const uint32_t upper = (kept >> 8) + (kept >> 7 & 1u);
-  high.bits = static_cast<uint16_t>(is_nan ? (bits >> 16) | 0x40u : upper);
-  low.bits = static_cast<uint8_t>(is_nan ? 0u : kept);
+  const uint32_t rounded = bits_of_float(value) + chance;
+  high.bits = upper_half(value, rounded + 0x8000u);
+  low.bits = static_cast<uint8_t>(value != value ? 0u : rounded >> 8);
 }
 
 // A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements, the largest magnitude
@@ -180,37 +177,45 @@ NEXUS_FN float scale_of(uint32_t magnitude) {
 // A number that the scale times is at least 1.
 NEXUS_FN float inverse_of(float scale) { return float_of_bits(bits_of_float(1.0f / scale) + 1u); }
 
+// The share of the scale that a number between codes stands for. F is float or a vector of floats.
+template <class F>
+NEXUS_FN F squared_share(F code) {
+  const F root = code * (1.0f / 127.0f);
+  return root * root;
+}
+
+template <class F>
+NEXUS_FN F fourth_share(F code) {
+  const F root = code * (1.0f / 255.0f);
+  const F square = root * root;
+  return square * square;
+}
+
 NEXUS_FN float decoded(Squared8 x, float scale) {
   const float root = static_cast<float>(x.code) * (1.0f / 127.0f);
   return root * fabsf(root) * scale;
 }
 
-NEXUS_FN float decoded(Fourth8 x, float scale) {
-  const float root = static_cast<float>(x.code) * (1.0f / 255.0f);
-  const float square = root * root;
-  return square * square * scale;
-}
+NEXUS_FN float decoded(Fourth8 x, float scale) { return fourth_share(static_cast<float>(x.code)) * scale; }
 
-// A code is the largest whose number, less `chance` of a step, in [0, 1), is at most `share`, |value| *
-// inverse: a comparison decides it between two that a rough root yields, which may be off by 0.4 codes. NaN
-// has the smallest code. To nearest, moments would stand still: what fades by a tenth a step keeps a code
-// below 10.
+// A code is the largest whose share, taken `chance` of a step, in [0, 1), below it, is at most the value's:
+// |value| / scale. A rough root, which may be off by 0.4 codes, leaves two, of which the comparison takes
+// one. NaN has the smallest code. To nearest, moments would stand still: what fades by a tenth a step keeps a
+// code below 10.
 NEXUS_FN void encode(float value, float share, float rough_root, float chance, Squared8& out) {
   const float rough = 127.0f * rough_root + (chance - 0.5f);
   const float above_zero = rough > 0.0f ? rough : 0.0f;
-  const auto code = static_cast<int32_t>(above_zero < 126.0f ? above_zero : 126.0f);
-  const float root = (static_cast<float>(code + 1) - chance) * (1.0f / 127.0f);
-  const int32_t magnitude = code + (root * root <= share ? 1 : 0);
-  out.code = static_cast<int8_t>(value < 0.0f ? -magnitude : magnitude);
+  const auto below = static_cast<int32_t>(above_zero < 126.0f ? above_zero : 126.0f);
+  const int32_t code = below + (squared_share(static_cast<float>(below + 1) - chance) <= share ? 1 : 0);
+  out.code = static_cast<int8_t>(value < 0.0f ? -code : code);
 }
 
 NEXUS_FN void encode(float share, float rough_fourth_root, float chance, Fourth8& out) {
   const float rough = 255.0f * rough_fourth_root + (chance - 0.5f);
   const float above_two = rough > 2.0f ? rough : 2.0f;
-  const auto code = static_cast<int32_t>(above_two < 254.0f ? above_two : 254.0f);
-  const float root = (static_cast<float>(code + 1) - chance) * (1.0f / 255.0f);
-  const float square = root * root;
-  out.code = static_cast<uint8_t>(code + (square * square <= share ? 1 : 0));
+  const auto below = static_cast<int32_t>(above_two < 254.0f ? above_two : 254.0f);
+  const int32_t code = below + (fourth_share(static_cast<float>(below + 1) - chance) <= share ? 1 : 0);
+  out.code = static_cast<uint8_t>(code);
 }
 
 // n elements of a stream, as T, and back. Where n is a constant, they stay in registers.

@@ -5,13 +5,10 @@
 
 #include <type_traits>
 
-#include "../chance.h"
-#include "rough_roots.h"
+#include "scaled.h"
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
-
-constexpr int64_t kBlock = 4 * kScaleBlock;
 
 template <class Codec, class T>
 constexpr bool kInPlace = std::is_same_v<Codec, T>;
@@ -39,99 +36,6 @@ void encode(const T* from, void* stream, DType dtype, int64_t begin, int64_t n) 
     if constexpr (std::is_same_v<typename ArithmeticOf<Codec>::type, T> && !kInPlace<Codec, T>) {
       store(from, static_cast<Codec*>(stream) + begin, n);
     }
-  });
-}
-
-// The random numbers of a block's elements.
-class Numbers {
- public:
-  Numbers(const Chance& chance, Rounded stream, int64_t element, int64_t n) : skipped_(element % kDrawn) {
-    const auto first = static_cast<uint64_t>(element / kDrawn);
-    const int64_t draws = (skipped_ + n + kDrawn - 1) / kDrawn;
-    for (int64_t i = 0; i < draws; ++i) {
-      const Draw drawn = draw(chance, stream, first + static_cast<uint64_t>(i));
-      for (int k = 0; k < kDrawn; ++k) {
-        numbers_[i * kDrawn + k] = static_cast<uint16_t>(number(drawn, k));
-      }
-    }
-  }
-
-  const uint16_t* begin() const { return numbers_ + skipped_; }
-
- private:
-  int64_t skipped_;  // numbers of the first draw that belong to elements before the block
-  alignas(64) uint16_t numbers_[kBlock + kDrawn];
-};
-
-// Calls f(i, n) for each scale's elements [i, i + n) of a block; n is a constant unless it is a tensor's end.
-template <class F>
-void for_each_scale(int64_t count, const F& f) {
-  int64_t i = 0;
-  for (; i + kScaleBlock <= count; i += kScaleBlock) {
-    f(i, std::integral_constant<int64_t, kScaleBlock>());
-  }
-  if (i < count) {
-    f(i, count - i);
-  }
-}
-
-template <class Codec>
-void decode_scaled(const Codec* from, const float* scales, float* to, int64_t count) {
-  for_each_scale(count, [=](int64_t start, auto n) {
-    const float scale = scales[start / kScaleBlock];
-    for (int64_t i = start; i < start + n; ++i) {
-      to[i] = decoded(from[i], scale);
-    }
-  });
-}
-
-// The scale of n elements, and their magnitudes as shares of it, followed by zeros.
-struct Shares {
-  float scale;
-  alignas(64) float values[kScaleBlock];
-
-  template <class Count>
-  Shares(const float* from, Count n) {
-    uint32_t largest = kSmallestScale;
-    for (int64_t i = 0; i < n; ++i) {
-      const uint32_t magnitude = magnitude_bits(from[i]);
-      largest = magnitude > largest ? magnitude : largest;
-    }
-    scale = scale_of(largest);
-    const float inverse = inverse_of(scale);
-    for (int64_t i = 0; i < n; ++i) {
-      values[i] = fabsf(from[i]) * inverse;
-    }
-    for (int64_t i = n; i < kScaleBlock; ++i) {
-      values[i] = 0.0f;
-    }
-  }
-};
-
-// `numbers` are the elements' own.
-void encode_scaled(const float* from, Squared8* to, float* scales, const uint16_t* numbers, int64_t count) {
-  for_each_scale(count, [=](int64_t start, auto n) {
-    const Shares shares(from + start, n);
-    alignas(64) float roots[kScaleBlock];
-    rough_roots(shares.values, roots);
-    for (int64_t i = 0; i < n; ++i) {
-      const float chance = static_cast<float>(numbers[start + i]) * 0x1p-16f;
-      encode(from[start + i], shares.values[i], roots[i], chance, to[start + i]);
-    }
-    scales[start / kScaleBlock] = shares.scale;
-  });
-}
-
-void encode_scaled(const float* from, Fourth8* to, float* scales, const uint16_t* numbers, int64_t count) {
-  for_each_scale(count, [=](int64_t start, auto n) {
-    const Shares shares(from + start, n);
-    alignas(64) float roots[kScaleBlock];
-    rough_fourth_roots(shares.values, roots);
-    for (int64_t i = 0; i < n; ++i) {
-      const float chance = static_cast<float>(numbers[start + i]) * 0x1p-16f;
-      encode(shares.values[i], roots[i], chance, to[start + i]);
-    }
-    scales[start / kScaleBlock] = shares.scale;
   });
 }
 
@@ -170,31 +74,27 @@ T* decode(const Moment& moment, int64_t begin, int64_t n, T* buffer) {
   return codes<T>(moment, begin);
 }
 
-void store_by_chance(const float* from, BFloat16* to, const Numbers& numbers, int64_t n) {
+void store_by_chance(const float* from, BFloat16* to, const uint16_t* numbers, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    encode(from[i], numbers.begin()[i], to[i]);
+    encode(from[i], numbers[i], to[i]);
   }
 }
 
-// `element` is where the block begins in the whole tensor.
-void encode(const float* from, const Moment& moment, const Chance& chance, int64_t element, int64_t begin,
-            int64_t n) {
+void encode(const float* from, const Moment& moment, Numbers& numbers, int64_t begin, int64_t n) {
   float* scales = moment.scales + begin / kScaleBlock;
   switch (moment.dtype) {
     case DType::kBFloat16:
       if (moment.by_chance) {
-        store_by_chance(from, codes<BFloat16>(moment, begin), Numbers(chance, moment.rounded, element, n), n);
+        store_by_chance(from, codes<BFloat16>(moment, begin), numbers.of(moment.rounded), n);
       } else {
         store(from, codes<BFloat16>(moment, begin), n);
       }
       break;
     case DType::kInt8:
-      encode_scaled(from, codes<Squared8>(moment, begin), scales,
-                    Numbers(chance, moment.rounded, element, n).begin(), n);
+      encode_scaled(from, codes<Squared8>(moment, begin), scales, numbers.of(moment.rounded), n);
       break;
     case DType::kUInt8:
-      encode_scaled(from, codes<Fourth8>(moment, begin), scales,
-                    Numbers(chance, moment.rounded, element, n).begin(), n);
+      encode_scaled(from, codes<Fourth8>(moment, begin), scales, numbers.of(moment.rounded), n);
       break;
     default:
       break;
@@ -219,7 +119,7 @@ const float* decode_master(const TensorRecord& tensor, int64_t begin, int64_t n,
   return buffer;
 }
 
-void encode_master(const float* from, const TensorRecord& tensor, const Chance& chance, int64_t begin,
+void encode_master(const float* from, const TensorRecord& tensor, Numbers& numbers, int64_t begin,
                    int64_t n) {
   BFloat16* high = static_cast<BFloat16*>(tensor.param) + begin;
   if (tensor.master_low_dtype == DType::kInt16) {
@@ -231,9 +131,9 @@ void encode_master(const float* from, const TensorRecord& tensor, const Chance& 
   }
   Low8* low = static_cast<Low8*>(tensor.master_low) + begin;
   if (tensor.stochastic_rounding != 0) {
-    const Numbers numbers(chance, kRoundedParam, tensor.first + begin, n);
+    const uint16_t* chance = numbers.of(kRoundedParam);
     for (int64_t i = 0; i < n; ++i) {
-      encode(from[i], numbers.begin()[i] >> 8, high[i], low[i]);
+      encode(from[i], chance[i] >> 8, high[i], low[i]);
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
@@ -279,12 +179,12 @@ class Streams {
 
   void encode(int64_t begin, int64_t n) const {
     if constexpr (std::is_same_v<T, float>) {
-      const int64_t element = tensor_.first + begin;
-      encode_param(begin, n);
-      NEXUS_ISA::encode(exp_avg, exp_avg_, chance_, element, begin, n);
-      NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, chance_, element, begin, n);
+      Numbers numbers(chance_, tensor_.first + begin, n);
+      encode_param(numbers, begin, n);
+      NEXUS_ISA::encode(exp_avg, exp_avg_, numbers, begin, n);
+      NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, numbers, begin, n);
       if (max_exp_avg_sq != nullptr) {
-        NEXUS_ISA::encode(max_exp_avg_sq, max_exp_avg_sq_, chance_, element, begin, n);
+        NEXUS_ISA::encode(max_exp_avg_sq, max_exp_avg_sq_, numbers, begin, n);
       }
     }
   }
@@ -309,12 +209,11 @@ class Streams {
     return NEXUS_ISA::decode(tensor_.param, tensor_.param_dtype, begin, n, param_buffer_);
   }
 
-  void encode_param(int64_t begin, int64_t n) const {
+  void encode_param(Numbers& numbers, int64_t begin, int64_t n) const {
     if (tensor_.master_low_dtype != DType::kOther) {
-      encode_master(param, tensor_, chance_, begin, n);
+      encode_master(param, tensor_, numbers, begin, n);
     } else if (tensor_.param_dtype == DType::kBFloat16 && by_chance_) {
-      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin,
-                      Numbers(chance_, kRoundedParam, tensor_.first + begin, n), n);
+      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin, numbers.of(kRoundedParam), n);
     } else {
       NEXUS_ISA::encode(param, tensor_.param, tensor_.param_dtype, begin, n);
     }
@@ -326,11 +225,14 @@ class Streams {
   Moment exp_avg_;
   Moment exp_avg_sq_;
   Moment max_exp_avg_sq_;
-  alignas(64) T param_buffer_[kBlock];
-  alignas(64) T grad_buffer_[kBlock];
-  alignas(64) T exp_avg_buffer_[kBlock];
-  alignas(64) T exp_avg_sq_buffer_[kBlock];
-  alignas(64) T max_exp_avg_sq_buffer_[kBlock];
+  // Longer than a block: were they 4096 bytes apart, the processor would take loads from one for loads of
+  // what it is storing to another.
+  static constexpr int64_t kBuffer = kBlock + 48;
+  alignas(64) T param_buffer_[kBuffer];
+  alignas(64) T grad_buffer_[kBuffer];
+  alignas(64) T exp_avg_buffer_[kBuffer];
+  alignas(64) T exp_avg_sq_buffer_[kBuffer];
+  alignas(64) T max_exp_avg_sq_buffer_[kBuffer];
 };
 
 }  // namespace

@@ -86,7 +86,10 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
 
 
 def block_elements(param: torch.dtype, grad: torch.dtype) -> int:
-    """Elements of a tensor that a program updates at once: for each thread, 128 bits of the narrowest stream."""
+    """Elements of a tensor that a program updates at once: for each thread, 128 bits of a parameter or gradient.
+
+    They are whole blocks of a scale.
+    """
     if INTERPRETS:
         return CHUNK_ELEMENTS  # there, an operation costs the same at any size
     if param == torch.float64:

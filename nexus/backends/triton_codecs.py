@@ -1,7 +1,8 @@
 """The codecs in Triton: how a stream is stored is said here, and nowhere else in Triton.
 
-They mirror `csrc/codec.h` and `csrc/chance.h`, to the bit. Elements are those of one block of a chunk; of a block
-that is not ALIGNED, those from `count` on are not the tensor's.
+They mirror `csrc/codec.h` and `csrc/chance.h`, to the bit. `place` says which block of a chunk it is: its first
+element, all its elements, and the chunk's count; of a block that is not ALIGNED, those from `count` on are not the
+tensor's.
 """
 # mypy: ignore-errors
 # What is decorated here is compiled by Triton, whose types are not Python's.
@@ -19,7 +20,6 @@ _INFINITY = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _INV_127 = tl.constexpr(1 / 127)
 _INV_255 = tl.constexpr(1 / 255)
-_DRAWN = tl.constexpr(8)  # adjacent elements whose random numbers come from one draw
 
 # The number of each stream in a counter of chance.
 ROUNDED_PARAM = tl.constexpr(0)
@@ -53,32 +53,40 @@ def store(stream, i, count, elements, ALIGNED: tl.constexpr):
         tl.store(stream + i, stored, mask=i < count)
 
 
-# Chance.
+# Chance: (seed, the tensor's ordinal, its count of updates with this one, the chunk's first element in the whole
+# tensor).
 
 
 @triton.jit
-def _drawn(chance, eighths, k, ROUNDED: tl.constexpr):
-    """Number `k` of each draw: (draws, 8). A draw is Philox4x32-10, for eight elements of the whole tensor."""
+def _draw(chance, eighths, ROUNDED: tl.constexpr):
+    """Four words for each eight elements of the whole tensor: Philox4x32-10."""
     seed, ordinal, step, _ = chance
     high = ((eighths >> 32).to(tl.uint32) << 8) | ROUNDED
-    a, b, c, d = tl.philox(seed, eighths.to(tl.uint32), ordinal, high, step)
-    k = k[None, :]
-    word = tl.where(k < 4, tl.where(k < 2, a[:, None], b[:, None]), tl.where(k < 6, c[:, None], d[:, None]))
-    return (word >> (k % 2 * 16)) & 0xFFFF
+    return tl.philox(seed, eighths.to(tl.uint32), ordinal, high, step)
 
 
 @triton.jit
 def _numbers(chance, place, ROUNDED: tl.constexpr):
-    """The random numbers of a block's elements, of 16 bits each."""
+    """The random numbers of a block's elements, of 16 bits each: halves of the words, the lower one first."""
     _, _, _, first = chance
     offset, i, _ = place
     BLOCK: tl.constexpr = i.shape[0]
-    eighths = first // _DRAWN + (offset // _DRAWN + tl.arange(0, BLOCK // _DRAWN))
-    k = (first % _DRAWN).to(tl.int32) + tl.arange(0, _DRAWN)
-    numbers = _drawn(chance, eighths, k % _DRAWN, ROUNDED)
-    if first % _DRAWN != 0:  # of a shard
-        numbers = tl.where(k[None, :] < _DRAWN, numbers, _drawn(chance, eighths + 1, k % _DRAWN, ROUNDED))
-    return tl.reshape(numbers, (BLOCK,))
+    eighths = first // 8 + (offset // 8 + tl.arange(0, BLOCK // 8))
+    a, b, c, d = _draw(chance, eighths, ROUNDED)
+    before = first % 8  # of the numbers of a draw, for elements of another shard: they make room for the next draw's
+    if before != 0:
+        e, f, g, h = _draw(chance, eighths + 1, ROUNDED)
+        if before & 4 != 0:
+            a, b, c, d, e, f = c, d, e, f, g, h
+        if before & 2 != 0:
+            a, b, c, d, e = b, c, d, e, f
+        if before & 1 != 0:
+            a = (a >> 16) | (b << 16)
+            b = (b >> 16) | (c << 16)
+            c = (c >> 16) | (d << 16)
+            d = (d >> 16) | (e << 16)
+    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK // 2,))
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
 
 
 @triton.jit
@@ -98,7 +106,7 @@ def _bfloat16_by_chance(value, numbers):
 
 @triton.jit
 def load_param(params, lows, place, T: tl.constexpr, HAS_MASTER: tl.constexpr, ALIGNED: tl.constexpr):
-    """As T: the master weight if there is one. `place` has the block's first element, its elements, and the count."""
+    """As T: the master weight if there is one."""
     _, i, count = place
     if HAS_MASTER:
         WIDTH: tl.constexpr = lows.dtype.element_ty.primitive_bitwidth

@@ -1,0 +1,75 @@
+// The random numbers of a block of elements: many draws (chance.h) at once. Included once for each
+// instruction set.
+#pragma once
+
+#include "../chance.h"
+#include "lanes.h"
+
+namespace nexus::cpu::NEXUS_ISA {
+namespace {
+
+constexpr int64_t kBlock = 8 * kScaleBlock;
+
+constexpr int64_t kWords = sizeof(Words) / sizeof(uint64_t);
+constexpr int64_t kTogether = 8;  // vectors whose rounds hide each other's latency
+
+class Numbers {
+ public:
+  // Of the n elements that begin at `element` of the whole tensor.
+  Numbers(const Chance& chance, int64_t element, int64_t n)
+      : chance_(chance), first_(static_cast<uint64_t>(element / kDrawn)), skipped_(element % kDrawn), n_(n) {}
+
+  // One for each element, from 0 to 65535.
+  const uint16_t* of(Rounded stream) {
+    if (!drawn_ || stream != stream_) {
+      draw(stream);
+      drawn_ = true;
+      stream_ = stream;
+    }
+    return numbers_ + skipped_;
+  }
+
+ private:
+  // Not inlined: what it is inlined into would leave it too few registers.
+  __attribute__((noinline)) void draw(Rounded stream) {
+    const int64_t draws = (skipped_ + n_ + kDrawn - 1) / kDrawn;
+    for (int64_t i = 0; i < draws; i += kTogether * kWords) {
+      Mixture<Words> x[kTogether];
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < kTogether; ++k) {
+        x[k] = unmixed(chance_, stream, kPlaces + (first_ + static_cast<uint64_t>(i + k * kWords)));
+      }
+#pragma GCC unroll 10
+      for (int round = 0; round < kRounds; ++round) {
+        const Key key = key_of(chance_, round);
+#pragma GCC unroll 8
+        for (int64_t k = 0; k < kTogether; ++k) {
+          mix(x[k], key, product);
+        }
+      }
+#pragma GCC unroll 8
+      for (int64_t k = 0; k < kTogether; ++k) {
+        store(x[k], numbers_ + (i + k * kWords) * kDrawn);
+      }
+    }
+  }
+
+  static void store(const Mixture<Words>& x, uint16_t* to) {
+    constexpr uint64_t kHalf = 0xffffffff;
+    const Words first = (x.a & kHalf) | x.b << 32;
+    const Words second = (x.c & kHalf) | x.d << 32;
+    const Words both[] = {__builtin_shuffle(first, second, kLower), __builtin_shuffle(first, second, kUpper)};
+    memcpy(to, both, sizeof both);
+  }
+
+  const Chance& chance_;
+  uint64_t first_;   // draw
+  int64_t skipped_;  // numbers of the first draw that belong to elements before the block
+  int64_t n_;
+  bool drawn_ = false;
+  Rounded stream_ = kRoundedParam;
+  alignas(64) uint16_t numbers_[kBlock + kTogether * kWords * kDrawn];
+};
+
+}  // namespace
+}  // namespace nexus::cpu::NEXUS_ISA

@@ -130,7 +130,7 @@ def draw(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
     save(figure, path)
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("rows", type=Path, help="a file of JSON lines, added to")
     parser.add_argument("--steps", type=int, default=2000)
@@ -139,7 +139,7 @@ def main() -> int:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--mode", action="append", choices=[name for name, _, _ in MODES], help="default: all")
     parser.add_argument("--picture", type=Path, help="a PNG of the curves")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     torch.set_num_threads(1)  # so small a model gains little by more
     made_by = {"commit": commit(), "torch": torch.__version__, "cpu": cpu_name()}
     run = {"steps": args.steps, "context": args.context, "peak_lr": args.peak_lr}

@@ -47,6 +47,7 @@ class WatchedRunner(Runner):
 
     def forget(self) -> None:
         self._plan = None
+        self.records.release_gradients()
 
     def glance(self) -> Glance:
         glance: Glance = self.records.glance()
@@ -111,12 +112,12 @@ class WatchedRunner(Runner):
         self.records.release_gradients()
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        for entry in self._staged:
-            entry.fetch()
-        for tensor, host in self._host_rates:
-            _fill_from_host(tensor, host)
         assert self._plan is not None
         try:
+            for entry in self._staged:
+                entry.fetch()
+            for tensor, host in self._host_rates:
+                _fill_from_host(tensor, host)
             self._run(self._plan, grad_scale, found_inf)
         except BaseException:
             self.records.release_gradients()

@@ -22,7 +22,7 @@ from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
 from nexus.optim.parameters import is_trained, named_parameters
-from nexus.optim.state import MOMENTS, SAVED_NAMES, check_saved, check_unshared, loaded, saved_state
+from nexus.optim.state import MOMENTS, SAVED_NAMES, check_saved, check_unshared, has_codes, loaded, saved_state
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
@@ -58,7 +58,8 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
         )
     for key, value in optimizer.state.items():
         if id(key) in indices:
-            states[indices[id(key)]] = saved_state(key, value) if is_trained(key) and not compact else value
+            decodes = not compact and (is_trained(key) or has_codes(value))
+            states[indices[id(key)]] = saved_state(key, value) if decodes else value
         elif not isinstance(key, Tensor):
             states[key] = value
         elif value:

@@ -28,7 +28,7 @@ from nexus.optim.groups import (
     settings_of,
 )
 from nexus.optim.history import History
-from nexus.optim.state import complete_states, is_complete, is_idle, make_entry
+from nexus.optim.state import check_streams, complete_states, is_complete, is_idle, make_entry
 from nexus.optim.storage import storage_of
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
@@ -137,6 +137,13 @@ class Engine:
     @torch.inference_mode(False)  # what is made here outlives a mode in which a step may be
     def prepare(self, attributes: Attributes, change: int = Change.TENSORS) -> Runner:
         """Bring the plan up to date with whatever the user has done since the last step, a `Change`."""
+        try:
+            return self._renewed(attributes, change)
+        except BaseException:
+            self.forget_plan()  # state may be half renewed, and a user who mends what is wrong may replace more
+            raise
+
+    def _renewed(self, attributes: Attributes, change: int) -> Runner:
         _tidy(attributes)  # before an iterator is gone through
         groups = attributes["param_groups"]
         if any(isinstance(param, FakeTensor) for group in groups for param in group["params"]):
@@ -191,11 +198,13 @@ class Engine:
         self.states = {device: self.state_on(device) for device in devices}  # what was left behind goes stale
         self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
         entries: dict[Tensor, TensorEntry] = {}
-        for index, param, name in named:
-            if is_complete(states.get(param)) and not is_idle(param, states[param]):
-                entry = make_entry(param, states[param], index, ordinals[param], storages[param], name)
-                devices[param.device].entries.append(entry)
-                entries[param] = entry
+        used = [each for each in named if is_complete(states.get(each[1])) and not is_idle(each[1], states[each[1]])]
+        for _, param, name in used:
+            check_streams(states[param], storages[param], param, name)
+        for index, param, _ in used:
+            entry = make_entry(param, states[param], index, ordinals[param], storages[param])
+            devices[param.device].entries.append(entry)
+            entries[param] = entry
         trained = [(param, entries.get(param)) for _, param, _ in named]
         every_entry = [(param, entries.get(param)) for _, param, _ in every]
         return Plan(every_entry, devices, norm_parts(trained, self.norm_group))

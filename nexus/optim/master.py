@@ -13,7 +13,7 @@ from nexus.backends import codecs
 from nexus.backends.codecs import flat
 from nexus.backends.sharding import local, respread
 from nexus.optim.parameters import is_dense, is_trained, named_parameters
-from nexus.optim.state import complete_states, fit_master
+from nexus.optim.state import check_streams, complete_states, fit_master
 from nexus.optim.storage import storage_of
 
 if TYPE_CHECKING:
@@ -36,6 +36,9 @@ def load_master(optimizer: FusedAdamW, weights: Mapping[str, Tensor] | Iterable[
                 f"the weight of {name} must be of shape {tuple(param.shape)} and of float32, got "
                 f"{tuple(weight.shape)} of {weight.dtype}"
             )
+        if param.is_meta or weight.is_meta or weight.layout != torch.strided:
+            given = f"{weight.layout} on {weight.device} for a parameter on {param.device}"
+            raise ValueError(f"the weight of {name} must be dense, and both must have memory, got {given}")
         if storage.master_low is None and weight.dtype != param.dtype:
             raise ValueError(
                 f"{name} is of {param.dtype} and has no master weight, which a float32 weight would go to: give its "
@@ -44,13 +47,15 @@ def load_master(optimizer: FusedAdamW, weights: Mapping[str, Tensor] | Iterable[
         chosen.append((param, weight, storage, name))
     states = [(optimizer.state.setdefault(param, {}), param, name, storage) for param, _, storage, name in chosen]
     complete_states(states)
-    for (state, param, name, storage), (_, weight, _, _) in zip(states, chosen, strict=True):
+    for state, param, name, storage in states:
+        check_streams(state, storage, param, name)
+    for (state, param, _, storage), (_, weight, _, _) in zip(states, chosen, strict=True):
         part, weight = local(param).detach(), respread(weight.detach(), param)
         if storage.master_low is None:
             part.copy_(weight)
             continue
         target = part if is_dense(part) else torch.empty_like(part, memory_format=torch.contiguous_format)
-        fit_master(state, storage, param, target, name)
+        fit_master(state, storage, param, target)
         low = local(state["master_low"])
         value = torch.empty_like(low, dtype=torch.float32).copy_(weight)
         upper, lower = codecs.split(flat(value), low.dtype)

@@ -19,6 +19,7 @@ from nexus.optim.storage import Storage, moment_dtype
 REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
 MOMENTS = STATE_NAMES[1:4]
 SAVED_NAMES = (*STATE_NAMES, "master_param")
+_CODES = {name: torch.int8 if name == "exp_avg" else torch.uint8 for name in MOMENTS}
 
 
 def scale_name(moment: str) -> str:
@@ -26,22 +27,19 @@ def scale_name(moment: str) -> str:
     return f"{moment}_scale"
 
 
-def make_entry(
-    param: Tensor, state: dict[str, Any], group: int, ordinal: int, storage: Storage, where: str
-) -> TensorEntry:
+def make_entry(param: Tensor, state: dict[str, Any], group: int, ordinal: int, storage: Storage) -> TensorEntry:
     """The streams of a parameter whose `state` is complete (see `complete_states`).
 
     State tensors that were put there by hand, or are stored otherwise than `storage` says, are made anew as it says,
-    and laid out as the parameter is; what does not fit is an error.
+    and laid out as the parameter is. `check_streams` has refused what does not fit.
     """
     target = local(param).detach()
     param_buffer = None if is_dense(target) else torch.empty(target.shape, dtype=param.dtype, device=param.device)
     target = target if param_buffer is None else param_buffer
     for name in MOMENTS:
         if name in state:
-            dtype = storage.exp_avg if name == "exp_avg" else storage.exp_avg_sq
-            _fit_moment(state, name, dtype, param, target, f"{where}: state {name!r}")
-    fit_master(state, storage, param, target, f"{where}: state 'master_low'")
+            _fit_moment(state, name, storage, param, target)
+    fit_master(state, storage, param, target)
     grad, grad_buffer = param.grad, None
     if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
@@ -108,7 +106,7 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
         lacking = []
         for state, param, _, storage in states:
             dtype = storage.streams().get(name)
-            if dtype is not None and name not in state:
+            if dtype is not None and state.get(name) is None:
                 stream = torch.empty(0, dtype=dtype, device=local(param).device)
                 lacking.append((state, param, stream))
         # Their memory comes once all tensors are made, so that it lies together: 1,000 small ones step 10% faster.
@@ -116,6 +114,10 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
             part = local(param).detach()
             stream.resize_(part.numel()).zero_().as_strided_(part.shape, _dense_stride(part))
             state[name] = sharding.spread_like(param, stream)
+            if name == "master_low":  # from here on, the weight is what the parameter is
+                weight = state.pop("master_param", None)
+                if isinstance(weight, Tensor) and weight.shape == param.shape:  # loaded while it was frozen
+                    _split_master(stream, param, respread(weight.detach(), param))
             if name in MOMENTS and stream.dtype in SCALED:
                 count = codecs.scale_count(part.numel())
                 state[scale_name(name)] = torch.zeros(count, dtype=torch.float32, device=part.device)
@@ -165,24 +167,64 @@ def _dense_stride(param: Tensor) -> tuple[int, ...]:
     return torch.empty(param.shape, device="meta").stride()
 
 
-def _fit_moment(
-    state: dict[str, Any], name: str, dtype: torch.dtype, param: Tensor, target: Tensor, where: str
-) -> None:
-    """See to it that a moment in the state is stored as `dtype`, and laid out as `target`, the parameter here."""
-    moment, scale = state[name], state.get(scale_name(name))
-    if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != target.device:
-        given = f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
-        raise ValueError(f"{where} must be of shape {tuple(param.shape)} on {target.device}, got {given}")
-    _check_memory(moment, where)
-    check_scale(moment, scale, where)
-    if sharding.same_spread(moment, param):
-        part = local(moment)
-        if part.dtype == dtype and is_dense(part) and same_layout(part, target):
-            if dtype not in SCALED:
-                state.pop(scale_name(name), None)
-            return
-    for each in (moment, scale):
-        _check_unshared(each, where, _like(dtype))
+def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where: str) -> None:
+    """Raise where moments or low bits in a complete state can not be brought into the form that `storage` says."""
+    part = local(param).detach()
+    for name in MOMENTS:
+        if name not in state:
+            continue
+        moment, scale, what = state[name], state.get(scale_name(name)), f"{where}: state {name!r}"
+        if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != part.device:
+            given = (
+                f"{tuple(moment.shape)} on {moment.device}" if isinstance(moment, Tensor) else type(moment).__name__
+            )
+            raise ValueError(f"{what} must be of shape {tuple(param.shape)} on {part.device}, got {given}")
+        _check_memory(moment, what)
+        if moment.dtype in SCALED and moment.dtype != _CODES[name]:
+            raise ValueError(f"{what} may be of {_CODES[name]} or float32, got {moment.dtype}, which are other codes")
+        check_scale(moment, scale, what)
+        dtype = _moment_dtype(name, storage)
+        if not _fits(moment, dtype, param):
+            for each in (moment, scale):
+                _check_unshared(each, what, _like(dtype))
+    low = state.get("master_low")
+    if low is not None and storage.master_low is not None:
+        bits = local(low) if isinstance(low, Tensor) else None
+        if (
+            bits is None
+            or (bits.shape, bits.device) != (part.shape, part.device)
+            or bits.dtype not in codecs.LOW_DTYPES.values()
+            or not _has_memory(bits)
+        ):
+            raise ValueError(
+                f"{where}: state 'master_low' must be of shape {tuple(param.shape)} and as nexus made it, got "
+                f"{shown(low)}; delete it to go on from the parameter as it is"
+            )
+        if not _fits(low, storage.master_low, param):
+            _check_unshared(low, f"{where}: state 'master_low'", _like(storage.master_low))
+
+
+def _moment_dtype(name: str, storage: Storage) -> torch.dtype:
+    return storage.exp_avg if name == "exp_avg" else storage.exp_avg_sq
+
+
+def _fits(stored: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
+    """Whether a stream is stored as `dtype`, spread as the parameter, and laid out as a kernel wants it."""
+    if not sharding.same_spread(stored, param):
+        return False
+    part, beside = local(stored), local(param)
+    strides = zip(part.shape, part.stride(), _dense_stride(beside), strict=True)
+    same = part.shape == beside.shape and all(size <= 1 or given == wanted for size, given, wanted in strides)
+    return part.dtype == dtype and is_dense(part) and same
+
+
+def _fit_moment(state: dict[str, Any], name: str, storage: Storage, param: Tensor, target: Tensor) -> None:
+    """See to it that a moment, which is checked, is stored as `storage` says, and laid out as `target`."""
+    moment, scale, dtype = state[name], state.get(scale_name(name)), _moment_dtype(name, storage)
+    if _fits(moment, dtype, param):
+        if dtype not in SCALED:
+            state.pop(scale_name(name), None)
+        return
     value = torch.empty_like(target, dtype=moment_dtype(target)).copy_(respread(_value(moment, scale), param))
     stored, scale = codecs.encoded(flat(value), dtype)
     state[name] = sharding.spread_like(param, stored.as_strided(value.shape, value.stride()))
@@ -192,15 +234,26 @@ def _fit_moment(
 
 
 def check_scale(moment: Tensor, scale: object, where: str) -> None:
-    """Refuse a moment in 8 bits without the scales that belong to it."""
-    if moment.dtype in SCALED:
-        part = local(moment)
-        count = codecs.scale_count(part.numel())
-        if not isinstance(scale, Tensor) or scale.shape != (count,) or scale.dtype != torch.float32:
-            given = f"{tuple(scale.shape)} of {scale.dtype}" if isinstance(scale, Tensor) else shown(scale)
-            raise ValueError(
-                f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, got {given}"
-            )
+    """Refuse a moment in 8 bits without the scales that belong to it, in a row beside it."""
+    if moment.dtype not in SCALED:
+        return
+    part = local(moment)
+    count = codecs.scale_count(part.numel())
+    if (
+        not isinstance(scale, Tensor)
+        or (scale.shape, scale.dtype, scale.device) != ((count,), torch.float32, part.device)
+        or not _has_memory(scale)
+        or not scale.is_contiguous()
+    ):
+        given = f"{tuple(scale.shape)} of {scale.dtype}" if isinstance(scale, Tensor) else shown(scale)
+        raise ValueError(
+            f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, contiguous on "
+            f"{part.device}, got {given}: put them there, or give the moment in float32"
+        )
+
+
+def _has_memory(tensor: Tensor) -> bool:
+    return tensor.layout == torch.strided and not tensor.is_meta and not is_freed(local(tensor))
 
 
 def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
@@ -213,17 +266,13 @@ def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
     return sharding.spread_like(moment, value.as_strided(part.shape, part.stride()))
 
 
-def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor, where: str) -> None:
-    """See to it that the low bits of the master weight are those that `storage` wants, laid out as `target`."""
-    low = state.get("master_low")
-    if low is None or storage.master_low is None:
+def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: Tensor) -> None:
+    """See to it that the low bits, which are checked, are those that `storage` wants, laid out as `target`."""
+    if storage.master_low is None:
         state.pop("master_low", None)
-        if storage.master_low is not None:  # from here on: the weight is what the parameter is
-            state["master_low"] = sharding.spread_like(param, torch.zeros_like(target, dtype=storage.master_low))
         return
+    low = state["master_low"]
     part = local(low)
-    if part.shape != target.shape or part.dtype not in codecs.LOW_DTYPES.values():
-        raise ValueError(f"{where} must be of shape {tuple(param.shape)} and as nexus made it, got {shown(low)}")
     if part.dtype == storage.master_low and is_dense(part) and same_layout(part, target):
         return
     upper = torch.empty_like(target).copy_(local(param).detach())
@@ -239,6 +288,11 @@ def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
     moments = [state[name] for name in MOMENTS if name in state]
     elsewhere = any(each.shape != param.shape or each.device != param.device for each in moments)
     return elsewhere or any(local(each).untyped_storage().nbytes() == 0 for each in (param, *moments))
+
+
+def has_codes(state: object) -> bool:
+    """Whether this is a state of which something is stored in a way that no other optimizer reads."""
+    return is_complete(state) and any(name in state for name in STATE_NAMES[4:])  # type: ignore[operator]
 
 
 def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
@@ -286,16 +340,20 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
             given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
             raise refusal(f": {name} must be of shape {tuple(param.shape)}, got {given}; another model's, perhaps")
-        if moment.dtype == (torch.int8 if name == "exp_avg" else torch.uint8):
-            check_scale(moment, state.get(scale_name(name)), f"{where}: {name}")
-            continue
-        if moment.layout != torch.strided or not moment.is_floating_point() or moment.is_meta:
+        is_code = moment.dtype == _CODES[name]
+        if moment.layout != torch.strided or not (is_code or moment.is_floating_point()) or moment.is_meta:
             raise refusal(
                 f": {name} must be dense, of floating point and not on meta, got {moment.dtype}, {moment.layout} on "
                 f"{moment.device}"
             )
         if is_freed(local(moment)):
             raise refusal(f": {name} has no memory: its storage was freed")
+        if is_code:
+            scale = state.get(scale_name(name))
+            check_scale(moment, scale, f"{where}: {name}")
+            if bool((scale < 0).any()):
+                raise refusal(f": {scale_name(name)} is negative somewhere, which no largest magnitude is")
+            continue
         wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
         if name != "exp_avg" and bool((wide < 0).any()):
             raise refusal(f": {name} is negative somewhere, which no average of squares is")
@@ -332,12 +390,15 @@ def check_master(saved: dict[str, Any], param: Tensor, storage: Storage, where: 
         ("master_low", low, tuple(codecs.LOW_DTYPES.values())),
     ):
         if value is not None and (
-            not isinstance(value, Tensor) or value.shape != param.shape or value.dtype not in dtypes
+            not isinstance(value, Tensor)
+            or value.shape != param.shape
+            or value.dtype not in dtypes
+            or not _has_memory(value)
         ):
             given = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
             raise ValueError(
-                f"{where}: {name} must be of shape {tuple(param.shape)} and of {dtypes[0]}, got {given}; delete the "
-                "entry to go on from the parameter as it is"
+                f"{where}: {name} must be of shape {tuple(param.shape)} and of {dtypes[0]}, with memory, got "
+                f"{given}; delete the entry to go on from the parameter as it is"
             )
     if weight is None or storage.master_low is None:
         return
@@ -391,6 +452,12 @@ def loaded(
         master = saved_master(saved, param)
         low.zero_()
         if master is not None:
-            upper, weight = (torch.empty_like(low, dtype=each.dtype).copy_(each) for each in (local(param), master))
-            flat(low).copy_(codecs.low_bits(flat(weight), flat(upper), low.dtype)[0])
+            _split_master(low, param, master)
     return kept
+
+
+def _split_master(low: Tensor, param: Tensor, master: Tensor) -> None:
+    """Fill in the low bits with which a parameter is nearest to a master weight, where it is that one rounded."""
+    upper = torch.empty_like(low, dtype=param.dtype).copy_(local(param).detach())
+    weight = torch.empty_like(low, dtype=torch.float32).copy_(master)
+    flat(low).copy_(codecs.low_bits(flat(weight), flat(upper), low.dtype)[0])

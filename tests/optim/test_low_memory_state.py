@@ -150,6 +150,23 @@ def test_options_changed_in_mid_run_encode_what_is_there(before: dict[str, Any],
     assert_same_state(optimizer, loaded)
 
 
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_refused_change_encodes_nothing(backend: str) -> None:
+    params = [*parameters(), *parameters()]
+    optimizer = FusedAdamW(params, lr=1e-2, backend=backend, **SEVEN_BYTES)
+    go_on(optimizer, params)
+    optimizer.state[params[2]]["exp_avg_sq"].share_memory_()
+    go_on(optimizer, params)
+    before = copy.deepcopy([params, [optimizer.state[param] for param in params]])
+    optimizer.param_groups[0]["exp_avg_sq_dtype"] = torch.float32
+    with pytest.raises(TypeError, match="parameter 2 of group 0: state 'exp_avg_sq' is in shared memory"):
+        go_on(optimizer, params, 1)
+    assert_same([params, [optimizer.state[param] for param in params]], before)
+    optimizer.param_groups[0]["exp_avg_sq_dtype"] = torch.uint8
+    go_on(optimizer, params)
+    assert {optimizer.state[param]["exp_avg_sq"].dtype for param in params[::2]} == {torch.uint8}
+
+
 def test_a_master_weight_is_the_weight_of_a_float32_run() -> None:
     wide = [Parameter(param.detach().float()) for param in parameters()]
     narrow = [Parameter(param.detach().to(BF16)) for param in wide]
@@ -181,6 +198,11 @@ def test_float32_weights_are_taken_for_master_weights() -> None:
         optimizer.load_master([weights["weight"]])
     with pytest.raises(ValueError, match=r"the weight of parameter weight of group 0 must be of shape \(70, 70\)"):
         optimizer.load_master([weights["bias"], weights["bias"]])
+    before = copy.deepcopy(list(model.parameters()))
+    for bad in (weights["bias"].to_sparse(), weights["bias"].to("meta")):
+        with pytest.raises(ValueError, match="the weight of parameter bias of group 0 must be dense, and both must"):
+            optimizer.load_master([weights["weight"], bad])
+    assert_same(list(model.parameters()), before)
     with pytest.raises(ValueError, match="the parameters have no names here"):
         FusedAdamW(model.parameters(), master_weight_bits=32).load_master(weights)
     with pytest.raises(ValueError, match="has no master weight, which a float32 weight would go to"):
@@ -190,6 +212,29 @@ def test_float32_weights_are_taken_for_master_weights() -> None:
 def rounded_away(value: Tensor) -> Tensor:
     upper, _ = codecs.split(value.flatten(), torch.int16)
     return upper.view(value.shape).float()
+
+
+@pytest.mark.parametrize("compact", [False, True])
+def test_a_frozen_parameter_keeps_its_state_through_a_checkpoint(compact: bool) -> None:
+    optimizer, params = trained(**SEVEN_BYTES)
+    frozen = params[0]
+    frozen.grad = None
+    frozen.requires_grad_(False)
+    saved = resaved(optimizer.state_dict(compact=compact))
+    if not compact:  # what torch's optimizers read
+        assert {name: value.dtype for name, value in saved["state"][0].items()} == {
+            "step": torch.float64,
+            **dict.fromkeys(("exp_avg", "exp_avg_sq", "master_param"), torch.float32),
+        }
+    other, own = beside(params, **SEVEN_BYTES)
+    own[0].requires_grad_(False)
+    other.load_state_dict(saved)
+    for param in (frozen, own[0]):
+        param.requires_grad_(True)
+    go_on(optimizer, params)
+    go_on(other, own)
+    assert_same(own, params)
+    assert_same([other.state[param] for param in own], [optimizer.state[param] for param in params])
 
 
 @pytest.mark.parametrize("bits", [24, 32])
@@ -316,12 +361,56 @@ BAD_STATES: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "torchao": (change(exp_avg=Codes), "has exp_avg as a Codes, whose codes FusedAdamW does not read"),
     "codes without scales": (change(exp_avg=Tensor.char), "exp_avg is of torch.int8, and needs 35 scales of float32"),
     "other codes": (change(exp_avg_sq=Tensor.char), "exp_avg_sq must be dense, of floating point"),
+    "codes on meta": (change(exp_avg=lambda moment: moment.char().to("meta")), "exp_avg must be dense, of floating"),
+    "negative scales": (
+        change(exp_avg_sq=Tensor.byte, exp_avg_sq_scale=lambda moment: torch.full((35,), -1.0)),
+        "exp_avg_sq_scale is negative somewhere",
+    ),
+    "a sparse master": (
+        change(master_param=lambda moment: moment.float().to_sparse()),
+        "master_param must be of shape",
+    ),
     "another master": (
         change(master_param=lambda moment: moment[:3].float()),
         r"master_param must be of shape \(67, 65\)",
     ),
     "a narrow master": (change(master_param=lambda moment: moment.half()), "master_param must be of shape"),
 }
+
+
+BY_HAND: dict[str, tuple[str, Callable[[], Tensor], str]] = {
+    "expanded scales": (
+        "exp_avg_scale",
+        lambda: torch.zeros(1).expand(35),
+        "needs 35 scales of float32 beside it, contiguous on",
+    ),
+    "scales on meta": ("exp_avg_scale", lambda: torch.zeros(35, device="meta"), "needs 35 scales of float32 beside"),
+    "sparse scales": ("exp_avg_sq_scale", lambda: torch.zeros(35).to_sparse(), "needs 35 scales of float32 beside"),
+    "other codes": (
+        "exp_avg",
+        lambda: torch.zeros(67, 65, dtype=torch.uint8),
+        "may be of torch.int8 or float32, got torch.uint8, which are other codes",
+    ),
+    "low bits on meta": (
+        "master_low",
+        lambda: torch.zeros(67, 65, dtype=torch.uint8, device="meta"),
+        "'master_low' must be of shape .* delete it to go on from the parameter as it is",
+    ),
+}
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize(("name", "make", "words"), BY_HAND.values(), ids=BY_HAND.keys())
+def test_state_by_hand_that_a_kernel_cannot_read(
+    name: str, make: Callable[[], Tensor], words: str, backend: str
+) -> None:
+    optimizer, params = trained(backend=backend, **SEVEN_BYTES)
+    right, before = optimizer.state[params[0]][name], copy.deepcopy(optimizer.state_dict()["state"])
+    optimizer.state[params[0]][name] = make()
+    with pytest.raises(ValueError, match=words):
+        go_on(optimizer, params, 1)
+    optimizer.state[params[0]][name] = right
+    assert_same(optimizer.state_dict()["state"], before)
 
 
 @pytest.mark.parametrize(("write", "words"), BAD_STATES.values(), ids=BAD_STATES.keys())

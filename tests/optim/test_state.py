@@ -198,6 +198,18 @@ def test_a_change_before_a_refused_call_is_not_overlooked_after_it(backend: str)
     assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
 
 
+def test_what_is_replaced_after_a_refused_step_is_not_overlooked(backend: str) -> None:
+    weight, optimizer = one_step(backend, gradient=0.0)
+    optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = "yes"
+    with pytest.raises(TypeError, match="amsgrad must be a bool"):
+        optimizer.step()
+    optimizer.param_groups[0]["amsgrad"] = False
+    optimizer.state[weight]["exp_avg"] = torch.full_like(weight, 2.0).detach()
+    optimizer.step()
+    assert optimizer.state[weight]["exp_avg"].tolist() == pytest.approx([1.8] * 6)
+
+
 def test_a_moment_may_have_another_layout_and_dtype(backend: str) -> None:
     params = make_params([(6, 7), (5,)])
     optimizer, reference = run_beside_torch(params, backend)

@@ -88,7 +88,8 @@ def test_a_test_that_hangs_crashes_breaks_cuda_or_cannot_be_imported_costs_itsel
     bodies = {
         "fine": "pass",
         "crashes": "os.kill(os.getpid(), signal.SIGSEGV)",
-        "breaks": "import torch\n    torch.cuda.is_initialized = lambda: True\n    torch.cuda.synchronize = illegal_access",
+        "breaks": "import torch\n    torch.cuda.is_initialized = lambda: True\n"
+        "    torch.cuda.synchronize = illegal_access",
         "hangs": f"{deaf}\n    print('no end')\n    time.sleep(60)",
     }
     for name, body in bodies.items():

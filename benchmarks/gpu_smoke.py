@@ -22,11 +22,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from benchmarks.gpu_checks import ON_GPU, beside_reference
 from nexus import backends
 from nexus.optim import FusedAdamW
+from nexus.optim.storage import MODES
 from nexus.schedules import WSD
 from nexus.training import capture_train_step
 
 CALLS = 6  # of a captured step: three are plain
-DTYPES = ("float32", "bfloat16", "mixed")
+STEPS = (("mixed", "mixed", {}), *((mode, str(dtype).removeprefix("torch."), each) for mode, dtype, each in MODES))
+"""What is stored, in words: the parameters' dtype, and the options of a group."""
 
 
 class Attention(nn.Module):
@@ -106,9 +108,9 @@ def smoke(device: str = "cuda", names: Sequence[str] = ON_GPU) -> dict[str, str]
     available = [info.name for info in backends.describe() if info.name in names and info.available]
     parts: dict[str, Callable[[], object]] = {}
     for name in available:
-        for dtype in DTYPES:
-            parts[f"{name}: a step, {dtype}"] = lambda name=name, dtype=dtype: beside_reference(
-                device, name, dtype, {}
+        for stored, dtype, options in STEPS:
+            parts[f"{name}: a step, {stored}"] = lambda name=name, dtype=dtype, options=options: beside_reference(
+                device, name, dtype, options
             )
         parts[f"{name}: captured attention"] = lambda name=name: captured_attention(device, name)
         parts[f"{name}: after a broken capture"] = lambda name=name: after_a_broken_capture(device, name)

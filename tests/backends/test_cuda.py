@@ -32,6 +32,7 @@ from torch import Tensor
 from nexus.backends.interface import DevicePlan, Plan, StepState
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
+from nexus.optim.storage import MODES
 from nexus.schedules import WSD, Cosine
 
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -94,6 +95,19 @@ def test_one_update_for_any_mixture_of_dtypes(gpu: Shim) -> None:
     assert kernels(gpu) == ["sum_squares", "prepare", *["update_tensors"] * len(DTYPES)]
 
 
+def test_one_update_for_each_way_of_storing(gpu: Shim) -> None:
+    """Of each, and for what fills no whole turns, whose launch is the last and moves the counters."""
+    modes = [options for _, dtype, options in MODES if options and dtype == torch.bfloat16]
+    groups = [{"params": make_params([(5000,)] * 2, torch.bfloat16), **options} for options in modes]
+    optimizer = FusedAdamW(groups, backend=NAME, **CLIPPED)
+    step(optimizer)
+    step(optimizer)
+    gpu.reset()
+    optimizer.step()
+    assert kernels(gpu) == ["sum_squares", "prepare", *["update_encoded"] * (len(modes) + 1)]
+    assert completed(optimizer) == 3
+
+
 def test_pointers_travel_only_when_they_change(gpu: Shim) -> None:
     params = make_params([(5,)] * 600)
     optimizer = FusedAdamW(params, lr=Cosine(1.0, 10), backend=NAME)
@@ -135,12 +149,19 @@ def test_launches_are_on_the_callers_stream(gpu: Shim) -> None:
 
 
 @pytest.mark.parametrize("order", ["descending", "shuffled"])
-def test_the_bits_do_not_depend_on_the_order(gpu: Shim, order: str) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}],
+    ids=["float32 moments", "8-bit moments"],
+)
+def test_the_bits_do_not_depend_on_the_order(gpu: Shim, options: dict[str, Any], order: str) -> None:
     params, seed = mixed_params(), random.randrange(1000)
+    if options:
+        params = [param for param in params if param.dtype != torch.float64]
     rounds = [make_grads(params) for _ in range(3)]
 
     def run() -> list[Tensor]:
-        optimizer = FusedAdamW(copies(params), backend=NAME, amsgrad=True, **CLIPPED)
+        optimizer = FusedAdamW(copies(params), backend=NAME, amsgrad=not options, **options, **CLIPPED)
         for grads in rounds:
             set_grads(params_of(optimizer), [grad.clone() for grad in grads])
             optimizer.step()

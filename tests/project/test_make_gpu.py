@@ -325,12 +325,13 @@ def test_the_small_case_finds_a_kernel_that_does_nothing(monkeypatch: pytest.Mon
 
 def test_the_smoke_stage_says_what_became_of_each_part(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
     found = gpu_smoke.smoke("cpu", ("native", "tpu"))
-    parts = ["a step, float32", "a step, bfloat16", "a step, mixed", "captured attention", "after a broken capture"]
+    steps = [f"a step, {stored}" for stored, *_ in gpu_smoke.STEPS]
+    parts = [*steps, "captured attention", "after a broken capture"]
     assert found == {"tpu": "not available", **{f"native: {part}": "" for part in parts}}
     assert capsys.readouterr().out.count("passed") == len(parts)
     monkeypatch.setattr(NativeRunner, "_run", lambda *arguments: None)
     found = gpu_smoke.smoke("cpu", ("native",))
-    assert [part for part in parts if "from the reference" in found[f"native: {part}"]] == parts[:3]
+    assert [part for part in parts if "from the reference" in found[f"native: {part}"]] == steps
 
 
 def test_only_files_with_gpu_tests_are_collected() -> None:

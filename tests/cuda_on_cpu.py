@@ -58,7 +58,6 @@ class Backend:
 
     NAME = NAME
     DEVICE_TYPES = frozenset({"cpu"})
-    STORES_FEWER_BITS = cuda.STORES_FEWER_BITS
 
     def unavailable(self, devices: Iterable[torch.device] = ()) -> str | None:
         return None

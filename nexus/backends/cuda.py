@@ -20,7 +20,6 @@ __all__ = ["DEVICE_TYPES", "NAME", "CudaRunner", "detail", "evaluate", "runner",
 
 NAME = "cuda"
 DEVICE_TYPES = frozenset({"cuda"})
-STORES_FEWER_BITS = True
 
 
 def unavailable(devices: Iterable[torch.device] = ()) -> str | None:

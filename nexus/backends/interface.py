@@ -271,7 +271,6 @@ class Backend(Protocol):
 
     NAME: str
     DEVICE_TYPES: frozenset[str]  # what its tensors may be on
-    STORES_FEWER_BITS: bool  # whether moments and parameters may be stored as codecs.py has it
 
     def unavailable(self, devices: Iterable[torch.device] = ()) -> str | None:
         """Why this backend cannot run here, or on one of these devices; None if it can."""

@@ -14,7 +14,6 @@ __all__ = ["DEVICE_TYPES", "NAME", "NativeRunner", "detail", "evaluate", "runner
 
 NAME = "native"
 DEVICE_TYPES = frozenset({"cpu"})
-STORES_FEWER_BITS = True
 _CPU = torch.device("cpu")
 
 

@@ -21,7 +21,6 @@ from nexus.schedules.curves import Curve
 
 NAME = "reference"
 DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
-STORES_FEWER_BITS = True
 
 
 def unavailable(devices: Iterable[torch.device] = ()) -> str | None:

@@ -40,7 +40,6 @@ __all__ = ["DEVICE_TYPES", "NAME", "TritonRunner", "detail", "evaluate", "runner
 NAME = "triton"
 INTERPRETS = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 DEVICE_TYPES = frozenset({"cpu"} if INTERPRETS else {"cuda"})
-STORES_FEWER_BITS = True
 
 _THREADS = 4 * (64 if torch.version.hip else 32)  # of one program: four warps, which AMD's GPUs have wider
 _LANES = 1024 if INTERPRETS else 128  # tensors, groups or steps that one program evaluates the rates of

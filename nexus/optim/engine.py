@@ -184,12 +184,6 @@ class Engine:
             parameters.check_parameter(param, name)
             parameters.check_gradient(param, name)
         storages = {param: storage_of(param, groups[index], name) for index, param, name in named}
-        if not self.backend.STORES_FEWER_BITS and any(not storages[param].is_plain(param) for param in storages):
-            raise NotImplementedError(
-                f"the {self.backend.NAME} backend does not store moments or weights in fewer bits yet: leave "
-                "master_weight_bits, exp_avg_dtype, exp_avg_sq_dtype and stochastic_rounding out, or give "
-                "FusedAdamW backend='reference'"
-            )
         parameters.check_memory([(name, param) for _, param, name in named])
         parameters.check_sharing([(name, param) for _, param, name in named if param.grad is not None])
         self.release_state()

@@ -39,11 +39,6 @@ class Storage(NamedTuple):
     master_low: torch.dtype | None = None
     stochastic_rounding: bool = False
 
-    def is_plain(self, param: Tensor) -> bool:
-        """Whether all is stored as it is computed in, and the parameter rounded to nearest."""
-        wide = self.exp_avg == self.exp_avg_sq == moment_dtype(param)
-        return wide and self.master_low is None and not self.stochastic_rounding
-
     def moments(self) -> dict[str, torch.dtype]:
         """By their names in the state."""
         moments = {"exp_avg": self.exp_avg, "exp_avg_sq": self.exp_avg_sq}

@@ -172,8 +172,8 @@ struct EncodedElements {
       };
     };
     const int n = s.left(i);
-    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
     encode_param(s, p, numbers(kRoundedParam));
+    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
     // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
     const bool by_chance = s.by_chance || s.exp_avg_sq_dtype == DType::kBFloat16;
     exp_avg_sq.encode(s.exp_avg_sq_dtype, v, n, by_chance, numbers(kRoundedExpAvgSq));

@@ -36,12 +36,20 @@ Vector vector_at(const T* from) {
 
 #if defined(__AVX512F__)
 constexpr Words kPlaces = {0, 1, 2, 3, 4, 5, 6, 7};
-constexpr Words kLower = {0, 8, 1, 9, 2, 10, 3, 11};  // of two vectors, element by element
-constexpr Words kUpper = {4, 12, 5, 13, 6, 14, 7, 15};
 
 // Of the lower halves.
 Words product(Words a, uint32_t b) {
   return (Words)_mm512_maskz_mul_epu32(0xff, (__m512i)a, _mm512_set1_epi64(b));
+}
+
+// Of two vectors, element by element.
+Words lower_interleaved(Words a, Words b) {
+  return (Words)_mm512_permutex2var_epi64((__m512i)a, _mm512_setr_epi64(0, 8, 1, 9, 2, 10, 3, 11),
+                                          (__m512i)b);
+}
+Words upper_interleaved(Words a, Words b) {
+  return (Words)_mm512_permutex2var_epi64((__m512i)a, _mm512_setr_epi64(4, 12, 5, 13, 6, 14, 7, 15),
+                                          (__m512i)b);
 }
 
 // These are off by 0.02% at most, in the other instruction sets by 0.1%. Of 0 and infinity they are exact.
@@ -67,10 +75,20 @@ void store_bytes(Ints x, void* to) {
 
 #elif defined(__AVX2__)
 constexpr Words kPlaces = {0, 1, 2, 3};
-constexpr Words kLower = {0, 4, 1, 5};
-constexpr Words kUpper = {2, 6, 3, 7};
 
 Words product(Words a, uint32_t b) { return (Words)_mm256_mul_epu32((__m256i)a, _mm256_set1_epi64x(b)); }
+
+Words lower_interleaved(Words a, Words b) {
+  const __m256i outer = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+  const __m256i inner = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+  return (Words)_mm256_permute2x128_si256(outer, inner, 0x20);
+}
+Words upper_interleaved(Words a, Words b) {
+  const __m256i outer = _mm256_unpacklo_epi64((__m256i)a, (__m256i)b);
+  const __m256i inner = _mm256_unpackhi_epi64((__m256i)a, (__m256i)b);
+  return (Words)_mm256_permute2x128_si256(outer, inner, 0x31);
+}
+
 Floats rough_root(Floats x) { return _mm256_rcp_ps(_mm256_rsqrt_ps(x)); }
 Floats rough_fourth_root(Floats x) { return _mm256_rsqrt_ps(_mm256_rsqrt_ps(x)); }
 Ints widened(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
@@ -88,8 +106,6 @@ Ints at_most(Ints x, int32_t most) { return x < most ? x : Ints{} + most; }
 
 #else
 constexpr Words kPlaces = {0, 1};
-constexpr Words kLower = {0, 2};
-constexpr Words kUpper = {1, 3};
 
 Words product(Words a, uint32_t b) {
 #ifdef NEXUS_X86
@@ -98,6 +114,9 @@ Words product(Words a, uint32_t b) {
   return (a & uint64_t{0xffffffff}) * uint64_t{b};
 #endif
 }
+
+Words lower_interleaved(Words a, Words b) { return Words{a[0], b[0]}; }
+Words upper_interleaved(Words a, Words b) { return Words{a[1], b[1]}; }
 
 Floats rough_root(Floats x) {
   for (int i = 0; i < kWidth; ++i) {

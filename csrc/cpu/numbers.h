@@ -58,7 +58,7 @@ class Numbers {
     constexpr uint64_t kHalf = 0xffffffff;
     const Words first = (x.a & kHalf) | x.b << 32;
     const Words second = (x.c & kHalf) | x.d << 32;
-    const Words both[] = {__builtin_shuffle(first, second, kLower), __builtin_shuffle(first, second, kUpper)};
+    const Words both[] = {lower_interleaved(first, second), upper_interleaved(first, second)};
     memcpy(to, both, sizeof both);
   }
 

@@ -44,62 +44,36 @@ void encode_one(float value, float inverse, float chance, Fourth8& out) {
   encode(share, sqrtf(sqrtf(share)), chance, out);
 }
 
-// Calls f(k) for each of some vectors that are worked on at once, so that none waits for another's results.
-constexpr int kAtOnce = 4;
-template <class F>
-void each(const F& f) {
-#pragma GCC unroll 4
-  for (int k = 0; k < kAtOnce; ++k) {
-    f(k);
-  }
-}
-
-Floats magnitude(Floats x) { return (Floats)((Ints)x & 0x7fffffff); }
-
 // A number that is added to this one is rounded to a whole number, which the lower bits of the sum are.
 constexpr float kWhole = 0x1.8p23f;
 constexpr int32_t kWholeBits = 0x4b400000;
 
-// As encode() of codec.h, for values whose scale is finite: the codes of what has these shares, plus
-// kWholeBits. The rough roots, times kSteps codes, may be off by 0.4. `share_at` is the share at a place
-// between codes.
+// As encode() of codec.h, for a vector of values whose scale is finite: the codes, plus kWholeBits. The rough
+// root, times kSteps codes, may be off by 0.4. `share_at` gives the share at a place between codes.
 template <int kSteps, class F>
-void round_shares(const Floats (&shares)[kAtOnce], const Floats (&rough_roots)[kAtOnce],
-                  const uint16_t* numbers, const F& share_at, Ints (&codes)[kAtOnce]) {
-  Floats chance[kAtOnce];  // and 128: of bits, 128.0 with a number in its lower half is 128 + number / 65,536
-  Floats whole[kAtOnce];
-  Floats places[kAtOnce];
-  each([&](int k) { chance[k] = (Floats)(widened(vector_at<Halves>(numbers + k * kWidth)) | 0x43000000); });
-  each([&](int k) { whole[k] = fused(rough_roots[k], Floats{} + static_cast<float>(kSteps), chance[k]); });
-  each([&](int k) { whole[k] += kWhole - 129.0f; });
-  each([&](int k) { places[k] = (whole[k] - (kWhole - 129.0f)) - chance[k]; });  // exact
-  each([&](int k) { places[k] = share_at(places[k]); });
-  each([&](int k) { codes[k] = places[k] <= shares[k] ? (Ints)whole[k] + 1 : (Ints)whole[k]; });
+Ints rounded_by_chance(Floats share, Floats rough_root, const uint16_t* numbers, const F& share_at) {
+  // And 128: of bits, 128.0 with a number in its lower half is 128 + number / 65,536.
+  const Floats chance = (Floats)(widened(vector_at<Halves>(numbers)) | 0x43000000);
+  const Floats below = fused(rough_root, Floats{} + static_cast<float>(kSteps), chance) + (kWhole - 129.0f);
+  const Floats place = (below - (kWhole - 129.0f)) - chance;  // exact
+  return share_at(place) <= share ? (Ints)below + 1 : (Ints)below;
 }
 
-void encode_several(const float* from, float inverse, const uint16_t* numbers, Squared8* to) {
-  Floats shares[kAtOnce];
-  Floats roots[kAtOnce];
-  Ints codes[kAtOnce];
-  each([&](int k) { shares[k] = magnitude(vector_at<Floats>(from + k * kWidth)) * inverse; });
-  each([&](int k) { roots[k] = rough_root(shares[k]); });
-  round_shares<127>(shares, roots, numbers, [](Floats place) { return squared_share(place); }, codes);
-  each([&](int k) { codes[k] = at_most(at_least(codes[k], kWholeBits), kWholeBits + 127); });
-  each([&](int k) {
-    const Ints sign = vector_at<Ints>(from + k * kWidth) >> 31;  // -1 of a negative value
-    store_bytes((codes[k] ^ sign) - sign, to + k * kWidth);
-  });
+void encode_vector(const float* from, float inverse, const uint16_t* numbers, Squared8* to) {
+  const Ints bits = vector_at<Ints>(from);
+  const Floats share = (Floats)(bits & 0x7fffffff) * inverse;
+  const Ints code = rounded_by_chance<127>(share, rough_root(share), numbers,
+                                           [](Floats place) { return squared_share(place); });
+  const Ints bounded = at_most(at_least(code, kWholeBits), kWholeBits + 127);
+  const Ints sign = bits >> 31;  // -1 of a negative value
+  store_bytes((bounded ^ sign) - sign, to);
 }
 
-void encode_several(const float* from, float inverse, const uint16_t* numbers, Fourth8* to) {
-  Floats shares[kAtOnce];
-  Floats roots[kAtOnce];
-  Ints codes[kAtOnce];
-  each([&](int k) { shares[k] = vector_at<Floats>(from + k * kWidth) * inverse; });  // which has no sign
-  each([&](int k) { roots[k] = rough_fourth_root(shares[k]); });
-  round_shares<255>(shares, roots, numbers, [](Floats place) { return fourth_share(place); }, codes);
-  each([&](int k) { codes[k] = at_most(at_least(codes[k], kWholeBits + 2), kWholeBits + 255); });
-  each([&](int k) { store_bytes(codes[k], to + k * kWidth); });
+void encode_vector(const float* from, float inverse, const uint16_t* numbers, Fourth8* to) {
+  const Floats share = vector_at<Floats>(from) * inverse;  // a second moment has no sign
+  const Ints code = rounded_by_chance<255>(share, rough_fourth_root(share), numbers,
+                                           [](Floats place) { return fourth_share(place); });
+  store_bytes(at_most(at_least(code, kWholeBits + 2), kWholeBits + 255), to);
 }
 
 // The codes of one scale's elements.
@@ -112,8 +86,8 @@ void encode_block(const float* __restrict__ from, Codec* __restrict__ to, float 
     }
     return;
   }
-  for (int64_t i = 0; i < kScaleBlock; i += kAtOnce * kWidth) {
-    encode_several(from + i, inverse, numbers + i, to + i);
+  for (int64_t i = 0; i < kScaleBlock; i += kWidth) {
+    encode_vector(from + i, inverse, numbers + i, to + i);
   }
 }
 

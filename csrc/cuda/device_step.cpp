@@ -22,6 +22,7 @@ DeviceStep::DeviceStep(const Records& records, const Part& part, std::unique_ptr
     contents_.kinds.add(kind_of(tensor));
   }
   table_->forget();
+  read_groups();
 }
 
 void DeviceStep::read_groups() {
@@ -35,7 +36,9 @@ const Table& DeviceStep::current_table(cudaStream_t stream) {
     const TensorRecord& tensor = records_.tensors[static_cast<size_t>(part_.first_tensor) + i];
     contents_.pointers[i] = {tensor.param, tensor.grad};
   }
-  read_groups();
+  if (given.coefficients == nullptr) {
+    read_groups();
+  }
 
   const cudaGraph_t graph = graph_of(stream);
   if (graph == nullptr) {
@@ -54,10 +57,35 @@ void DeviceStep::sum_of_squares(double* out, cudaStream_t stream) {
   cuda::sum_of_squares(current_table(stream), out, stream);
 }
 
+void DeviceStep::prologue(cudaStream_t stream) {
+  const DeviceGuard guard(part_.device);
+  is_prepared_ = false;
+  read_groups();
+  table_->write(contents_, stream);
+  state.grad_scale = nullptr;
+  state.found_inf = nullptr;
+  cuda::prologue(table_->get(), state, stream);
+  is_prepared_ = true;
+  prepared_on_ = stream;
+}
+
+Prepared DeviceStep::prepared(size_t tensor, cudaStream_t stream) const {
+  if (!is_prepared_ || stream != prepared_on_) {
+    return {};
+  }
+  return {table_->get().header, table_->get().coefficients + tensor};
+}
+
 void DeviceStep::step(cudaStream_t stream) {
   const DeviceGuard guard(part_.device);
-  const Table& table = current_table(stream);
-  prologue(table, state, stream);
+  is_prepared_ = false;
+  Table table = current_table(stream);
+  if (given.coefficients != nullptr) {
+    table.header = given.header;
+    table.coefficients = given.coefficients;
+  } else {
+    cuda::prologue(table, state, stream);
+  }
   update(table, state, stream);
 }
 

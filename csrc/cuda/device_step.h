@@ -19,6 +19,12 @@ struct Part {
   int64_t first_group, group_count;
 };
 
+// What a prologue has left for the update of one tensor; null: nothing.
+struct Prepared {
+  Header* header;
+  CoefficientRow* coefficients;
+};
+
 // Everything here is enqueued on the caller's stream, and returns at once.
 //
 // While that stream is being captured, a step gets a table of CapturedTables: a graph that is replayed finds
@@ -33,9 +39,17 @@ class DeviceStep {
   std::unique_ptr<DeviceTable> take_table() { return std::move(table_); }
 
   StepState state = {};
+  Prepared given = {};  // by the prologue of another step: the next one does without its own
 
   // The sum of squares of this device's gradients.
   void sum_of_squares(double* out, cudaStream_t stream);
+
+  // Evaluates the rates, for updates of each tensor by a step of its own, until the next step here. The
+  // gradients need not be there yet.
+  void prologue(cudaStream_t stream);
+
+  // Of the last prologue(), for a step on a stream; nothing where that is another stream.
+  Prepared prepared(size_t tensor, cudaStream_t stream) const;
 
   // Decides whether to skip, evaluates the rates, updates every tensor, and advances the counters.
   void step(cudaStream_t stream);
@@ -52,6 +66,8 @@ class DeviceStep {
   Contents contents_;
   std::unique_ptr<DeviceTable> table_;
   CapturedTables& captured_;
+  bool is_prepared_ = false;  // by prologue(), on the stream:
+  cudaStream_t prepared_on_ = nullptr;
 };
 
 }  // namespace nexus::cuda

@@ -80,7 +80,7 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
     shared.put(coefficients(table.rows[tensor->group], count));
   }
   __syncthreads();
-  if (tensor == nullptr || pointers_of(table, i).grad == nullptr) {
+  if (tensor == nullptr) {
     return;
   }
   const Coefficients<double>* found = shared.find(tensor->group, count);

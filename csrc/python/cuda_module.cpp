@@ -69,6 +69,19 @@ class CudaRecords : public WatchedRecords {
     devices_.at(index)->sum_of_squares(at<double>(out), stream_at(stream));
   }
 
+  void prologue(size_t index, Address stream) { devices_.at(index)->prologue(stream_at(stream)); }
+
+  // Where that has left a tensor's part, (0, 0) for nowhere: what others pass to take().
+  std::pair<Address, Address> prepared(size_t index, size_t tensor, Address stream) const {
+    const auto [header, coefficients] = devices_.at(index)->prepared(tensor, stream_at(stream));
+    return {reinterpret_cast<Address>(header), reinterpret_cast<Address>(coefficients)};
+  }
+
+  // Lets the next step of these records, which are of one tensor, take over what is prepared.
+  void take(Address header, Address coefficients) {
+    devices_.at(0)->given = {at<cuda::Header>(header), at<cuda::CoefficientRow>(coefficients)};
+  }
+
   void step(size_t index, Address grad_scale, Address found_inf, Address stream) {
     abandoned_blocks().give_back();
     const py::gil_scoped_release release;
@@ -121,6 +134,9 @@ void define_cuda(py::module_& m) {
       .def("divide", &CudaRecords::divide)
       .def("fill_state", &CudaRecords::fill_state)
       .def("sum_of_squares", &CudaRecords::sum_of_squares, release())
+      .def("prologue", &CudaRecords::prologue, release())
+      .def("prepared", &CudaRecords::prepared)
+      .def("take", &CudaRecords::take)
       .def("step", &CudaRecords::step)
       .def("update_captured", &CudaRecords::update_captured, release())
       .def("has_captured", &CudaRecords::has_captured);

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from nexus.backends.extension import extension
 from nexus.backends.extension import unavailable as why_no_extension
-from nexus.backends.interface import DevicePlan, Plan
+from nexus.backends.interface import DevicePlan, Plan, Runner
 from nexus.backends.records import address, layout, state_values
 from nexus.backends.watched import WatchedRunner, as_float32, make_records
 
@@ -113,10 +113,12 @@ class CudaRunner(WatchedRunner):
     """Runs steps on the GPUs on which the tensors are."""
 
     current_stream = staticmethod(current_stream)
+    shares_prologue = True
 
     def __init__(self, records: Any) -> None:
         super().__init__(records)
         self._devices: list[DevicePlan] = []
+        self._places: dict[Tensor, tuple[int, int]] = {}  # of each parameter: its device, and where it is there
 
     def has_captured(self) -> bool:
         return bool(self.records.has_captured())
@@ -126,8 +128,29 @@ class CudaRunner(WatchedRunner):
         for position, plan in enumerate(self._devices):
             self.records.update_captured(position, self.current_stream(plan.state.device)[1])
 
+    def prologue(self) -> None:
+        self._bring_rates()
+        try:
+            for position, plan in enumerate(self._devices):
+                self.records.prologue(position, self.current_stream(plan.state.device)[1])
+        finally:
+            self.records.release_gradients()
+
+    def take_prologue(self, other: Runner | None, param: Tensor) -> None:
+        if self._plan is None:
+            return
+        prepared = 0, 0
+        if isinstance(other, CudaRunner) and param in other._places:
+            prepared = other.records.prepared(*other._places[param], self.current_stream(param.device)[1])
+        self.records.take(*prepared)
+
     def _take_tensors(self, plan: Plan) -> None:
         self._devices = list(plan.devices.values())
+        self._places = {
+            entry.original: (position, index)
+            for position, device in enumerate(self._devices)
+            for index, entry in enumerate(device.entries)
+        }
         self.records.divide(
             [
                 (self.current_stream(device.state.device)[0], len(device.entries), len(device.groups))

@@ -212,6 +212,8 @@ class Glance(Protocol):
 class Runner:
     """A backend at work for one optimizer. As it stands here: one that asks for a new plan before each step."""
 
+    shares_prologue = False  # whether `prologue` does anything
+
     def changed(self, attributes: dict[str, Any]) -> int:
         """A `Change`: what the optimizer has to renew before `step`; pointers that merely moved are followed.
 
@@ -252,6 +254,12 @@ class Runner:
 
     def update_captured(self) -> None:
         """Give the hyperparameters to the steps that graphs have captured, too."""
+
+    def prologue(self) -> None:
+        """Do what the steps of other runners, each of one parameter of the plan, have in common."""
+
+    def take_prologue(self, other: Runner | None, param: Tensor) -> None:
+        """Let the step that comes next, of one parameter, use what another runner has prepared of it, if it has."""
 
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update everything once: enqueued, without synchronising with the host."""

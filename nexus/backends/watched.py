@@ -116,8 +116,7 @@ class WatchedRunner(Runner):
         try:
             for entry in self._staged:
                 entry.fetch()
-            for tensor, host in self._host_rates:
-                _fill_from_host(tensor, host)
+            self._bring_rates()
             self._run(self._plan, grad_scale, found_inf)
         except BaseException:
             self.records.release_gradients()
@@ -126,6 +125,10 @@ class WatchedRunner(Runner):
         torch.autograd.graph.increment_version(self.records.written())
         for entry in self._staged:
             entry.put_back()
+
+    def _bring_rates(self) -> None:
+        for tensor, host in self._host_rates:
+            _fill_from_host(tensor, host)
 
     def _take_tensors(self, plan: Plan) -> None:
         """Take over a plan, which is in the records."""

@@ -107,6 +107,12 @@ class Engine:
         if change:
             self.prepare(attributes, change)
 
+    def prologue(self, attributes: Attributes) -> None:
+        """Do what the updates that come next have in common, each by an engine of one of the parameters."""
+        if self.runner is not None and self.runner.shares_prologue:
+            self.follow_changes(attributes)
+            self.runner.prologue()
+
     def glance(self) -> Glance | None:
         """See `Runner.glance`."""
         return None if self.runner is None else self.runner.glance()

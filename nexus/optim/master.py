@@ -12,7 +12,7 @@ from nexus.arguments import shown
 from nexus.backends import codecs
 from nexus.backends.codecs import flat
 from nexus.backends.sharding import local, respread
-from nexus.optim.parameters import is_dense, is_trained, named_parameters
+from nexus.optim.parameters import has_memory, is_dense, is_trained, named_parameters
 from nexus.optim.state import check_streams, complete_states, fit_master
 from nexus.optim.storage import storage_of
 
@@ -36,7 +36,7 @@ def load_master(optimizer: FusedAdamW, weights: Mapping[str, Tensor] | Iterable[
                 f"the weight of {name} must be of shape {tuple(param.shape)} and of float32, got "
                 f"{tuple(weight.shape)} of {weight.dtype}"
             )
-        if param.is_meta or weight.is_meta or weight.layout != torch.strided:
+        if not has_memory(param) or not has_memory(weight):
             given = f"{weight.layout} on {weight.device} for a parameter on {param.device}"
             raise ValueError(f"the weight of {name} must be dense, and both must have memory, got {given}")
         if storage.master_low is None and weight.dtype != param.dtype:

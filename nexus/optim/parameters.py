@@ -83,6 +83,11 @@ def is_freed(tensor: Tensor) -> bool:
     return tensor.numel() > 0 and tensor.untyped_storage().nbytes() == 0
 
 
+def has_memory(tensor: Tensor) -> bool:
+    """Whether a tensor is dense, and its elements are there to be read."""
+    return tensor.layout == torch.strided and not tensor.is_meta and not is_freed(local(tensor))
+
+
 def check_sharing(params: list[tuple[str, Tensor]]) -> None:
     """Refuse parameters of which two elements are one place in memory, where some are not dense.
 

@@ -13,7 +13,7 @@ from nexus.backends import codecs, say_once, sharding
 from nexus.backends.codecs import SCALE_BLOCK, SCALED, flat
 from nexus.backends.interface import STATE_NAMES, StateStreams, TensorEntry
 from nexus.backends.sharding import local, respread
-from nexus.optim.parameters import is_dense, is_freed, same_layout
+from nexus.optim.parameters import has_memory, is_dense, is_freed, same_layout
 from nexus.optim.storage import Storage, moment_dtype
 
 REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
@@ -194,7 +194,7 @@ def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where:
             bits is None
             or (bits.shape, bits.device) != (part.shape, part.device)
             or bits.dtype not in codecs.LOW_DTYPES.values()
-            or not _has_memory(bits)
+            or not has_memory(bits)
         ):
             raise ValueError(
                 f"{where}: state 'master_low' must be of shape {tuple(param.shape)} and as nexus made it, got "
@@ -242,7 +242,7 @@ def check_scale(moment: Tensor, scale: object, where: str) -> None:
     if (
         not isinstance(scale, Tensor)
         or (scale.shape, scale.dtype, scale.device) != ((count,), torch.float32, part.device)
-        or not _has_memory(scale)
+        or not has_memory(scale)
         or not scale.is_contiguous()
     ):
         given = f"{tuple(scale.shape)} of {scale.dtype}" if isinstance(scale, Tensor) else shown(scale)
@@ -250,10 +250,6 @@ def check_scale(moment: Tensor, scale: object, where: str) -> None:
             f"{where} is of {moment.dtype}, and needs {count} scales of float32 beside it, contiguous on "
             f"{part.device}, got {given}: put them there, or give the moment in float32"
         )
-
-
-def _has_memory(tensor: Tensor) -> bool:
-    return tensor.layout == torch.strided and not tensor.is_meta and not is_freed(local(tensor))
 
 
 def _value(moment: Tensor, scale: Tensor | None) -> Tensor:
@@ -302,6 +298,16 @@ def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     ]
     if not scaled and "master_low" not in state:
         return state
+    read = [state[name] for name in STATE_NAMES[1:] if isinstance(state.get(name), Tensor)]
+    low = state.get("master_low")
+    if low is not None:
+        read.append(param)
+    if not all(map(has_memory, read)) or (low is not None and low.shape != param.shape):
+        raise RuntimeError(
+            f"the state of a parameter of shape {tuple(param.shape)} cannot be decoded: it, or the parameter, has no "
+            "memory or another shape than it had. Bring back what was offloaded before state_dict(), or "
+            "`del optimizer.state[p]`"
+        )
     saved = {name: value for name, value in state.items() if name not in STATE_NAMES[4:]}
     for name in scaled:
         saved[name] = _value(state[name], state.get(scale_name(name)))
@@ -393,14 +399,18 @@ def check_master(saved: dict[str, Any], param: Tensor, storage: Storage, where: 
             not isinstance(value, Tensor)
             or value.shape != param.shape
             or value.dtype not in dtypes
-            or not _has_memory(value)
+            or not has_memory(value)
         ):
             given = f"{tuple(value.shape)} of {value.dtype}" if isinstance(value, Tensor) else shown(value)
             raise ValueError(
                 f"{where}: {name} must be of shape {tuple(param.shape)} and of {dtypes[0]}, with memory, got "
                 f"{given}; delete the entry to go on from the parameter as it is"
             )
-    if weight is None or storage.master_low is None:
+    if storage.master_low is None or (weight is None and low is None):
+        return
+    if not has_memory(param):
+        raise ValueError(f"{where} has a master weight, and its parameter no memory: bring it back before the load")
+    if weight is None:
         return
     master = saved_master(saved, param)
     assert master is not None

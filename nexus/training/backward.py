@@ -146,6 +146,8 @@ class StepInBackward:
                 raise RuntimeError(
                     "updates in a backward pass cannot be captured: remove() the handle before capture"
                 )
+            if not self._stepped:
+                engine_of(self._optimizer).prologue(attributes_of(self._optimizer))
             part.step_alone()
             self._stepped.add(param)
             param.grad = None
@@ -196,6 +198,8 @@ class _OneParameter(Engine):
         came_back = self.states.get(device) is not self.state_on(device)  # from another device
         if came_back or (self._last_write is not None and self._last_write is not LAST_WRITE[0]):
             self.forget_plan()
+        if self.runner is not None:
+            self.runner.take_prologue(engine_of(self._owner).runner, self._param)
         self.step(self._attributes, None, None)
         self.release_state()
         self._attributes["state"].clear()  # the owner's to free

@@ -413,6 +413,26 @@ def test_state_by_hand_that_a_kernel_cannot_read(
     assert_same(optimizer.state_dict()["state"], before)
 
 
+def test_what_is_offloaded_is_not_read() -> None:
+    optimizer, params = trained(**SEVEN_BYTES)
+    saved = copy.deepcopy(optimizer.state_dict())
+    weights = [torch.zeros(param.shape) for param in params]
+    params[0].grad = None
+    for tensor in (params[0], optimizer.state[params[0]]["exp_avg_scale"]):
+        kept = tensor.untyped_storage().clone()
+        tensor.untyped_storage().resize_(0)
+        with pytest.raises(RuntimeError, match=r"cannot be decoded.* Bring back what was offloaded"):
+            optimizer.state_dict()
+        if tensor is params[0]:
+            with pytest.raises(ValueError, match="has a master weight, and its parameter no memory: bring it back"):
+                optimizer.load_state_dict(saved)
+            with pytest.raises(ValueError, match="must be dense, and both must have memory"):
+                optimizer.load_master(weights)
+        tensor.untyped_storage().resize_(kept.nbytes())
+        tensor.untyped_storage().copy_(kept)
+    assert_same(optimizer.state_dict()["state"], saved["state"])
+
+
 @pytest.mark.parametrize(("write", "words"), BAD_STATES.values(), ids=BAD_STATES.keys())
 def test_state_dicts_that_are_refused(write: Callable[[dict[str, Any]], None], words: str) -> None:
     optimizer, params = trained(**SEVEN_BYTES)

@@ -120,12 +120,12 @@ def test_a_full_master_weight_is_that_of_float32() -> None:
 
 
 @modes
-def test_updates_in_the_backward_pass_have_the_same_bits(name: str) -> None:
+def test_updates_in_the_backward_pass_have_the_same_bits(backend: str, name: str) -> None:
     dtype = MODES[name].param
     first = nn.Sequential(*(nn.Linear(64, 64, dtype=dtype) for _ in range(3)))
     second = copy.deepcopy(first)
-    plain = optimizer_of(WAY, list(first.parameters()), MODES[name], seed=7)
-    early = optimizer_of("native", list(second.parameters()), MODES[name], seed=7)
+    plain = optimizer_of(backend, list(first.parameters()), MODES[name], seed=7)
+    early = optimizer_of(backend, list(second.parameters()), MODES[name], seed=7)
     with step_in_backward(second, early):
         for _ in range(3):
             x = torch.randn(8, 64, dtype=dtype)

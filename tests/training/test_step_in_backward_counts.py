@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine
-from nexus.training import step_in_backward
+from nexus.training import StepInBackward, step_in_backward
 
+LAUNCH_FAILURE = 719
 RATES = (WSD(3, 4, 8, 0.5), Cosine(0.25, 12))
 
 
@@ -114,27 +116,90 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+def run_hooks(params: Iterable[nn.Parameter], grads: Iterable[Tensor]) -> None:
+    for param, grad in zip(params, grads, strict=True):
+        param.grad = grad
+        for hook in param._post_accumulate_grad_hooks.values():
+            hook(param)
+
+
+def launches_of_hooks(gpu: Shim, params: Iterable[nn.Parameter], grads: Iterable[Tensor]) -> list[str]:
+    gpu.reset()
+    run_hooks(params, grads)
+    return [launch.kernel for launch in gpu.launches()]
+
+
 @pytest.mark.parametrize("count", [1, 5])
 def test_launches_of_an_update(gpu: Shim, count: int) -> None:
     """None is a copy."""
     model, optimizer = make(NAME, count)
     step_in_backward(model, optimizer)
-
-    def launches(grads: list[Tensor]) -> list[str]:
-        gpu.reset()
-        for param, grad in zip(model, grads, strict=True):
-            param.grad = grad
-            for hook in param._post_accumulate_grad_hooks.values():
-                hook(param)
-        return [launch.kernel for launch in gpu.launches()]
-
     first, second = ([torch.ones_like(param) for param in model] for _ in range(2))
-    launches(first)
+    launches_of_hooks(gpu, model, first)
     optimizer.step()
     for grads in (first, second):  # the same, and others elsewhere
         with Operations() as operations:
-            assert launches(grads) == ["prepare", "update_tensors"] * len(model)
+            assert launches_of_hooks(gpu, model, grads) == ["prepare"] + ["update_tensors"] * len(model)
         assert operations.names == []
         gpu.reset()
         optimizer.step()
         assert [launch.kernel for launch in gpu.launches()] == ["prepare", "update_tensors"]
+
+
+def test_a_rate_that_is_written_is_uploaded_once(gpu: Shim) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(4)])
+    optimizer = FusedAdamW(model.parameters(), lr=0.5, weight_decay=0.0, eps=0.0, backend=NAME)
+    step_in_backward(model, optimizer)
+    for step, lr in enumerate((0.5, 0.25, 0.125)):
+        optimizer.param_groups[0]["lr"] = lr
+        launches = launches_of_hooks(gpu, model, [torch.ones_like(param) for param in model])
+        assert step == 0 or launches == ["store", "prepare"] + ["update_tensors"] * len(model)
+        optimizer.step()
+    assert [param.tolist() for param in model] == [pytest.approx([-0.875] * 3, rel=1e-12)] * len(model)
+
+
+def on_another_stream(gpu: Shim, handle: StepInBackward, optimizer: FusedAdamW) -> None:
+    for part in [*handle._parts.values()][2:]:
+        if part.runner is not None:
+            vars(part.runner)["stream"] = gpu.stream()
+
+
+def in_another_plan(gpu: Shim, handle: StepInBackward, optimizer: FusedAdamW) -> None:
+    engine_of(optimizer).prepare(vars(optimizer))
+
+
+@pytest.mark.parametrize("disturb", [on_another_stream, in_another_plan])
+def test_where_the_common_prologue_does_not_serve_each_update_has_its_own(gpu: Shim, disturb: Any) -> None:
+    (plain, plain_optimizer), (ours, optimizer) = make(NAME, 2), make(NAME, 2)
+    handle = step_in_backward(ours, optimizer)
+    for step in range(4):
+        grads = [torch.full_like(param, 1.0 + step) for param in ours]
+        first = launches_of_hooks(gpu, ours[:2], grads[:2])
+        disturb(gpu, handle, optimizer)
+        second = launches_of_hooks(gpu, ours[2:], grads[2:])
+        assert step == 0 or (first.count("prepare"), second.count("prepare")) == (1, 2)
+        optimizer.step()
+        for param, grad in zip(plain, grads, strict=True):
+            param.grad = grad
+        plain_optimizer.step()
+    assert same_bits([*plain], [*ours])
+
+
+@pytest.mark.parametrize("nth", [1, 2, 3], ids=["the prologue", "the first update", "the second update"])
+def test_a_launch_that_fails_changes_nothing_and_may_come_again(gpu: Shim, nth: int) -> None:
+    (plain, plain_optimizer), (ours, optimizer) = make(NAME), make(NAME)
+    step_in_backward(ours, optimizer)
+    for step in range(4):
+        for index, param in enumerate(ours):
+            grad = plain[index].grad = torch.full_like(param, 1.0 + step + index)
+            if step == 2 and index == nth // 3:
+                before = param.detach().clone()
+                gpu.fail(LAUNCH_FAILURE, nth - 2 * index)
+                with pytest.raises(RuntimeError, match="the prologue" if nth == 1 else "the update"):
+                    run_hooks([param], [grad])
+                assert torch.equal(param, before)
+                assert param.grad is not None
+            run_hooks([param], [grad])
+        plain_optimizer.step()
+        optimizer.step()
+    assert same_bits([*plain], [*ours])

@@ -22,7 +22,8 @@ from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
 from nexus.optim.parameters import is_trained, named_parameters
-from nexus.optim.state import MOMENTS, SAVED_NAMES, check_saved, check_unshared, has_codes, loaded, saved_state
+from nexus.optim.saved import SAVED_NAMES, check_saved, has_codes, loaded, saved_state
+from nexus.optim.state import MOMENTS, check_unshared
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits

@@ -10,6 +10,7 @@ import low_memory_oracle as oracle
 import numpy as np
 import pytest
 import torch
+from cuda_on_cpu import NAME, captured_step
 from low_memory_cases import MODES, TRITON, VALUES, WAYS, around_thresholds, optimizer_of, values
 from low_memory_oracle import Array, Mode
 from references import LAYOUTS, params_of, same_bits, set_grads, snapshot, through_a_file
@@ -228,6 +229,21 @@ def test_the_number_of_threads_changes_no_bit(name: str, restored_threads: None)
         torch.set_num_threads(threads)
         optimizer = optimizer_of(WAYS[0], parameters(params), MODES[name], lr=1e-2, seed=SEED)
         assert_equals_the_oracle(run(optimizer, rounds), expected(name, "plain"))
+
+
+@modes
+def test_a_replay_rounds_as_a_step(name: str) -> None:
+    params, rounds = started(name)
+    optimizer = optimizer_of(NAME, parameters(params), MODES[name], lr=1e-2, seed=SEED)
+    run(optimizer, rounds[:1])
+    static = [torch.empty_like(grad) for grad in rounds[0]]
+    set_grads(params_of(optimizer), static)
+    graph = captured_step(optimizer)
+    for grads in rounds[1:]:
+        for grad, value in zip(static, grads, strict=True):
+            grad.copy_(value)
+        graph.replay()
+    assert_equals_the_oracle(optimizer, expected(name, "plain"))
 
 
 @modes

@@ -1,8 +1,10 @@
 """The numbers in docs/low-memory.md are those of the code."""
 
+import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 from nexus.optim.storage import MODES, bytes_table
@@ -25,3 +27,19 @@ def test_modes_are_those_of_the_code() -> None:
     for (_, options, *_), (name, _, meant) in zip(rows, MODES, strict=True):
         written = options.strip("`") if meant else ""
         assert eval(f"dict({written})", {"torch": torch}) == meant, name
+
+
+def test_losses_are_those_of_the_rows() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.low_memory_training import CONTROL, summary
+
+    def signed(value: float, digits: int) -> str:
+        return f"{round(value, digits) + 0.0:+.{digits}f}"  # never -0
+
+    path = ROOT / "benchmarks" / "results" / "2026-11-26_amd-epyc-low-memory-training.jsonl"
+    found = summary([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+    assert table("Accuracy") == [
+        [mode, f"{mean:.4f}", signed(difference, 4), signed(deviations, 1)]
+        for mode, mean, difference, deviations in found
+    ]
+    assert {mode for mode, _, _, deviations in found if abs(deviations) > 2.0} == {CONTROL}

@@ -101,8 +101,7 @@ struct EncodedStreams : How {
         param(part(work.pointers.param, How::param_dtype, work)),
         grad(part(work.pointers.grad, How::grad_dtype, work)),
         master_low(part(work.record.master_low, How::master_low_dtype, work)),
-        exp_avg{part(work.record.exp_avg, How::exp_avg_dtype, work),
-                scales(work.record.exp_avg_scale, work)},
+        exp_avg{part(work.record.exp_avg, How::exp_avg_dtype, work), scales(work.record.exp_avg_scale, work)},
         exp_avg_sq{part(work.record.exp_avg_sq, How::exp_avg_sq_dtype, work),
                    scales(work.record.exp_avg_sq_scale, work)},
         max_exp_avg_sq{part(work.record.max_exp_avg_sq, How::exp_avg_sq_dtype, work),
@@ -172,8 +171,8 @@ struct EncodedElements {
       };
     };
     const int n = s.left(i);
-    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
     encode_param(s, p, numbers(kRoundedParam));
+    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
     // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
     const bool by_chance = s.by_chance || s.exp_avg_sq_dtype == DType::kBFloat16;
     exp_avg_sq.encode(s.exp_avg_sq_dtype, v, n, by_chance, numbers(kRoundedExpAvgSq));

@@ -8,7 +8,7 @@
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
-constexpr int64_t kBlock = 8 * kScaleBlock;
+constexpr int64_t kBlock = 4 * kScaleBlock;
 
 constexpr int64_t kWords = sizeof(Words) / sizeof(uint64_t);
 constexpr int64_t kTogether = 8;  // vectors whose rounds hide each other's latency

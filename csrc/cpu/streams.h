@@ -177,6 +177,17 @@ class Streams {
                          : NEXUS_ISA::decode(max_exp_avg_sq_, begin, n, max_exp_avg_sq_buffer_);
   }
 
+  // Lets memory bring the elements that come next while these are worked on in the first-level cache.
+  void fetch(int64_t begin, int64_t n) const {
+    fetch(tensor_.param, tensor_.param_dtype, begin, n);
+    fetch(tensor_.grad, tensor_.grad_dtype, begin, n);
+    fetch(tensor_.exp_avg, tensor_.exp_avg_dtype, begin, n);
+    fetch(tensor_.exp_avg_sq, tensor_.exp_avg_sq_dtype, begin, n);
+    if (tensor_.master_low != nullptr) {
+      fetch(tensor_.master_low, tensor_.master_low_dtype, begin, n);
+    }
+  }
+
   void encode(int64_t begin, int64_t n) const {
     if constexpr (std::is_same_v<T, float>) {
       Numbers numbers(chance_, tensor_.first + begin, n);
@@ -190,6 +201,14 @@ class Streams {
   }
 
  private:
+  static void fetch(const void* stream, DType dtype, int64_t begin, int64_t n) {
+    const auto item = static_cast<int64_t>(item_size(dtype));
+    const char* from = static_cast<const char*>(stream) + begin * item;
+    for (int64_t line = 0; line < n * item; line += 64) {
+      __builtin_prefetch(from + line);
+    }
+  }
+
   static bool is_arithmetic(DType dtype) {
     return dtype == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
   }

@@ -29,6 +29,7 @@ void update(const TensorRecord& tensor, const Chance& chance, const Coefficients
     // Where nothing is to be decoded, all of it is one block.
     const int64_t n = whole || end - begin < kBlock ? end - begin : kBlock;
     s.decode(begin, n);
+    s.fetch(begin + n, end - begin - n < kBlock ? end - begin - n : kBlock);
     if (s.max_exp_avg_sq != nullptr) {
       update_block<true>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
     } else {

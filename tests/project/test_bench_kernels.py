@@ -78,8 +78,9 @@ def test_names_are_those_of_the_kernels() -> None:
     for file, word, part in (("grad_norm", "sum_squares", NORM), ("prologue", "prepare", PROLOGUE)):
         assert f" {word}(" in (ROOT / f"csrc/cuda/{file}.cu").read_text()
         assert kernels.WORDS[word] == part
-    assert " update_tensors(" in (ROOT / "csrc/cuda/update.cu").read_text()
-    triton = (ROOT / "nexus/backends/triton_kernels.py").read_text()
+    for file, word in (("update", "update_tensors"), ("update_encoded", "update_encoded")):
+        assert f" {word}(" in (ROOT / f"csrc/cuda/{file}.cu").read_text()
+    triton = "".join((ROOT / f"nexus/backends/triton_{file}.py").read_text() for file in ("kernels", "update"))
     assert all(f"\ndef {name}(" in triton for name in ("norm", "norm_total", "prologue", "update"))
 
 

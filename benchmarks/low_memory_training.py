@@ -144,6 +144,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     made_by = {"commit": commit(), "torch": torch.__version__, "cpu": cpu_name()}
     run = {"steps": args.steps, "context": args.context, "peak_lr": args.peak_lr}
     rows = [json.loads(line) for line in args.rows.read_text().splitlines()] if args.rows.exists() else []
+    rows = [row for row in rows if run.items() <= row.items()]
     there = {(row["mode"], row["seed"]) for row in rows}
     text = corpus.load(torch.device("cpu"))
     for seed in range(args.seeds):

@@ -198,10 +198,10 @@ NEXUS_FN float decoded(Squared8 x, float scale) {
 
 NEXUS_FN float decoded(Fourth8 x, float scale) { return fourth_share(static_cast<float>(x.code)) * scale; }
 
-// A code is the largest whose share, taken `chance` of a step, in [0, 1), below it, is at most the value's:
-// |value| / scale. A rough root, which may be off by 0.4 codes, leaves two, of which the comparison takes
-// one. NaN has the smallest code. To nearest, moments would stand still: what fades by a tenth a step keeps a
-// code below 10.
+// The code is the largest one whose share at (code - chance) is at most the value's, |value| / scale; chance
+// is in [0, 1). A rough root, which may be off by 0.4 codes, leaves two, of which the comparison takes one.
+// NaN has the smallest code. Rounded to nearest, a first moment would never reach 0: a code below 10 stays
+// the same when the moment shrinks by a tenth.
 NEXUS_FN void encode(float value, float share, float rough_root, float chance, Squared8& out) {
   const float rough = 127.0f * rough_root + (chance - 0.5f);
   const float above_zero = rough > 0.0f ? rough : 0.0f;

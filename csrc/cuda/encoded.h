@@ -72,7 +72,7 @@ __device__ Words<kCount> fetch_words(const char* stream, DType dtype, int32_t i,
   with_unit(bytes_of(dtype), [&](auto unit) {
     using Unit = decltype(unit);
     const Unit* from = reinterpret_cast<const Unit*>(stream) + i;
-    if (aligned && n == kCount) {
+    if (aligned && n >= kCount) {
       constexpr int kWords = kCount * sizeof(Unit) / sizeof(uint32_t);
       const auto pack = fetch<kWords>(reinterpret_cast<const uint32_t*>(from));
 #pragma unroll
@@ -95,7 +95,7 @@ __device__ void put_words(const Words<kCount>& words, char* stream, DType dtype,
   with_unit(bytes_of(dtype), [&](auto unit) {
     using Unit = decltype(unit);
     Unit* to = reinterpret_cast<Unit*>(stream) + i;
-    if (aligned && n == kCount) {
+    if (aligned && n >= kCount) {
       constexpr int kWords = kCount * sizeof(Unit) / sizeof(uint32_t);
       Pack<uint32_t, kWords> pack;
 #pragma unroll

@@ -87,7 +87,7 @@ def allocate(device: int, nbytes: int, stream: int) -> int:
     except torch.cuda.OutOfMemoryError as error:
         raise torch.cuda.OutOfMemoryError(
             f"{error} (FusedAdamW asked for {nbytes} bytes on cuda:{device}, for the table of the tensors that it "
-            "updates. The step has changed nothing; the next one asks again.)"
+            "updates. Nothing has changed on this GPU; the next step asks again.)"
         ) from error
     return address
 

@@ -29,7 +29,7 @@ from nexus.optim.groups import (
 )
 from nexus.optim.history import History
 from nexus.optim.state import check_streams, complete_states, is_complete, is_idle, make_entry
-from nexus.optim.storage import storage_of
+from nexus.optim.storage import STORAGE_DEFAULTS, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -53,6 +53,7 @@ class Engine:
         backend: as the user has asked for it.
         skip_nonfinite: whether a step is skipped whose gradients are not finite.
         norm_group: processes with other parameters of the same model.
+        seed: of stochastic rounding.
     """
 
     backend: Backend
@@ -168,6 +169,8 @@ class Engine:
                 self.fill_settings(device_plan, groups, device)
             self.runner.update_settings()
         else:
+            if self._planned_options and self.runner.has_captured():
+                _check_kept(options, self._planned_options)
             self.plan = self.make_plan(attributes)
             self._planned_options = options
             self.runner.bind(self.plan, attributes)
@@ -359,6 +362,18 @@ def _tidy(attributes: Attributes) -> None:
             group = groups[index] = ParamGroup({**attributes["defaults"], **group})
         if not isinstance(group["params"], list):
             group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+
+
+def _check_kept(options: list[tuple[Any, ...]], captured: list[tuple[Any, ...]]) -> None:
+    """Refuse to store state otherwise where graphs write to it as it is."""
+    for index, (now, then) in enumerate(zip(options, captured, strict=False)):
+        for name, value, before in zip(STATE_OPTIONS, now, then, strict=True):
+            if name in STORAGE_DEFAULTS and value != before:
+                raise RuntimeError(
+                    f"group {index}'s {name!r} was changed from {before} to {value}, and a graph has captured a step "
+                    "that writes to the state as it is: drop the graph first (reset() on a captured step), or set "
+                    f"{name!r} back"
+                )
 
 
 def _check_scales(groups: list[ParamGroup]) -> None:

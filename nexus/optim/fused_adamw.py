@@ -152,6 +152,7 @@ class FusedAdamW(Optimizer):
         self._new_params = None
         self._engine.select_backend(attributes_of(self))
         self._engine.settle(attributes_of(self))
+        average_bytes(self.param_groups)  # which asks each parameter whether it can be stored so
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]  # torch says dict, which it is
 
@@ -269,7 +270,8 @@ class FusedAdamW(Optimizer):
         for _, param, name in parameters.named_parameters([added], first=count):
             if parameters.is_trained(param):
                 parameters.check_parameter(param, name)
-                storage_of(param, added, name)
+                if self._new_params is None:
+                    storage_of(param, added, name)
         groups.append(added)
         if self._new_params is not None:  # the constructor asks the rest of all groups at once
             self._new_params.update(map(id, tensors))

@@ -73,18 +73,19 @@ class ParamGroup(dict[str, Any]):
         """The settings that a schedule drives, and their schedules."""
         return [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
 
-    def _now(self) -> tuple[Any, ...]:
+    def watched(self) -> tuple[Any, ...]:
+        """The values of the settings, and of what else is looked at again when it is another object."""
         return tuple(map(super().get, WATCHED_NAMES))
 
     def is_settled(self) -> bool:
         """Whether every setting is the very object that it was at `mark_settled`."""
-        return len(self._settled) > 0 and all(map(is_, self._now(), self._settled))
+        return len(self._settled) > 0 and all(map(is_, self.watched(), self._settled))
 
     def mark_settled(self) -> None:
         """To be called when all settings are checked and in force. A tensor of the user's may change behind that."""
         rates = [(self[name], self.outputs.get(name)) for name in SCHEDULABLE]
         if not any(isinstance(rate, Tensor) and rate is not output for rate, output in rates):
-            self._settled = self._now()
+            self._settled = self.watched()
 
     def show(self, name: str, value: Tensor | float) -> None:
         """Let the reader of a scheduled setting see a value, until the next step writes its own."""

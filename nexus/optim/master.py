@@ -13,7 +13,7 @@ from nexus.backends import codecs
 from nexus.backends.codecs import flat
 from nexus.backends.sharding import local, respread
 from nexus.optim.parameters import has_memory, is_dense, is_trained, named_parameters
-from nexus.optim.state import check_streams, complete_states, fit_master
+from nexus.optim.state import check_streams, complete_states, fit_master, is_complete
 from nexus.optim.storage import storage_of
 
 if TYPE_CHECKING:
@@ -45,10 +45,11 @@ def load_master(optimizer: FusedAdamW, weights: Mapping[str, Tensor] | Iterable[
                 "group master_weight_bits=24 or 32, or a weight of its own type"
             )
         chosen.append((param, weight, storage, name))
+    for param, _, storage, name in chosen:
+        if is_complete(optimizer.state.get(param)):
+            check_streams(optimizer.state[param], storage, param, name)
     states = [(optimizer.state.setdefault(param, {}), param, name, storage) for param, _, storage, name in chosen]
     complete_states(states)
-    for state, param, name, storage in states:
-        check_streams(state, storage, param, name)
     for (state, param, _, storage), (_, weight, _, _) in zip(states, chosen, strict=True):
         part, weight = local(param).detach(), respread(weight.detach(), param)
         if storage.master_low is None:

@@ -197,8 +197,9 @@ def loaded(
         if stored.dtype in SCALED:
             value = torch.empty_like(stored, dtype=torch.float32).copy_(value)
             codes, scale = codecs.encoded(flat(value), stored.dtype)
+            assert scale is not None
             flat(stored).copy_(codes)
-            kept[scale_name(name)].copy_(scale)
+            kept.setdefault(scale_name(name), scale).copy_(scale)
         else:
             stored.copy_(value)
     if "master_low" in kept:

@@ -42,13 +42,14 @@ def make_entry(param: Tensor, state: dict[str, Any], group: int, ordinal: int, s
     grad, grad_buffer = param.grad, None
     if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
-    first = sharding.first_element(param)
     has_scales = any(scale_name(name) in state for name in MOMENTS)
-    if has_scales and not sharding.begins_a_block(param, first, SCALE_BLOCK):
+    by_chance = has_scales or storage.stochastic_rounding or storage.exp_avg_sq == torch.bfloat16
+    first = sharding.first_element(param) if by_chance else 0
+    if by_chance and not sharding.begins_a_block(param, first, SCALE_BLOCK if has_scales else 1):
         say_once(
-            f"8-bit moments share a scale in blocks of {SCALE_BLOCK} elements, and this process's part of a "
-            "parameter begins within a block of the whole: its blocks are counted from there, and results depend on "
-            "the number of processes"
+            "an element is rounded by the chance of its place in the whole tensor, and 8-bit moments share a scale "
+            f"in blocks of {SCALE_BLOCK} elements of it: this process's part of a parameter is of columns, or begins "
+            "within a block, and is counted by itself. Results depend on the number of processes"
         )
     used = [name for name in STATE_NAMES if storage.amsgrad or not name.startswith("max_")]
     streams = {name: local(state[name]) if name in used and name in state else None for name in STATE_NAMES}
@@ -83,7 +84,9 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
     Keys that are not a state's own are the user's. A count of another type, such as torch's float32, which sticks at
     2**24, becomes float64.
     """
-    for state, param, where, _ in states:
+    for state, param, where, storage in states:
+        if storage.master_low is None:
+            state.pop("master_param", None)  # loaded while the parameter was frozen, and soon another weight's
         if not is_complete(state):
             # A moment without its count, or without the other moment, would make an update of any size.
             for name in STATE_NAMES:
@@ -267,9 +270,9 @@ def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: T
         state.pop("master_low", None)
         return
     low = state["master_low"]
-    part = local(low)
-    if part.dtype == storage.master_low and is_dense(part) and same_layout(part, target):
+    if _fits(low, storage.master_low, param):
         return
+    part = local(low)
     upper = torch.empty_like(target).copy_(local(param).detach())
     fitting = torch.empty_like(target, dtype=part.dtype).copy_(part)
     stored, _ = codecs.low_bits(codecs.master(flat(upper), flat(fitting)), flat(upper), storage.master_low)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterator
+from operator import is_
 from typing import Any
 
 import torch
@@ -80,6 +81,7 @@ class StepInBackward:
         self._owner = weakref.ref(optimizer)  # which keeps this, by its hooks
         self._lock = threading.Lock()  # each device has a thread of its own in a backward pass
         self._stepped: set[Tensor] = set()
+        self._evaluated: dict[int, tuple[Any, ...]] = {}  # the settings of each group, as this update's rates are
         self._parts: dict[Tensor, _OneParameter] = {}
         self._hooks: dict[Tensor, Any] = {}
         self._find_parameters()
@@ -148,7 +150,10 @@ class StepInBackward:
                 )
             if not self._stepped:
                 engine_of(self._optimizer).prologue(attributes_of(self._optimizer))
-            part.step_alone()
+                self._evaluated = {id(group): group.watched() for group in self._optimizer.param_groups}
+            evaluated = self._evaluated.get(id(part.group), ())
+            is_same = len(evaluated) > 0 and all(map(is_, part.group.watched(), evaluated))
+            part.step_alone(shares_prologue=is_same)
             self._stepped.add(param)
             param.grad = None
 
@@ -191,15 +196,15 @@ class _OneParameter(Engine):
         self._last_write: object | None = None  # to any group, where this one's rate may depend on it
         self._attributes: Attributes = {"param_groups": [own], "state": {}, "defaults": owner.defaults}
 
-    def step_alone(self) -> None:
-        """Update the parameter, which has a gradient."""
+    def step_alone(self, *, shares_prologue: bool) -> None:
+        """Update the parameter, which has a gradient; with rates that the owner has evaluated, if it has."""
         self._follow()
         device = self._param.device
         came_back = self.states.get(device) is not self.state_on(device)  # from another device
         if came_back or (self._last_write is not None and self._last_write is not LAST_WRITE[0]):
             self.forget_plan()
         if self.runner is not None:
-            self.runner.take_prologue(engine_of(self._owner).runner, self._param)
+            self.runner.take_prologue(engine_of(self._owner).runner if shares_prologue else None, self._param)
         self.step(self._attributes, None, None)
         self.release_state()
         self._attributes["state"].clear()  # the owner's to free

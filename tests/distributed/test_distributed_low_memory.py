@@ -68,7 +68,7 @@ def test_parts_that_begin_within_a_block_are_said_once() -> None:
     mesh = init_device_mesh("cpu", (2,))
     params = [spread(torch.zeros(75, 99, dtype=torch.bfloat16), mesh, [Shard(dim)]) for dim in (0, 1)]
     say_once.cache_clear()
-    with pytest.warns(RuntimeWarning, match="this process's part of a parameter begins within a block") as found:
+    with pytest.warns(RuntimeWarning, match="this process's part of a parameter is of columns") as found:
         optimizer = run(params, range(2), **MODE)
     assert len(found) == 1
     assert optimizer.bytes_per_parameter() == 2 + 2 + 3 + 3 * 4 / 128

@@ -309,6 +309,9 @@ BAD_OPTIONS: list[tuple[torch.dtype, dict[str, Any], type[Exception], str]] = [
 def test_options_that_cannot_be_had(dtype: torch.dtype, options: dict[str, Any], error: type, words: str) -> None:
     with pytest.raises(error, match=words):
         FusedAdamW(parameters(dtype), **options)
+    if "seed" not in options:
+        with pytest.raises(error, match=words):
+            FusedAdamW([{"params": parameters(dtype), **options}])
     optimizer, params = trained(dtype)
     before = copy.deepcopy(optimizer.state_dict())
     for name, value in options.items():

@@ -299,6 +299,8 @@ CHANGED = r"'{}' was changed from {} .* to {} .*call reset\(\)"
     [
         (True, "weight_decay", 0.5, CHANGED.format("weight_decay", r"0\.01", r"0\.5")),
         (False, "amsgrad", True, CHANGED.format("amsgrad", False, True)),
+        (False, "exp_avg_dtype", torch.bfloat16, CHANGED.format("exp_avg_dtype", None, r"torch\.bfloat16")),
+        (False, "stochastic_rounding", True, CHANGED.format("stochastic_rounding", False, True)),
         (False, "max_grad_norm", 1.0, "norm"),
     ],
 )

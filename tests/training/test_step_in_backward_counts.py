@@ -158,6 +158,20 @@ def test_a_rate_that_is_written_is_uploaded_once(gpu: Shim) -> None:
     assert [param.tolist() for param in model] == [pytest.approx([-0.875] * 3, rel=1e-12)] * len(model)
 
 
+def test_a_setting_that_is_written_in_mid_update_is_used_from_there_on(backend: str) -> None:
+    model = nn.ParameterList([nn.Parameter(torch.zeros(3, dtype=torch.float64)) for _ in range(4)])
+    optimizer = FusedAdamW(model.parameters(), lr=0.5, weight_decay=0.0, eps=0.0, backend=backend)
+    step_in_backward(model, optimizer)
+    for lr in (0.5, 0.25, 0.125):
+        model[0].sum().backward()
+        optimizer.param_groups[0]["lr"] = lr
+        for param in model[1:]:
+            param.sum().backward()
+        optimizer.step()
+    expected = [-0.5 - 0.5 - 0.25, *[-0.875] * 3]
+    assert [param.tolist() for param in model] == [pytest.approx([each] * 3, rel=1e-12) for each in expected]
+
+
 def on_another_stream(gpu: Shim, handle: StepInBackward, optimizer: FusedAdamW) -> None:
     for part in [*handle._parts.values()][2:]:
         if part.runner is not None:

@@ -13,6 +13,7 @@ from nexus.arguments import shown
 from nexus.backends.sharding import local
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, engine_of
+from nexus.optim.groups import STATE_OPTIONS
 from nexus.optim.parameters import named_parameters
 from nexus.training.capture.device import Graph
 from nexus.training.capture.gradients import Gradients
@@ -110,7 +111,7 @@ class CapturedGraph:
             for group in self._fused.param_groups:
                 group.check_outputs()
             if not is_same:
-                _refuse_changes(self._options, options, ("amsgrad",))
+                _refuse_changes(self._options, options, STATE_OPTIONS)
                 self._fused.sync_hyperparameters()
         elif not is_same:
             _refuse_changes(self._options, options)

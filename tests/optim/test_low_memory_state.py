@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from cuda_on_cpu import NAME, captured_step
 from references import make_grads, set_grads
 from torch import Tensor
 from torch.nn import Parameter
@@ -445,3 +446,46 @@ def test_state_dicts_that_are_refused(write: Callable[[dict[str, Any]], None], w
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(saved)
     assert not other.state_dict()["state"]
+
+
+@pytest.mark.parametrize(("name", "value"), [("exp_avg_dtype", BF16), ("master_weight_bits", None)])
+def test_state_that_a_graph_writes_to_is_stored_as_it_was(name: str, value: Any) -> None:
+    optimizer, params = trained(backend=NAME, **SEVEN_BYTES)
+    graph = captured_step(optimizer)
+    before = optimizer.param_groups[0][name]
+    optimizer.param_groups[0][name] = value
+    for change in (optimizer.step, optimizer.sync_hyperparameters):
+        with pytest.raises(RuntimeError, match=rf"'{name}' was changed from .*: drop the graph first"):
+            change()
+    optimizer.param_groups[0][name] = before
+    other, own = beside(params, **SEVEN_BYTES)
+    other.load_state_dict(optimizer.state_dict())
+    set_grads(own, [param.grad for param in params])
+    graph.replay()
+    other.step()
+    assert_same(params, own)
+    del graph
+    optimizer.param_groups[0][name] = value
+    go_on(optimizer, params, 1)
+
+
+def test_a_refused_load_of_master_weights_leaves_no_state() -> None:
+    params = parameters()
+    optimizer = FusedAdamW(params, master_weight_bits=32)
+    optimizer.state[params[1]] = {"step": torch.tensor(1.0), "exp_avg": torch.zeros(3), "exp_avg_sq": torch.zeros(3)}
+    with pytest.raises(ValueError, match=r"state 'exp_avg' must be of shape \(7, 9\)"):
+        optimizer.load_master([param.float() for param in params])
+    assert params[0] not in optimizer.state
+
+
+def test_a_master_weight_that_was_loaded_for_a_frozen_parameter_does_not_outlive_it() -> None:
+    optimizer, params = trained(master_weight_bits=32)
+    other, own = beside(params)
+    for param in own:
+        param.requires_grad_(False)
+    other.load_state_dict(optimizer.state_dict())
+    assert "master_param" in other.state_dict()["state"][0]
+    for param in own:
+        param.requires_grad_(True)
+    go_on(other, own, 1)
+    assert "master_param" not in other.state_dict()["state"][0]

@@ -143,6 +143,19 @@ void encode_master(const float* from, const TensorRecord& tensor, Numbers& numbe
 }
 
 template <class T>
+bool is_arithmetic(DType dtype) {
+  return dtype == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
+}
+
+// Whether the moments are as they are computed, and the parameter is rounded to nearest.
+template <class T>
+bool is_plain(const TensorRecord& tensor) {
+  const bool by_chance = tensor.stochastic_rounding != 0 && tensor.param_dtype == DType::kBFloat16;
+  return is_arithmetic<T>(tensor.exp_avg_dtype) && is_arithmetic<T>(tensor.exp_avg_sq_dtype) &&
+         tensor.master_low_dtype == DType::kOther && !by_chance;
+}
+
+template <class T>
 class Streams {
  public:
   Streams(const TensorRecord& tensor, const Chance& chance)
@@ -160,12 +173,6 @@ class Streams {
   T* exp_avg;
   T* exp_avg_sq;
   T* max_exp_avg_sq;  // null without amsgrad
-
-  // Whether nothing is to be decoded.
-  bool in_place() const {
-    return is_arithmetic(tensor_.param_dtype) && is_arithmetic(tensor_.grad_dtype) &&
-           is_arithmetic(tensor_.exp_avg_dtype) && is_arithmetic(tensor_.exp_avg_sq_dtype);
-  }
 
   void decode(int64_t begin, int64_t n) {
     param = const_cast<T*>(decode_param(begin, n));
@@ -207,10 +214,6 @@ class Streams {
     for (int64_t line = 0; line < n * item; line += 64) {
       __builtin_prefetch(from + line);
     }
-  }
-
-  static bool is_arithmetic(DType dtype) {
-    return dtype == (std::is_same_v<T, double> ? DType::kFloat64 : DType::kFloat32);
   }
 
   // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.

@@ -7,9 +7,9 @@ namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
 template <bool kAmsgrad, class T>
-void update_block(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
-                  T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, int64_t n,
-                  const Coefficients<T> c) {
+void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
+                 T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, int64_t n,
+                 const Coefficients<T> c) {
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kAmsgrad) {
       adamw<true>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i], c);
@@ -21,20 +21,47 @@ void update_block(T* __restrict__ param, const T* __restrict__ grad, T* __restri
 }
 
 template <class T>
-void update(const TensorRecord& tensor, const Chance& chance, const Coefficients<T>& c, int64_t begin,
-            int64_t count) {
-  Streams<T> s(tensor, chance);
-  const bool whole = s.in_place();
+void update_block(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, int64_t n,
+                  const Coefficients<T>& c) {
+  if (max_exp_avg_sq != nullptr) {
+    update_each<true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
+  } else {
+    update_each<false>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
+  }
+}
+
+// Where the moments are as they are computed, and the parameter is rounded to nearest.
+template <class T>
+void update_plain(const TensorRecord& tensor, const Coefficients<T>& c, int64_t begin, int64_t count) {
+  alignas(64) T param_buffer[kBlock];
+  alignas(64) T grad_buffer[kBlock];
+  const bool whole = is_arithmetic<T>(tensor.param_dtype) && is_arithmetic<T>(tensor.grad_dtype);
   for (const int64_t end = begin + count; begin < end;) {
     // Where nothing is to be decoded, all of it is one block.
     const int64_t n = whole || end - begin < kBlock ? end - begin : kBlock;
+    const auto moment = [begin](void* stream) { return static_cast<T*>(stream) + begin; };
+    T* param = const_cast<T*>(decode(tensor.param, tensor.param_dtype, begin, n, param_buffer));
+    const T* grad = decode(tensor.grad, tensor.grad_dtype, begin, n, grad_buffer);
+    T* max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr ? nullptr : moment(tensor.max_exp_avg_sq);
+    update_block(param, grad, moment(tensor.exp_avg), moment(tensor.exp_avg_sq), max_exp_avg_sq, n, c);
+    encode(param, tensor.param, tensor.param_dtype, begin, n);
+    begin += n;
+  }
+}
+
+template <class T>
+void update(const TensorRecord& tensor, const Chance& chance, const Coefficients<T>& c, int64_t begin,
+            int64_t count) {
+  if (is_plain<T>(tensor)) {
+    update_plain(tensor, c, begin, count);
+    return;
+  }
+  Streams<T> s(tensor, chance);
+  for (const int64_t end = begin + count; begin < end;) {
+    const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     s.decode(begin, n);
     s.fetch(begin + n, end - begin - n < kBlock ? end - begin - n : kBlock);
-    if (s.max_exp_avg_sq != nullptr) {
-      update_block<true>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
-    } else {
-      update_block<false>(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
-    }
+    update_block(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
     s.encode(begin, n);
     begin += n;
   }

@@ -10,7 +10,7 @@ import contextlib
 import importlib.util
 import os
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 from weakref import WeakSet
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from nexus.backends.extension import extension
 from nexus.backends.extension import unavailable as why_no_extension
-from nexus.backends.interface import DevicePlan, Plan
+from nexus.backends.interface import DevicePlan, Plan, Runner
 from nexus.backends.records import address, state_values
 from nexus.backends.triton_tables import (
     CHUNK_ELEMENTS,
@@ -111,8 +111,17 @@ def _launching(device: torch.device) -> Iterator[Any]:
             yield triton_kernels
 
 
+def _stream(device: torch.device) -> int:
+    """The address of the stream that the caller is on."""
+    return 0 if device.type == "cpu" else int(torch.cuda.current_stream(device).cuda_stream)
+
+
 def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
+
+
+Prepared: TypeAlias = tuple[Tensor, Tensor]
+"""What a prologue has left for the update of one tensor: its coefficients, and whether to skip."""
 
 
 class _DeviceStep:
@@ -142,6 +151,7 @@ class _DeviceStep:
         shape = max(len(entries), 1), len(COEFFICIENTS)
         self._coefficients = torch.empty(shape, dtype=torch.float64, device=device)
         self._partial_sums = torch.zeros(len(self._chunks), dtype=torch.float64, device=device)
+        self._prepared_on: int | None = None  # the stream of a prologue() whose rates still hold
         self._measured: bool | None = None  # whether the last step here, if there was one, measured the norm
 
     def follow(self, records: Tensor, groups: Tensor) -> CapturedStep | None:
@@ -185,9 +195,9 @@ class _DeviceStep:
             kernels.norm[len(sums),](chunks, records, sums, KINDS=self._kinds, **OPTIONS)
             kernels.norm_total[1,](sums, len(sums), self.plan.state.sum_of_squares, BLOCK=_SUMS, **OPTIONS)
 
-    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        """Update every tensor, its counter, and the counters of the step."""
-        state, (groups, records, chunks) = self.plan.state, self._on_device
+    def prologue(self, grad_scale: Tensor | None = None, found_inf: Tensor | None = None) -> None:
+        """Decide whether to skip, and evaluate the rates; gradients need not be there yet."""
+        state, (groups, records, _) = self.plan.state, self._on_device
         scale, inf = as_float32(grad_scale, state.device), as_float32(found_inf, state.device)
         with _launching(state.device) as kernels:
             kernels.prologue[1 + _ceil_div(len(self._coefficients), _LANES),](
@@ -208,11 +218,27 @@ class _DeviceStep:
                 BLOCK=_LANES,
                 **OPTIONS,
             )
+        self._prepared_on = _stream(state.device)
+
+    def prepared(self, tensor: int) -> Prepared | None:
+        """What prologue() has left of a tensor, for an update on the current stream."""
+        if self._prepared_on is None or self._prepared_on != _stream(self.plan.state.device):
+            return None
+        return self._coefficients[tensor:], self._skip
+
+    def update(self, grad_scale: Tensor | None, found_inf: Tensor | None, given: Prepared | None) -> None:
+        """Update every tensor, its counter, and the counters of the step; by what is given in place of a prologue."""
+        state, (_, records, chunks) = self.plan.state, self._on_device
+        if given is None:
+            self.prologue(grad_scale, found_inf)
+        self._prepared_on = None
+        coefficients, skip = (self._coefficients, self._skip) if given is None else given
+        with _launching(state.device) as kernels:
             kernels.update[len(self._chunks),](
                 chunks,
                 records,
-                self._coefficients,
-                self._skip,
+                coefficients,
+                skip,
                 state.completed,
                 state.skipped,
                 int(self.plan.advances),
@@ -234,15 +260,24 @@ class _DeviceStep:
 class TritonRunner(WatchedRunner):
     """Launches the kernels over the tables of each device."""
 
+    shares_prologue = True
+
     def __init__(self, records: Any) -> None:
         super().__init__(records)
         self._devices: dict[torch.device, _DeviceStep] = {}
+        self._places: dict[Tensor, tuple[_DeviceStep, int]] = {}  # of each parameter, and where it is there
+        self._given: Prepared | None = None
         self._captured: WeakSet[CapturedStep] = WeakSet()
         self._kept: list[object] = []  # those in graphs that may live as long as the runner
 
     def _take_tensors(self, plan: Plan) -> None:
         last = self._devices
         self._devices = {device: _DeviceStep(own, last.get(device)) for device, own in plan.devices.items()}
+        self._places = {
+            entry.original: (device, index)
+            for device in self._devices.values()
+            for index, entry in enumerate(device.plan.entries)
+        }
 
     def _take_settings(self, plan: Plan) -> None:
         """They are in the records of each step."""
@@ -272,7 +307,22 @@ class TritonRunner(WatchedRunner):
     def _groups_of(self, devices: list[_DeviceStep]) -> tuple[Tensor, ...]:
         return words(self.records.groups(), "Group", [len(own.plan.groups) for own in devices])
 
-    def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+    def prologue(self) -> None:
+        self._bring_rates()
+        try:
+            self._follow()
+            for device in self._devices.values():
+                device.prologue()
+        finally:
+            self.records.release_gradients()
+
+    def take_prologue(self, other: Runner | None, param: Tensor) -> None:
+        self._given = None
+        if isinstance(other, TritonRunner) and param in other._places:
+            device, index = other._places[param]
+            self._given = device.prepared(index)
+
+    def _follow(self) -> None:
         devices = list(self._devices.values())
         records = words(self.records.tensors(), "TensorRecord", [len(own.sizes) for own in devices])
         for device, own_records, groups in zip(devices, records, self._groups_of(devices), strict=True):
@@ -280,6 +330,9 @@ class TritonRunner(WatchedRunner):
             if captured is not None:
                 self._captured.add(captured)
                 self._kept.append(captured)
+
+    def _run(self, plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        self._follow()
         super()._run(plan, grad_scale, found_inf)
 
     def _measure(self) -> None:
@@ -289,5 +342,6 @@ class TritonRunner(WatchedRunner):
 
     def _update(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         for device in self._devices.values():
-            device.update(grad_scale, found_inf)
+            device.update(grad_scale, found_inf, self._given)
+        self._given = None
         self.records.release_gradients()

@@ -214,7 +214,7 @@ def prologue(
     else:
         i = (program - 1).to(tl.int64) * BLOCK + lanes
         record = records + i * RECORD_WORDS
-        mask = (i < record_count) & (tl.load(record + GRAD_WORD, mask=i < record_count, other=0) != 0)
+        mask = (i < record_count) & (tl.load(record + STEP_WORD, mask=i < record_count, other=0) != 0)
         group = groups + (tl.load(record + GROUP_AND_KIND_WORD, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
         lr = _rates(group, t, mask)
         weight_decay = _rates(group + _WEIGHT_DECAY, t, mask)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from references import same_bits
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Cosine
@@ -66,6 +68,43 @@ def test_counts_advance_once_a_step_in_any_order(backend: str) -> None:
 
 def test_counts_advance_once_a_step_in_triton(where_triton_runs: str) -> None:
     check_counts_and_rates("triton")
+
+
+class Counted:
+    """Triton's kernels, of which each launch leaves a name."""
+
+    def __init__(self, kernels: Any, names: list[str]) -> None:
+        self.kernels, self.names = kernels, names
+
+    def __getattr__(self, name: str) -> Any:
+        self.names.append(name)
+        return getattr(self.kernels, name)
+
+
+def test_rates_are_evaluated_once_for_all_updates_in_triton(
+    where_triton_runs: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names: list[str] = []
+    launching = triton._launching
+
+    @contextlib.contextmanager
+    def counted(device: torch.device) -> Iterator[Any]:
+        with launching(device) as kernels:
+            yield Counted(kernels, names)
+
+    monkeypatch.setattr(triton, "_launching", counted)
+    (plain, plain_optimizer), (ours, optimizer) = make("triton", 2), make("triton", 2)
+    step_in_backward(ours, optimizer)
+    for step in range(4):
+        names.clear()
+        for param in ours:
+            (param.sum() * (1.0 + step)).backward()
+        assert step == 0 or names == ["prologue", *["update"] * 4]
+        optimizer.step()
+        (sum(param.sum() for param in plain) * (1.0 + step)).backward()
+        plain_optimizer.step()
+        plain_optimizer.zero_grad()
+    assert same_bits([*plain], [*ours])
 
 
 def test_counts_that_are_elsewhere_are_followed(backend: str) -> None:

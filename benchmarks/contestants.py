@@ -41,6 +41,7 @@ class Contestant:
     beside_graph: Callable[[], object] | None = None
     optimizer: FusedAdamW | None = None  # of this package's
     remark: str = ""
+    is_noisy: bool = False  # its state has fewer bits, so that single elements go another way
     compared = "parameters"
 
     def __post_init__(self) -> None:
@@ -59,12 +60,12 @@ class Contestant:
         """How far the parameters are from those of the other, as a share of the way that these have gone.
 
         In float32 this is the largest difference over all parameters, and the largest way of the first. In bfloat16,
-        where a way is a few roundings long and the two sides' moments may be rounded differently, it is that of the
-        means over the first parameter. None where the other is a copy.
+        where a way is a few roundings long and the two sides' moments may be rounded differently, and of state in
+        fewer bits, it is that of the means over the first parameter. None where the other is a copy.
         """
         if other.first_before is None:
             return None
-        if torch.bfloat16 in (self.params[0].dtype, other.first_before.dtype):
+        if self.is_noisy or torch.bfloat16 in (self.params[0].dtype, other.first_before.dtype):
             x, y, before = (tensor.float() for tensor in (self.params[0], other.params[0], other.first_before))
             return float((x - y).abs().mean() / (y - before).abs().mean())
         way = (other.params[0] - other.first_before).abs().max()
@@ -109,7 +110,7 @@ def nexus(case: Case, job: str, device: Device = PROCESSOR, backend: str = "auto
     """The optimizer of this package."""
     params = make_params(case.shapes, getattr(torch, case.dtype), device.where)
     optimizer = nexus_optimizer(case, job, params, backend)
-    return Contestant(optimizer.step, params, optimizer.step, optimizer=optimizer)
+    return Contestant(optimizer.step, params, optimizer.step, optimizer=optimizer, is_noisy=bool(case.mode))
 
 
 def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contestant:

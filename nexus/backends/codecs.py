@@ -6,6 +6,7 @@ All tensors here are flat, in the order of the memory; see `flat`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -44,10 +45,8 @@ def decoded(stored: Tensor, scale: Tensor | None) -> Tensor:
         return stored if stored.dtype == torch.float64 else stored.float()
     largest = scale.repeat_interleave(SCALE_BLOCK)[: len(stored)]
     if stored.dtype == torch.int8:
-        root = stored.float() * _INV_127
-        return root * root.abs() * largest
-    squared = (stored.float() * _INV_255).square()
-    return squared * squared * largest
+        return _squared_share(stored.float()) * stored.sign() * largest
+    return _fourth_share(stored.float()) * largest
 
 
 def encoded(moment: Tensor, dtype: torch.dtype, chance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -67,20 +66,27 @@ def encoded(moment: Tensor, dtype: torch.dtype, chance: Tensor | None = None) ->
     share = torch.where(share.isnan(), 0.0, share)  # of a block without a scale, every code is the least
     threshold = torch.full_like(share, 0.5) if chance is None else chance.float() * 2.0**-16
     if dtype == torch.int8:
-        code = (share.sqrt() * 127.0 + threshold).floor().clamp(0.0, 127.0)
-        code = code + ((code < 127.0) & (_square(((code + 1.0) - threshold) * _INV_127) <= share)).float()
-        code = code - ((code > 0.0) & (_square((code - threshold) * _INV_127) > share)).float()
+        code = _codes(share, share.sqrt(), threshold, least=0, most=127, share_of=_squared_share)
         return torch.where(moment < 0.0, -code, code).to(dtype), scale
-    code = (share.sqrt().sqrt() * 255.0 + threshold).floor().clamp(2.0, 255.0)
-    above = ((code + 1.0) - threshold) * _INV_255
-    code = code + ((code < 255.0) & (_square(_square(above)) <= share)).float()
-    below = (code - threshold) * _INV_255
-    code = code - ((code > 2.0) & (_square(_square(below)) > share)).float()
+    code = _codes(share, share.sqrt().sqrt(), threshold, least=2, most=255, share_of=_fourth_share)
     return code.to(dtype), scale
 
 
-def _square(value: Tensor) -> Tensor:
-    return value * value
+def _codes(
+    share: Tensor, root: Tensor, threshold: Tensor, *, least: int, most: int, share_of: Callable[[Tensor], Tensor]
+) -> Tensor:
+    """The largest codes whose share, a threshold of a step below them, is at most `share`; `root` may be rounded."""
+    code = (root * most + threshold).floor().clamp(least, most)
+    code = code + ((code < most) & (share_of((code + 1.0) - threshold) <= share)).float()
+    return code - ((code > least) & (share_of(code - threshold) > share)).float()
+
+
+def _squared_share(code: Tensor) -> Tensor:
+    return (code * _INV_127).square()
+
+
+def _fourth_share(code: Tensor) -> Tensor:
+    return (code * _INV_255).square().square()
 
 
 def _bits(value: Tensor) -> Tensor:

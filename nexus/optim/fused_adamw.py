@@ -22,7 +22,7 @@ from nexus.optim import checkpoint, master, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
 from nexus.optim.history import History
-from nexus.optim.storage import average_bytes, check_seed, storage_of
+from nexus.optim.storage import average_bytes, check_seed, trained_storages
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -152,7 +152,7 @@ class FusedAdamW(Optimizer):
         self._new_params = None
         self._engine.select_backend(attributes_of(self))
         self._engine.settle(attributes_of(self))
-        average_bytes(self.param_groups)  # which asks each parameter whether it can be stored so
+        trained_storages(self.param_groups)  # raises where a parameter cannot be stored so
 
     param_groups: list[ParamGroup]  # type: ignore[assignment]  # torch says dict, which it is
 
@@ -270,8 +270,8 @@ class FusedAdamW(Optimizer):
         for _, param, name in parameters.named_parameters([added], first=count):
             if parameters.is_trained(param):
                 parameters.check_parameter(param, name)
-                if self._new_params is None:
-                    storage_of(param, added, name)
+        if self._new_params is None:
+            trained_storages([added], first=count)
         groups.append(added)
         if self._new_params is not None:  # the constructor asks the rest of all groups at once
             self._new_params.update(map(id, tensors))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -130,14 +130,19 @@ def bytes_of(param: Tensor, storage: Storage, *, gradient: torch.dtype | None) -
     )
 
 
-def average_bytes(groups: list[Any]) -> float:
+def trained_storages(groups: Sequence[dict[str, Any]], first: int = 0) -> list[tuple[Tensor, Storage]]:
+    """The trained parameters of some groups, of which `first` is the index of the first; raises as `storage_of`."""
+    named = [each for each in named_parameters(groups, first) if is_trained(each[1])]
+    return [(param, storage_of(param, groups[index - first], name)) for index, param, name in named]
+
+
+def average_bytes(groups: Sequence[dict[str, Any]]) -> float:
     """Those of an element of the trained parameters of some groups, with gradients in the parameters' dtypes."""
     total, count = 0.0, 0
-    for index, param, name in named_parameters(groups):
-        if is_trained(param):
-            gradient = param.dtype if param.grad is None else param.grad.dtype
-            total += param.numel() * bytes_of(param, storage_of(param, groups[index], name), gradient=gradient)
-            count += param.numel()
+    for param, storage in trained_storages(groups):
+        gradient = param.dtype if param.grad is None else param.grad.dtype
+        total += param.numel() * bytes_of(param, storage, gradient=gradient)
+        count += param.numel()
     return total / max(count, 1)
 
 

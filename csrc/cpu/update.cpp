@@ -30,8 +30,8 @@ void update_block(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp
   }
 }
 
-// Where the moments are as they are computed, and the parameter is rounded to nearest. By way of Streams, half
-// precision took 7-10% longer (2M elements in the cache, AMD EPYC), and a tensor of 64 elements 10 ns.
+// Where the moments are as they are computed, and the parameter is rounded to nearest. By way of Streams,
+// half precision took 7-10% longer (2M elements in the cache, AMD EPYC), and a tensor of 64 elements 10 ns.
 template <class T>
 void update_plain(const TensorRecord& tensor, const Coefficients<T>& c, int64_t begin, int64_t count) {
   alignas(64) T param_buffer[kBlock];

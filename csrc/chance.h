@@ -1,7 +1,7 @@
-// The random numbers of stochastic rounding: Philox4x32-10 (Salmon, Moraes, Dror & Shaw 2011, "Parallel
-// random numbers: as easy as 1, 2, 3"). A number follows from its place alone (seed, tensor, element, stream,
-// step), so that it is the same whatever the launch, the threads, the instruction set and the world size.
-// Host and device; no torch.
+// The random numbers of stochastic rounding: Philox4x32-7 (Salmon, Moraes, Dror & Shaw 2011, "Parallel random
+// numbers: as easy as 1, 2, 3": the fewest rounds that pass every test of BigCrush). A number follows from
+// its place alone (seed, tensor, element, step), so that it is the same whatever the launch, the threads, the
+// instruction set and the world size. Host and device; no torch.
 #pragma once
 
 #include "record.h"
@@ -22,14 +22,6 @@ NEXUS_FN Chance chance_of(const TensorRecord& tensor, int64_t seed, int64_t step
           static_cast<uint32_t>(tensor.ordinal), static_cast<uint32_t>(step)};
 }
 
-// Which stream of the tensor is rounded.
-enum Rounded : uint32_t { kRoundedParam, kRoundedExpAvg, kRoundedExpAvgSq, kRoundedMaxExpAvgSq };
-
-// Of the first moment. In 8 bits, it is rounded by the second's numbers: they are drawn once for both.
-NEXUS_FN Rounded rounded_exp_avg(DType dtype) {
-  return dtype == DType::kInt8 ? kRoundedExpAvgSq : kRoundedExpAvg;
-}
-
 // Adjacent elements whose numbers come from one draw.
 constexpr int kDrawn = 8;
 
@@ -37,8 +29,9 @@ struct Draw {
   uint32_t words[kDrawn / 2];
 };
 
-// The number of element k of a draw, in 16 bits.
-NEXUS_FN uint32_t number(const Draw& draw, int k) { return draw.words[k / 2] >> (k % 2 * 16) & 0xffffu; }
+// An element has one number, of 16 bits, by which all its moments are rounded. Its parameter is rounded by
+// the same bytes in the other order: what rounds the one up says next to nothing of the other.
+NEXUS_FN uint32_t swapped(uint32_t number) { return (number >> 8 | number << 8) & 0xffffu; }
 
 // Four words of 32 bits: at first the place of a draw, at last its numbers. Of a Word, which is uint64_t or a
 // vector of such, the lower half counts, and the upper may have anything.
@@ -47,7 +40,7 @@ struct Mixture {
   Word a, b, c, d;
 };
 
-constexpr int kRounds = 10;
+constexpr int kRounds = 7;
 
 struct Key {
   uint64_t low, high;
@@ -74,15 +67,14 @@ NEXUS_FN void mix(Mixture<Word>& x, const Key& key, const F& product) {
 
 // For elements [8 * eighth, 8 * eighth + 8) of the whole tensor.
 template <class Word>
-NEXUS_FN Mixture<Word> unmixed(const Chance& chance, Rounded stream, Word eighth) {
+NEXUS_FN Mixture<Word> unmixed(const Chance& chance, Word eighth) {
   const Word none = eighth ^ eighth;
-  return {eighth, none + uint64_t{chance.ordinal}, (eighth >> 32 << 8) | uint64_t{stream},
-          none + uint64_t{chance.step}};
+  return {eighth, none + uint64_t{chance.ordinal}, eighth >> 32, none + uint64_t{chance.step}};
 }
 
-NEXUS_FN Draw draw(const Chance& chance, Rounded stream, uint64_t eighth) {
+NEXUS_FN Draw draw(const Chance& chance, uint64_t eighth) {
   const auto product = [](uint64_t a, uint32_t b) { return uint64_t{static_cast<uint32_t>(a)} * b; };
-  Mixture<uint64_t> x = unmixed(chance, stream, eighth);
+  Mixture<uint64_t> x = unmixed(chance, eighth);
   for (int round = 0; round < kRounds; ++round) {
     mix(x, key_of(chance, round), product);
   }

@@ -19,7 +19,7 @@ Array = NDArray[np.generic]
 F = np.float32
 SCALE_BLOCK = 128
 FEW = 4_096  # tensors of fewer elements keep float32 moments
-PARAM, EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ = range(4)  # the streams, as chance counts them
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
 SMALLEST_SCALE = F(2.0**-94)
 
 
@@ -36,15 +36,15 @@ def from_bits(bits: Array) -> Array:
     return (bits & 0xFFFFFFFF).astype(np.uint32).view(F)
 
 
-# Chance: Philox4x32-10 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), one counter for eight
-# elements, whose words are shared out in halves.
+# Chance: Philox4x32-7 (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), one counter for eight
+# elements, whose words are shared out in halves. Parameters take the halves with their bytes swapped.
 
 
 def philox(counter: Array, key: tuple[int, int]) -> Array:
     """Four words of 32 bits for each row of four."""
     a, b, c, d = counter.astype(np.uint64).T
     low, shift = np.uint64(0xFFFFFFFF), np.uint64(32)
-    for i in range(10):
+    for i in range(7):
         key_a, key_b = (
             np.uint64((k + i * w) & 0xFFFFFFFF) for k, w in zip(key, (0x9E3779B9, 0xBB67AE85), strict=True)
         )
@@ -63,17 +63,20 @@ class Chance:
     first: int
     numel: int
 
-    def of(self, stream: int) -> Array:
+    def of_moments(self) -> Array:
         element = np.arange(self.first, self.first + self.numel, dtype=np.int64)
         group = element // 8
         counter = np.empty((len(element), 4), dtype=np.int64)
         counter[:, 0] = group & 0xFFFFFFFF
         counter[:, 1] = self.ordinal
-        counter[:, 2] = stream | (group >> 32) << 8
+        counter[:, 2] = group >> 32
         counter[:, 3] = self.step & 0xFFFFFFFF
         words = philox(counter, (self.seed & 0xFFFFFFFF, self.seed >> 32 & 0xFFFFFFFF)).astype(np.int64)
         place = element % 8
         return words[np.arange(len(element)), place // 2] >> 16 * (place % 2) & 0xFFFF
+
+    def of_param(self) -> Array:
+        return self.of_moments().astype(np.uint16).byteswap().astype(np.int64)
 
 
 # bfloat16, alone and as the upper half of a master weight.
@@ -235,7 +238,6 @@ class Settings:
 class Moment:
     """How one is stored."""
 
-    stream: int
     dtype: torch.dtype
     by_chance: bool
     stored: Array
@@ -249,8 +251,7 @@ class Moment:
         return (decode_int8 if self.dtype == torch.int8 else decode_uint8)(self.stored, self.scale)
 
     def store(self, value: Array, chance: Chance) -> None:
-        stream = EXP_AVG_SQ if self.dtype == torch.int8 else self.stream  # by one number, where both have 8 bits
-        by = chance.of(stream) if self.by_chance else None
+        by = chance.of_moments() if self.by_chance else None
         if self.dtype == torch.bfloat16:
             self.stored = bf16(value, by)
         elif self.dtype == torch.int8:
@@ -281,12 +282,13 @@ class Parameter:
         if mode.master_weight_bits is not None:
             self.low = np.zeros(numel, dtype=np.int16 if mode.master_weight_bits == 32 else np.uint8)
         few = (numel if self.whole is None else self.whole) < FEW
-        for stream in (EXP_AVG, EXP_AVG_SQ, MAX_EXP_AVG_SQ):
-            dtype = (mode.exp_avg_dtype if stream == EXP_AVG else mode.exp_avg_sq_dtype) or torch.float32
+        for name in MOMENTS:
+            is_first = name == "exp_avg"
+            dtype = (mode.exp_avg_dtype if is_first else mode.exp_avg_sq_dtype) or torch.float32
             dtype = torch.float32 if few else dtype
             # To nearest, small first moments never come to rest, and second moments follow no small change.
-            by_chance = mode.stochastic_rounding or dtype.itemsize == 1 or (stream != EXP_AVG and dtype.itemsize == 2)
-            self.moments.append(Moment(stream, dtype, by_chance, np.zeros(numel, dtype=F)))
+            by_chance = mode.stochastic_rounding or dtype.itemsize == 1 or (not is_first and dtype.itemsize == 2)
+            self.moments.append(Moment(dtype, by_chance, np.zeros(numel, dtype=F)))
             self.moments[-1].store(np.zeros(numel, dtype=F), self.chance())
 
     def chance(self) -> Chance:
@@ -321,7 +323,7 @@ class Parameter:
 
     def store(self, value: Array, chance: Chance) -> None:
         mode = self.mode
-        by = chance.of(PARAM) if mode.stochastic_rounding and mode.master_weight_bits != 32 else None
+        by = chance.of_param() if mode.stochastic_rounding and mode.master_weight_bits != 32 else None
         if mode.master_weight_bits is not None:
             self.param, self.low = split(value, mode.master_weight_bits, by)
         elif mode.param == torch.bfloat16:
@@ -332,7 +334,7 @@ class Parameter:
     def streams(self, amsgrad: bool = False) -> dict[str, Array]:
         """All that is stored, by the names of the optimizer's state, with the parameter as "param"."""
         found: dict[str, Array | None] = {"param": self.param, "master_low": self.low}
-        for name, moment in zip(("exp_avg", "exp_avg_sq", "max_exp_avg_sq"), self.moments, strict=True):
+        for name, moment in zip(MOMENTS, self.moments, strict=True):
             if amsgrad or name != "max_exp_avg_sq":
                 found |= {name: moment.stored, f"{name}_scale": moment.scale}
         return {name: each for name, each in found.items() if each is not None}

@@ -20,26 +20,25 @@ class Numbers {
       : chance_(chance), first_(static_cast<uint64_t>(element / kDrawn)), skipped_(element % kDrawn), n_(n) {}
 
   // One for each element, from 0 to 65535.
-  const uint16_t* of(Rounded stream) {
-    if (!drawn_ || stream != stream_) {
-      draw(stream);
+  const uint16_t* drawn() {
+    if (!drawn_) {
+      draw();
       drawn_ = true;
-      stream_ = stream;
     }
     return numbers_ + skipped_;
   }
 
  private:
   // Not inlined: what it is inlined into would leave it too few registers.
-  __attribute__((noinline)) void draw(Rounded stream) {
+  __attribute__((noinline)) void draw() {
     const int64_t draws = (skipped_ + n_ + kDrawn - 1) / kDrawn;
     for (int64_t i = 0; i < draws; i += kTogether * kWords) {
       Mixture<Words> x[kTogether];
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTogether; ++k) {
-        x[k] = unmixed(chance_, stream, kPlaces + (first_ + static_cast<uint64_t>(i + k * kWords)));
+        x[k] = unmixed(chance_, kPlaces + (first_ + static_cast<uint64_t>(i + k * kWords)));
       }
-#pragma GCC unroll 10
+#pragma GCC unroll 7
       for (int round = 0; round < kRounds; ++round) {
         const Key key = key_of(chance_, round);
 #pragma GCC unroll 8
@@ -67,7 +66,6 @@ class Numbers {
   int64_t skipped_;  // numbers of the first draw that belong to elements before the block
   int64_t n_;
   bool drawn_ = false;
-  Rounded stream_ = kRoundedParam;
   alignas(64) uint16_t numbers_[kBlock + kTogether * kWords * kDrawn];
 };
 

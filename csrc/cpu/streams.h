@@ -44,7 +44,6 @@ struct Moment {
   void* codes;
   DType dtype;
   float* scales;
-  Rounded rounded;
   bool by_chance;
 };
 
@@ -74,9 +73,10 @@ T* decode(const Moment& moment, int64_t begin, int64_t n, T* buffer) {
   return codes<T>(moment, begin);
 }
 
+template <bool kIsParam>
 void store_by_chance(const float* from, BFloat16* to, const uint16_t* numbers, int64_t n) {
   for (int64_t i = 0; i < n; ++i) {
-    encode(from[i], numbers[i], to[i]);
+    encode(from[i], kIsParam ? swapped(numbers[i]) : numbers[i], to[i]);
   }
 }
 
@@ -85,16 +85,16 @@ void encode(const float* from, const Moment& moment, Numbers& numbers, int64_t b
   switch (moment.dtype) {
     case DType::kBFloat16:
       if (moment.by_chance) {
-        store_by_chance(from, codes<BFloat16>(moment, begin), numbers.of(moment.rounded), n);
+        store_by_chance<false>(from, codes<BFloat16>(moment, begin), numbers.drawn(), n);
       } else {
         store(from, codes<BFloat16>(moment, begin), n);
       }
       break;
     case DType::kInt8:
-      encode_scaled(from, codes<Squared8>(moment, begin), scales, numbers.of(moment.rounded), n);
+      encode_scaled(from, codes<Squared8>(moment, begin), scales, numbers.drawn(), n);
       break;
     case DType::kUInt8:
-      encode_scaled(from, codes<Fourth8>(moment, begin), scales, numbers.of(moment.rounded), n);
+      encode_scaled(from, codes<Fourth8>(moment, begin), scales, numbers.drawn(), n);
       break;
     default:
       break;
@@ -131,9 +131,9 @@ void encode_master(const float* from, const TensorRecord& tensor, Numbers& numbe
   }
   Low8* low = static_cast<Low8*>(tensor.master_low) + begin;
   if (tensor.stochastic_rounding != 0) {
-    const uint16_t* chance = numbers.of(kRoundedParam);
+    const uint16_t* drawn = numbers.drawn();
     for (int64_t i = 0; i < n; ++i) {
-      encode(from[i], chance[i] >> 8, high[i], low[i]);
+      encode(from[i], swapped(drawn[i]) >> 8, high[i], low[i]);
     }
   } else {
     for (int64_t i = 0; i < n; ++i) {
@@ -162,11 +162,9 @@ class Streams {
       : tensor_(tensor),
         chance_(chance),
         by_chance_(tensor.stochastic_rounding != 0),
-        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale,
-                 rounded_exp_avg(tensor.exp_avg_dtype), by_chance_},
-        exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale, kRoundedExpAvgSq)),
-        max_exp_avg_sq_(
-            second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale, kRoundedMaxExpAvgSq)) {}
+        exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale, by_chance_},
+        exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale)),
+        max_exp_avg_sq_(second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale)) {}
 
   T* param;
   const T* grad;
@@ -217,9 +215,9 @@ class Streams {
   }
 
   // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
-  Moment second_moment(void* codes, float* scales, Rounded rounded) const {
+  Moment second_moment(void* codes, float* scales) const {
     const DType dtype = tensor_.exp_avg_sq_dtype;
-    return {codes, dtype, scales, rounded, by_chance_ || dtype == DType::kBFloat16};
+    return {codes, dtype, scales, by_chance_ || dtype == DType::kBFloat16};
   }
 
   const T* decode_param(int64_t begin, int64_t n) {
@@ -235,7 +233,7 @@ class Streams {
     if (tensor_.master_low_dtype != DType::kOther) {
       encode_master(param, tensor_, numbers, begin, n);
     } else if (tensor_.param_dtype == DType::kBFloat16 && by_chance_) {
-      store_by_chance(param, static_cast<BFloat16*>(tensor_.param) + begin, numbers.of(kRoundedParam), n);
+      store_by_chance<true>(param, static_cast<BFloat16*>(tensor_.param) + begin, numbers.drawn(), n);
     } else {
       NEXUS_ISA::encode(param, tensor_.param, tensor_.param_dtype, begin, n);
     }

@@ -121,17 +121,17 @@ struct Numbers {
 
   // `kInTurn`: elements begin where a turn of the whole tensor does, so that one draw serves them all.
   template <bool kInTurn>
-  __device__ static Numbers of(const Chance& chance, Rounded stream, uint64_t element) {
+  __device__ static Numbers of(const Chance& chance, uint64_t element) {
     const uint64_t eighth = element / kDrawn;
     const auto skipped = static_cast<int>(element % kDrawn);
     Numbers out = {};
-    const Draw first = draw(chance, stream, eighth);
+    const Draw first = draw(chance, eighth);
 #pragma unroll
     for (int k = 0; k < kDrawn / 2; ++k) {
       out.words[k] = first.words[k];
     }
     if (!kInTurn && skipped + kCount > kDrawn) {
-      const Draw second = draw(chance, stream, eighth + 1);
+      const Draw second = draw(chance, eighth + 1);
 #pragma unroll
       for (int k = 0; k < kDrawn / 2; ++k) {
         out.words[kDrawn / 2 + k] = second.words[k];
@@ -262,19 +262,14 @@ struct Moment {
     });
   }
 
-  // `numbers()` gives those of the elements.
-  template <class F>
-  __device__ void encode(DType dtype, const float* from, int n, bool by_chance, const F& numbers) {
+  __device__ void encode(DType dtype, const float* from, int n, bool by_chance,
+                         const Numbers<kCount>& drawn) {
     with_moment(dtype, [&](auto codec) {
       using Codec = decltype(codec);
       float inverse = 0.0f;
       if constexpr (kHasScale<Codec>) {
         scale = scale_of_block<kCount>(from, n);
         inverse = inverse_of(scale);
-      }
-      Numbers<kCount> drawn = {};
-      if (kHasScale<Codec> || (std::is_same_v<Codec, BFloat16> && by_chance)) {
-        drawn = numbers();
       }
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {

@@ -110,6 +110,11 @@ struct EncodedStreams : How {
         chance(drawn),
         first(static_cast<uint64_t>(work.record.first + work.chunk.begin)) {}
 
+  // Whether anything is rounded by chance. It always is where a moment has 8 bits, or the second one 16.
+  __device__ bool draws() const {
+    return by_chance || bytes_of(How::exp_avg_dtype) == 1 || bytes_of(How::exp_avg_sq_dtype) <= 2;
+  }
+
  private:
   // Where a chunk's part of a stream begins.
   template <class Void>
@@ -164,20 +169,18 @@ struct EncodedElements {
     } else {
       adamw_each<false>(p, g, m, v, largest_v, c);
     }
-    const auto numbers = [&](Rounded stream) {
-      return [&s, i, stream] {
-        return Numbers<kCount>::template of<How::kInTurn>(s.chance, stream,
-                                                          s.first + static_cast<uint64_t>(i));
-      };
-    };
+    Numbers<kCount> drawn = {};
+    if (s.draws()) {
+      drawn = Numbers<kCount>::template of<How::kInTurn>(s.chance, s.first + static_cast<uint64_t>(i));
+    }
     const int n = s.left(i);
-    encode_param(s, p, numbers(kRoundedParam));
-    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, numbers(rounded_exp_avg(s.exp_avg_dtype)));
+    encode_param(s, p, drawn);
+    exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, drawn);
     // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
     const bool by_chance = s.by_chance || s.exp_avg_sq_dtype == DType::kBFloat16;
-    exp_avg_sq.encode(s.exp_avg_sq_dtype, v, n, by_chance, numbers(kRoundedExpAvgSq));
+    exp_avg_sq.encode(s.exp_avg_sq_dtype, v, n, by_chance, drawn);
     if (s.amsgrad) {
-      max_exp_avg_sq.encode(s.exp_avg_sq_dtype, largest_v, n, by_chance, numbers(kRoundedMaxExpAvgSq));
+      max_exp_avg_sq.encode(s.exp_avg_sq_dtype, largest_v, n, by_chance, drawn);
     }
   }
 
@@ -233,16 +236,10 @@ struct EncodedElements {
     });
   }
 
-  // `numbers()` gives those of the elements.
-  template <class F>
-  __device__ void encode_param(const Streams& s, const float* from, const F& numbers) {
+  __device__ void encode_param(const Streams& s, const float* from, const Numbers<kCount>& drawn) {
     const bool has_low = s.master_low_dtype != DType::kOther;
     const bool is_exact = has_low ? s.master_low_dtype == DType::kInt16 : s.param_dtype != DType::kBFloat16;
     const bool by_chance = s.by_chance && !is_exact;
-    Numbers<kCount> drawn = {};
-    if (by_chance) {
-      drawn = numbers();
-    }
     if (!has_low) {
       with_float(s.param_dtype, [&](auto codec) {
         using Codec = decltype(codec);
@@ -250,7 +247,7 @@ struct EncodedElements {
         for (int k = 0; k < kCount; ++k) {
           Codec out;
           if constexpr (std::is_same_v<Codec, BFloat16>) {
-            by_chance ? encode(from[k], drawn[k], out) : encode(from[k], out);
+            by_chance ? encode(from[k], swapped(drawn[k]), out) : encode(from[k], out);
           } else {
             encode(from[k], out);
           }
@@ -268,7 +265,7 @@ struct EncodedElements {
         if constexpr (std::is_same_v<Low, Low16>) {
           encode(from[k], high, low);
         } else {
-          encode(from[k], by_chance ? drawn[k] >> 8 : 0x80u, high, low);
+          encode(from[k], by_chance ? swapped(drawn[k]) >> 8 : 0x80u, high, low);
         }
         param.set(k, high);
         master_low.set(k, low);

@@ -162,15 +162,15 @@ def _from_bits(bits: Tensor) -> Tensor:
 
 
 class Chance(NamedTuple):
-    """Where the chance of one parameter's update comes from: Philox4x32-10 (Salmon et al. 2011, SC '11)."""
+    """Where the chance of one parameter's update comes from: Philox4x32-7 (Salmon et al. 2011, SC '11)."""
 
     seed: int
     ordinal: int  # of the parameter in the optimizer
     step: Tensor  # the parameter's own count of updates, with this one
     first: int  # place of its first element in the whole tensor
 
-    def of(self, stream: int, numel: int) -> Tensor:
-        """int64 from 0 to 65535, one for each of `numel` elements of a stream.
+    def of(self, numel: int) -> Tensor:
+        """int64 from 0 to 65535, one for each of `numel` elements, by which all its moments are rounded.
 
         A counter serves eight elements of the whole tensor, so a shard's are those of the whole.
         """
@@ -180,7 +180,7 @@ class Chance(NamedTuple):
         counter = [
             groups & 0xFFFFFFFF,
             torch.full_like(groups, self.ordinal & 0xFFFFFFFF),
-            stream | ((groups >> 32) << 8),
+            groups >> 32,
             step.expand_as(groups),
         ]
         words = torch.stack(philox(counter, (self.seed & 0xFFFFFFFF, (self.seed >> 32) & 0xFFFFFFFF)), dim=1)
@@ -188,11 +188,16 @@ class Chance(NamedTuple):
         return halves[self.first - 8 * begin :][:numel]
 
 
+def swapped(chance: Tensor) -> Tensor:
+    """What rounds the parameter: the same two bytes in the other order, which say next to nothing of the first."""
+    return (chance >> 8) | (chance & 0xFF) << 8
+
+
 def philox(counter: list[Tensor], key: tuple[int, int]) -> list[Tensor]:
     """Four random words of 32 bits for each counter of four; all int64."""
     a, b, c, d = counter
     k0, k1 = key
-    for _ in range(10):
+    for _ in range(7):
         first, second = a * 0xD2511F53, c * 0xCD9E8D57  # modulo 2**64
         a, b = (second >> 32 & 0xFFFFFFFF) ^ b ^ k0, second & 0xFFFFFFFF
         c, d = (first >> 32 & 0xFFFFFFFF) ^ d ^ k1, first & 0xFFFFFFFF

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -201,10 +202,6 @@ def _update(
     state.step.add_(1 if skip is None else ~skip)
 
 
-_STREAMS = {"exp_avg": 1, "exp_avg_sq": 2, "max_exp_avg_sq": 3}
-"""The number of each stream in a counter of chance; the parameter's is 0."""
-
-
 class _Streams:
     """The streams of one parameter, decoded and encoded (codecs.py), each flat in the order of its memory."""
 
@@ -224,10 +221,8 @@ class _Streams:
         # To nearest, an average of squares would follow no small change (in bfloat16 with a beta2 above 0.996), and
         # a first moment in 8 bits would not come to rest, and move the weight for ever, where gradients are 0.
         frozen = stored.dtype in codecs.SCALED or (stored.dtype == torch.bfloat16 and name != "exp_avg")
-        # In 8 bits, both are rounded by the second's numbers, which are drawn once.
-        stream = _STREAMS["exp_avg_sq" if stored.dtype == torch.int8 else name]
         by_chance = frozen or (self._stochastic and stored.dtype == torch.bfloat16)
-        codes, scale = codecs.encoded(value, stored.dtype, self._chance_of(stream, by_chance))
+        codes, scale = codecs.encoded(value, stored.dtype, self._numbers if by_chance else None)
         _assign(stored, codes, self._skip)
         if scale is not None:
             _assign(self._state[f"{name}_scale"], scale, self._skip)
@@ -239,13 +234,15 @@ class _Streams:
     def put_weight(self, value: Tensor) -> None:
         low = self._state["master_low"]
         if low is not None:
-            chance = self._chance_of(0, self._stochastic and low.dtype == torch.uint8)
-            upper, lower = codecs.split(value, low.dtype, chance)
+            by_chance = self._stochastic and low.dtype == torch.uint8
+            upper, lower = codecs.split(value, low.dtype, codecs.swapped(self._numbers) if by_chance else None)
             _assign(codecs.flat(low), lower, self._skip)
         else:
             by_chance = self._stochastic and self._param.dtype == torch.bfloat16
-            upper, _ = codecs.encoded(value, self._param.dtype, self._chance_of(0, by_chance))
+            chance = codecs.swapped(self._numbers) if by_chance else None
+            upper, _ = codecs.encoded(value, self._param.dtype, chance)
         _assign(self._param, upper, self._skip)
 
-    def _chance_of(self, stream: int, wanted: bool) -> Tensor | None:
-        return self._chance.of(stream, len(self._param)) if wanted else None
+    @cached_property
+    def _numbers(self) -> Tensor:
+        return self._chance.of(len(self._param))

@@ -21,12 +21,6 @@ _NAN = tl.constexpr(0x7FC00000)
 _INV_127 = tl.constexpr(1 / 127)
 _INV_255 = tl.constexpr(1 / 255)
 
-# The number of each stream in a counter of chance.
-ROUNDED_PARAM = tl.constexpr(0)
-ROUNDED_EXP_AVG = tl.constexpr(1)
-ROUNDED_EXP_AVG_SQ = tl.constexpr(2)
-ROUNDED_MAX_EXP_AVG_SQ = tl.constexpr(3)
-
 
 @triton.jit
 def stream_at(address, begin, dtype: tl.constexpr):
@@ -58,24 +52,23 @@ def store(stream, i, count, elements, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def _draw(chance, eighths, ROUNDED: tl.constexpr):
-    """Four words for each eight elements of the whole tensor: Philox4x32-10."""
+def _draw(chance, eighths):
+    """Four words for each eight elements of the whole tensor: Philox4x32-7."""
     seed, ordinal, step, _ = chance
-    high = ((eighths >> 32).to(tl.uint32) << 8) | ROUNDED
-    return tl.philox(seed, eighths.to(tl.uint32), ordinal, high, step)
+    return tl.philox(seed, eighths.to(tl.uint32), ordinal, (eighths >> 32).to(tl.uint32), step, n_rounds=7)
 
 
 @triton.jit
-def _numbers(chance, place, ROUNDED: tl.constexpr):
-    """The random numbers of a block's elements, of 16 bits each: halves of the words, the lower one first."""
+def random_words(chance, place):
+    """Of a block: one word for two elements."""
     _, _, _, first = chance
     offset, i, _ = place
     BLOCK: tl.constexpr = i.shape[0]
     eighths = first // 8 + (offset // 8 + tl.arange(0, BLOCK // 8))
-    a, b, c, d = _draw(chance, eighths, ROUNDED)
+    a, b, c, d = _draw(chance, eighths)
     before = first % 8  # of the numbers of a draw, for elements of another shard: they make room for the next draw's
     if before != 0:
-        e, f, g, h = _draw(chance, eighths + 1, ROUNDED)
+        e, f, g, h = _draw(chance, eighths + 1)
         if before & 4 != 0:
             a, b, c, d, e, f = c, d, e, f, g, h
         if before & 2 != 0:
@@ -85,8 +78,19 @@ def _numbers(chance, place, ROUNDED: tl.constexpr):
             b = (b >> 16) | (c << 16)
             c = (c >> 16) | (d << 16)
             d = (d >> 16) | (e << 16)
-    words = tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK // 2,))
-    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (BLOCK,))
+    return tl.reshape(tl.join(tl.join(a, c), tl.join(b, d)), (BLOCK // 2,))
+
+
+@triton.jit
+def _numbers(words):
+    """The random numbers of the elements' moments, of 16 bits each: halves of the words, the lower one first."""
+    return tl.reshape(tl.join(words & 0xFFFF, words >> 16), (2 * words.shape[0],))
+
+
+@triton.jit
+def _swapped(words):
+    """Those of the parameters: the same bytes in the other order."""
+    return _numbers(((words >> 8) & 0xFF00FF) | ((words << 8) & 0xFF00FF00))
 
 
 @triton.jit
@@ -123,7 +127,7 @@ def load_param(params, lows, place, T: tl.constexpr, HAS_MASTER: tl.constexpr, A
 
 @triton.jit
 def store_param(
-    params, lows, place, param, chance, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
+    params, lows, place, param, words, HAS_MASTER: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
 ):
     """Of a master weight, the parameter is the bfloat16 half, rounded with ties away from zero."""
     _, i, count = place
@@ -132,7 +136,7 @@ def store_param(
         bits = param.to(tl.uint32, bitcast=True)
         kept = bits
         if WIDTH == 8:
-            added = _numbers(chance, place, ROUNDED_PARAM) >> 8 if STOCHASTIC else 0x80
+            added = _swapped(words) >> 8 if STOCHASTIC else 0x80
             kept = (bits + added) >> 8
         lower = kept & ((1 << WIDTH) - 1)
         upper = (kept >> WIDTH) + (lower >> (WIDTH - 1))
@@ -140,7 +144,7 @@ def store_param(
         store(params, i, count, _upper_half(tl.where(is_number, upper, (bits >> 16) | 0x40)), ALIGNED)
         store(lows, i, count, tl.where(is_number, lower, 0), ALIGNED)
     elif STOCHASTIC and params.dtype.element_ty == tl.bfloat16:
-        store(params, i, count, _bfloat16_by_chance(param, _numbers(chance, place, ROUNDED_PARAM)), ALIGNED)
+        store(params, i, count, _bfloat16_by_chance(param, _swapped(words)), ALIGNED)
     else:
         store(params, i, count, param, ALIGNED)
 
@@ -181,24 +185,20 @@ def load_moment(moment, place, T: tl.constexpr, ALIGNED: tl.constexpr):
 
 
 @triton.jit
-def store_moment(
-    moment, place, value, chance, ROUNDED: tl.constexpr, STOCHASTIC: tl.constexpr, ALIGNED: tl.constexpr
-):
-    """Round to what the stream holds: to nearest, or by the chance that ROUNDED names."""
+def store_moment(moment, place, value, words, BY_CHANCE: tl.constexpr, ALIGNED: tl.constexpr):
+    """Round to what the stream holds: in bfloat16 to nearest, or by chance; in 8 bits by chance."""
     codes, _ = moment
     _, i, count = place
     if codes.dtype.element_ty.primitive_bitwidth == 8:
-        # The first moment's numbers are the second's, which are drawn once for both.
-        _store_scaled(moment, place, value, chance, max(ROUNDED, ROUNDED_EXP_AVG_SQ), ALIGNED)
-    elif codes.dtype.element_ty == tl.bfloat16 and (STOCHASTIC or ROUNDED > ROUNDED_EXP_AVG):
-        # To nearest, a second moment would freeze: what a step adds is less than half a unit.
-        store(codes, i, count, _bfloat16_by_chance(value, _numbers(chance, place, ROUNDED)), ALIGNED)
+        _store_scaled(moment, place, value, words, ALIGNED)
+    elif BY_CHANCE and codes.dtype.element_ty == tl.bfloat16:
+        store(codes, i, count, _bfloat16_by_chance(value, _numbers(words)), ALIGNED)
     else:
         store(codes, i, count, value, ALIGNED)
 
 
 @triton.jit
-def _store_scaled(moment, place, value, chance, ROUNDED: tl.constexpr, ALIGNED: tl.constexpr):
+def _store_scaled(moment, place, value, words, ALIGNED: tl.constexpr):
     codes, scales = moment
     offset, i, count = place
     BLOCK: tl.constexpr = i.shape[0]
@@ -214,7 +214,7 @@ def _store_scaled(moment, place, value, chance, ROUNDED: tl.constexpr, ALIGNED: 
     inverse = (tl.div_rn(1.0, scale).to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
     share = tl.abs(value) * _spread(inverse, BLOCK)
     share = tl.where(share == share, share, 0.0)
-    drawn = _numbers(chance, place, ROUNDED).to(tl.int32).to(tl.float32) * (1 / 65536)
+    drawn = _numbers(words).to(tl.int32).to(tl.float32) * (1 / 65536)
     code = _signed_code(value, share, drawn) if codes.dtype.element_ty == tl.int8 else _code(share, drawn)
     store(codes, i, count, code, ALIGNED)
 

@@ -9,12 +9,10 @@ import triton.language as tl
 
 from nexus.backends.codecs import SCALE_BLOCK
 from nexus.backends.triton_codecs import (
-    ROUNDED_EXP_AVG,
-    ROUNDED_EXP_AVG_SQ,
-    ROUNDED_MAX_EXP_AVG_SQ,
     load,
     load_moment,
     load_param,
+    random_words,
     store_moment,
     store_param,
     stream_at,
@@ -44,6 +42,12 @@ _ORDINAL = word("TensorRecord", "ordinal")
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
 
 
+@triton.constexpr_function
+def _bits(moment):
+    """Of an element, as it is stored."""
+    return moment[0].dtype.element_ty.primitive_bitwidth
+
+
 @triton.jit
 def _update_block(
     streams,
@@ -68,11 +72,15 @@ def _update_block(
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = adamw(
         param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRAD
     )
-    store_param(params, lows, place, param, chance, HAS_MASTER, STOCHASTIC, ALIGNED)
-    store_moment(exp_avgs, place, exp_avg, chance, ROUNDED_EXP_AVG, STOCHASTIC, ALIGNED)
-    store_moment(exp_avg_sqs, place, exp_avg_sq, chance, ROUNDED_EXP_AVG_SQ, STOCHASTIC, ALIGNED)
+    words = 0
+    if STOCHASTIC or _bits(exp_avgs) == 8 or _bits(exp_avg_sqs) < 32:
+        words = random_words(chance, place)
+    store_param(params, lows, place, param, words, HAS_MASTER, STOCHASTIC, ALIGNED)
+    # To nearest, a second moment would freeze: what a step adds is less than half a unit.
+    store_moment(exp_avg_sqs, place, exp_avg_sq, words, True, ALIGNED)
+    store_moment(exp_avgs, place, exp_avg, words, STOCHASTIC, ALIGNED)
     if AMSGRAD:
-        store_moment(max_exp_avg_sqs, place, max_exp_avg_sq, chance, ROUNDED_MAX_EXP_AVG_SQ, STOCHASTIC, ALIGNED)
+        store_moment(max_exp_avg_sqs, place, max_exp_avg_sq, words, True, ALIGNED)
 
 
 @triton.jit

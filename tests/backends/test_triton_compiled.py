@@ -36,6 +36,8 @@ WIDE = {
     "bfloat16 + 32, bfloat16": (5, 4),
     "all by chance": (2 + 4, 1 + 3),
 }
+# ptxas 13.1 saves 16 registers there at the price of a spill of two, whatever the order of the stores.
+SPILLED = {("float32, 8 bits", 100): 8}
 # Codes of 8 bits are decided by comparison, between two that a rough root yields.
 ROUGH = ("float32, 8 bits", "bfloat16 + 24, 8 bits", "all by chance")
 
@@ -74,9 +76,9 @@ def wide(accesses: list[str]) -> int:
 
 def test_no_register_is_spilled(found: dict[str, Any]) -> None:
     for name in ("update", "norm", "norm_total"):
-        most = MOST_REGISTERS if name == "update" else {}
+        most, spilled = (MOST_REGISTERS, SPILLED) if name == "update" else ({}, {})
         for what, kernel in kernels(found, name):
-            assert kernel["local_bytes"] == 0, (what, kernel)
+            assert kernel["local_bytes"] == spilled.get((what, kernel["arch"]), 0), (what, kernel)
             assert kernel["registers"] <= most.get(what, MOST_REGISTERS_OF_OTHERS), (what, kernel)
     for name in ("prologue", "evaluate"):  # where the cosine of a large number would need a table of its own
         for what, kernel in kernels(found, name):

@@ -19,8 +19,8 @@ SCALED = {"int8": (torch.int8, 2, 127), "uint8": (torch.uint8, 4, 255)}
 by_chance = pytest.mark.parametrize("by_chance", [False, True], ids=["to nearest", "by chance"])
 
 
-def chance(numel: int, seed: int = 0, ordinal: int = 3, step: int = 5, first: int = 0, stream: int = 1) -> Tensor:
-    return codecs.Chance(seed, ordinal, torch.tensor(float(step), dtype=torch.float64), first).of(stream, numel)
+def chance(numel: int, seed: int = 0, ordinal: int = 3, step: int = 5, first: int = 0) -> Tensor:
+    return codecs.Chance(seed, ordinal, torch.tensor(float(step), dtype=torch.float64), first).of(numel)
 
 
 def same(found: Tensor, expected: Array) -> bool:
@@ -32,7 +32,7 @@ def same(found: Tensor, expected: Array) -> bool:
 
 @pytest.mark.parametrize(
     "change",
-    [{"seed": 1}, {"seed": 2**32}, {"ordinal": 4}, {"ordinal": 2**31}, {"step": 6}, {"stream": 2}, {"first": 8}],
+    [{"seed": 1}, {"seed": 2**32}, {"ordinal": 4}, {"ordinal": 2**31}, {"step": 6}, {"first": 8}],
     ids=str,
 )
 def test_all_that_tells_two_updates_apart_changes_chance(change: dict[str, int]) -> None:
@@ -45,7 +45,7 @@ def test_all_that_tells_two_updates_apart_changes_chance(change: dict[str, int])
 def test_chance_is_that_of_the_place_in_the_whole_tensor(first: int) -> None:
     seed, ordinal, step = 0x1234_5678_9ABC_DEF0, 2**20 + 1, 2**33 + 1
     found = chance(29, seed, ordinal, step, first)
-    assert found.tolist() == oracle.Chance(seed, ordinal, step, first, 29).of(1).tolist()
+    assert found.tolist() == oracle.Chance(seed, ordinal, step, first, 29).of_moments().tolist()
     assert found[5:].tolist() == chance(24, seed, ordinal, step, first + 5).tolist()
 
 

@@ -115,7 +115,7 @@ def test_values_that_are_hard_to_store(name: str, by_chance: bool, case: str, wa
     elif case == "first thresholds":
         grad = around_thresholds(2, 127, np.full(numel, 0.5))
     else:
-        u = oracle.Chance(SEED, 0, 1, 0, numel).of(oracle.EXP_AVG_SQ) / 2**16 if by_chance else np.full(numel, 0.5)
+        u = oracle.Chance(SEED, 0, 1, 0, numel).of_moments() / 2**16 if by_chance else np.full(numel, 0.5)
         grad = np.sqrt(around_thresholds(4, 255, u))
     param = torch.from_numpy(values("wide", numel)).nan_to_num().to(mode.param)
     ours = oracle.Parameter(param, mode, seed=SEED)

@@ -79,6 +79,16 @@ def test_blocks_and_threads_run_in_the_order_asked_for(shim, toy, blocks, thread
         assert expected.get(asked, order not in (ascending, ascending[::-1]))
 
 
+def test_only_the_ends_of_a_grid_run(shim, toy):
+    for blocks, asked in ((5, 2), (4, 2), (3, 2)):
+        shim.run_only_the_ends(asked)
+        when, clock = torch.full((blocks, 33), -1, dtype=torch.int32), ints(0)
+        assert toy.toy_order(blocks, 33, pointer(when), pointer(clock)) == NO_ERROR
+        ran = (when >= 0).all(dim=1).tolist()
+        assert ran == [index < asked or index >= blocks - asked for index in range(blocks)]
+        assert int(clock) == 33 * sum(ran)
+
+
 def test_a_missing_barrier_shows(toy):
     given, out = torch.arange(THREADS, dtype=torch.int32), torch.zeros(THREADS, dtype=torch.int32)
     assert toy.toy_reverse(True, pointer(given), pointer(out)) == NO_ERROR

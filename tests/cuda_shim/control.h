@@ -1,6 +1,7 @@
 // What the files of the shim share.
 #pragma once
 
+#include <climits>
 #include <functional>
 #include <map>
 #include <memory>
@@ -49,6 +50,7 @@ struct Control {
   int devices = 1;
   Order block_order = Order::kAscending;
   Order thread_order = Order::kAscending;
+  unsigned ends = UINT_MAX;  // of a grid: how many of its first blocks run, and of its last
   std::mt19937_64 random{0};
   std::map<std::string, PlannedFailure> failures;
   std::map<std::string, int> calls;  // of each function

@@ -63,7 +63,7 @@ class Shim:
         self._names = {int(address, 16): name for address, name in found}
 
     def reset(self) -> None:
-        """One device, ascending orders; no failures, launches, calls, graphs or error.
+        """One device, whole grids in ascending orders; no failures, launches, calls, graphs or error.
 
         Streams stay, and so does memory that is not freed; device 0 is current again.
         """
@@ -75,6 +75,10 @@ class Shim:
     def set_order(self, blocks: str = "ascending", threads: str = "ascending", seed: int = 0) -> None:
         """The order in which blocks, and the threads of a block, run between barriers: one of ORDERS."""
         self.library.nexus_shim_set_order(ORDERS.index(blocks), ORDERS.index(threads), seed)
+
+    def run_only_the_ends(self, blocks: int) -> None:
+        """Of each grid, run only so many of the first blocks, and of the last."""
+        self.library.nexus_shim_set_ends(blocks)
 
     def fail(self, error: int, nth: int = 1, function: str = "cudaLaunchKernelEx") -> None:
         """Let the ``nth`` call of a function, CUDA's or "allocate", from now on do nothing but return ``error``."""

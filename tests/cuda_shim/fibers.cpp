@@ -191,6 +191,9 @@ cudaError_t run(const cudaLaunchConfig_t& config, int device, Call* kernel_call)
   size = blockDim.x;
   fault = cudaSuccess;
   for (const unsigned block : arranged(gridDim.x, control.block_order)) {
+    if (block >= control.ends && gridDim.x - block > control.ends) {
+      continue;
+    }
     blockIdx = block;
     run_block(arranged(size, control.thread_order));
     if (fault != cudaSuccess) {

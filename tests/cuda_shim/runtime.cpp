@@ -94,6 +94,8 @@ NEXUS_SHIM_CONTROL void nexus_shim_set_order(int blocks, int threads, uint64_t s
   control.random.seed(seed);
 }
 
+NEXUS_SHIM_CONTROL void nexus_shim_set_ends(unsigned blocks) { control.ends = blocks; }
+
 NEXUS_SHIM_CONTROL void nexus_shim_fail(const char* function, int calls_before, int error) {
   control.failures[function] = {calls_before, static_cast<cudaError_t>(error)};
 }

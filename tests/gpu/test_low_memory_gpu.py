@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from low_memory_cases import MODES, optimizer_of
+from low_memory_ends import check_ends, numel_beyond
 from references import params_of, same_bits, set_grads
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -51,3 +52,15 @@ def test_what_is_not_aligned_has_the_same_bits(mode: str, offset: int) -> None:
             optimizer.step()
         ends.append([param.detach(), *optimizer.state[param].values()])
     assert same_bits(*ends)
+
+
+@pytest.mark.parametrize("mode", ["bf16 + 8, 8-bit moments by chance", "bf16 + 16, bf16 moments"])
+@pytest.mark.parametrize("name", ["cuda", "triton"])
+def test_a_tensor_of_more_elements_than_31_bits_count(name: str, mode: str) -> None:
+    if torch.cuda.mem_get_info()[0] < 24 << 30:
+        pytest.skip("needs 24 GiB of the GPU's memory")
+
+    def allocate(numel: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(numel, dtype=dtype, device="cuda")
+
+    check_ends(name, MODES[mode], numel_beyond(2**31), allocate)

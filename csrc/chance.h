@@ -31,7 +31,10 @@ struct Draw {
 
 // An element has one number, of 16 bits, by which all its moments are rounded. Its parameter is rounded by
 // the same bytes in the other order: what rounds the one up says next to nothing of the other.
-NEXUS_FN uint32_t swapped(uint32_t number) { return (number >> 8 | number << 8) & 0xffffu; }
+NEXUS_FN uint32_t swapped(uint32_t number) {
+  const auto half = static_cast<uint16_t>(number);
+  return static_cast<uint16_t>(half >> 8 | half << 8);
+}
 
 // Four words of 32 bits: at first the place of a draw, at last its numbers. Of a Word, which is uint64_t or a
 // vector of such, the lower half counts, and the upper may have anything.

@@ -26,6 +26,10 @@ typedef float Floats __attribute__((vector_size(kVectorBytes)));
 typedef int32_t Ints __attribute__((vector_size(kVectorBytes)));
 typedef uint64_t Words __attribute__((vector_size(kVectorBytes)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
+typedef uint8_t Bytes __attribute__((vector_size(kVectorBytes)));
+typedef int8_t SignedBytes __attribute__((vector_size(kVectorBytes)));
+
+constexpr int kPacked = 4;  // vectors of Ints that fill one of bytes
 
 template <class Vector, class T>
 Vector vector_at(const T* from) {
@@ -62,15 +66,18 @@ Ints widened(Halves x) { return (Ints)_mm512_maskz_cvtepu16_epi32(0xffff, (__m25
 
 Floats fused(Floats a, Floats b, Floats c) { return _mm512_fmadd_ps(a, b, c); }
 
-Ints at_least(Ints x, int32_t least) {
-  return (Ints)_mm512_maskz_max_epi32(0xffff, (__m512i)x, _mm512_set1_epi32(least));
+// The nearest bytes, in an order that in_order() mends.
+Bytes packed(const Ints* x) {
+  const __m512i first = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
+  return (Bytes)_mm512_packus_epi16(first, _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]));
 }
-Ints at_most(Ints x, int32_t most) {
-  return (Ints)_mm512_maskz_min_epi32(0xffff, (__m512i)x, _mm512_set1_epi32(most));
+SignedBytes packed_signed(const Ints* x) {
+  const __m512i first = _mm512_packs_epi32((__m512i)x[0], (__m512i)x[1]);
+  return (SignedBytes)_mm512_packs_epi16(first, _mm512_packs_epi32((__m512i)x[2], (__m512i)x[3]));
 }
-
-void store_bytes(Ints x, void* to) {
-  _mm_storeu_si128((__m128i*)to, _mm512_maskz_cvtepi32_epi8(0xffff, (__m512i)x));
+Bytes in_order(Bytes x) {
+  const __m512i order = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return (Bytes)_mm512_maskz_permutexvar_epi32(0xffff, order, (__m512i)x);
 }
 
 #elif defined(__AVX2__)
@@ -95,14 +102,17 @@ Ints widened(Halves x) { return (Ints)_mm256_cvtepu16_epi32((__m128i)x); }
 
 Floats fused(Floats a, Floats b, Floats c) { return _mm256_fmadd_ps(a, b, c); }
 
-void store_bytes(Ints x, void* to) {
-  const __m256i bytes = (__m256i)(x & 0xff);
-  const __m128i halves = _mm_packus_epi32(_mm256_castsi256_si128(bytes), _mm256_extracti128_si256(bytes, 1));
-  _mm_storeu_si64(to, _mm_packus_epi16(halves, halves));
+Bytes packed(const Ints* x) {
+  const __m256i first = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  return (Bytes)_mm256_packus_epi16(first, _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
 }
-
-Ints at_least(Ints x, int32_t least) { return x > least ? x : Ints{} + least; }
-Ints at_most(Ints x, int32_t most) { return x < most ? x : Ints{} + most; }
+SignedBytes packed_signed(const Ints* x) {
+  const __m256i first = _mm256_packs_epi32((__m256i)x[0], (__m256i)x[1]);
+  return (SignedBytes)_mm256_packs_epi16(first, _mm256_packs_epi32((__m256i)x[2], (__m256i)x[3]));
+}
+Bytes in_order(Bytes x) {
+  return (Bytes)_mm256_permutevar8x32_epi32((__m256i)x, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
 
 #else
 constexpr Words kPlaces = {0, 1};
@@ -129,14 +139,31 @@ Ints widened(Halves x) { return __builtin_convertvector(x, Ints); }
 
 Floats fused(Floats a, Floats b, Floats c) { return a * b + c; }
 
-Ints at_least(Ints x, int32_t least) { return x > least ? x : Ints{} + least; }
-Ints at_most(Ints x, int32_t most) { return x < most ? x : Ints{} + most; }
-
-void store_bytes(Ints x, void* to) {
-  for (int i = 0; i < kWidth; ++i) {
-    static_cast<uint8_t*>(to)[i] = static_cast<uint8_t>(x[i]);
-  }
+#ifdef NEXUS_X86
+Bytes packed(const Ints* x) {
+  const __m128i first = _mm_packs_epi32((__m128i)x[0], (__m128i)x[1]);
+  return (Bytes)_mm_packus_epi16(first, _mm_packs_epi32((__m128i)x[2], (__m128i)x[3]));
 }
+SignedBytes packed_signed(const Ints* x) {
+  const __m128i first = _mm_packs_epi32((__m128i)x[0], (__m128i)x[1]);
+  return (SignedBytes)_mm_packs_epi16(first, _mm_packs_epi32((__m128i)x[2], (__m128i)x[3]));
+}
+#else
+template <class Vector>
+Vector clamped(const Ints* x, int32_t least, int32_t most) {
+  Vector out;
+  for (int i = 0; i < kPacked * kWidth; ++i) {
+    const int32_t value = x[i / kWidth][i % kWidth];
+    out[i] = static_cast<std::remove_reference_t<decltype(out[0])> >(value < least  ? least
+                                                                     : value > most ? most
+                                                                                    : value);
+  }
+  return out;
+}
+Bytes packed(const Ints* x) { return clamped<Bytes>(x, 0, 255); }
+SignedBytes packed_signed(const Ints* x) { return clamped<SignedBytes>(x, -128, 127); }
+#endif
+Bytes in_order(Bytes x) { return x; }
 #endif
 
 }  // namespace

@@ -48,32 +48,44 @@ void encode_one(float value, float inverse, float chance, Fourth8& out) {
 constexpr float kWhole = 0x1.8p23f;
 constexpr int32_t kWholeBits = 0x4b400000;
 
-// As encode() of codec.h, for a vector of values whose scale is finite: the codes, plus kWholeBits. The rough
-// root, times kSteps codes, may be off by 0.4. `share_at` gives the share at a place between codes.
+// As encode() of codec.h, for a vector of values whose scale is finite: the codes, if they are in bounds. The
+// rough root, times kSteps codes, may be off by 0.4. `share_at` gives the share at a place between codes.
 template <int kSteps, class F>
 Ints rounded_by_chance(Floats share, Floats rough_root, const uint16_t* numbers, const F& share_at) {
   // And 128: of bits, 128.0 with a number in its lower half is 128 + number / 65,536.
   const Floats chance = (Floats)(widened(vector_at<Halves>(numbers)) | 0x43000000);
   const Floats below = fused(rough_root, Floats{} + static_cast<float>(kSteps), chance) + (kWhole - 129.0f);
   const Floats place = (below - (kWhole - 129.0f)) - chance;  // exact
-  return share_at(place) <= share ? (Ints)below + 1 : (Ints)below;
+  const Ints code = (Ints)below - kWholeBits;
+  return share_at(place) <= share ? code + 1 : code;
 }
 
-void encode_vector(const float* from, float inverse, const uint16_t* numbers, Squared8* to) {
-  const Ints bits = vector_at<Ints>(from);
-  const Floats share = (Floats)(bits & 0x7fffffff) * inverse;
-  const Ints code = rounded_by_chance<127>(share, rough_root(share), numbers,
-                                           [](Floats place) { return squared_share(place); });
-  const Ints bounded = at_most(at_least(code, kWholeBits), kWholeBits + 127);
-  const Ints sign = bits >> 31;  // -1 of a negative value
-  store_bytes((bounded ^ sign) - sign, to);
+// As many elements as one vector has bytes.
+void encode_vectors(const float* from, float inverse, const uint16_t* numbers, Squared8* to) {
+  Ints bits[kPacked], code[kPacked];
+  for (int k = 0; k < kPacked; ++k) {
+    bits[k] = vector_at<Ints>(from + k * kWidth);
+    const Floats share = (Floats)(bits[k] & 0x7fffffff) * inverse;
+    code[k] = rounded_by_chance<127>(share, rough_root(share), numbers + k * kWidth,
+                                     [](Floats place) { return squared_share(place); });
+  }
+  const Bytes any = packed(code);
+  const Bytes bounded = any < 127 ? any : Bytes{} + 127;
+  const Bytes negative = (Bytes)(packed_signed(bits) < 0);  // 255 of a negative value
+  const Bytes codes = in_order((bounded ^ negative) - negative);
+  memcpy(to, &codes, sizeof codes);
 }
 
-void encode_vector(const float* from, float inverse, const uint16_t* numbers, Fourth8* to) {
-  const Floats share = vector_at<Floats>(from) * inverse;  // a second moment has no sign
-  const Ints code = rounded_by_chance<255>(share, rough_fourth_root(share), numbers,
-                                           [](Floats place) { return fourth_share(place); });
-  store_bytes(at_most(at_least(code, kWholeBits + 2), kWholeBits + 255), to);
+void encode_vectors(const float* from, float inverse, const uint16_t* numbers, Fourth8* to) {
+  Ints code[kPacked];
+  for (int k = 0; k < kPacked; ++k) {
+    const Floats share = vector_at<Floats>(from + k * kWidth) * inverse;  // a second moment has no sign
+    code[k] = rounded_by_chance<255>(share, rough_fourth_root(share), numbers + k * kWidth,
+                                     [](Floats place) { return fourth_share(place); });
+  }
+  const Bytes any = packed(code);
+  const Bytes codes = in_order(any > 2 ? any : Bytes{} + 2);
+  memcpy(to, &codes, sizeof codes);
 }
 
 // The codes of one scale's elements.
@@ -86,8 +98,8 @@ void encode_block(const float* __restrict__ from, Codec* __restrict__ to, float 
     }
     return;
   }
-  for (int64_t i = 0; i < kScaleBlock; i += kWidth) {
-    encode_vector(from + i, inverse, numbers + i, to + i);
+  for (int64_t i = 0; i < kScaleBlock; i += kVectorBytes) {
+    encode_vectors(from + i, inverse, numbers + i, to + i);
   }
 }
 

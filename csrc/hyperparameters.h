@@ -19,7 +19,7 @@ struct Row {
 
 NEXUS_FN double rate_at(const Rate& rate, int64_t t) {
   if (rate.table != nullptr) {
-    return rate.scale * evaluate_schedule(rate.table, rate.rows, t);
+    return rate.scale * evaluate_schedule(rate.table, rate.layers, rate.rows, t);
   }
   if (rate.tensor != nullptr) {
     return rate.is_float64 != 0 ? *static_cast<const double*>(rate.tensor)

@@ -72,8 +72,8 @@ class Backend:
     def evaluate(self, table: Tensor, steps: Tensor) -> Tensor:
         steps = steps.contiguous()
         out = torch.empty(steps.shape, dtype=torch.float64, device=steps.device)
-        rows, count = table.shape[0], steps.numel()
-        extension().cuda_evaluate(0, table.data_ptr(), rows, steps.data_ptr(), count, out.data_ptr(), 0)
+        (layers, rows, _), count = table.shape, steps.numel()
+        extension().cuda_evaluate(0, table.data_ptr(), layers, rows, steps.data_ptr(), count, out.data_ptr(), 0)
         return out
 
 

@@ -153,10 +153,11 @@ def _kernels_captured(graph: Graph) -> Iterator[None]:
 
     def captured_evaluate(self: Backend, table: Tensor, steps: Tensor) -> Tensor:
         out = torch.empty(steps.shape, dtype=torch.float64)
-        rows, count = table.shape[0], steps.numel()
+        (layers, rows, _), count = table.shape, steps.numel()
 
         def work() -> None:
-            extension().cuda_evaluate(0, table.data_ptr(), rows, steps.data_ptr(), count, out.data_ptr(), 0)
+            at = steps.data_ptr()
+            extension().cuda_evaluate(0, table.data_ptr(), layers, rows, at, count, out.data_ptr(), 0)
 
         work()
         graph.work.append(work)

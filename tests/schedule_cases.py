@@ -10,11 +10,17 @@ from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Cur
 from nexus.schedules.curves import DECAYS
 
 CURVES = {
-    Curve.CONSTANT: lambda p: 1.0,
-    Curve.RISE: lambda p: p,
-    Curve.LINEAR: lambda p: 1.0 - p,
-    Curve.COSINE: lambda p: (1.0 + math.cos(math.pi * p)) / 2.0,
-    Curve.SQRT: lambda p: 1.0 - math.sqrt(p),
+    Curve.CONSTANT: lambda p, k, q: 1.0,
+    Curve.RISE: lambda p, k, q: p,
+    Curve.LINEAR: lambda p, k, q: 1.0 - p,
+    Curve.COSINE: lambda p, k, q: ((1.0 + math.cos(math.pi * p**k)) / 2.0) ** q,
+    Curve.SQRT: lambda p, k, q: 1.0 - math.sqrt(p),
+    Curve.POWER: lambda p, k, q: (1.0 - p**k) ** q,
+    Curve.EXPONENTIAL: lambda p, k, q: q**p,
+    Curve.STAIRCASE: lambda p, k, q: q ** int(p),
+    Curve.INVERSE: lambda p, k, q: (1.0 + p) ** -q,
+    Curve.LOG: lambda p, k, q: k * math.log(p),
+    Curve.TANH: lambda p, k, q: (1.0 - math.tanh(k * (1.0 - p) + q * p)) / 2.0,
 }
 """The weight of each curve as its paper has it."""
 
@@ -34,7 +40,7 @@ def boundaries(schedule: Schedule) -> list[int]:
     """The first and last steps of every phase and cycle, their neighbours, and where narrow types overflow."""
     edges = {0, 2**24, 2**31, 2**32, MAX_STEP}
     for segment in schedule.segments()[:80]:
-        edges |= {segment.start, segment.start + segment.length // 2, segment.start + segment.length}
+        edges |= {segment.start, segment.start + segment.period // 2, segment.start + segment.period}
     near = {edge + offset for edge in edges for offset in (-1, 0, 1)}
     return sorted(step for step in near if 0 <= step <= MAX_STEP)
 

@@ -35,8 +35,8 @@ using UpdateKernel = void (*)(Table, StepState, int kind, bool advances);
 UpdateKernel encoded_kernel(int kind);
 
 // A schedule's values at `steps`.
-void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out,
-              cudaStream_t stream);
+void evaluate(const double* table, int64_t layers, int64_t rows, const int64_t* steps, int64_t count,
+              double* out, cudaStream_t stream);
 
 // Bring the code of a step's kernels to the current device, which otherwise their first launches do: not to
 // be left to a launch that is captured.

@@ -92,11 +92,11 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
   }
 }
 
-__global__ void __launch_bounds__(kThreads)
-    evaluate_at(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out) {
+__global__ void __launch_bounds__(kThreads) evaluate_at(const double* table, int64_t layers, int64_t rows,
+                                                        const int64_t* steps, int64_t count, double* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
   if (i < count) {
-    out[i] = evaluate_schedule(table, rows, steps[i]);
+    out[i] = evaluate_schedule(table, layers, rows, steps[i]);
   }
 }
 
@@ -112,10 +112,10 @@ void prologue(const Table& table, const StepState& state, cudaStream_t stream) {
          state);
 }
 
-void evaluate(const double* table, int64_t rows, const int64_t* steps, int64_t count, double* out,
-              cudaStream_t stream) {
-  launch("evaluating a schedule", evaluate_at, (count + kThreads - 1) / kThreads, stream, table, rows, steps,
-         count, out);
+void evaluate(const double* table, int64_t layers, int64_t rows, const int64_t* steps, int64_t count,
+              double* out, cudaStream_t stream) {
+  launch("evaluating a schedule", evaluate_at, (count + kThreads - 1) / kThreads, stream, table, layers, rows,
+         steps, count, out);
 }
 
 }  // namespace nexus::cuda

@@ -104,10 +104,10 @@ class CudaRecords : public WatchedRecords {
   std::vector<std::unique_ptr<cuda::DeviceStep>> devices_;
 };
 
-void evaluate(int device, Address table, int64_t rows, Address steps, int64_t count, Address out,
-              Address stream) {
+void evaluate(int device, Address table, int64_t layers, int64_t rows, Address steps, int64_t count,
+              Address out, Address stream) {
   const cuda::DeviceGuard guard(device);
-  cuda::evaluate(at<const double>(table), rows, at<const int64_t>(steps), count, at<double>(out),
+  cuda::evaluate(at<const double>(table), layers, rows, at<const int64_t>(steps), count, at<double>(out),
                  stream_at(stream));
 }
 

@@ -63,10 +63,11 @@ std::vector<std::string> instruction_sets() {
   return available;
 }
 
-void evaluate(Address table, int64_t rows, Address steps, int64_t count, Address out) {
+void evaluate(Address table, int64_t layers, int64_t rows, Address steps, int64_t count, Address out) {
   py::gil_scoped_release release;
   for (int64_t i = 0; i < count; ++i) {
-    at<double>(out)[i] = evaluate_schedule(at<const double>(table), rows, at<const int64_t>(steps)[i]);
+    at<double>(out)[i] =
+        evaluate_schedule(at<const double>(table), layers, rows, at<const int64_t>(steps)[i]);
   }
 }
 
@@ -102,8 +103,8 @@ PYBIND11_MODULE(NEXUS_MODULE, m) {
   using nexus::CpuRecords;
   using nexus::WatchedRecords;
   m.doc() = "Kernels of nexus. Addresses are those of memory that the caller keeps alive.";
-  m.def("evaluate", &nexus::evaluate, py::arg("table"), py::arg("rows"), py::arg("steps"), py::arg("count"),
-        py::arg("out"));
+  m.def("evaluate", &nexus::evaluate, py::arg("table"), py::arg("layers"), py::arg("rows"), py::arg("steps"),
+        py::arg("count"), py::arg("out"));
   m.def("instruction_sets", &nexus::instruction_sets, "What this processor can run, the best first.");
   m.def("thread_runtime", &nexus::cpu::thread_runtime, "The file name of the OpenMP runtime in use.");
   m.attr("records") = nexus::describe_records();

@@ -97,8 +97,10 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     steps = steps.contiguous()
     out = torch.empty(steps.shape, dtype=torch.float64, device=steps.device)
     index, stream = current_stream(steps.device)
-    rows = table.shape[0]
-    extension.cuda_evaluate(index, table.data_ptr(), rows, steps.data_ptr(), steps.numel(), out.data_ptr(), stream)
+    layers, rows, _ = table.shape
+    extension.cuda_evaluate(
+        index, table.data_ptr(), layers, rows, steps.data_ptr(), steps.numel(), out.data_ptr(), stream
+    )
     return out
 
 

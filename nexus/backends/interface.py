@@ -33,7 +33,7 @@ class Rate:
     value: float = 0.0
     tensor: Tensor | None = None  # read at every step
     host: Tensor | None = None  # on the CPU, where the parameters are elsewhere: goes into `tensor` at every step
-    table: Tensor | None = None  # float64 (rows, 5): segments, evaluated at every step
+    table: Tensor | None = None  # float64 (layers, rows, 9): a schedule, evaluated at every step
     scale: float = 1.0  # multiplies the schedule
     last: Tensor | None = None  # 0-dim float64: where a schedule's value is left once used
 

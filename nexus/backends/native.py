@@ -32,7 +32,8 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     """A schedule's values at `steps`, by the function that the update kernels call."""
     steps = steps.contiguous()
     out = torch.empty(steps.shape, dtype=torch.float64, device=_CPU)
-    extension.evaluate(table.data_ptr(), table.shape[0], steps.data_ptr(), steps.numel(), out.data_ptr())
+    layers, rows, _ = table.shape
+    extension.evaluate(table.data_ptr(), layers, rows, steps.data_ptr(), steps.numel(), out.data_ptr())
     return out
 
 

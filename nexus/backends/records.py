@@ -77,7 +77,8 @@ def group_values(group: GroupSettings) -> dict[str, Any]:
                 f"{name}.tensor": address(value.tensor),
                 f"{name}.is_float64": value.tensor is not None and value.tensor.dtype == torch.float64,
                 f"{name}.table": address(value.table),
-                f"{name}.rows": 0 if value.table is None else value.table.shape[0],
+                f"{name}.layers": 0 if value.table is None else value.table.shape[0],
+                f"{name}.rows": 0 if value.table is None else value.table.shape[1],
                 f"{name}.scale": value.scale,
                 f"{name}.last": address(value.last),
             }

@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from nexus.backends import codecs, sharding
 from nexus.backends.interface import DevicePlan, GroupSettings, Plan, Rate, Ring, Runner, TensorEntry
 from nexus.backends.sharding import total_everywhere
-from nexus.schedules.curves import Curve
+from nexus.schedules.curves import NEVER, Curve, Op
 
 NAME = "reference"
 DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
@@ -40,19 +40,71 @@ def runner(setting_names: tuple[str, ...]) -> ReferenceRunner:
 
 
 def evaluate(table: Tensor, steps: Tensor) -> Tensor:
-    """A schedule's values at `steps` (int64, any shape), from its segment table on the same device."""
-    starts = table[:, 1].to(torch.int64)
-    row = torch.searchsorted(starts, steps.contiguous(), right=True) - 1  # the last segment with start <= step
-    # Not table[row], which reads a 0-dim row on the host.
-    curve, start, length, high, low = table.index_select(0, row.flatten()).view(*row.shape, table.shape[1]).unbind(-1)
-    length_in_steps = length.to(torch.int64)
-    p = ((steps - start.to(torch.int64)) % length_in_steps).to(torch.float64) / length
-    weight = torch.where(curve == Curve.CONSTANT, 1.0, torch.full_like(p, math.nan))
-    weight = torch.where(curve == Curve.RISE, p, weight)
-    weight = torch.where(curve == Curve.LINEAR, 1.0 - p, weight)
-    weight = torch.where(curve == Curve.COSINE, torch.cos(0.5 * math.pi * p).square(), weight)
-    weight = torch.where(curve == Curve.SQRT, 1.0 - torch.sqrt(p), weight)
+    """A schedule's values at `steps` (int64, any shape), from its table (`nexus.schedules.table`) on their device."""
+    value = torch.zeros(steps.shape, dtype=torch.float64, device=steps.device)
+    for layer in table:
+        own = _layer_value(layer, steps)
+        op = layer[0, 0]
+        folds = {
+            Op.FIRST: own,
+            Op.TIMES: value * own,
+            Op.PLUS: value + own,
+            Op.MIN: torch.where(own < value, own, value),
+            Op.MAX: torch.where(own > value, own, value),
+        }
+        for each, folded in folds.items():
+            value = torch.where(op == each, folded, value)
+    return value
+
+
+def _layer_value(layer: Tensor, steps: Tensor) -> Tensor:
+    count, repeat_start, repeat_length = layer[0, 1:4].to(torch.int64).unbind()
+    repeated = repeat_start + (steps - repeat_start) % repeat_length
+    steps = torch.where(steps >= repeat_start, repeated, steps).contiguous()
+    rows = layer[1:]
+    places = torch.arange(len(rows), device=layer.device)
+    starts = torch.where(places < count, rows[:, 1].to(torch.int64), NEVER)
+    found = torch.searchsorted(starts, steps, right=True) - 1  # the last segment with start <= step
+    # Not rows[found], which reads a 0-dim row on the host.
+    row = rows.index_select(0, found.flatten()).view(*found.shape, rows.shape[1])
+    curve, start, period, offset, span, high, low, k, q = row.unbind(-1)
+    position = (steps - start.to(torch.int64)) % period.to(torch.int64)
+    p = (position.to(torch.float64) + offset) / span
+    powered = _power(p, k)
+    weights = {
+        Curve.CONSTANT: torch.ones_like(p),
+        Curve.RISE: p,
+        Curve.LINEAR: 1.0 - p,
+        Curve.COSINE: _power(torch.cos(0.5 * math.pi * powered).square(), q),
+        Curve.SQRT: 1.0 - torch.sqrt(p),
+        Curve.POWER: _power(1.0 - powered, q),
+        Curve.EXPONENTIAL: _power(q, p),
+        Curve.STAIRCASE: _power(q, p.floor()),
+        Curve.INVERSE: 1.0 / _power(1.0 + p, q),
+        Curve.LOG: k * torch.log(p),
+        Curve.TANH: 0.5 * (1.0 - torch.tanh(k * (1.0 - p) + q * p)),
+        Curve.SAMPLED: _sampled(layer.flatten(), k, q, p),
+    }
+    weight = torch.full_like(p, math.nan)
+    for each, values in weights.items():
+        weight = torch.where(curve == each, values, weight)
     return low + weight * (high - low)
+
+
+def _power(x: Tensor, k: Tensor) -> Tensor:
+    """x**k, without the math library where IEEE operations give it."""
+    result = torch.where(k == 0.5, x.sqrt(), x.pow(k))
+    return torch.where(k == 1.0, x, torch.where(k == 2.0, x * x, result))
+
+
+def _sampled(numbers: Tensor, first: Tensor, count: Tensor, p: Tensor) -> Tensor:
+    """The values at places p of `count` samples, of which the last stays; any number where there are none."""
+    last = count - 1.0
+    place = torch.minimum(p.floor().clamp(min=0.0), last)
+    at = [(first + torch.minimum(place + more, last)).clamp(0, len(numbers) - 1).to(torch.int64) for more in (0, 1)]
+    value, following = (numbers.index_select(0, each.flatten()).view(p.shape) for each in at)
+    rest = p - place
+    return torch.where((rest > 0.0) & (rest < 1.0), value + rest * (following - value), value)
 
 
 class ReferenceRunner(Runner):

@@ -80,7 +80,7 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
     if count:
         with _launching(steps.device) as kernels:
             grid = (_ceil_div(count, _LANES),)
-            kernels.evaluate[grid](table, table.shape[0], steps, count, out, BLOCK=_LANES, **OPTIONS)
+            kernels.evaluate[grid](table, table.shape[0], table.shape[1], steps, count, out, BLOCK=_LANES, **OPTIONS)
     return out
 
 

@@ -40,6 +40,7 @@ _VALUE = word("Rate", "value")
 _TENSOR = word("Rate", "tensor")
 _IS_FLOAT64 = word("Rate", "is_float64")
 _TABLE = word("Rate", "table")
+_LAYERS = word("Rate", "layers")
 _ROWS = word("Rate", "rows")
 _SCALE = word("Rate", "scale")
 _LAST = word("Rate", "last")
@@ -56,16 +57,17 @@ def _rates(words, t, mask):
     """The rates at step t of a block of groups; `words` points to each one's record `Rate`."""
     tensor = tl.load(words + _TENSOR, mask=mask, other=0)
     is_float64 = tl.load(words + _IS_FLOAT64, mask=mask, other=0) != 0
-    segments = tl.load(words + _TABLE, mask=mask, other=0)
+    table = tl.load(words + _TABLE, mask=mask, other=0)
+    layers = tl.load(words + _LAYERS, mask=mask, other=0)
     rows = tl.load(words + _ROWS, mask=mask, other=0)
     given = tensor != 0
     narrow = tl.load(tensor.to(tl.pointer_type(tl.float32)), mask=given & (is_float64 == 0), other=0.0)
     wide = tl.load(tensor.to(tl.pointer_type(tl.float64)), mask=given & is_float64, other=0.0)
     rate = tl.where(given, tl.where(is_float64, wide, narrow.to(tl.float64)), _float64(words + _VALUE, mask))
-    scheduled = segments != 0
+    scheduled = table != 0
     steps = tl.zeros_like(rows) + t
-    curve = evaluate_schedule(segments.to(tl.pointer_type(tl.float64)), rows, steps, scheduled)
-    return tl.where(scheduled, _float64(words + _SCALE, mask) * curve, rate)
+    value = evaluate_schedule(table.to(tl.pointer_type(tl.float64)), layers, rows, steps, scheduled)
+    return tl.where(scheduled, _float64(words + _SCALE, mask) * value, rate)
 
 
 @triton.jit
@@ -237,10 +239,10 @@ def prologue(
         tl.store(row + 8, count, mask=mask)
 
 
-@triton.jit(do_not_specialize=["segments", "rows", "steps", "count", "out"])
-def evaluate(segments, rows: tl.int64, steps, count: tl.int64, out, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["table", "layers", "rows", "steps", "count", "out"])
+def evaluate(table, layers: tl.int64, rows: tl.int64, steps, count: tl.int64, out, BLOCK: tl.constexpr):
     """A schedule's values at `steps`."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = i < count
     t = tl.load(steps + i, mask=mask, other=0)
-    tl.store(out + i, evaluate_schedule(segments, rows, t, mask), mask=mask)
+    tl.store(out + i, evaluate_schedule(table, layers, rows, t, mask), mask=mask)

@@ -9,7 +9,7 @@ from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 from nexus.arguments import check_count, check_number, shown
-from nexus.schedules.curves import Segment
+from nexus.schedules.curves import Layer, Segment
 
 _Self = TypeVar("_Self", bound="Schedule")
 
@@ -37,9 +37,17 @@ class Schedule(ABC):
     def phase(self, step: int) -> str:
         """The name of the phase that update `step` is in."""
 
-    @abstractmethod
     def segments(self) -> tuple[Segment, ...]:
-        """The schedule lowered to rows, by ascending start; the first start is 0."""
+        """The schedule lowered to rows, by ascending start; the first start is 0.
+
+        Raises:
+            TypeError: the schedule has more than rows: see `layers`.
+        """
+        raise TypeError(f"{self!r} is more than one row of segments; layers() has all of it")
+
+    def layers(self) -> tuple[Layer, ...]:
+        """The schedule lowered to what the evaluators fold, from left to right."""
+        return (Layer(self.segments()),)
 
     def values(self, start: int, stop: int) -> list[float]:
         """The rates of updates `start` to `stop - 1`."""

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nexus.arguments import check_count, check_number
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import Curve, Segment
+from nexus.schedules.curves import Segment, level
 
 
 @dataclass(frozen=True)
@@ -35,4 +35,4 @@ class Constant(Schedule):
         return "constant"
 
     def segments(self) -> tuple[Segment, ...]:
-        return (Segment(Curve.CONSTANT, 0, 1, self.lr, 0.0),)
+        return (level(0, self.lr),)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from nexus.arguments import check_count, check_number
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import Curve, Segment, between, checked_rates, start
+from nexus.schedules.curves import Curve, Segment, between, checked_rates, level, segment, start
 from nexus.schedules.cycles import cycle_runs, run_at
 
 
@@ -78,9 +78,9 @@ class CosineRestarts(Schedule):
 
     def segments(self) -> tuple[Segment, ...]:
         """The warm-up, then a row for each run of cycles of equal length."""
-        warmup = Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)
+        warmup = segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)
         cycles = (
-            Segment(Curve.COSINE, start(self.warmup_steps + run.start), run.length, self.peak_lr, self.min_lr)
+            segment(Curve.COSINE, start(self.warmup_steps + run.start), run.length, self.peak_lr, self.min_lr)
             for run in cycle_runs(self.cycle_length, self.cycle_mult)
         )
         return (warmup, *cycles)
@@ -145,7 +145,7 @@ class Cosine(Schedule):
         """Three rows: rise, half-cosine, minimum."""
         length = self.total_steps - self.warmup_steps
         return (
-            Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
-            Segment(Curve.COSINE, self.warmup_steps, length, self.peak_lr, self.min_lr),
-            Segment(Curve.CONSTANT, self.total_steps, 1, self.min_lr, 0.0),
+            segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
+            segment(Curve.COSINE, self.warmup_steps, length, self.peak_lr, self.min_lr),
+            level(self.total_steps, self.min_lr),
         )

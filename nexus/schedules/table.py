@@ -6,32 +6,56 @@ them, may keep a pointer to it. Edits read the step counter on the device: none 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from nexus.schedules import WSD, Schedule
-from nexus.schedules.curves import WEIGHTS
+from nexus.schedules.curves import MAX_LAYERS, MAX_SAMPLES, MAX_SEGMENTS, Curve, Layer, Segment
 
-_START, _LENGTH, _HIGH = 1, 2, 3  # columns of a table
-_STABLE, _DECAY, _DONE = 1, 2, 3  # rows of a lowered WSD
-# A constant is the same whatever its length. So the lengths of a WSD's two plateaus keep what has been done to it:
+_COLUMNS = len(Segment._fields)
+_START, _PERIOD, _HIGH = (Segment._fields.index(name) for name in ("start", "period", "high"))  # columns
+_STABLE, _DECAY, _DONE = 2, 3, 4  # rows of a lowered WSD, after the layer's own
+# A constant is the same whatever its period. So the periods of a WSD's two plateaus keep what has been done to it:
 # 1 + updates by which the stable phase was extended, and 1 + whether the decay was begun by hand.
 
 
 def lower(schedule: Schedule, device: torch.device) -> Tensor:
-    """The segments as a float64 tensor of rows (curve, start, length, high, low).
+    """The layers as a float64 tensor (layers, rows, 9), as csrc/schedule.h has it.
+
+    The first row of a layer is (op, segments, repeat_start, repeat_length), those after it are its segments, and
+    then come its samples.
 
     Raises:
-        ValueError: a row has an unknown curve. (The evaluators make NaN of one.)
+        ValueError: a row has an unknown curve (the evaluators make NaN of one), or there are too many layers, rows or
+            samples.
     """
-    segments = schedule.segments()
-    unknown = [segment.curve for segment in segments if segment.curve not in WEIGHTS]
+    layers = schedule.layers()
+    if len(layers) > MAX_LAYERS:
+        raise ValueError(f"{schedule!r} has {len(layers)} layers; {MAX_LAYERS} are allowed")
+    rows = [_rows(schedule, layer) for layer in layers]
+    table = torch.zeros(len(rows), max(map(len, rows)), _COLUMNS, dtype=torch.float64, device="cpu")
+    for target, source in zip(table, rows, strict=True):
+        target[: len(source)] = torch.tensor(source, dtype=torch.float64, device="cpu")
+    return table.to(device)
+
+
+def _rows(schedule: Schedule, layer: Layer) -> list[Sequence[float]]:
+    segments, samples = layer.segments, layer.samples
+    unknown = [row.curve for row in segments if row.curve not in set(Curve)]
     if unknown:
-        known = ", ".join(f"{curve:d} ({curve.name})" for curve in WEIGHTS)
+        known = ", ".join(f"{curve:d} ({curve.name})" for curve in Curve)
         raise ValueError(f"{schedule!r} has a segment of an unknown curve, {unknown[0]!r}; it must be one of {known}")
-    return torch.tensor(segments, dtype=torch.float64, device="cpu").to(device)
+    for what, count, most in (("rows", len(segments), MAX_SEGMENTS), ("samples", len(samples), MAX_SAMPLES)):
+        if count > most:
+            raise ValueError(f"a layer of {type(schedule).__name__} has {count:,} {what}; {most:,} are allowed")
+    header = [layer.op, len(segments), layer.repeat_start, layer.repeat_length] + [0.0] * (_COLUMNS - 4)
+    first = (1 + len(segments)) * _COLUMNS  # of the samples, in the layer's numbers
+    placed = [row._replace(k=row.k + first) if row.curve == Curve.SAMPLED else row for row in segments]
+    kept = [*samples, *[0.0] * (-len(samples) % _COLUMNS)]
+    return [header, *placed, *(kept[i : i + _COLUMNS] for i in range(0, len(kept), _COLUMNS))]
 
 
 class ScheduleTable:
@@ -56,7 +80,7 @@ class ScheduleTable:
         schedule = self._wsd("begin_decay")
         now = completed.to(torch.float64)
         begun = _decaying(self.rows, schedule, now, rate)
-        self.rows.copy_(torch.where(now < self.rows[_DECAY, _START], begun, self.rows))
+        self.rows.copy_(torch.where(now < self.rows[0, _DECAY, _START], begun, self.rows))
 
     def extend_stable(self, n: int, completed: Tensor) -> None:
         """Make the stable phase of a WSD `n` updates longer; once the decay has begun, this does nothing.
@@ -69,7 +93,7 @@ class ScheduleTable:
             ValueError: the stable phase is open-ended, or `n` is negative.
         """
         self.check_extend_stable(n)
-        waits = completed.to(torch.float64) < self.rows[_DECAY, _START]
+        waits = completed.to(torch.float64) < self.rows[0, _DECAY, _START]
         _extend(self.rows, waits * int(n))
 
     def check_extend_stable(self, n: int) -> None:
@@ -82,10 +106,10 @@ class ScheduleTable:
             return {}
         now = self.rows.cpu()
         edits: dict[str, Any] = {}
-        if now[_STABLE, _LENGTH] > 1:
-            edits["extended"] = int(now[_STABLE, _LENGTH]) - 1
-        if now[_DONE, _LENGTH] > 1:
-            edits |= {"decay_start": int(now[_DECAY, _START]), "decay_from": float(now[_DECAY, _HIGH])}
+        if now[0, _STABLE, _PERIOD] > 1:
+            edits["extended"] = int(now[0, _STABLE, _PERIOD]) - 1
+        if now[0, _DONE, _PERIOD] > 1:
+            edits |= {"decay_start": int(now[0, _DECAY, _START]), "decay_from": float(now[0, _DECAY, _HIGH])}
         return edits
 
     def replace(self, schedule: Schedule) -> None:
@@ -110,16 +134,16 @@ class ScheduleTable:
 
 
 def _extend(rows: Tensor, n: Tensor | int) -> None:
-    rows[_DECAY:, _START] += n
-    rows[_STABLE, _LENGTH] += n
+    rows[0, _DECAY:, _START] += n
+    rows[0, _STABLE, _PERIOD] += n
 
 
 def _decaying(rows: Tensor, schedule: WSD, start: Tensor, rate: Tensor | float) -> Tensor:
     """A copy of a WSD's rows, whose decay begins at `start` from `rate`."""
     rows = rows.clone()
-    rows[_STABLE, _START] = torch.minimum(rows[_STABLE, _START], start)
-    rows[_DECAY, _START] = start
-    rows[_DECAY, _HIGH] = rate
-    rows[_DONE, _START] = start + schedule.decay_steps
-    rows[_DONE, _LENGTH] = 2.0
+    rows[0, _STABLE, _START] = torch.minimum(rows[0, _STABLE, _START], start)
+    rows[0, _DECAY, _START] = start
+    rows[0, _DECAY, _HIGH] = rate
+    rows[0, _DONE, _START] = start + schedule.decay_steps
+    rows[0, _DONE, _PERIOD] = 2.0
     return rows

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nexus.arguments import check_count, shown
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import DECAYS, NEVER, Curve, Segment, between, checked_rates, start
+from nexus.schedules.curves import DECAYS, NEVER, Curve, Segment, between, checked_rates, level, segment, start
 
 
 @dataclass(frozen=True)
@@ -87,10 +87,10 @@ class WSD(Schedule):
             decay = start(self.warmup_steps + self.stable_steps)
             done = start(self.warmup_steps + self.stable_steps + self.decay_steps)
         return (
-            Segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
-            Segment(Curve.CONSTANT, self.warmup_steps, 1, self.peak_lr, 0.0),
-            Segment(DECAYS[self.decay_type], decay, self.decay_steps, self.peak_lr, self.min_lr),
-            Segment(Curve.CONSTANT, done, 1, self.min_lr, 0.0),
+            segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
+            level(self.warmup_steps, self.peak_lr),
+            segment(DECAYS[self.decay_type], decay, self.decay_steps, self.peak_lr, self.min_lr),
+            level(done, self.min_lr),
         )
 
     def extend_stable(self, n: int) -> WSD:

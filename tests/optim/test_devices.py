@@ -28,7 +28,7 @@ def test_every_device_gets_the_sum_of_all_and_reads_nothing_back() -> None:
 @pytest.mark.parametrize("shape", [(), (1,), (0,), (2, 3)])
 def test_the_reference_evaluator_reads_nothing_back(shape: tuple[int, ...]) -> None:
     with FakeTensorMode():
-        table = torch.zeros(3, 5, dtype=torch.float64)
+        table = torch.zeros(2, 3, 9, dtype=torch.float64)
         values = reference.evaluate(table, torch.zeros(shape, dtype=torch.int64))
     assert values.shape == shape
 

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from references import BACKENDS
 from schedule_cases import CURVES, WHOLE, assert_equal_to_oracle, assert_within_rounding
 
 from nexus import backends
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, Segment, evaluate
-from nexus.schedules.curves import DECAYS, WEIGHTS
+from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
+from nexus.schedules.curves import DECAYS, FOLDS, NEVER, Layer, Op, level, segment, value_of
+from nexus.schedules.table import lower
+
+
+@dataclass(frozen=True)
+class Layered(Schedule):
+    """Any layers."""
+
+    of: tuple[Layer, ...]
+
+    def layers(self) -> tuple[Layer, ...]:
+        return self.of
+
+    def __call__(self, step: int) -> float:
+        return value_of(self.of, step)
+
+    def phase(self, step: int) -> str:
+        return "any"
+
+
+NUMBERS = {
+    Curve.COSINE: [(1.0, 1.0), (2.0, 0.5), (0.7, 1.3)],
+    Curve.POWER: [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5), (1.0, 3.7), (0.3, 1.0)],
+    Curve.EXPONENTIAL: [(1.0, 0.5), (1.0, 1.5)],
+    Curve.STAIRCASE: [(1.0, 0.1), (1.0, 2.0)],
+    Curve.INVERSE: [(1.0, 0.5), (1.0, 1.0), (1.0, 0.7)],
+    Curve.LOG: [(0.25, 1.0)],
+    Curve.TANH: [(-7.0, 3.0), (-1.0, 2.0)],
+}
 
 
 @pytest.mark.parametrize("schedule", WHOLE, ids=repr)
@@ -46,13 +76,16 @@ every_evaluator = pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
 
 @every_evaluator
 def test_every_evaluator_knows_every_curve_by_the_same_number(backend: str) -> None:
-    assert list(CURVES) == list(Curve)
+    assert [*CURVES, Curve.SAMPLED] == list(Curve)
+    steps = torch.arange(64)
     for curve, weight in CURVES.items():
-        expected = pytest.approx([weight(step / 64) for step in range(64)], rel=1e-12)
-        assert [WEIGHTS[curve](step / 64) for step in range(64)] == expected
-        rows = torch.tensor([Segment(curve, 0, 64, 1.0, 0.0)], dtype=torch.float64)
-        values = backends.select(backend, [rows.device]).evaluate(rows, torch.arange(64))
-        assert values.tolist() == expected
+        for k, q in NUMBERS.get(curve, [(1.0, 1.0)]):
+            first, span = (1.0, 1.0) if curve == Curve.LOG else (0.0, 16.0 if curve == Curve.STAIRCASE else 64.0)
+            row = segment(curve, 0, 64, 3.0, 1.0, offset=first, span=span, k=k, q=q)
+            expected = [1.0 + 2.0 * weight((step + first) / span, k, q) for step in range(64)]
+            assert [value_of([Layer((row,))], step) for step in range(64)] == pytest.approx(expected, rel=1e-12)
+            values = evaluate(Layered((Layer((row,)),)), steps, backend=backend)
+            assert values.tolist() == pytest.approx(expected, rel=1e-12), (curve, k, q)
 
 
 @every_evaluator
@@ -60,12 +93,47 @@ def test_an_unknown_curve_is_refused_and_evaluators_make_nan_of_one(
     backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unknown = max(Curve) + 1
-    rows = torch.tensor([(unknown, 0, 4, 1.0, 0.0), (Curve.CONSTANT, 8, 1, 0.5, 0.0)], dtype=torch.float64)
-    values = backends.select(backend, [rows.device]).evaluate(rows, torch.tensor([0, 3, 8]))
+    table = lower(Layered((Layer((segment(Curve.RISE, 0, 4, 1.0), level(8, 0.5))),)), torch.device("cpu"))
+    table[0, 1, 0] = unknown
+    values = backends.select(backend, [table.device]).evaluate(table, torch.tensor([0, 3, 8]))
     assert values.isnan().tolist() == [True, True, False]
-    monkeypatch.setattr(Constant, "segments", lambda self: (Segment(unknown, 0, 1, self.lr, 0.0),))
+    monkeypatch.setattr(Constant, "segments", lambda self: (level(0, self.lr)._replace(curve=unknown),))
     with pytest.raises(ValueError, match=f"unknown curve, {unknown}; it must be one of .*{max(Curve).name}"):
         evaluate(Constant(1.0), torch.tensor(1), backend=backend)
+
+
+@every_evaluator
+def test_samples_are_read_and_joined_by_lines(backend: str) -> None:
+    samples = (0.5, 0.25, 1.0, 0.0625, 3.0)
+    rows = (
+        segment(Curve.SAMPLED, 0, NEVER, 1.0, span=1.0, k=0.0, q=3.0),
+        segment(Curve.SAMPLED, 5, NEVER, 1.0, span=4.0, k=2.0, q=3.0),
+    )
+    layers = (Layer(rows, samples=samples),)
+    expected = [0.5, 0.25, 1.0, 1.0, 1.0, 1.0, *(1.0 - 0.9375 * i / 4 for i in (1, 2, 3)), 0.0625]
+    expected += [*(0.0625 + 2.9375 * i / 4 for i in (1, 2, 3)), 3.0, 3.0, 3.0]
+    assert [value_of(layers, step) for step in range(16)] == expected
+    assert evaluate(Layered(layers), torch.arange(16), backend=backend).tolist() == expected
+
+
+@every_evaluator
+@pytest.mark.parametrize("op", [op for op in Op if op != Op.FIRST])
+def test_layers_are_folded_from_left_to_right_and_may_repeat(backend: str, op: Op) -> None:
+    rise = segment(Curve.RISE, 0, 10, 1.0)
+    layers = (
+        Layer((rise, level(10, 0.3))),
+        Layer((level(0, 0.4), segment(Curve.LINEAR, 3, 4, 0.8, 0.1)), op, repeat_start=2, repeat_length=5),
+        Layer((level(0, 1.5), level(20, 0.7)), Op.TIMES),
+    )
+
+    def value(step: int) -> float:
+        t = step if step < 2 else 2 + (step - 2) % 5
+        second = 0.4 if t < 3 else 0.1 + (1.0 - (t - 3) / 4) * 0.7000000000000001
+        return FOLDS[op](step / 10 if step < 10 else 0.3, second) * (1.5 if step < 20 else 0.7)
+
+    expected = [value(step) for step in range(40)]
+    assert [value_of(layers, step) for step in range(40)] == expected
+    assert evaluate(Layered(layers), torch.arange(40), backend=backend).tolist() == expected
 
 
 def test_steps_of_any_shape_and_layout_are_evaluated_where_they_are(backend: str) -> None:

@@ -57,7 +57,7 @@ CASES = [
 def interpret(segments: tuple[Segment, ...], t: int) -> float:
     """What every evaluator of the rows must do, in Python."""
     row = segments[bisect_right(segments, t, key=lambda segment: segment.start) - 1]
-    return between(row.low, row.high, row.curve, (t - row.start) % row.length / row.length)
+    return between(row.low, row.high, row.curve, (t - row.start) % row.period / row.period)
 
 
 @pytest.mark.parametrize("schedule", CASES, ids=repr)
@@ -66,9 +66,9 @@ def test_lowering_equals_formula(schedule: Schedule) -> None:
     assert segments[0].start == 0
     assert len(segments) <= MAX_SEGMENTS
     assert all(a.start <= b.start for a, b in itertools.pairwise(segments))
-    assert all(1 <= row.length <= NEVER for row in segments)
+    assert all(1 <= row.period <= NEVER for row in segments)
     assert all(0 <= row.start <= MAX_STEP or row.start == NEVER for row in segments)
-    assert all(int(float(row.start)) == row.start and int(float(row.length)) == row.length for row in segments)
+    assert all(int(float(row.start)) == row.start and int(float(row.period)) == row.period for row in segments)
     if isinstance(schedule, WSD):
         decay = DECAYS[schedule.decay_type]
         assert [row.curve for row in segments] == [Curve.RISE, Curve.CONSTANT, decay, Curve.CONSTANT]
@@ -254,7 +254,7 @@ def test_cycle_that_a_logarithm_gets_wrong() -> None:
 def test_cycles_far_out(schedule: CosineRestarts, cycles: dict[int, tuple[int, int, int]], rows: list[int]) -> None:
     for step, cycle in cycles.items():
         assert schedule.cycle(step) == cycle
-    assert [row.length for row in schedule.segments()] == rows
+    assert [row.period for row in schedule.segments()] == rows
     assert NEVER == 2**62
 
 

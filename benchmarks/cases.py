@@ -24,6 +24,7 @@ NEXUS_TRITON = "nexus in Triton"
 OPTIMI, TORCHAO, APEX = "torch-optimi", "torchao", "apex"
 NEXUS_FLOAT32, FUSED_FLOAT32 = "nexus in float32", "fused, float32"
 OPTIMI_KAHAN, TORCHAO_8_BIT, BITSANDBYTES = "torch-optimi, Kahan", "torchao, 8 bit", "bitsandbytes, 8 bit"
+DEEPSPEED, DEEPSPEED_BFLOAT16 = "DeepSpeed", "DeepSpeed, bfloat16"  # of the latter the moments, too
 COPY = "copy"  # that reads and writes as many bytes: what memory alone takes
 TORCH_LOOP, TORCH_FUSED_LOOP, TORCH_GRAPH = "torch loop", "torch loop, fused", "torch in a CUDA graph"
 NEXUS_EAGER = "nexus, not captured"
@@ -160,13 +161,22 @@ def gpt_shapes(layers: int, width: int, vocabulary: int, context: int) -> tuple[
     return ((vocabulary, width), (context, width), *(*norm, *attention, *norm, *mlp) * layers, *norm)
 
 
+def _low_memory_peers(dtype: torch.dtype, options: dict[str, Any]) -> tuple[str, ...]:
+    """Of a mode, on a CPU. Those with 8-bit moments, slow as they are, stand beside the modes that have them."""
+    return (
+        *_WIDE_PEERS,
+        DEEPSPEED,
+        *((DEEPSPEED_BFLOAT16, OPTIMI_KAHAN, TORCHAO) if dtype == torch.bfloat16 else ()),
+        *((TORCHAO_8_BIT, BITSANDBYTES) if options.get("exp_avg_dtype") == torch.int8 else ()),
+    )
+
+
 _BESIDE_COPY = (COPY, FUSED, CAPTURABLE, FOREACH, NEXUS_TRITON)
 _THIRD_PARTY = (*_BESIDE_COPY, OPTIMI, TORCHAO, APEX)
 _LARGE: dict[str, Any] = {"repeats": 40, "quick_repeats": 5, "devices": (CUDA,)}
 _COUNTED: dict[str, Any] = {**_LARGE, "repeats": 150, "cuda_peers": (COPY, NEXUS_TRITON)}
 _TINY, _SMALL = (64,), (1000,)
 _WIDE_PEERS = (NEXUS_FLOAT32, FUSED_FLOAT32)
-_NARROW_PEERS = (*_WIDE_PEERS, OPTIMI_KAHAN, TORCHAO_8_BIT, BITSANDBYTES)
 _GPT, _DEEP = gpt_shapes(3, 128, 256, 256), gpt_shapes(12, 64, 256, 256)
 _GPT2, _BILLION = gpt_shapes(12, 768, 50257, 1024), gpt_shapes(24, 1792, 50257, 1024)
 
@@ -207,12 +217,12 @@ CASES = {
                 30,
                 4,
                 jobs=(STEP,),
-                peers=_NARROW_PEERS if dtype == torch.bfloat16 else _WIDE_PEERS,
+                peers=_low_memory_peers(dtype, options),
                 cuda_peers=(COPY, *_WIDE_PEERS),
                 dtype=str(dtype).removeprefix("torch."),
                 mode=mode,
             )
-            for index, (mode, dtype, _) in enumerate(MODES[1:], 1)
+            for index, (mode, dtype, options) in enumerate(MODES[1:], 1)
         ),
     )
 }

@@ -40,6 +40,7 @@ class Contestant:
     in_graph: Callable[[], object] | None = None
     beside_graph: Callable[[], object] | None = None
     optimizer: FusedAdamW | None = None  # of this package's
+    restore: Callable[[], object] = lambda: None  # before each call that is timed
     remark: str = ""
     is_noisy: bool = False  # its state has fewer bits, so that single elements go another way
     compared = "parameters"
@@ -141,7 +142,16 @@ def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contest
     # A scheduler computes the rate on the host: a graph would hold that of one step for ever.
     beside_graph = None if scheduler is None else scheduler.step
     remark = BFLOAT16_REMARK if dtype == BFLOAT16 and not case.mode else ""
-    return Contestant(call, params, in_graph, beside_graph, remark=remark)
+    made = Contestant(call, params, in_graph, beside_graph, remark=remark)
+    if PEERS[name].overwrites_gradients:
+        made.restore = _restoring_gradients(params)
+    return made
+
+
+def _restoring_gradients(params: list[Tensor]) -> Callable[[], object]:
+    """A call that gives them the gradients that they have now."""
+    grads = [param.grad for param in params if param.grad is not None]
+    return partial(torch._foreach_copy_, grads, [grad.clone() for grad in grads])
 
 
 def copy(case: Case, job: str, device: Device = PROCESSOR) -> Callable[[], object]:

@@ -8,13 +8,14 @@ from functools import partial
 from typing import Any
 
 from benchmarks import contestants, peers, training
-from benchmarks.cases import BFLOAT16, CUDA, AnyCase, TrainingCase
+from benchmarks.cases import BFLOAT16, BITSANDBYTES, CUDA, TORCHAO_8_BIT, AnyCase, TrainingCase
 from benchmarks.report import Comparison, LeftOut, Row
 from benchmarks.timing import PROCESSOR, Call, Device, Sample, interleaved, microseconds
 
 CPU_LIMIT_S = 8.0  # of training; a busy machine makes the many small operations of a step very slow
 BFLOAT16_REPEATS = 30
 """At most: 150 steps. From step 256 on a bfloat16 second moment grows no more, and the two sides part."""
+SLOW_PEERS, SLOW_REPEATS = (TORCHAO_8_BIT, BITSANDBYTES), 5  # a step of GPT-2 takes seconds on a CPU
 
 Side = Any  # contestants.Contestant of both, or training.Trainee
 
@@ -30,7 +31,8 @@ def measure(case: AnyCase, repeats: int, device: Device = PROCESSOR) -> Iterator
     """
     repeats = min(repeats, BFLOAT16_REPEATS) if case.dtype == BFLOAT16 else repeats
     for job, name in case.comparisons(device.kind):
-        yield _row_or_reason(case, job, name, repeats, device)
+        pairs = min(repeats, SLOW_REPEATS) if name in SLOW_PEERS else repeats
+        yield _row_or_reason(case, job, name, pairs, device)
         device.settle()
 
 
@@ -61,7 +63,7 @@ def described(error: Exception) -> str:
 def _beside(case: AnyCase, job: str, name: str, ours: Side, theirs: Side, repeats: int, device: Device) -> Row:
     ours.prepare()
     limit_s = device.limit_s or (CPU_LIMIT_S if isinstance(case, TrainingCase) else None)
-    time, host, pairs = _timed(ours.call, theirs.call, repeats, device, limit_s)
+    time, host, pairs = _timed(ours.call, theirs.call, repeats, device, limit_s, theirs.restore)
     row = Row(
         case=case.name,
         title=case.title,
@@ -93,11 +95,20 @@ def _beside(case: AnyCase, job: str, name: str, ours: Side, theirs: Side, repeat
 
 
 def _timed(
-    first: Call, second: Call, repeats: int, device: Device, limit_s: float | None
+    first: Call,
+    second: Call,
+    repeats: int,
+    device: Device,
+    limit_s: float | None,
+    restore: Call = lambda: None,
 ) -> tuple[Comparison, Comparison, int]:
-    """Times of the device and of the host, and of how many pairs."""
-    samples = partial(device.sample, first), partial(device.sample, second)
-    pairs: list[tuple[Sample, Sample]] = interleaved(*samples, repeats, limit_s)
+    """Times of the device and of the host, and of how many pairs. Before each second call is `restore`, not timed."""
+
+    def second_sample() -> Sample:
+        restore()
+        return device.sample(second)
+
+    pairs: list[tuple[Sample, Sample]] = interleaved(partial(device.sample, first), second_sample, repeats, limit_s)
     times, host_times = [(a.us, b.us) for a, b in pairs], [(a.host_us, b.host_us) for a, b in pairs]
     return Comparison.of(times), Comparison.of(host_times), len(pairs)
 

@@ -15,6 +15,8 @@ from benchmarks.cases import (
     APEX,
     BITSANDBYTES,
     CAPTURABLE,
+    DEEPSPEED,
+    DEEPSPEED_BFLOAT16,
     FLOAT32,
     FOR_LOOP,
     FOREACH,
@@ -48,6 +50,7 @@ class Peer:
     name: str = "AdamW"
     distribution: str = "torch"
     dtype: str = ""  # of its parameters, where that is not the case's
+    overwrites_gradients: bool = False  # uses them as scratch space
 
     @property
     def capturable(self) -> bool:
@@ -62,6 +65,8 @@ class Peer:
         return optimizer
 
 
+_DEEPSPEED = ("deepspeed.ops.adam", "DeepSpeedCPUAdam", "deepspeed")
+
 PEERS = {
     FUSED: Peer({"fused": True}),
     CAPTURABLE: Peer({"fused": True, "capturable": True}),
@@ -70,7 +75,9 @@ PEERS = {
     OPTIMI: Peer({}, "optimi", "AdamW", "torch-optimi"),
     TORCHAO: Peer({}, "torchao.optim", "_AdamW", "torchao"),
     FUSED_FLOAT32: Peer({"fused": True}, dtype=FLOAT32),
-    OPTIMI_KAHAN: Peer({"kahan_sum": True}, "optimi", "AdamW", "torch-optimi"),
+    DEEPSPEED: Peer({"adamw_mode": True}, *_DEEPSPEED),
+    DEEPSPEED_BFLOAT16: Peer({"adamw_mode": True, "fp32_optimizer_states": False}, *_DEEPSPEED),
+    OPTIMI_KAHAN: Peer({"kahan_sum": True}, "optimi", "AdamW", "torch-optimi", overwrites_gradients=True),
     TORCHAO_8_BIT: Peer({}, "torchao.optim", "AdamW8bit", "torchao"),
     BITSANDBYTES: Peer({}, "bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     APEX: Peer({"adam_w_mode": True}, "apex.optimizers", "FusedAdam", "apex"),

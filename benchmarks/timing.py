@@ -41,7 +41,7 @@ class Device:
 
     def metadata(self) -> dict[str, Any]:
         """What times depend on, beyond the processor; a GPU's name is `"gpu"`."""
-        return {}
+        return {"peers": versions()}
 
     def sample(self, call: Call) -> Sample:
         """Time `call`, which may be made more than once."""

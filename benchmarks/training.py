@@ -122,6 +122,9 @@ class Trainee:
         optimizer.step()
         return loss.detach()
 
+    def restore(self) -> None:
+        """Nothing: each call computes gradients of its own."""
+
     def read_losses(self, count: int) -> list[float]:
         """Train until `count` losses are known; to be used from the first step on."""
         while len(self.losses) < count:

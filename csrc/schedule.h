@@ -94,7 +94,7 @@ NEXUS_FN double curve_weight(const SegmentRow& row, double p, const double* laye
     case Curve::kPower:
       return power(1.0 - power(p, k), q);
     case Curve::kExponential:
-      return power(q, p);
+      return (power(q, p) - k) / (1.0 - k);
     case Curve::kStaircase:
       return power(q, floor(p));
     case Curve::kInverse:

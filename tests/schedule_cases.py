@@ -16,7 +16,7 @@ CURVES = {
     Curve.COSINE: lambda p, k, q: ((1.0 + math.cos(math.pi * p**k)) / 2.0) ** q,
     Curve.SQRT: lambda p, k, q: 1.0 - math.sqrt(p),
     Curve.POWER: lambda p, k, q: (1.0 - p**k) ** q,
-    Curve.EXPONENTIAL: lambda p, k, q: q**p,
+    Curve.EXPONENTIAL: lambda p, k, q: (q**p - k) / (1.0 - k),
     Curve.STAIRCASE: lambda p, k, q: q ** int(p),
     Curve.INVERSE: lambda p, k, q: (1.0 + p) ** -q,
     Curve.LOG: lambda p, k, q: k * math.log(p),

@@ -78,7 +78,7 @@ def _layer_value(layer: Tensor, steps: Tensor) -> Tensor:
         Curve.COSINE: _power(torch.cos(0.5 * math.pi * powered).square(), q),
         Curve.SQRT: 1.0 - torch.sqrt(p),
         Curve.POWER: _power(1.0 - powered, q),
-        Curve.EXPONENTIAL: _power(q, p),
+        Curve.EXPONENTIAL: (_power(q, p) - k) / (1.0 - k),
         Curve.STAIRCASE: _power(q, p.floor()),
         Curve.INVERSE: 1.0 / _power(1.0 + p, q),
         Curve.LOG: k * torch.log(p),

@@ -64,7 +64,7 @@ def _curve_weight(curve, p, k, q):
     weight = tl.where(curve == _COSINE, _power(half * half, q), weight)
     weight = tl.where(curve == _SQRT, 1.0 - tl.sqrt(p), weight)
     weight = tl.where(curve == _POWER, _power(1.0 - powered, q), weight)
-    weight = tl.where(curve == _EXPONENTIAL, _power(q, p), weight)
+    weight = tl.where(curve == _EXPONENTIAL, (_power(q, p) - k) / (1.0 - k), weight)
     weight = tl.where(curve == _STAIRCASE, _power(q, tl.floor(p)), weight)
     weight = tl.where(curve == _INVERSE, 1.0 / _power(1.0 + p, q), weight)
     weight = tl.where(curve == _LOG, k * tl.log(p), weight)

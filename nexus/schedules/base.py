@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
 from numbers import Real
 from typing import Any, ClassVar, TypeVar
 
 from nexus.arguments import check_count, check_number, shown
-from nexus.schedules.curves import Layer, Segment
+from nexus.schedules.curves import NEVER, Curve, Layer, Segment, value_of
 
 _Self = TypeVar("_Self", bound="Schedule")
 
@@ -23,15 +24,16 @@ class Schedule(ABC):
     """
 
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
+    _later: ClassVar[tuple[str, ...]] = ()  # fields that dicts of earlier versions lack
     _types: ClassVar[dict[str, type[Schedule]]] = {}
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__
 
     def __init_subclass__(cls) -> None:
         Schedule._types[cls.__name__] = cls
 
-    @abstractmethod
     def __call__(self, step: int) -> float:
         """The rate that update `step` uses, in float64; `step` is an int from 0 to 2**53."""
+        return value_of(_layers(self), check_count("step", step))
 
     @abstractmethod
     def phase(self, step: int) -> str:
@@ -49,6 +51,12 @@ class Schedule(ABC):
         """The schedule lowered to what the evaluators fold, from left to right."""
         return (Layer(self.segments()),)
 
+    @property
+    def length(self) -> int | None:
+        """The number of updates after which the rate stays; None where it never does."""
+        ends = [_end(layer) for layer in _layers(self)]
+        return None if None in ends else max(end for end in ends if end is not None)
+
     def values(self, start: int, stop: int) -> list[float]:
         """The rates of updates `start` to `stop - 1`."""
         start = check_count("start", start)
@@ -57,7 +65,7 @@ class Schedule(ABC):
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule in plain types, for a checkpoint or a JSON file; `from_dict` reads it."""
-        return {"type": type(self).__name__, **asdict(self)}
+        return {"type": type(self).__name__, **{each.name: _plain(getattr(self, each.name)) for each in fields(self)}}
 
     @staticmethod
     def from_dict(d: Mapping[str, Any]) -> Schedule:
@@ -76,22 +84,24 @@ class Schedule(ABC):
         if kind is None:
             given = shown(d["type"]) if "type" in d else "no such key"
             raise ValueError(f"type must be one of {', '.join(Schedule._types)}, got {given}")
-        expected = [field.name for field in fields(kind)]
-        missing = [name for name in expected if name not in d]
+        expected = [each.name for each in fields(kind)]
+        missing = [name for name in expected if name not in d and name not in kind._later]
         extra = [str(name) for name in d if name != "type" and name not in expected]
         wrong = {"missing": missing, "extra": extra}
         problems = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
         if problems:
             raise ValueError(f"{kind.__name__} has the fields {', '.join(expected)}; {problems}")
-        return kind(**{name: d[name] for name in expected})
+        return kind(**{name: _restored(d[name]) for name in expected if name in d})
 
     def __mul__(self: _Self, factor: float) -> _Self:
         if isinstance(factor, bool) or not isinstance(factor, Real):
             return NotImplemented
-        factor = check_number("factor", factor, positive=True)
-        return replace(self, **{name: factor * getattr(self, name) for name in self._rates})
+        return self._scaled(check_number("factor", factor, positive=True))
 
     __rmul__ = __mul__
+
+    def _scaled(self: _Self, factor: float) -> _Self:
+        return replace(self, **{name: factor * getattr(self, name) for name in self._rates})
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():  # the instance is frozen: __post_init__ stores what it checked
@@ -100,3 +110,27 @@ class Schedule(ABC):
     def _check_counts(self, **lowest: int) -> None:
         for name, low in lowest.items():
             self._set(**{name: check_count(name, getattr(self, name), low=low)})
+
+
+@lru_cache(maxsize=256)
+def _layers(schedule: Schedule) -> tuple[Layer, ...]:
+    return schedule.layers()
+
+
+def _end(layer: Layer) -> int | None:
+    """From where on the layer is constant."""
+    last = layer.segments[-1]
+    is_constant = last.curve == Curve.CONSTANT and last.start < NEVER
+    return last.start if is_constant and (layer.repeat_start == NEVER or len(layer.segments) == 1) else None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Schedule):
+        return value.to_dict()
+    return [_plain(each) for each in value] if isinstance(value, tuple) else value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return Schedule.from_dict(value)
+    return tuple(_restored(each) for each in value) if isinstance(value, (list, tuple)) else value

@@ -25,7 +25,7 @@ class Curve(IntEnum):
     COSINE = 3  # ((1 + cos(pi p**k)) / 2)**q
     SQRT = 4  # 1 - sqrt(p)
     POWER = 5  # (1 - p**k)**q
-    EXPONENTIAL = 6  # q**p
+    EXPONENTIAL = 6  # (q**p - k) / (1 - k): to 0 at p = 1 where k is q
     STAIRCASE = 7  # q**floor(p)
     INVERSE = 8  # (1 + p)**-q
     LOG = 9  # k log(p)
@@ -71,7 +71,7 @@ WEIGHTS: dict[Curve, Callable[[float, float, float], float]] = {
     Curve.COSINE: lambda p, k, q: power(_half_cosine(power(p, k)), q),
     Curve.SQRT: lambda p, k, q: 1.0 - math.sqrt(p),
     Curve.POWER: lambda p, k, q: power(1.0 - power(p, k), q),
-    Curve.EXPONENTIAL: lambda p, k, q: power(q, p),
+    Curve.EXPONENTIAL: lambda p, k, q: (power(q, p) - k) / (1.0 - k),
     Curve.STAIRCASE: lambda p, k, q: power(q, float(math.floor(p))),
     Curve.INVERSE: lambda p, k, q: 1.0 / power(1.0 + p, q),
     Curve.LOG: lambda p, k, q: k * math.log(p),

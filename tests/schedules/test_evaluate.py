@@ -34,7 +34,7 @@ class Layered(Schedule):
 NUMBERS = {
     Curve.COSINE: [(1.0, 1.0), (2.0, 0.5), (0.7, 1.3)],
     Curve.POWER: [(1.0, 1.0), (2.0, 2.0), (0.5, 0.5), (1.0, 3.7), (0.3, 1.0)],
-    Curve.EXPONENTIAL: [(1.0, 0.5), (1.0, 1.5)],
+    Curve.EXPONENTIAL: [(0.0, 0.5), (0.0, 1.5), (0.5, 0.5)],
     Curve.STAIRCASE: [(1.0, 0.1), (1.0, 2.0)],
     Curve.INVERSE: [(1.0, 0.5), (1.0, 1.0), (1.0, 0.7)],
     Curve.LOG: [(0.25, 1.0)],

@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,22 @@ from nexus.optim.storage import MODES, bytes_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "low-memory.md").read_text("utf-8")
+
+
+PEERS = (
+    "nexus in float32",
+    "fused, float32",
+    "DeepSpeed",
+    "DeepSpeed, bfloat16",
+    "torch-optimi, Kahan",
+    "torchao",
+    "torchao, 8 bit",
+    "bitsandbytes, 8 bit",
+)
+
+
+def times(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 
 def table(section: str) -> list[list[str]]:
@@ -43,3 +60,34 @@ def test_losses_are_those_of_the_rows() -> None:
         for mode, mean, difference, deviations in found
     ]
     assert {mode for mode, _, _, deviations in found if abs(deviations) > 2.0} == {CONTROL}
+
+
+def test_times_are_those_of_the_rows() -> None:
+    path = ROOT / "benchmarks" / "results" / "2026-11-26_amd-epyc-low-memory-peers.json"
+    cases: dict[str, dict[str, dict[str, Any]]] = {}
+    for row in json.loads(path.read_text("utf-8"))["rows"]:
+        cases.setdefault(row["title"].partition(", ")[2], {})[row["peer"]] = row
+    assert {peer for rows in cases.values() for peer in rows} == set(PEERS)
+    assert table("Speed") == [
+        [
+            mode,
+            f"{rows[PEERS[0]]['nexus_us'] / 1000:.0f}",
+            *(times(rows[peer]["ratio"]["median"]) if peer in rows else "" for peer in PEERS),
+        ]
+        for mode, rows in cases.items()
+    ]
+
+
+def test_losses_at_the_size_of_the_demo_are_those_of_the_rows() -> None:
+    pytest.importorskip("matplotlib")
+    from benchmarks.low_memory_training import BASELINE, CONTROL, summary
+
+    path = ROOT / "benchmarks" / "results" / "2026-11-26_amd-epyc-low-memory-training-demo.jsonl"
+    found = summary([json.loads(line) for line in path.read_text("utf-8").splitlines()])
+    others = [(above, deviations) for mode, _, above, deviations in found if mode not in (BASELINE, CONTROL)]
+    control = next((above, deviations) for mode, _, above, deviations in found if mode == CONTROL)
+    text = " ".join(PAGE.split())
+    assert f"{-min(others)[0]:.3f} bits below to {max(others)[0]:.3f} bits above float32" in text
+    assert f"at most {max(others)[1]:.1f} deviations" in text
+    assert f"{control[0]:.3f} bits above, {control[1]:.1f} deviations" in text
+    assert all(deviations < 2.0 for _, deviations in others)

@@ -33,27 +33,37 @@ from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 from nexus.schedules.edits import edited, resumed, saved_form
 from nexus.training.device_rates import DeviceRates
 
-__all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "FollowingScheduler", "WSDScheduler"]
+__all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "FollowingScheduler", "ScheduleLR", "WSDScheduler"]
 
 S = TypeVar("S", bound=Schedule)
 
 
-class ScheduleScheduler(LRScheduler, Generic[S]):
-    """What the schedulers of this module share. `scheduler.schedule` is the schedule as it now stands.
+class ScheduleLR(LRScheduler, Generic[S]):
+    """Drives an optimizer by any schedule; `scheduler.schedule` is the schedule as it now stands.
 
     Args:
         optimizer: any torch optimizer. A group's `"lr_scale"` (1.0) multiplies its rate.
-        schedule: made of a scheduler's other arguments.
+        schedule: the rate of each update.
         last_epoch: -1 to start; the index of the last epoch to resume.
 
     Raises:
         TypeError, ValueError: naming the argument, what was given and what is allowed.
         RuntimeError: the optimizer is a FusedAdamW with a schedule of its own.
+
+    >>> import torch
+    >>> from nexus.schedules import Cosine
+    >>> from nexus.training.schedulers import ScheduleLR
+    >>> optimizer = torch.optim.SGD(torch.nn.Linear(2, 2).parameters(), lr=1.0)
+    >>> scheduler = ScheduleLR(optimizer, Cosine(peak_lr=0.5, total_steps=10))
+    >>> scheduler.get_last_lr()
+    [0.5]
     """
 
     def __init__(self, optimizer: Optimizer, schedule: S, last_epoch: int = -1) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
+        if not isinstance(schedule, Schedule):
+            raise TypeError(f"schedule must be a nexus Schedule, as WSD or Cosine, got {shown(schedule)}")
         if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
             raise ValueError(f"last_epoch must be an int from -1, got {shown(last_epoch)}")
         self.schedule = self._given = schedule
@@ -182,10 +192,10 @@ def _check_unscheduled(optimizer: Optimizer) -> None:
         raise RuntimeError(f"this FusedAdamW {OWN_SCHEDULE.format(schedule)}")
 
 
-class WSDScheduler(ScheduleScheduler[WSD]):
+class WSDScheduler(ScheduleLR[WSD]):
     """Warmup-Stable-Decay (Hu et al. 2024, arXiv:2404.06395), of the arguments of `nexus.schedules.WSD`.
 
-    `optimizer` and `last_epoch` are those of `ScheduleScheduler`.
+    `optimizer` and `last_epoch` are those of `ScheduleLR`.
     """
 
     def __init__(
@@ -230,10 +240,10 @@ class WSDScheduler(ScheduleScheduler[WSD]):
         self._edit(edits, lambda rates: rates.table.extend_stable(n, rates.counter))
 
 
-class CosineRestartScheduler(ScheduleScheduler[CosineRestarts]):
+class CosineRestartScheduler(ScheduleLR[CosineRestarts]):
     """Cosine annealing with warm restarts (Loshchilov & Hutter 2017, arXiv:1608.03983), after a warm-up.
 
-    The arguments are those of `nexus.schedules.CosineRestarts`; `optimizer` and `last_epoch`, of `ScheduleScheduler`.
+    The arguments are those of `nexus.schedules.CosineRestarts`; `optimizer` and `last_epoch`, of `ScheduleLR`.
     """
 
     def __init__(
@@ -258,11 +268,11 @@ class CosineRestartScheduler(ScheduleScheduler[CosineRestarts]):
         return dict(zip(("cycle_idx", "step_in_cycle", "cycle_length"), cycle, strict=True))
 
 
-class CosineAnnealingScheduler(ScheduleScheduler[Cosine]):
+class CosineAnnealingScheduler(ScheduleLR[Cosine]):
     """A linear warm-up and one half-cosine, which ends at `max_steps`; see `nexus.schedules.Cosine`.
 
     Args:
-        optimizer, last_epoch: those of `ScheduleScheduler`.
+        optimizer, last_epoch: those of `ScheduleLR`.
         warmup_steps: updates of the warm-up.
         max_steps: updates in all, the warm-up included.
         peak_lr: the rate at the end of the warm-up; None takes the optimizer's own `lr`.

@@ -16,8 +16,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import SequentialLR
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
-from nexus.training.schedulers import CosineAnnealingScheduler, CosineRestartScheduler, WSDScheduler
+from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
+from nexus.training.schedulers import CosineAnnealingScheduler, CosineRestartScheduler, ScheduleLR, WSDScheduler
 
 OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "AdamW": torch.optim.AdamW,
@@ -34,6 +34,7 @@ SCHEDULES = [
     CosineRestarts(1e-2, 1e-4, 4, 2.0, 3),
     CosineRestarts(1e-2, cycle_length=3),
     Cosine(1e-2, 14, 1e-4, 2),
+    Constant(1e-2),
 ]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
 each_optimizer = pytest.mark.parametrize("kind", OPTIMIZERS)
@@ -48,6 +49,8 @@ def attach(optimizer: Optimizer, schedule: Schedule, **more: Any) -> Any:
         return WSDScheduler(optimizer, **arguments)
     if isinstance(schedule, CosineRestarts):
         return CosineRestartScheduler(optimizer, **arguments)
+    if not isinstance(schedule, Cosine):
+        return ScheduleLR(optimizer, schedule, **more)
     return CosineAnnealingScheduler(
         optimizer, **{"warmup_steps": 0, "max_steps": arguments.pop("total_steps"), **arguments}
     )

@@ -13,8 +13,8 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
-from nexus.schedules import Cosine, CosineRestarts
-from nexus.training.schedulers import CosineAnnealingScheduler, CosineRestartScheduler, WSDScheduler
+from nexus.schedules import Constant, Cosine, CosineRestarts
+from nexus.training.schedulers import CosineAnnealingScheduler, CosineRestartScheduler, ScheduleLR, WSDScheduler
 
 Attach = Callable[[Optimizer], LRScheduler]
 SCHEDULERS: list[Attach] = [
@@ -22,6 +22,7 @@ SCHEDULERS: list[Attach] = [
     lambda optimizer: attach(optimizer, CosineRestarts(1.0)),
     lambda optimizer: attach(optimizer, Cosine(1.0, 9, warmup_steps=2)),
     lambda optimizer: CosineAnnealingScheduler(optimizer, 2, 9),
+    lambda optimizer: ScheduleLR(optimizer, Constant(0.5)),
 ]
 
 
@@ -124,3 +125,12 @@ def test_a_bad_scale_is_named(kind: str) -> None:
     run.optimizer.param_groups[0]["lr_scale"] = math.nan
     with pytest.raises(ValueError, match="lr_scale must be a finite number"):
         run.scheduler.step()
+
+
+@both
+@pytest.mark.parametrize("wrong", [None, 1e-3, Cosine, torchs], ids=repr)
+def test_a_schedule_is_asked_for_by_name(kind: str, wrong: object) -> None:
+    optimizer = Run(kind, schedule=None).optimizer
+    with pytest.raises(TypeError, match="schedule must be a nexus Schedule, as WSD or Cosine, got "):
+        ScheduleLR(optimizer, wrong)  # type: ignore[type-var]
+    assert optimizer.param_groups[0]["lr"] == 0.5

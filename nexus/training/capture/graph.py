@@ -18,7 +18,7 @@ from nexus.optim.parameters import named_parameters
 from nexus.training.capture.device import Graph
 from nexus.training.capture.gradients import Gradients
 from nexus.training.capture.signature import Outputs
-from nexus.training.schedulers import ScheduleScheduler
+from nexus.training.schedulers import ScheduleLR
 
 
 class CapturedGraph:
@@ -42,7 +42,7 @@ class CapturedGraph:
         inputs: list[Tensor],
         outputs: Outputs,
         gradients: Gradients,
-        advances: dict[ScheduleScheduler[Any], int],
+        advances: dict[ScheduleLR[Any], int],
     ) -> None:
         self._graph = graph
         self._optimizer = optimizer

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nexus.arguments import shown
 from nexus.optim import FusedAdamW
 from nexus.optim.parameters import named_parameters
-from nexus.training.schedulers import ScheduleScheduler
+from nexus.training.schedulers import ScheduleLR
 
 _EAGER_BACKENDS = ("native", "reference")
 
@@ -75,7 +75,7 @@ class HostState:
     def prepare_schedulers(self) -> None:
         """Let schedulers do now what they do before each replay, so that it becomes no part of the graph."""
         for scheduler, _ in self._schedulers:
-            if isinstance(scheduler, ScheduleScheduler):
+            if isinstance(scheduler, ScheduleLR):
                 scheduler.before_replay()
 
     def restore(self) -> None:
@@ -90,12 +90,12 @@ class HostState:
         for rates, counted in self._counted:
             rates.counted = counted
 
-    def advances(self) -> dict[ScheduleScheduler[Any], int]:
+    def advances(self) -> dict[ScheduleLR[Any], int]:
         """How many steps the schedulers that compute their rates on the device have made since."""
         return {
             scheduler: steps
             for scheduler, attributes in self._schedulers
-            if isinstance(scheduler, ScheduleScheduler) and (steps := scheduler.last_epoch - attributes["last_epoch"])
+            if isinstance(scheduler, ScheduleLR) and (steps := scheduler.last_epoch - attributes["last_epoch"])
         }
 
     def refusal(self) -> str | None:
@@ -123,4 +123,4 @@ def _options(group: dict[str, Any]) -> dict[str, Any]:
 
 
 def _device_rates(scheduler: LRScheduler) -> Any:
-    return scheduler._device_rates if isinstance(scheduler, ScheduleScheduler) else None
+    return scheduler._device_rates if isinstance(scheduler, ScheduleLR) else None

@@ -128,7 +128,7 @@ def test_a_bad_scale_is_named(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("wrong", [None, 1e-3, Cosine, torchs], ids=repr)
+@pytest.mark.parametrize("wrong", [None, 1e-3, Cosine, torchs], ids=["None", "a rate", "a class", "a function"])
 def test_a_schedule_is_asked_for_by_name(kind: str, wrong: object) -> None:
     optimizer = Run(kind, schedule=None).optimizer
     with pytest.raises(TypeError, match="schedule must be a nexus Schedule, as WSD or Cosine, got "):

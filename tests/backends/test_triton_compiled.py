@@ -82,7 +82,7 @@ def test_no_register_is_spilled(found: dict[str, Any]) -> None:
             assert kernel["registers"] <= most.get(what, MOST_REGISTERS_OF_OTHERS), (what, kernel)
     for name in ("prologue", "evaluate"):  # where the cosine of a large number would need a table of its own
         for what, kernel in kernels(found, name):
-            assert kernel["local_bytes"] <= 56, (what, kernel)
+            assert kernel["local_bytes"] <= 64, (what, kernel)
 
 
 def test_an_update_is_rounded_as_the_other_backends_round(found: dict[str, Any]) -> None:

@@ -1,6 +1,7 @@
 // The loops over elements on the CPU. This file is compiled once for each instruction set, as namespace
 // NEXUS_ISA; what it includes has internal linkage, so that no set's code is ever linked into another's.
 #include "kernels.h"
+#include "one_pass.h"
 #include "streams.h"
 
 namespace nexus::cpu::NEXUS_ISA {
@@ -56,6 +57,11 @@ void update(const TensorRecord& tensor, const Chance& chance, const Coefficients
   if (is_plain<T>(tensor)) {
     update_plain(tensor, c, begin, count);
     return;
+  }
+  if constexpr (std::is_same_v<T, float>) {
+    if (update_in_one_pass(tensor, chance, c, begin, count)) {
+      return;
+    }
   }
   Streams<T> s(tensor, chance);
   for (const int64_t end = begin + count; begin < end;) {

@@ -9,7 +9,7 @@ import operator
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NoReturn, cast
 
 MAX_STEP = 2**53
@@ -60,7 +60,8 @@ def check_number(name: str, value: object, *, low: float = 0.0, positive: bool =
     """`value` as a finite float, at least `low`, and above zero if `positive`."""
     if type(value) is float and low <= value < math.inf and (value > 0.0 or not positive):
         return value + 0.0  # turns -0.0 into 0.0
-    allowed = f"a finite number {'> 0' if positive else f'>= {low:g}'}"
+    bound = " > 0" if positive else "" if low == -math.inf else f" >= {low:g}"
+    allowed = f"a finite number{bound}"
     real = as_real(value)
     if real is None:
         raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
@@ -71,6 +72,26 @@ def check_number(name: str, value: object, *, low: float = 0.0, positive: bool =
     if not math.isfinite(number) or number < low or (positive and number == 0.0):
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return number
+
+
+def check_fraction(name: str, value: object, *, positive: bool = False) -> float:
+    """`value` as a float from 0 to 1, and above zero if `positive`."""
+    allowed = f"a number {'above 0 and at most 1' if positive else 'from 0 to 1'}"
+    real = as_real(value)
+    if real is None:
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+    if not 0 <= real <= 1 or (positive and real == 0):
+        raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
+    return float(real) + 0.0
+
+
+def check_choice(name: str, value: object, allowed: Iterable[str]) -> str:
+    """`value` as one of the `allowed` strings."""
+    choices = tuple(allowed)
+    if isinstance(value, str) and value in choices:
+        return str(value)
+    error = ValueError if isinstance(value, str) else TypeError
+    raise error(f"{name} must be one of {choices}, got {shown(value)}")
 
 
 def whole_number(low: int, high: int) -> Callable[[str], int]:

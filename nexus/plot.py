@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nexus.arguments import MAX_STEP, check_count
 from nexus.files import write_whole
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
-from nexus.schedules.curves import DECAYS
+from nexus.schedules.wsd import WSD_DECAYS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -39,7 +39,9 @@ HELP = {
     "peak_lr": "the highest rate",
     "min_lr": "the lowest rate",
     "lr": "the rate",
-    "decay_type": ", ".join(DECAYS),
+    "cycle_decay": "what each peak is multiplied by for the next",
+    "decay_power": "the power of a polynomial decay",
+    "decay_type": ", ".join(WSD_DECAYS),
 }
 MAX_CYCLES = 12  # more are drawn as one phase
 MAX_POINTS = 4000

@@ -7,7 +7,7 @@ import math
 import torch
 
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
-from nexus.schedules.curves import DECAYS
+from nexus.schedules.wsd import WSD_DECAYS
 
 CURVES = {
     Curve.CONSTANT: lambda p, k, q: 1.0,
@@ -25,7 +25,7 @@ CURVES = {
 """The weight of each curve as its paper has it."""
 
 WHOLE = [
-    *(WSD(100, 300, 200, 1e-3, 1e-5, decay) for decay in DECAYS),
+    *(WSD(100, 300, 200, 1e-3, 1e-5, decay) for decay in WSD_DECAYS),
     WSD(0, 0, 1000, 1e-3),
     CosineRestarts(1e-3, 1e-6, 100, 1.0, 50),
     CosineRestarts(1e-3, 1e-6, 50, 1.1, 50),
@@ -39,8 +39,10 @@ WHOLE = [
 def boundaries(schedule: Schedule) -> list[int]:
     """The first and last steps of every phase and cycle, their neighbours, and where narrow types overflow."""
     edges = {0, 2**24, 2**31, 2**32, MAX_STEP}
-    for segment in schedule.segments()[:80]:
-        edges |= {segment.start, segment.start + segment.period // 2, segment.start + segment.period}
+    for layer in schedule.layers():
+        edges |= {layer.repeat_start + i * layer.repeat_length for i in range(3)}
+        for row in layer.segments[:80]:
+            edges |= {row.start, row.start + row.period // 2, row.start + row.period, row.start + int(row.span)}
     near = {edge + offset for edge in edges for offset in (-1, 0, 1)}
     return sorted(step for step in near if 0 <= step <= MAX_STEP)
 

@@ -18,7 +18,13 @@ from nexus.schedules.base import Schedule
 from nexus.schedules.constant import Constant
 from nexus.schedules.cosine import Cosine, CosineRestarts
 from nexus.schedules.curves import Curve, Segment
+from nexus.schedules.cyclic import Cyclic, OneCycle
+from nexus.schedules.exponential import Exponential, MultiStep, StepDecay
+from nexus.schedules.linear import Linear, Piecewise
+from nexus.schedules.powers import InverseSqrt, Polynomial, Tanh
+from nexus.schedules.sampled import Sampled
 from nexus.schedules.wsd import WSD
+from nexus.schedules.wsds import WSDS
 
 if TYPE_CHECKING:
     import torch
@@ -26,12 +32,24 @@ if TYPE_CHECKING:
 __all__ = [
     "MAX_STEP",
     "WSD",
+    "WSDS",
     "Constant",
     "Cosine",
     "CosineRestarts",
     "Curve",
+    "Cyclic",
+    "Exponential",
+    "InverseSqrt",
+    "Linear",
+    "MultiStep",
+    "OneCycle",
+    "Piecewise",
+    "Polynomial",
+    "Sampled",
     "Schedule",
     "Segment",
+    "StepDecay",
+    "Tanh",
     "evaluate",
 ]
 

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from numbers import Real
-from typing import Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from nexus.arguments import check_count, check_number, shown
 from nexus.schedules.curves import NEVER, Curve, Layer, Segment, value_of
+
+if TYPE_CHECKING:
+    from nexus.schedules.sampled import Sampled
 
 _Self = TypeVar("_Self", bound="Schedule")
 
@@ -34,6 +37,29 @@ class Schedule(ABC):
     def __call__(self, step: int) -> float:
         """The rate that update `step` uses, in float64; `step` is an int from 0 to 2**53."""
         return value_of(_layers(self), check_count("step", step))
+
+    @staticmethod
+    def from_function(fn: Callable[[int], float], steps: int, every: int = 1) -> Sampled:
+        """Any function of the step, as a table of its rates.
+
+        Args:
+            fn: the rate that update `t` uses, `fn(t)`; called once for each step from 0 to `steps`.
+            steps: the last step; the rate of that step stays.
+            every: the table has the rate of every so many steps, 8 bytes each on the device, and lines between.
+
+        Returns:
+            A `Sampled`, with `error` the largest difference to `fn` at any step; 0.0 with `every=1`.
+
+        Raises:
+            TypeError, ValueError: `fn` raises, or returns anything but a finite number >= 0 (the step is named), or
+                the table would be too long.
+
+        >>> Schedule.from_function(lambda t: 1 / (1 + t), steps=3).values(0, 5)
+        [1.0, 0.5, 0.3333333333333333, 0.25, 0.25]
+        """
+        from nexus.schedules.sampled import sampled_from
+
+        return sampled_from(fn, steps, every)
 
     @abstractmethod
     def phase(self, step: int) -> str:
@@ -92,6 +118,12 @@ class Schedule(ABC):
         if problems:
             raise ValueError(f"{kind.__name__} has the fields {', '.join(expected)}; {problems}")
         return kind(**{name: _restored(d[name]) for name in expected if name in d})
+
+    @staticmethod
+    def later_fields(kind: str) -> dict[str, Any]:
+        """The fields, with their values, that dicts which earlier versions wrote of a type lack."""
+        found = Schedule._types[kind]
+        return {each.name: each.default for each in fields(found) if each.name in found._later}
 
     def __mul__(self: _Self, factor: float) -> _Self:
         if isinstance(factor, bool) or not isinstance(factor, Real):

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
-from nexus.arguments import check_count, check_number
+from nexus.arguments import check_count, check_fraction, check_number
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import Curve, Segment, between, checked_rates, level, segment, start
+from nexus.schedules.curves import (
+    MAX_SEGMENTS,
+    NEVER,
+    Curve,
+    Layer,
+    Op,
+    Segment,
+    between,
+    checked_rates,
+    level,
+    segment,
+    start,
+)
 from nexus.schedules.cycles import cycle_runs, run_at
 
 
@@ -29,8 +42,10 @@ class CosineRestarts(Schedule):
         cycle_length: T_0, in updates, at least 1.
         cycle_mult: m, at least 1; 1 or from about 1.0004 on.
         warmup_steps: W, in updates.
+        cycle_decay: d, above 0 and at most 1: cycle :math:`i` starts from :math:`\eta_{peak} d^i`, in place of
+            :math:`\eta_{peak}`, and rises to the minimum where that is the higher one.
 
-    Source: Loshchilov & Hutter 2017, arXiv:1608.03983.
+    Source: Loshchilov & Hutter 2017, arXiv:1608.03983; `cycle_decay` is timm's.
 
     >>> schedule = CosineRestarts(peak_lr=1.0, cycle_length=4, cycle_mult=2.0)
     >>> [round(schedule(step), 3) for step in (0, 2, 4, 8, 12)]
@@ -44,16 +59,27 @@ class CosineRestarts(Schedule):
     cycle_length: int = 10_000
     cycle_mult: float = 1.0
     warmup_steps: int = 0
+    cycle_decay: float = 1.0
     _rates = ("peak_lr", "min_lr")
+    _later = ("cycle_decay",)
 
     def __post_init__(self) -> None:
         self._set(**checked_rates(self.peak_lr, self.min_lr))
         self._check_counts(cycle_length=1, warmup_steps=0)
         self._set(cycle_mult=check_number("cycle_mult", self.cycle_mult, low=1.0))
-        cycle_runs(self.cycle_length, self.cycle_mult)  # raises where there would be too many
+        runs = cycle_runs(self.cycle_length, self.cycle_mult)  # raises where there would be too many
+        self._set(cycle_decay=check_fraction("cycle_decay", self.cycle_decay, positive=True))
+        if self.cycle_decay != 1.0 and self.cycle_mult != 1.0 and runs[-1].first + 2 > MAX_SEGMENTS:
+            raise ValueError(
+                f"cycle_decay={self.cycle_decay!r} needs a row for each cycle of cycle_length={self.cycle_length}, "
+                f"cycle_mult={self.cycle_mult!r}, and these are more than {MAX_SEGMENTS:,}; cycle_mult must be 1.0 "
+                "(equal cycles) or at least 1.0004"
+            )
 
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
+        if self.cycle_decay != 1.0:
+            return super().__call__(step)
         if step < self.warmup_steps:
             return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
         _, step_in_cycle, cycle_length = self.cycle(step)
@@ -77,13 +103,46 @@ class CosineRestarts(Schedule):
         return run.first + repeat, step_in_cycle, run.length
 
     def segments(self) -> tuple[Segment, ...]:
-        """The warm-up, then a row for each run of cycles of equal length."""
+        """The warm-up, then a row for each run of cycles of equal length, or for each cycle if peaks fall."""
+        if self.cycle_decay != 1.0:
+            return self._falling_rows()
         warmup = segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)
         cycles = (
             segment(Curve.COSINE, start(self.warmup_steps + run.start), run.length, self.peak_lr, self.min_lr)
             for run in cycle_runs(self.cycle_length, self.cycle_mult)
         )
         return (warmup, *cycles)
+
+    def layers(self) -> tuple[Layer, ...]:
+        """One layer; three where the peaks of equal cycles fall: weight x peak + (1 - weight) x minimum."""
+        if self.cycle_decay == 1.0 or self.cycle_mult != 1.0:
+            return super().layers()
+        warmup, length = self.warmup_steps, self.cycle_length
+        rise = max(1, warmup)
+        peaks = segment(Curve.STAIRCASE, warmup, NEVER, self.peak_lr, span=float(length), q=self.cycle_decay)
+        return (
+            Layer((segment(Curve.RISE, 0, rise, 1.0), segment(Curve.COSINE, warmup, length, 1.0))),
+            Layer((level(0, self.peak_lr), peaks), Op.TIMES),
+            Layer(
+                (
+                    segment(Curve.LINEAR, 0, rise, self.min_lr),
+                    segment(Curve.COSINE, warmup, length, 0.0, self.min_lr),
+                ),
+                Op.PLUS,
+            ),
+        )
+
+    def _falling_rows(self) -> tuple[Segment, ...]:
+        if self.cycle_mult == 1.0:
+            return super().segments()  # raises: there are three layers
+        rows = [segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)]
+        runs = cycle_runs(self.cycle_length, self.cycle_mult)
+        for run, following in itertools.zip_longest(runs, runs[1:]):
+            for index in range(run.first, following.first if following else run.first + 1):
+                first = start(self.warmup_steps + run.start + (index - run.first) * run.length)
+                peak = self.peak_lr * self.cycle_decay**index
+                rows.append(segment(Curve.COSINE, first, run.length, peak, self.min_lr))
+        return tuple(rows)
 
 
 @dataclass(frozen=True)

@@ -133,6 +133,13 @@ def level(start: int, value: float) -> Segment:
     return segment(Curve.CONSTANT, start, 1, value)
 
 
+def line(start: int, period: int, first: float, last: float) -> Segment:
+    """A row from the value `first` to `last`, whichever is the higher one."""
+    if first < last:
+        return segment(Curve.RISE, start, period, last, first)
+    return segment(Curve.LINEAR, start, period, first, last)
+
+
 class Layer(NamedTuple):
     """Segments by ascending start, the first of which starts at 0.
 
@@ -175,9 +182,9 @@ def _start_of(row: Segment) -> int:
     return row.start
 
 
-def between(low: float, high: float, curve: Curve, p: float) -> float:
+def between(low: float, high: float, curve: Curve, p: float, k: float = 1.0, q: float = 1.0) -> float:
     """A rate, in the order of operations of every evaluator."""
-    return low + WEIGHTS[curve](p, 1.0, 1.0) * (high - low)
+    return low + WEIGHTS[curve](p, k, q) * (high - low)
 
 
 def start(step: int) -> int:

@@ -4,9 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nexus.arguments import check_count, shown
+from nexus.arguments import check_choice, check_count, check_number
 from nexus.schedules.base import Schedule
 from nexus.schedules.curves import DECAYS, NEVER, Curve, Segment, between, checked_rates, level, segment, start
+
+WSD_DECAYS = DECAYS | {"exponential": Curve.EXPONENTIAL, "polynomial": Curve.POWER}
+"""The curves of a decay from the peak, by the names that `decay_type` takes."""
+
+
+def decay_numbers(decay_type: str, decay_power: float = 2.0) -> tuple[float, float]:
+    """The numbers k and q of the curve of a decay."""
+    if decay_type == "exponential":
+        return 0.5, 0.5  # 2 * 0.5**p - 1
+    return (1.0, decay_power) if decay_type == "polynomial" else (1.0, 1.0)
 
 
 @dataclass(frozen=True)
@@ -14,7 +24,8 @@ class WSD(Schedule):
     r"""Warmup-Stable-Decay.
 
     With :math:`W, S, D` the lengths of the phases, :math:`f(p) = 1 - p` (`"linear"`),
-    :math:`(1 + \cos \pi p) / 2` (`"cosine"`) or :math:`1 - \sqrt p` (`"sqrt"`):
+    :math:`(1 + \cos \pi p) / 2` (`"cosine"`), :math:`1 - \sqrt p` (`"sqrt"`), :math:`2 \cdot 2^{-p} - 1`
+    (`"exponential"`) or :math:`(1 - p)^n` (`"polynomial"`):
 
     .. math::
         \eta(t) = \begin{cases}
@@ -30,10 +41,11 @@ class WSD(Schedule):
         decay_steps: D, in updates, at least 1.
         peak_lr: the rate of the stable phase, above 0.
         min_lr: the rate at step 0 and after the decay, from 0 to `peak_lr`.
-        decay_type: `"linear"`, `"cosine"` or `"sqrt"`.
+        decay_type: `"linear"`, `"cosine"`, `"sqrt"`, `"exponential"` or `"polynomial"`.
+        decay_power: n, above 0; of a `"polynomial"` decay alone.
 
     Sources: Hu et al. 2024 (MiniCPM), arXiv:2404.06395; the square-root decay: Hägele et al. 2024,
-    arXiv:2405.18392.
+    arXiv:2405.18392; the exponential one: Megatron-LM's `--lr-wsd-decay-style`.
 
     >>> schedule = WSD(warmup_steps=4, stable_steps=10, decay_steps=8, peak_lr=1.0)
     >>> [schedule(step) for step in (0, 1, 4, 13, 14, 18, 22)]
@@ -48,17 +60,17 @@ class WSD(Schedule):
     peak_lr: float
     min_lr: float = 0.0
     decay_type: str = "linear"
+    decay_power: float = 2.0
     _rates = ("peak_lr", "min_lr")
+    _later = ("decay_power",)
 
     def __post_init__(self) -> None:
         self._check_counts(warmup_steps=0, decay_steps=1)
         if self.stable_steps is not None:
             self._set(stable_steps=check_count("stable_steps", self.stable_steps, also="None (open-ended)"))
         self._set(**checked_rates(self.peak_lr, self.min_lr))
-        if not isinstance(self.decay_type, str) or self.decay_type not in DECAYS:
-            error = ValueError if isinstance(self.decay_type, str) else TypeError
-            raise error(f"decay_type must be one of {tuple(DECAYS)}, got {shown(self.decay_type)}")
-        self._set(decay_type=str(self.decay_type))
+        self._set(decay_type=check_choice("decay_type", self.decay_type, WSD_DECAYS))
+        self._set(decay_power=check_number("decay_power", self.decay_power, positive=True))
 
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
@@ -68,7 +80,8 @@ class WSD(Schedule):
             return self.peak_lr
         decayed = step - self.warmup_steps - self.stable_steps
         if decayed < self.decay_steps:
-            return between(self.min_lr, self.peak_lr, DECAYS[self.decay_type], decayed / self.decay_steps)
+            k, q = decay_numbers(self.decay_type, self.decay_power)
+            return between(self.min_lr, self.peak_lr, WSD_DECAYS[self.decay_type], decayed / self.decay_steps, k, q)
         return self.min_lr
 
     def phase(self, step: int) -> str:
@@ -86,10 +99,11 @@ class WSD(Schedule):
         if self.stable_steps is not None:
             decay = start(self.warmup_steps + self.stable_steps)
             done = start(self.warmup_steps + self.stable_steps + self.decay_steps)
+        curve, (k, q) = WSD_DECAYS[self.decay_type], decay_numbers(self.decay_type, self.decay_power)
         return (
             segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
             level(self.warmup_steps, self.peak_lr),
-            segment(DECAYS[self.decay_type], decay, self.decay_steps, self.peak_lr, self.min_lr),
+            segment(curve, decay, self.decay_steps, self.peak_lr, self.min_lr, k=k, q=q),
             level(done, self.min_lr),
         )
 

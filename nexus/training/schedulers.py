@@ -208,8 +208,9 @@ class WSDScheduler(ScheduleLR[WSD]):
         min_lr: float = 0.0,
         decay_type: str = "linear",
         last_epoch: int = -1,
+        decay_power: float = 2.0,
     ) -> None:
-        schedule = WSD(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type)
+        schedule = WSD(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type, decay_power)
         super().__init__(optimizer, schedule, last_epoch)
 
     def begin_decay(self) -> None:
@@ -255,8 +256,9 @@ class CosineRestartScheduler(ScheduleLR[CosineRestarts]):
         cycle_mult: float = 1.0,
         warmup_steps: int = 0,
         last_epoch: int = -1,
+        cycle_decay: float = 1.0,
     ) -> None:
-        schedule = CosineRestarts(peak_lr, min_lr, cycle_length, cycle_mult, warmup_steps)
+        schedule = CosineRestarts(peak_lr, min_lr, cycle_length, cycle_mult, warmup_steps, cycle_decay)
         super().__init__(optimizer, schedule, last_epoch)
 
     def get_cycle_info(self, step: int | None = None) -> dict[str, int]:

@@ -132,7 +132,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("/param_groups/1/lr_schedule/step", 1.5, f"{COUNT} .*got 1.5"),
     ("/param_groups/1/lr_schedule/step", math.nan, f"{COUNT} .*got nan"),
     ("/param_groups/1/lr_schedule/step", GONE, f"{COUNT} .*got None"),
-    ("/param_groups/1/lr_schedule/type", "Polynomial", r": lr_schedule\['type'\] must be one of .*WSD.*'Polynomial'"),
+    ("/param_groups/1/lr_schedule/type", "Poly", r": lr_schedule\['type'\] must be one of .*WSD.*'Poly'"),
     ("/param_groups/1/lr_schedule/type", GONE, r": lr_schedule\['type'\] must be .*got None"),
     ("/param_groups/1/lr_schedule/power", 2.0, ": WSD has the fields .*extra: power"),
     ("/param_groups/1/lr_schedule/peak_lr", GONE, ": WSD has the fields .*missing: peak_lr"),

@@ -11,8 +11,9 @@ from schedule_cases import CURVES, WHOLE, assert_equal_to_oracle, assert_within_
 
 from nexus import backends
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
-from nexus.schedules.curves import DECAYS, FOLDS, NEVER, Layer, Op, level, segment, value_of
+from nexus.schedules.curves import FOLDS, NEVER, Layer, Op, level, segment, value_of
 from nexus.schedules.table import lower
+from nexus.schedules.wsd import WSD_DECAYS as DECAYS
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,8 @@ from hypothesis import strategies as st
 from schedule_cases import assert_equal_to_oracle, boundaries
 
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, Segment
-from nexus.schedules.curves import DECAYS, MAX_SEGMENTS, NEVER, between
+from nexus.schedules.curves import MAX_SEGMENTS, NEVER, between
+from nexus.schedules.wsd import WSD_DECAYS as DECAYS
 
 ROOT2 = math.sqrt(2.0)
 
@@ -57,7 +58,7 @@ CASES = [
 def interpret(segments: tuple[Segment, ...], t: int) -> float:
     """What every evaluator of the rows must do, in Python."""
     row = segments[bisect_right(segments, t, key=lambda segment: segment.start) - 1]
-    return between(row.low, row.high, row.curve, (t - row.start) % row.period / row.period)
+    return between(row.low, row.high, row.curve, (t - row.start) % row.period / row.period, row.k, row.q)
 
 
 @pytest.mark.parametrize("schedule", CASES, ids=repr)
@@ -321,8 +322,10 @@ def test_scaling_multiplies_the_rates(schedule: Schedule, factor: float) -> None
 
 
 def test_numpy_numbers_become_plain() -> None:
-    schedule = WSD(np.int64(4), np.int32(5), np.uint8(6), np.float64(1.0), np.float32(0.5), np.str_("sqrt"))
-    assert [type(value) for value in schedule.to_dict().values()] == [str, int, int, int, float, float, str]
+    schedule = WSD(
+        np.int64(4), np.int32(5), np.uint8(6), np.float64(1.0), np.float32(0.5), np.str_("sqrt"), np.float32(3)
+    )
+    assert [type(value) for value in schedule.to_dict().values()] == [str, int, int, int, float, float, str, float]
     # 250 + 250 would wrap in uint8.
     assert WSD(100, 100, 100, 1.0)(np.uint8(250)) == 0.5
     assert type(schedule(np.int64(1))) is float

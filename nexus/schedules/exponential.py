@@ -1,0 +1,116 @@
+"""Decays by a factor: at every step, in stairs, at milestones."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from nexus.arguments import check_count, check_number, shown
+from nexus.schedules.base import Schedule
+from nexus.schedules.curves import MAX_SEGMENTS, NEVER, Curve, Segment, checked_rates, level, segment
+
+
+@dataclass(frozen=True)
+class Exponential(Schedule):
+    r"""A factor for every so many updates, evenly spread over them.
+
+    >>> Exponential(peak_lr=1.0, gamma=0.25, every=2).values(0, 5)
+    [1.0, 0.5, 0.25, 0.125, 0.0625]
+    """
+
+    peak_lr: float
+    gamma: float
+    every: int = 1
+    min_lr: float = 0.0
+    _rates = ("peak_lr", "min_lr")
+
+    def __post_init__(self) -> None:
+        self._set(**checked_rates(self.peak_lr, self.min_lr), gamma=check_number("gamma", self.gamma, positive=True))
+        self._check_counts(every=1)
+
+    def phase(self, step: int) -> str:
+        """`"exponential"`, whatever the step."""
+        check_count("step", step)
+        return "exponential"
+
+    def segments(self) -> tuple[Segment, ...]:
+        """One row."""
+        span = float(self.every)
+        return (segment(Curve.EXPONENTIAL, 0, NEVER, self.peak_lr, self.min_lr, span=span, k=0.0, q=self.gamma),)
+
+
+@dataclass(frozen=True)
+class StepDecay(Schedule):
+    r"""A factor at the end of every so many updates.
+
+    >>> StepDecay(peak_lr=1.0, gamma=0.5, every=2).values(0, 5)
+    [1.0, 1.0, 0.5, 0.5, 0.25]
+    """
+
+    peak_lr: float
+    gamma: float
+    every: int
+    min_lr: float = 0.0
+    _rates = ("peak_lr", "min_lr")
+
+    def __post_init__(self) -> None:
+        self._set(**checked_rates(self.peak_lr, self.min_lr), gamma=check_number("gamma", self.gamma, positive=True))
+        self._check_counts(every=1)
+
+    def phase(self, step: int) -> str:
+        """`"stairs"`, whatever the step."""
+        check_count("step", step)
+        return "stairs"
+
+    def segments(self) -> tuple[Segment, ...]:
+        """One row."""
+        span = float(self.every)
+        return (segment(Curve.STAIRCASE, 0, NEVER, self.peak_lr, self.min_lr, span=span, q=self.gamma),)
+
+
+@dataclass(frozen=True)
+class MultiStep(Schedule):
+    r"""A factor at each milestone.
+
+    >>> MultiStep(peak_lr=1.0, milestones=[2, 4], gamma=0.5).values(0, 6)
+    [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]
+    """
+
+    peak_lr: float
+    milestones: tuple[int, ...]
+    gamma: float
+    _rates = ("peak_lr",)
+
+    def __post_init__(self) -> None:
+        self._set(peak_lr=check_number("peak_lr", self.peak_lr, positive=True))
+        self._set(milestones=_checked_milestones(self.milestones), gamma=check_number("gamma", self.gamma))
+        for row in self.segments():
+            check_number(f"peak_lr * gamma**{bisect_right(self.milestones, row.start)}", row.high)
+
+    def phase(self, step: int) -> str:
+        """The phase of update `step`: `"stage i"`, after i milestones."""
+        return f"stage {bisect_right(self.milestones, check_count('step', step))}"
+
+    def segments(self) -> tuple[Segment, ...]:
+        """A row for each stage."""
+        starts = sorted({0, *self.milestones})
+        return tuple(level(start, self._rate(bisect_right(self.milestones, start))) for start in starts)
+
+    def _rate(self, passed: int) -> float:
+        try:
+            return self.peak_lr * self.gamma**passed
+        except OverflowError:
+            return float("inf")
+
+
+def _checked_milestones(milestones: object) -> tuple[int, ...]:
+    allowed = "milestones must be steps in ascending order"
+    if not isinstance(milestones, Sequence) or isinstance(milestones, str):
+        raise TypeError(f"{allowed}, got {shown(milestones)}")
+    if len(milestones) >= MAX_SEGMENTS:
+        raise ValueError(f"{allowed}, fewer than {MAX_SEGMENTS:,}, got {len(milestones):,}")
+    checked = tuple(check_count(f"milestones[{i}]", step) for i, step in enumerate(milestones))
+    if list(checked) != sorted(checked):
+        raise ValueError(f"{allowed}, got {shown(milestones)}")
+    return checked

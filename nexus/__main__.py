@@ -15,7 +15,7 @@ from nexus.arguments import Parser
 
 COMMANDS = {
     "info": ("nexus.info", "print versions, backends (or why one is missing) and threads"),
-    "plot": ("nexus.plot", "draw a learning-rate schedule"),
+    "plot": ("nexus.plot_command", "draw a learning-rate schedule"),
 }
 
 

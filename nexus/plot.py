@@ -2,50 +2,31 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import os
-import shutil
-import sys
-from collections.abc import Callable
-from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from nexus.arguments import MAX_STEP, check_count
 from nexus.files import write_whole
-from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
-from nexus.schedules.wsd import WSD_DECAYS
+from nexus.schedules import WSD, CosineRestarts, Schedule
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS: dict[str, Schedule] = {
-    "constant": Constant(lr=1e-3),
-    "sgdr": CosineRestarts(peak_lr=1e-3, cycle_length=1000, cycle_mult=2.0, warmup_steps=500),
-    "cosine": Cosine(peak_lr=1e-3, total_steps=10_000, warmup_steps=1000),
-    "wsd": WSD(warmup_steps=1000, stable_steps=7000, decay_steps=2000, peak_lr=1e-3),
-}
-"""What `plot KIND` draws where nothing else is said."""
-HELP = {
-    "warmup_steps": "updates of the linear rise",
-    "stable_steps": "updates at the peak, or 'none' for an open end",
-    "decay_steps": "updates of the decay",
-    "total_steps": "updates until the minimum, the warm-up included",
-    "cycle_length": "updates of the first cycle",
-    "cycle_mult": "what each cycle is longer by than the last",
-    "peak_lr": "the highest rate",
-    "min_lr": "the lowest rate",
-    "lr": "the rate",
-    "cycle_decay": "what each peak is multiplied by for the next",
-    "decay_power": "the power of a polynomial decay",
-    "decay_type": ", ".join(WSD_DECAYS),
-}
 MAX_CYCLES = 12  # more are drawn as one phase
 MAX_POINTS = 4000
-COLORS = {"warmup": "#f2b134", "stable": "#4a90d9", "decay": "#d9534a", "done": "#9a9a9a"}
+COLORS = {
+    "warmup": "#f2b134",
+    "up": "#f2b134",
+    "stable": "#4a90d9",
+    "decay": "#d9534a",
+    "down": "#d9534a",
+    "annihilation": "#9b6fb0",
+    "done": "#9a9a9a",
+}
 CYCLE_COLORS = ("#4a90d9", "#7bc8a4")
 
 
@@ -188,60 +169,3 @@ def name_phases(axes: Axes, schedule: Schedule, steps: int) -> None:
 def save(figure: Figure, path: Path) -> None:
     """Writes a PNG, whole or not at all."""
     write_whole(path, partial(figure.savefig, format="png", metadata={"Software": None}))
-
-
-def _count_or_none(text: str) -> int | None:
-    return None if text.lower() == "none" else int(text)
-
-
-_count_or_none.__name__ = "int"  # argparse names it: "invalid int value"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options of `python -m nexus plot`: for each schedule, its own arguments."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join(KINDS) + "}")
-    parse: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "str": str, "int | None": _count_or_none}
-    for kind, schedule in KINDS.items():
-        name = type(schedule).__name__
-        options = kinds.add_parser(kind, help=name, description=f"draw {name}", allow_abbrev=False)
-        for field in fields(schedule):
-            options.add_argument(
-                "--" + field.name.replace("_", "-"),
-                type=parse[str(field.type)],
-                default=getattr(schedule, field.name),
-                help=f"{HELP[field.name]} (default: %(default)s)",
-            )
-        options.add_argument("--steps", type=int, help="updates to draw (default: the whole schedule)")
-        options.add_argument("-o", "--output", help="the PNG to write; without it the terminal gets a chart")
-
-
-def run(args: argparse.Namespace) -> int:
-    """Draws what `add_arguments` parsed; returns the exit code."""
-    kind: Any = type(KINDS[args.kind])
-    try:
-        schedule = kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
-        steps = default_steps(schedule) if args.steps is None else check_count("steps", args.steps, low=2)
-        if args.output is not None:
-            if not args.output.lower().endswith(".png"):
-                raise ValueError(f"output must be a path that ends in .png, got {args.output!r}")
-            draw(schedule, args.output, steps)
-    except ValueError as error:
-        reason = str(error)
-    except ImportError as error:
-        reason = f"a picture needs matplotlib ({error}): pip install 'nexus-optim[plot]'"
-    except OSError as error:
-        reason = f"cannot write {args.output!r}: {error.strerror or error}"
-    else:
-        width = shutil.get_terminal_size().columns
-        print(args.output or f"{schedule!r}\n{chart(schedule, steps, width=width, blocks=_prints_blocks())}")
-        return 0
-    print(f"python -m nexus plot: {reason}", file=sys.stderr)
-    return 2
-
-
-def _prints_blocks() -> bool:
-    try:
-        "│└─▁█".encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

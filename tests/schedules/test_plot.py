@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from nexus import plot
+from nexus import plot, plot_command
 from nexus.__main__ import main
 from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts
 
@@ -35,19 +35,19 @@ def refused(capsys: pytest.CaptureFixture[str], *argv: str) -> str:
     return err
 
 
-@pytest.mark.parametrize("kind", plot.KINDS)
+@pytest.mark.parametrize("kind", plot_command.KINDS)
 def test_terminal_chart(kind, capsys, monkeypatch) -> None:
     monkeypatch.setenv("COLUMNS", "64")
     assert main(["plot", kind]) == 0
     out, err = capsys.readouterr()
     assert err == ""
     title, *lines = out.splitlines()
-    assert title == repr(plot.KINDS[kind])
+    assert title == repr(plot_command.KINDS[kind])
     assert len(lines) == 13
     assert all(len(line) <= 64 for line in lines)
     assert "█" in lines[0]
     assert lines[0].startswith("     0.001 │")
-    assert lines[-1].endswith(f"{plot.default_steps(plot.KINDS[kind]) - 1:,}")
+    assert lines[-1].endswith(f"{plot.default_steps(plot_command.KINDS[kind]) - 1:,}")
 
 
 def test_chart_draws_the_rates_and_names_what_fits() -> None:
@@ -63,7 +63,7 @@ def test_chart_draws_the_rates_and_names_what_fits() -> None:
 
 
 def test_terminal_that_knows_ascii_alone(capsys, monkeypatch) -> None:
-    monkeypatch.setattr(plot, "_prints_blocks", lambda: False)
+    monkeypatch.setattr(plot_command, "_prints_blocks", lambda: False)
     assert main(["plot", "sgdr"]) == 0
     assert capsys.readouterr().out.isascii()
 
@@ -72,7 +72,7 @@ def test_terminal_that_knows_ascii_alone(capsys, monkeypatch) -> None:
 @pytest.mark.parametrize("steps", [2, 3, 1000, MAX_STEP])
 @pytest.mark.parametrize(
     "schedule",
-    [*plot.KINDS.values(), WSD(0, 0, 1, 1e-3), WSD(0, None, 1, 1e-3), CosineRestarts(1e-3, cycle_length=1)],
+    [*plot_command.KINDS.values(), WSD(0, 0, 1, 1e-3), WSD(0, None, 1, 1e-3), CosineRestarts(1e-3, cycle_length=1)],
     ids=repr,
 )
 def test_chart_of_anything(schedule, steps, width) -> None:
@@ -132,7 +132,7 @@ def test_sample_keeps_ends_and_jumps(steps: int) -> None:
 
 
 @needs_matplotlib
-@pytest.mark.parametrize("kind", plot.KINDS)
+@pytest.mark.parametrize("kind", plot_command.KINDS)
 def test_png(kind, tmp_path, capsys) -> None:
     path = tmp_path / "lr.png"
     path.write_bytes(b"of an older run")

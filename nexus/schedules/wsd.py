@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from nexus.arguments import check_choice, check_count, check_number
+from nexus.arguments import check_choice, check_count, check_fraction, check_number
 from nexus.schedules.base import Schedule
 from nexus.schedules.curves import DECAYS, NEVER, Curve, Segment, between, checked_rates, level, segment, start
 
@@ -106,6 +106,43 @@ class WSD(Schedule):
             segment(curve, decay, self.decay_steps, self.peak_lr, self.min_lr, k=k, q=q),
             level(done, self.min_lr),
         )
+
+    @classmethod
+    def from_fractions(
+        cls,
+        total_steps: int,
+        warmup: float,
+        decay: float,
+        peak_lr: float,
+        min_lr: float = 0.0,
+        decay_type: str = "linear",
+        decay_power: float = 2.0,
+    ) -> WSD:
+        """The schedule whose phases are shares of a run; what the warm-up and the decay leave is the stable phase.
+
+        Args:
+            total_steps: updates in all, at least 1.
+            warmup: the share of the warm-up, from 0 to 1, rounded to whole updates.
+            decay: the share of the decay, which has one update at least; with `warmup` 1 at most.
+            peak_lr: as of the schedule, and so are those that follow.
+            min_lr: the rate at step 0 and after the decay.
+            decay_type: the curve of the decay.
+            decay_power: of a polynomial decay.
+
+        Raises:
+            TypeError, ValueError: naming the argument, what was given and what is allowed.
+
+        >>> WSD.from_fractions(1000, warmup=0.1, decay=0.2, peak_lr=1.0).stable_steps
+        700
+        """
+        total_steps = check_count("total_steps", total_steps, low=1)
+        warmup, decay = check_fraction("warmup", warmup), check_fraction("decay", decay)
+        if warmup + decay > 1.0:
+            raise ValueError(f"warmup and decay must be 1 in all at most, got {warmup!r} and {decay!r}")
+        decay_steps = max(1, round(decay * total_steps))
+        warmup_steps = min(round(warmup * total_steps), total_steps - decay_steps)
+        stable_steps = total_steps - warmup_steps - decay_steps
+        return cls(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type, decay_power)
 
     def extend_stable(self, n: int) -> WSD:
         """The schedule whose stable phase is `n` updates longer.

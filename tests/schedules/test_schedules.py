@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Callable
 from copy import deepcopy
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -329,3 +330,32 @@ def test_numpy_numbers_become_plain() -> None:
     # 250 + 250 would wrap in uint8.
     assert WSD(100, 100, 100, 1.0)(np.uint8(250)) == 0.5
     assert type(schedule(np.int64(1))) is float
+
+
+@pytest.mark.parametrize(
+    ("total", "warmup", "decay", "steps"),
+    [
+        (1000, 0.1, 0.2, (100, 700, 200)),
+        (10, 0.25, 0.75, (2, 0, 8)),
+        (3, 0.5, 0.5, (1, 0, 2)),
+        (1, 1.0, 0.0, (0, 0, 1)),
+        (7, 0.0, 0.0, (0, 6, 1)),
+    ],
+)
+def test_shares_of_a_run(total: int, warmup: float, decay: float, steps: tuple[int, int, int]) -> None:
+    expected = WSD(*steps, 1e-3, 1e-5, "cosine")
+    assert WSD.from_fractions(total, warmup, decay, 1e-3, 1e-5, "cosine") == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((0, 0.1, 0.2, 1.0), "total_steps must be an int from 1"),
+        ((10, 1.5, 0.2, 1.0), "warmup must be .* from 0 to 1, got 1.5"),
+        ((10, 0.5, 0.6, 1.0), "warmup and decay must be 1 in all at most, got 0.5 and 0.6"),
+        ((10, 0.5, 0.2, 0.0), "peak_lr must be"),
+    ],
+)
+def test_shares_that_are_none(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        WSD.from_fractions(*arguments)

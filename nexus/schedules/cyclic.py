@@ -58,7 +58,8 @@ class OneCycle(Schedule):
                     rows.append(line(start, NEVER, first, final)._replace(offset=offset, span=span))
                 else:
                     rows.append(segment(Curve.COSINE, start, NEVER, first, final, offset=offset, span=span))
-        return (*rows, level(last, self.peak_lr * self.end_factor))
+        final = next(final for _, _, end, _, final in self._phases() if last <= end)
+        return (*rows, level(last, final))
 
     def _phases(self) -> list[tuple[str, float, float, float, float]]:
         """The name, the last step of the phase before, the last step, and the rates there, of each phase."""

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-from nexus.arguments import check_count, check_number
+from nexus.arguments import LOWEST, check_count, check_number
 from nexus.schedules.base import Schedule
 from nexus.schedules.curves import NEVER, Curve, Segment, checked_rates, level, segment
 
@@ -86,7 +85,7 @@ class Tanh(Schedule):
     def __post_init__(self) -> None:
         self._set(**checked_rates(self.peak_lr, self.min_lr))
         self._check_counts(total_steps=1)
-        self._set(**{name: check_number(name, getattr(self, name), low=-math.inf) for name in ("lower", "upper")})
+        self._set(**{name: check_number(name, getattr(self, name), low=LOWEST) for name in ("lower", "upper")})
         if self.lower >= self.upper:
             raise ValueError(f"lower must be less than upper={self.upper!r}, got {self.lower!r}")
 

@@ -129,7 +129,7 @@ def _written(value: object) -> str:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m nexus plot`: for each schedule, its own arguments."""
-    kinds = parser.add_subparsers(dest="kind", required=True, metavar="{" + ",".join(KINDS) + "}")
+    kinds = parser.add_subparsers(dest="which", required=True, metavar="{" + ",".join(KINDS) + "}")
     for kind, schedule in KINDS.items():
         name = type(schedule).__name__
         options = kinds.add_parser(kind, help=name, description=f"draw {name}", allow_abbrev=False)
@@ -146,7 +146,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Draws what `add_arguments` parsed; returns the exit code."""
-    kind: Any = type(KINDS[args.kind])
+    kind: Any = type(KINDS[args.which])
     try:
         schedule = kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
         steps = default_steps(schedule) if args.steps is None else check_count("steps", args.steps, low=2)

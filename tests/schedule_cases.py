@@ -6,7 +6,28 @@ import math
 
 import torch
 
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
+from nexus.schedules import (
+    MAX_STEP,
+    WSD,
+    WSDS,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Curve,
+    Cyclic,
+    Exponential,
+    InverseSqrt,
+    Linear,
+    MultiStep,
+    OneCycle,
+    Piecewise,
+    Polynomial,
+    Sampled,
+    Schedule,
+    StepDecay,
+    Tanh,
+    evaluate,
+)
 from nexus.schedules.wsd import WSD_DECAYS
 
 CURVES = {
@@ -34,6 +55,29 @@ WHOLE = [
     Cosine(1e-3, 900, 1e-5, 100),
     Constant(0.1),
 ]
+
+FAMILIES = [
+    Linear(1e-5, 1e-3, 113),
+    Linear(1e-3, 1e-5, 113),
+    Polynomial(1e-3, 113, 1.7, 1e-5),
+    Exponential(1e-3, 0.9, 7, 1e-5),
+    StepDecay(1e-3, 0.9, 7, 1e-5),
+    MultiStep(1e-3, [10, 20, 20, 113], 0.1),
+    InverseSqrt(1e-3, 13),
+    Tanh(1e-3, 113, 1e-5),
+    WSDS(13, 50, 20, 1e-3, 1e-5, "cosine"),
+    WSDS(13, 50, 20, 1e-3, 1e-5, "exponential", 3),
+    OneCycle(1e-3, 113),
+    OneCycle(1e-3, 113, 0.25, kind="linear", three_phase=True),
+    Cyclic(1e-5, 1e-3, 20, 30),
+    Cyclic(1e-5, 1e-3, 20, mode="triangular2"),
+    Cyclic(1e-5, 1e-3, 20, 30, "exp_range", 0.99),
+    *(Piecewise([(0, 0.0), (13, 1e-3), (113, 1e-5)], kind) for kind in ("constant", "linear", "cosine")),
+    Sampled([1e-3, 3e-4, 0.0, 1e-4], 13),
+    CosineRestarts(1e-3, 1e-5, 50, 1.0, 13, 0.7),
+    CosineRestarts(1e-3, 1e-5, 3, 1.1, 13, 0.7),
+]
+"""One or more of each family, but those of `WHOLE`."""
 
 
 def boundaries(schedule: Schedule) -> list[int]:

@@ -87,7 +87,7 @@ def boundaries(schedule: Schedule) -> list[int]:
         edges |= {layer.repeat_start + i * layer.repeat_length for i in range(3)}
         for row in layer.segments[:80]:
             edges |= {row.start, row.start + row.period // 2, row.start + row.period, row.start + int(row.span)}
-    near = {edge + offset for edge in edges for offset in (-1, 0, 1)}
+    near = {edge + offset for edge in edges for offset in (-2, -1, 0, 1, 2)}
     return sorted(step for step in near if 0 <= step <= MAX_STEP)
 
 

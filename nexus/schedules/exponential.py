@@ -51,8 +51,7 @@ class Exponential(Schedule):
 
     def segments(self) -> tuple[Segment, ...]:
         """One row."""
-        span = float(self.every)
-        return (segment(Curve.EXPONENTIAL, 0, NEVER, self.peak_lr, self.min_lr, span=span, k=0.0, q=self.gamma),)
+        return (_decay(Curve.EXPONENTIAL, self),)
 
 
 @dataclass(frozen=True)
@@ -95,8 +94,7 @@ class StepDecay(Schedule):
 
     def segments(self) -> tuple[Segment, ...]:
         """One row."""
-        span = float(self.every)
-        return (segment(Curve.STAIRCASE, 0, NEVER, self.peak_lr, self.min_lr, span=span, q=self.gamma),)
+        return (_decay(Curve.STAIRCASE, self),)
 
 
 @dataclass(frozen=True)
@@ -146,6 +144,12 @@ class MultiStep(Schedule):
             return self.peak_lr * self.gamma**passed
         except OverflowError:
             return float("inf")
+
+
+def _decay(curve: Curve, schedule: Exponential | StepDecay) -> Segment:
+    peak, low, span = schedule.peak_lr, schedule.min_lr, float(schedule.every)
+    gamma = schedule.gamma if low < peak else 1.0  # infinity times no height would be NaN
+    return segment(curve, 0, NEVER, peak, low, span=span, k=0.0, q=gamma)
 
 
 def _checked_milestones(milestones: object) -> tuple[int, ...]:

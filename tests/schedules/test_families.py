@@ -225,6 +225,13 @@ def test_far_out_is_where_integers_have_it() -> None:
     assert rates(Piecewise([(0, 1.0), (MAX_STEP, 0.5)]), MAX_STEP - 1, MAX_STEP) == [1.0, 0.5]
 
 
+@pytest.mark.parametrize("kind", [Exponential, StepDecay])
+def test_growth_goes_to_infinity_and_never_to_nan(kind: type[Exponential] | type[StepDecay]) -> None:
+    assert kind(1.0, 2.0, 1)(MAX_STEP) == math.inf
+    assert kind(1.0, 2.0, 1, min_lr=1.0)(MAX_STEP) == 1.0
+    assert kind(1.0, 2.0, 1, min_lr=0.5).values(0, 3) == [1.0, 1.5, 2.5]
+
+
 def test_phases() -> None:
     def phases(schedule: Schedule, *steps: int) -> list[str]:
         return [schedule.phase(step) for step in steps]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import pickle
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -152,8 +153,13 @@ def test_dicts_of_before_the_later_fields_load() -> None:
     wsd, restarts = WSD(1, 2, 3, 1.0), CosineRestarts(1.0)
     for schedule, later in ((wsd, "decay_power"), (restarts, "cycle_decay")):
         written = schedule.to_dict()
-        del written[later]
+        assert later not in written  # so that earlier versions load it, and it fits their checkpoints
         assert Schedule.from_dict(written) == schedule
+        default = getattr(schedule, later)
+        assert Schedule.from_dict({**written, later: default}) == schedule
+        other = replace(schedule, **{later: default / 2})
+        assert other.to_dict() == {**written, later: default / 2}
+        assert Schedule.from_dict(other.to_dict()) == other
 
 
 @pytest.mark.parametrize("schedule", FAMILIES, ids=repr)

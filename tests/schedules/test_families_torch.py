@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from functools import partial
 
@@ -118,3 +119,25 @@ def test_torchs_rates_up_to_the_end_that_torch_has(name: str, length: int) -> No
     steps = length + 1 if name == "CosineAnnealingLR" else length
     expected = used(lambda optimizer: torchs_own(optimizer, length), steps)
     assert make(length).values(0, steps) == pytest.approx(expected, rel=1e-11, abs=1e-15 * PEAK)
+
+
+@pytest.mark.parametrize("seed", range(60))
+def test_one_cycles_of_any_fraction_and_length(seed: int) -> None:
+    draw = random.Random(seed)
+    length, three = draw.randint(3, 60), draw.random() < 0.5
+    fraction = draw.choice([draw.random(), (draw.randint(2, length) + 0.25) / (length + 1)])
+    fraction = min(fraction, 0.5) if three else fraction
+    kind, torchs_kind = draw.choice([("linear", "linear"), ("cosine", "cos")])
+    schedule = OneCycle(PEAK, length, fraction, kind=kind, three_phase=three)
+    options = {"pct_start": fraction, "anneal_strategy": torchs_kind, "three_phase": three}
+    expected = used(lambda optimizer: one_cycle(optimizer, length, **options), length)
+    assert schedule.values(0, length) == pytest.approx(expected, rel=1e-11, abs=1e-15 * PEAK)
+
+
+@pytest.mark.parametrize("length", [2, 3, 8, 10, 113])
+def test_a_peak_at_step_0_where_torch_divides_by_0(length: int) -> None:
+    with pytest.raises(ZeroDivisionError):
+        used(lambda optimizer: one_cycle(optimizer, length, pct_start=1 / length), length)
+    schedule = OneCycle(PEAK, length, 1 / length)
+    assert schedule(0) == PEAK
+    assert schedule(length - 1) == PEAK / 25e4

@@ -61,6 +61,18 @@ def test_every_decay_can_be_put_off_and_begun_by_hand(backend: str, decay: str) 
         assert rates(optimizer, 13) == pytest.approx(expected.values(now, now + 13), rel=1e-14)
 
 
+def test_a_decay_power_is_saved_and_another_one_is_named(backend: str) -> None:
+    plain, steep = (WSD(0, 5, 10, 1.0, 0.0, "polynomial", power) for power in (2.0, 4.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(plain, backend).load_state_dict(make(plain, backend).state_dict())
+        make(steep, backend).load_state_dict(make(steep, backend).state_dict())
+    for now, before in ((plain, steep), (steep, plain)):
+        words = f"lr_schedule.decay_power was {before.decay_power} .* and is {now.decay_power} now"
+        with pytest.warns(UserWarning, match=words):
+            make(now, backend).load_state_dict(make(before, backend).state_dict())
+
+
 def test_an_extension_that_float32_would_round_is_exact(backend: str) -> None:
     optimizer = make(WSD(0, 5, 10, 1.0), backend)
     optimizer.extend_stable(2**24 + 1)

@@ -14,6 +14,8 @@ from typing import NoReturn, cast
 
 MAX_STEP = 2**53
 """Largest step or count: the last integer up to which float64 holds every integer exactly."""
+LOWEST = -sys.float_info.max
+"""The `low` of a number that may have any sign."""
 
 
 def shown(value: object) -> str:
@@ -60,7 +62,7 @@ def check_number(name: str, value: object, *, low: float = 0.0, positive: bool =
     """`value` as a finite float, at least `low`, and above zero if `positive`."""
     if type(value) is float and low <= value < math.inf and (value > 0.0 or not positive):
         return value + 0.0  # turns -0.0 into 0.0
-    bound = " > 0" if positive else "" if low == -math.inf else f" >= {low:g}"
+    bound = " > 0" if positive else "" if low == LOWEST else f" >= {low:g}"
     allowed = f"a finite number{bound}"
     real = as_real(value)
     if real is None:

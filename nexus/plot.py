@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import os
 import shutil
 import sys
@@ -16,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from nexus.arguments import MAX_STEP, check_count
 from nexus.files import write_whole
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
+from nexus.schedules.curves import NEVER, Layer
 from nexus.schedules.wsd import WSD_DECAYS
 
 if TYPE_CHECKING:
@@ -45,6 +47,7 @@ HELP = {
 }
 MAX_CYCLES = 12  # more are drawn as one phase
 MAX_POINTS = 4000
+MAX_RATE = 1e300  # a higher one, of growth without end, is drawn as this
 COLORS = {"warmup": "#f2b134", "stable": "#4a90d9", "decay": "#d9534a", "done": "#9a9a9a"}
 CYCLE_COLORS = ("#4a90d9", "#7bc8a4")
 
@@ -58,7 +61,10 @@ class Span(NamedTuple):
 
 
 def default_steps(schedule: Schedule) -> int:
-    """How many updates show all of a schedule that ends, or the first four cycles of one that does not."""
+    """How many updates show all of a schedule that ends, or the first four cycles of one that does not.
+
+    Of one without cycles, as many as bring the rate nine tenths of the way to where it goes.
+    """
     if isinstance(schedule, CosineRestarts):
         step = schedule.warmup_steps
         for _ in range(4):
@@ -66,15 +72,35 @@ def default_steps(schedule: Schedule) -> int:
         return min(step, MAX_STEP)
     if isinstance(schedule, WSD) and schedule.stable_steps is None:
         return min(4 * (schedule.warmup_steps + schedule.decay_steps), MAX_STEP)
-    end = schedule.segments()[-1].start
-    return min(end + max(1, end // 20), MAX_STEP) if end else 1000
+    if schedule.length is not None:
+        end = schedule.length
+        return min(end + max(1, end // 20), MAX_STEP) if end else 1000
+    layers = schedule.layers()
+    shown = [layer.repeat_start + 4 * layer.repeat_length for layer in layers if layer.repeat_start < NEVER]
+    starts = [row.start for layer in layers for row in layer.segments if row.start <= MAX_STEP]
+    return min(max(shown, default=max(starts) + _reach(schedule, max(starts))), MAX_STEP)
+
+
+def _reach(schedule: Schedule, start: int) -> int:
+    """The updates after `start`, a power of two, in which the rate comes near to what it is in the end."""
+    first, last = schedule(start), schedule(MAX_STEP)
+    if not math.isfinite(last) or first == last:
+        return 1000
+    after = 2
+    while start + after < MAX_STEP and abs(schedule(start + after) - last) > 0.1 * abs(first - last):
+        after *= 2
+    return after
 
 
 def spans(schedule: Schedule, steps: int) -> list[Span]:
     """The phases in the first `steps` updates; of warm restarts, each cycle, if they are few."""
     if not isinstance(schedule, CosineRestarts):
-        starts = sorted({segment.start for segment in schedule.segments() if segment.start < steps} | {steps})
-        return [Span(schedule.phase(a), a, b) for a, b in itertools.pairwise(starts)]
+        layers = schedule.layers()
+        many = (layer.repeat_start for layer in layers if len(_repeats(layer, steps)) > MAX_CYCLES)
+        end = min(many, default=steps)  # from there on, one span
+        edges = sorted({start for layer in layers for start in _starts(layer, end)} | {end})
+        named = [Span(schedule.phase(a), a, b) for a, b in itertools.pairwise(edges)]
+        return _merged([*named, Span("cycles", end, steps)] if end < steps else named)
     found: list[Span] = []
     start = 0
     while start < steps:
@@ -84,6 +110,25 @@ def spans(schedule: Schedule, steps: int) -> list[Span]:
         found.append(Span("warmup" if index < 0 else f"cycle {index}", start, min(start + length, steps)))
         start = found[-1].stop
     return found
+
+
+def _repeats(layer: Layer, steps: int) -> range:
+    """The steps, below `steps`, from which the layer does its repeated rows again."""
+    return range(layer.repeat_start, steps, layer.repeat_length)
+
+
+def _starts(layer: Layer, steps: int) -> set[int]:
+    """The steps, below `steps`, at which a row of the layer begins, or begins again."""
+    starts = {row.start for row in layer.segments}
+    again = _repeats(layer, steps)
+    repeated = {later + start - layer.repeat_start for start in starts if start >= again.start for later in again}
+    return {start for start in starts | repeated if start < steps}
+
+
+def _merged(found: list[Span]) -> list[Span]:
+    """The spans, those of one name that follow each other as one."""
+    groups = (list(group) for _, group in itertools.groupby(found, key=lambda span: span.name))
+    return [Span(group[0].name, group[0].start, group[-1].stop) for group in groups]
 
 
 def sample(schedule: Schedule, steps: int) -> list[int]:
@@ -110,9 +155,9 @@ def chart(schedule: Schedule, steps: int, *, width: int = 80, height: int = 10, 
     levels = " ▁▂▃▄▅▆▇█" if blocks else " #"
     side, corner, bottom = "│└─" if blocks else "|+-"
     wide = max(24, width - 10 - len(" |"))  # room for two step numbers
-    rates = [schedule((2 * column + 1) * steps // (2 * wide)) for column in range(wide)]
+    rates = [min(schedule((2 * column + 1) * steps // (2 * wide)), MAX_RATE) for column in range(wide)]
     phases = spans(schedule, steps)
-    top = max(*rates, *(schedule(phase.start) for phase in phases)) or 1.0
+    top = max(*rates, *(min(schedule(phase.start), MAX_RATE) for phase in phases)) or 1.0
     filled = [round(rate / top * height * (len(levels) - 1)) for rate in rates]
     lines = []
     for row in reversed(range(height)):
@@ -148,7 +193,7 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
 
     steps = default_steps(schedule) if steps is None else check_count("steps", steps, low=2)
     points = sample(schedule, steps)
-    rates = [schedule(step) for step in points]
+    rates = [min(schedule(step), MAX_RATE) for step in points]
     figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot()
     axes.plot(points, rates, color="#1f2933", linewidth=1.8, solid_joinstyle="round")

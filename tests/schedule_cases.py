@@ -6,7 +6,28 @@ import math
 
 import torch
 
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
+from nexus.schedules import (
+    MAX_STEP,
+    WSD,
+    WSDS,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Curve,
+    Cyclic,
+    Exponential,
+    InverseSqrt,
+    Linear,
+    MultiStep,
+    OneCycle,
+    Piecewise,
+    Polynomial,
+    Sampled,
+    Schedule,
+    StepDecay,
+    Tanh,
+    evaluate,
+)
 from nexus.schedules.wsd import WSD_DECAYS
 
 CURVES = {
@@ -35,6 +56,29 @@ WHOLE = [
     Constant(0.1),
 ]
 
+FAMILIES = [
+    Linear(1e-5, 1e-3, 113),
+    Linear(1e-3, 1e-5, 113),
+    Polynomial(1e-3, 113, 1.7, 1e-5),
+    Exponential(1e-3, 0.9, 7, 1e-5),
+    StepDecay(1e-3, 0.9, 7, 1e-5),
+    MultiStep(1e-3, [10, 20, 20, 113], 0.1),
+    InverseSqrt(1e-3, 13),
+    Tanh(1e-3, 113, 1e-5),
+    WSDS(13, 50, 20, 1e-3, 1e-5, "cosine"),
+    WSDS(13, 50, 20, 1e-3, 1e-5, "exponential", 3),
+    OneCycle(1e-3, 113),
+    OneCycle(1e-3, 113, 0.25, kind="linear", three_phase=True),
+    Cyclic(1e-5, 1e-3, 20, 30),
+    Cyclic(1e-5, 1e-3, 20, mode="triangular2"),
+    Cyclic(1e-5, 1e-3, 20, 30, "exp_range", 0.99),
+    *(Piecewise([(0, 0.0), (13, 1e-3), (113, 1e-5)], kind) for kind in ("constant", "linear", "cosine")),
+    Sampled([1e-3, 3e-4, 0.0, 1e-4], 13),
+    CosineRestarts(1e-3, 1e-5, 50, 1.0, 13, 0.7),
+    CosineRestarts(1e-3, 1e-5, 3, 1.1, 13, 0.7),
+]
+"""One or more of each family, but those of `WHOLE`."""
+
 
 def boundaries(schedule: Schedule) -> list[int]:
     """The first and last steps of every phase and cycle, their neighbours, and where narrow types overflow."""
@@ -43,7 +87,7 @@ def boundaries(schedule: Schedule) -> list[int]:
         edges |= {layer.repeat_start + i * layer.repeat_length for i in range(3)}
         for row in layer.segments[:80]:
             edges |= {row.start, row.start + row.period // 2, row.start + row.period, row.start + int(row.span)}
-    near = {edge + offset for edge in edges for offset in (-1, 0, 1)}
+    near = {edge + offset for edge in edges for offset in (-2, -1, 0, 1, 2)}
     return sorted(step for step in near if 0 <= step <= MAX_STEP)
 
 

@@ -3,10 +3,10 @@ r"""Learning-rate schedules as immutable values: the float64 oracle of every eva
 Convention, stated here once: `t` is the number of completed updates, from 0, and update `t` uses
 `schedule(t)`. That equals the usual loop `optimizer.step(); scheduler.step()` with torch's schedulers.
 
-A schedule says the same thing twice. Calling it is the closed form, written as its paper has it.
-`segments()` lowers it to the rows that the evaluators walk. The tests prove the two
-equal bit for bit, which is why every value is computed in one order of operations, in float64:
-`low + weight * (high - low)`, with `weight` a function of `p = position / length`.
+`layers()` lowers a schedule to the rows that the evaluators walk, or `segments()` where one layer will do. Calling a
+schedule evaluates these in Python, in the one order of operations that every evaluator keeps to, in float64:
+`low + weight * (high - low)`, with `weight` a function of `p = position / length`. The tests prove all of them
+equal, and equal to the closed forms in the docstrings.
 """
 
 from __future__ import annotations

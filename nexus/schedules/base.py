@@ -93,8 +93,15 @@ class Schedule(ABC):
         return [self(step) for step in range(start, stop)]
 
     def to_dict(self) -> dict[str, Any]:
-        """The schedule in plain types, for a checkpoint or a JSON file; `from_dict` reads it."""
-        return {"type": type(self).__name__, **{each.name: _plain(getattr(self, each.name)) for each in fields(self)}}
+        """The schedule in plain types, for a checkpoint or a JSON file; `from_dict` reads it.
+
+        A field that dicts of earlier versions lack is left out where it has its default: so do checkpoints of one
+        version fit the other, of torch.distributed.checkpoint too, which loads no entry that is new.
+        """
+        values = {each.name: getattr(self, each.name) for each in fields(self)}
+        later = self.later_fields(type(self).__name__)
+        kept = {name: _plain(value) for name, value in values.items() if name not in later or value != later[name]}
+        return {"type": type(self).__name__, **kept}
 
     @staticmethod
     def from_dict(d: Mapping[str, Any]) -> Schedule:

@@ -12,7 +12,32 @@ from nexus.schedules.curves import NEVER, Curve, Layer, Op, Segment, level, line
 
 @dataclass(frozen=True)
 class OneCycle(Schedule):
-    r"""Up to the peak and far down again.
+    r"""Up to the peak and far down again, by torch's convention.
+
+    Between the places :math:`a_0 = 0`, :math:`a_1 = uN - 1` and :math:`a_2 = N - 1`, which need not be integers, with
+    the rates :math:`\eta_0 = s \eta_{peak}`, :math:`\eta_1 = \eta_{peak}` and :math:`\eta_2 = e \eta_{peak}`, and
+    with :math:`f(p) = (1 - \cos \pi p) / 2` (`"cosine"`) or :math:`p` (`"linear"`):
+
+    .. math::
+        \eta(t) = \eta_i + f(\frac{t - a_i}{a_{i+1} - a_i}) (\eta_{i+1} - \eta_i) \qquad a_i < t \le a_{i+1}
+
+    With `three_phase`, the rate goes down as it came up: the places are 0, :math:`uN - 1`, :math:`2uN - 2` and
+    :math:`N - 1`, with the rates :math:`s \eta_{peak}`, :math:`\eta_{peak}`, :math:`s \eta_{peak}` and
+    :math:`e \eta_{peak}`.
+
+    Step 0 has :math:`s \eta_{peak}`, unless :math:`uN \le 1`, when there is no way up. The end is reached at step
+    N - 1, not N, and stays. The peak is the rate of a step only if :math:`uN` is an integer.
+
+    Args:
+        peak_lr: the highest rate, above 0.
+        total_steps: N, in updates, at least 1.
+        up_fraction: u, from 0 to 1, or to 0.5 with `three_phase`; torch's `pct_start`.
+        start_factor: s, from 0 to 1; one over torch's `div_factor`.
+        end_factor: e, from 0 to 1; one over the product of torch's `div_factor` and `final_div_factor`.
+        kind: `"cosine"` or `"linear"`; torch's `anneal_strategy`.
+        three_phase: whether there is a third phase.
+
+    Source: Smith & Topin 2018, arXiv:1708.07120. The same in torch: `OneCycleLR`, which raises past step N - 1.
 
     >>> schedule = OneCycle(peak_lr=1.0, total_steps=11, up_fraction=0.5, kind="linear")
     >>> [round(schedule(step), 3) for step in (0, 2, 4, 5, 10)]
@@ -58,7 +83,8 @@ class OneCycle(Schedule):
                     rows.append(line(start, NEVER, first, final)._replace(offset=offset, span=span))
                 else:
                     rows.append(segment(Curve.COSINE, start, NEVER, first, final, offset=offset, span=span))
-        return (*rows, level(last, self.peak_lr * self.end_factor))
+        final = next(final for _, _, end, _, final in self._phases() if last <= end)
+        return (*rows, level(last, final))
 
     def _phases(self) -> list[tuple[str, float, float, float, float]]:
         """The name, the last step of the phase before, the last step, and the rates there, of each phase."""
@@ -76,7 +102,28 @@ class OneCycle(Schedule):
 
 @dataclass(frozen=True)
 class Cyclic(Schedule):
-    r"""Triangles from the base to the peak and back.
+    r"""Triangles from the base to the peak and back, again and again.
+
+    With :math:`U, D` the updates up and down, :math:`c = \lfloor t / (U + D) \rfloor` the cycle and :math:`u` the
+    steps since it began:
+
+    .. math::
+        \eta(t) = \eta_{base} + g(t) \min(\frac{u}{U}, \frac{U + D - u}{D}) (\eta_{peak} - \eta_{base})
+
+    where :math:`g(t)` is 1 (`"triangular"`), :math:`2^{-c}` (`"triangular2"`) or :math:`\gamma^t` (`"exp_range"`).
+
+    Step 0 has the base, and so has the first step of each cycle; step U has the peak, or what :math:`g` leaves of it.
+    There is no last step.
+
+    Args:
+        base_lr: the lowest rate, from 0 to `peak_lr`.
+        peak_lr: the highest rate, above 0.
+        up_steps: U, in updates, at least 1.
+        down_steps: D, in updates, at least 1; None is as many as `up_steps`.
+        mode: `"triangular"`, `"triangular2"` or `"exp_range"`.
+        gamma: :math:`\gamma` of `"exp_range"`, above 0 and at most 1.
+
+    Source: Smith 2017, arXiv:1506.01186. The same in torch: `CyclicLR`.
 
     >>> Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=2, down_steps=4).values(0, 8)
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.5]

@@ -53,7 +53,7 @@ def checked_edits(schedule: Schedule, saved: Any, name: str) -> dict[str, Any]:
 
 def differences(name: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """What a warning says of each field in which `before`, a saved schedule, is another one than `now`."""
-    before = {**Schedule.later_fields(before["type"]), **before}
+    now, before = ({**Schedule.later_fields(each["type"]), **each} for each in (now, before))
     return [
         f"{name}.{field} was {before[field]!r} in the checkpoint and is {now[field]!r} now; the run goes on with the "
         "latter"

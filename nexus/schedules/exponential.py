@@ -15,6 +15,21 @@ from nexus.schedules.curves import MAX_SEGMENTS, NEVER, Curve, Segment, checked_
 class Exponential(Schedule):
     r"""A factor for every so many updates, evenly spread over them.
 
+    With :math:`E` the updates of a factor :math:`\gamma`:
+
+    .. math::
+        \eta(t) = \eta_{min} + \gamma^{t / E} (\eta_{peak} - \eta_{min})
+
+    Step 0 has the peak; there is no last step.
+
+    Args:
+        peak_lr: the rate at step 0, above 0.
+        gamma: :math:`\gamma`, above 0; above 1 the rate rises, in the end to infinity.
+        every: E, in updates, at least 1.
+        min_lr: what the rate comes near to, from 0 to `peak_lr`.
+
+    The same in torch, with `every=1` and no minimum: `ExponentialLR`; in optax: `exponential_decay`.
+
     >>> Exponential(peak_lr=1.0, gamma=0.25, every=2).values(0, 5)
     [1.0, 0.5, 0.25, 0.125, 0.0625]
     """
@@ -44,6 +59,21 @@ class Exponential(Schedule):
 class StepDecay(Schedule):
     r"""A factor at the end of every so many updates.
 
+    With :math:`E` the updates of a stair and :math:`\gamma` the factor:
+
+    .. math::
+        \eta(t) = \eta_{min} + \gamma^{\lfloor t / E \rfloor} (\eta_{peak} - \eta_{min})
+
+    Steps 0 to E - 1 have the peak, and step E is the first of the next stair; there is no last step.
+
+    Args:
+        peak_lr: the rate of the first stair, above 0.
+        gamma: :math:`\gamma`, above 0; above 1 the rate rises, in the end to infinity.
+        every: E, in updates, at least 1.
+        min_lr: what the rate comes near to, from 0 to `peak_lr`.
+
+    The same in torch, with no minimum: `StepLR`; in optax: `exponential_decay` with `staircase=True`.
+
     >>> StepDecay(peak_lr=1.0, gamma=0.5, every=2).values(0, 5)
     [1.0, 1.0, 0.5, 0.5, 0.25]
     """
@@ -72,6 +102,20 @@ class StepDecay(Schedule):
 @dataclass(frozen=True)
 class MultiStep(Schedule):
     r"""A factor at each milestone.
+
+    With the milestones :math:`m_i` and the factor :math:`\gamma`:
+
+    .. math::
+        \eta(t) = \gamma^{\#\{i : m_i \le t\}} \eta_{peak}
+
+    A milestone is the first step of its stage; the last stage stays.
+
+    Args:
+        peak_lr: the rate before all milestones, above 0.
+        milestones: steps in ascending order, fewer than 65,536; a step that is there twice counts twice.
+        gamma: :math:`\gamma`, 0 or above.
+
+    The same in torch: `MultiStepLR`.
 
     >>> MultiStep(peak_lr=1.0, milestones=[2, 4], gamma=0.5).values(0, 6)
     [1.0, 1.0, 0.5, 0.5, 0.25, 0.25]

@@ -18,6 +18,20 @@ JOINTS = ("constant", "linear", "cosine")
 class Linear(Schedule):
     r"""A line from one rate to another, which then stays.
 
+    With :math:`N` the total, in updates:
+
+    .. math::
+        \eta(t) = \eta_{start} + \min(\frac{t}{N}, 1) (\eta_{end} - \eta_{start})
+
+    Step 0 has `start_lr`, step N - 1 is one part in N short of the end, and step N is the first of `end_lr`.
+
+    Args:
+        start_lr: the rate at step 0, 0 or above.
+        end_lr: the rate from `total_steps` on, 0 or above; more or less than `start_lr`.
+        total_steps: N, in updates, at least 1.
+
+    The same in torch: `LinearLR`, with `total_iters` for N and factors for rates.
+
     >>> Linear(start_lr=1.0, end_lr=0.5, total_steps=4).values(0, 6)
     [1.0, 0.875, 0.75, 0.625, 0.5, 0.5]
     """
@@ -43,6 +57,21 @@ class Linear(Schedule):
 @dataclass(frozen=True)
 class Piecewise(Schedule):
     r"""Rates at given steps, with steps, lines or half-cosines between them.
+
+    With the points :math:`(t_i, \eta_i)`, :math:`p = (t - t_i) / (t_{i+1} - t_i)`, and :math:`f(p) = 0`
+    (`"constant"`), :math:`p` (`"linear"`) or :math:`(1 - \cos \pi p) / 2` (`"cosine"`):
+
+    .. math::
+        \eta(t) = \eta_i + f(p) (\eta_{i+1} - \eta_i) \qquad t_i \le t < t_{i+1}
+
+    Each point's step has its rate exactly; the last rate stays.
+
+    Args:
+        points: pairs (step, rate) by ascending step, the first of step 0; rates are 0 or above.
+        kind: `"constant"`, `"linear"` or `"cosine"`: what is between two points.
+
+    The same in optax: `piecewise_interpolate_schedule` and, of constants, `piecewise_constant_schedule`, which take
+    factors where rates are given here.
 
     >>> Piecewise([(0, 0.0), (2, 1.0), (6, 0.0)], kind="linear").values(0, 8)
     [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]

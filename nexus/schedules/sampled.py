@@ -12,7 +12,23 @@ from nexus.schedules.curves import MAX_SAMPLES, NEVER, Curve, Layer, level, samp
 
 @dataclass(frozen=True)
 class Sampled(Schedule):
-    r"""A table of rates.
+    r"""A table of rates, with lines between them.
+
+    With the rates :math:`\eta_0 \dots \eta_n`, one for every :math:`E` updates, :math:`i = \lfloor t / E \rfloor` and
+    :math:`p = t / E - i`:
+
+    .. math::
+        \eta(t) = \begin{cases}
+        \eta_i + p (\eta_{i+1} - \eta_i) & t < n E \\
+        \eta_n & t \ge n E
+        \end{cases}
+
+    Step :math:`i E` has the rate i exactly; the last rate stays. `Schedule.from_function` makes such a table.
+
+    Args:
+        rates: numbers, 0 or above, at most 1,048,576; 8 bytes each on the device.
+        every: E, in updates, at least 1.
+        error: the largest distance to what the table was made of, for information; it changes no rate.
 
     >>> Sampled([1.0, 0.5, 2.0], every=2).values(0, 6)
     [1.0, 0.75, 0.5, 1.25, 2.0, 2.0]

@@ -14,7 +14,32 @@ MAX_CYCLES = (MAX_SEGMENTS - 2) // 2
 
 @dataclass(frozen=True)
 class WSDS(Schedule):
-    r"""Warm-up, then cycles that stay at the peak and decay at their ends.
+    r"""Warmup-Stable-Decay, simplified: cycles that stay at the peak and decay at their ends.
+
+    With :math:`W` the warm-up, :math:`T` a cycle, :math:`D` the decay at its end, all in updates, :math:`u` the steps
+    since the cycle began, and :math:`f` that of `WSD`:
+
+    .. math::
+        \eta(t) = \begin{cases}
+        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_{peak} & t \ge W, u < T - D \\
+        \eta_{min} + f(\frac{u - T + D}{D}) (\eta_{peak} - \eta_{min}) & t \ge W, u \ge T - D
+        \end{cases}
+
+    After a decay the rate is back at the peak at once. Step 0 has the minimum, or the peak where there is no warm-up.
+    The last step of a linear decay is one part in D short of the minimum; the minimum itself is the rate after the
+    last of `cycles`, and stays.
+
+    Args:
+        warmup_steps: W, in updates; 0 starts at the peak.
+        cycle_length: T, in updates, at least 1.
+        decay_steps: D, in updates, from 1 to `cycle_length`.
+        peak_lr: the rate of the stable phases, above 0.
+        min_lr: the rate that a decay goes to, from 0 to `peak_lr`.
+        decay_type: `"linear"`, `"cosine"`, `"sqrt"`, `"exponential"` or `"polynomial"` (of power 2).
+        cycles: how many, at most 32,767; None goes on for ever.
+
+    Source: Wen et al. 2024, arXiv:2410.05192.
 
     >>> WSDS(warmup_steps=2, cycle_length=4, decay_steps=2, peak_lr=1.0).values(0, 10)
     [0.0, 0.5, 1.0, 1.0, 1.0, 0.5, 1.0, 1.0, 1.0, 0.5]

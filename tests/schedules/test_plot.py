@@ -1,15 +1,30 @@
 """`python -m nexus plot`: the chart in the terminal, the PNG, and one line for every kind of nonsense."""
 
+import itertools
 import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from schedule_cases import FAMILIES
 
 from nexus import plot
 from nexus.__main__ import main
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts
+from nexus.schedules import (
+    MAX_STEP,
+    WSD,
+    WSDS,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Cyclic,
+    Exponential,
+    InverseSqrt,
+    Linear,
+    MultiStep,
+    OneCycle,
+)
 
 needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
 
@@ -145,7 +160,8 @@ def test_png(kind, tmp_path, capsys) -> None:
 @needs_matplotlib
 @pytest.mark.parametrize("steps", [2, MAX_STEP])
 def test_png_of_extremes(steps, tmp_path) -> None:
-    for number, schedule in enumerate([Constant(0), WSD(0, 0, 1, 1e-300), CosineRestarts(1e3, cycle_length=1)]):
+    growth, restarts = Exponential(1.0, 1.5), CosineRestarts(1e3, cycle_length=1)  # growth goes to infinity
+    for number, schedule in enumerate([growth, Constant(0), WSD(0, 0, 1, 1e-300), restarts]):
         plot.draw(schedule, tmp_path / f"{number}.png", steps)
         assert size_of_png(tmp_path / f"{number}.png") == (1200, 540)
 
@@ -227,3 +243,48 @@ def test_help_and_version(capsys) -> None:
         out, err = capsys.readouterr()
         assert out
         assert err == ""
+
+
+@pytest.mark.parametrize("schedule", FAMILIES, ids=repr)
+@pytest.mark.parametrize("steps", [None, 2, 1000, MAX_STEP])
+def test_chart_and_sample_of_every_family(schedule, steps) -> None:
+    steps = plot.default_steps(schedule) if steps is None else steps
+    assert len(plot.chart(schedule, steps).splitlines()) == 13
+    spans = plot.spans(schedule, steps)
+    assert (spans[0].start, spans[-1].stop) == (0, steps)
+    assert all(a.stop == b.start for a, b in itertools.pairwise(spans))
+    assert all(span.name in (schedule.phase(span.start), "cosine") or "cycle" in span.name for span in spans)
+    assert len(spans) <= 2 * plot.MAX_CYCLES + 2
+    points = plot.sample(schedule, steps)
+    assert (points[0], points[-1]) == (0, steps - 1)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "steps", "spans"),
+    [
+        (Linear(0.0, 1.0, 100), 105, ["linear", "done"]),
+        (Cyclic(0.0, 1.0, 20, 30), 200, ["up", "down"] * 4),
+        (Cyclic(0.0, 1.0, 20, mode="triangular2"), 160, ["up", "down"] * 4),
+        (WSDS(13, 50, 20, 1.0), 213, ["warmup", *["stable", "decay"] * 4]),
+        (WSDS(13, 50, 20, 1.0, cycles=2), 118, ["warmup", *["stable", "decay"] * 2, "done"]),
+        (OneCycle(1.0, 101, three_phase=True), 105, ["up", "down", "annihilation", "done"]),
+        (MultiStep(1.0, [10, 20], 0.5), 21, ["stage 0", "stage 1", "stage 2"]),
+        (Exponential(1.0, 0.5, 100), 512, ["exponential"]),
+        (InverseSqrt(1.0, 10), 1024, ["inverse"]),
+        (Exponential(1.0, 1.5), 1000, ["exponential"]),
+    ],
+    ids=repr,
+)
+def test_default_steps_and_spans_of_families(schedule, steps, spans) -> None:
+    assert plot.default_steps(schedule) == steps
+    assert [span.name for span in plot.spans(schedule, steps)] == spans
+
+
+@pytest.mark.parametrize("steps", [2, 1000, 10_000, MAX_STEP])
+def test_chart_of_growth_without_end(steps) -> None:
+    assert len(plot.chart(Exponential(1.0, 1.5), steps).splitlines()) == 13
+
+
+def test_many_cycles_are_one_span() -> None:
+    assert plot.spans(Cyclic(0.0, 1.0, 2), 1000) == [("cycles", 0, 1000)]
+    assert plot.spans(WSDS(10, 4, 2, 1.0), 1000) == [("warmup", 0, 10), ("cycles", 10, 1000)]

@@ -11,6 +11,7 @@ from references import make_grads, make_params, set_grads
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.schedules import WSD
+from nexus.schedules.wsd import WSD_DECAYS
 
 
 def rates(optimizer: FusedAdamW, steps: int) -> list[float]:
@@ -45,6 +46,31 @@ def test_an_extension_is_carried_over_to_the_schedule_of_the_resumed_run(backend
     optimizer.extend_stable(1)
     rates(optimizer, 2)
     assert rates(resumed(optimizer, schedule), 70) == schedule.extend_stable(4).values(2, 72)
+
+
+@pytest.mark.parametrize("decay", WSD_DECAYS)
+def test_every_decay_can_be_put_off_and_begun_by_hand(backend: str, decay: str) -> None:
+    schedule = WSD(4, 5, 10, 1.0, 0.125, decay, 1.5)
+    for now in (3, 7):  # in the warm-up and after it
+        optimizer = make(schedule, backend)
+        optimizer.extend_stable(20)
+        rates(optimizer, now)
+        optimizer.begin_decay()
+        expected = schedule.extend_stable(20).begin_decay(now)
+        assert rates(resumed(optimizer, schedule), 13) == pytest.approx(expected.values(now, now + 13), rel=1e-14)
+        assert rates(optimizer, 13) == pytest.approx(expected.values(now, now + 13), rel=1e-14)
+
+
+def test_a_decay_power_is_saved_and_another_one_is_named(backend: str) -> None:
+    plain, steep = (WSD(0, 5, 10, 1.0, 0.0, "polynomial", power) for power in (2.0, 4.0))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        make(plain, backend).load_state_dict(make(plain, backend).state_dict())
+        make(steep, backend).load_state_dict(make(steep, backend).state_dict())
+    for now, before in ((plain, steep), (steep, plain)):
+        words = f"lr_schedule.decay_power was {before.decay_power} .* and is {now.decay_power} now"
+        with pytest.warns(UserWarning, match=words):
+            make(now, backend).load_state_dict(make(before, backend).state_dict())
 
 
 def test_an_extension_that_float32_would_round_is_exact(backend: str) -> None:

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from nexus.arguments import MAX_STEP
 from nexus.schedules.base import Schedule
+from nexus.schedules.compose import join, maximum, minimum
 from nexus.schedules.constant import Constant
 from nexus.schedules.cosine import Cosine, CosineRestarts
 from nexus.schedules.curves import Curve, Segment
@@ -51,6 +52,9 @@ __all__ = [
     "StepDecay",
     "Tanh",
     "evaluate",
+    "join",
+    "maximum",
+    "minimum",
 ]
 
 

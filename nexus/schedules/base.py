@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from numbers import Real
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
 from nexus.arguments import check_count, check_number, shown
 from nexus.schedules.curves import NEVER, Curve, Layer, Segment, value_of
 
 if TYPE_CHECKING:
+    from nexus.schedules.compose import Cooldown, Fold, Joined, Repeated, Warmup
     from nexus.schedules.sampled import Sampled
 
 _Self = TypeVar("_Self", bound="Schedule")
@@ -22,8 +24,9 @@ _Self = TypeVar("_Self", bound="Schedule")
 class Schedule(ABC):
     """A learning rate as a function of the number of completed updates. Immutable, hashable, comparable.
 
-    `schedule(step)` is the rate, `0.1 * schedule` the same schedule with its rates multiplied. A bad argument raises
-    TypeError or ValueError that names the argument, what was given and what is allowed.
+    `schedule(step)` is the rate, `0.1 * schedule` the same schedule with its rates multiplied; `s * t` and `s + t`
+    multiply and add two schedules at each step. A bad argument raises TypeError or ValueError that names the
+    argument, what was given and what is allowed.
     """
 
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
@@ -36,7 +39,7 @@ class Schedule(ABC):
 
     def __call__(self, step: int) -> float:
         """The rate that update `step` uses, in float64; `step` is an int from 0 to 2**53."""
-        return value_of(_layers(self), check_count("step", step))
+        return value_of(layers_of(self), check_count("step", step))
 
     @staticmethod
     def from_function(fn: Callable[[int], float], steps: int, every: int = 1) -> Sampled:
@@ -80,7 +83,7 @@ class Schedule(ABC):
     @property
     def length(self) -> int | None:
         """The number of updates after which the rate stays; None where it never does."""
-        ends = [_end(layer) for layer in _layers(self)]
+        ends = [_end(layer) for layer in layers_of(self)]
         return None if None in ends else max(end for end in ends if end is not None)
 
     def values(self, start: int, stop: int) -> list[float]:
@@ -132,12 +135,109 @@ class Schedule(ABC):
         found = Schedule._types[kind]
         return {each.name: each.default for each in fields(found) if each.name in found._later}
 
-    def __mul__(self: _Self, factor: float) -> _Self:
-        if isinstance(factor, bool) or not isinstance(factor, Real):
-            return NotImplemented
-        return self._scaled(check_number("factor", factor, positive=True))
+    def then(self, other: Schedule) -> Joined:
+        """This schedule for its length, then another one on a clock of its own: `join([self, other], [length])`.
 
-    __rmul__ = __mul__
+        Raises:
+            ValueError: this schedule has no end.
+
+        >>> from nexus.schedules import Constant, Linear
+        >>> Linear(0.0, 1.0, 2).then(Constant(0.25)).values(0, 4)
+        [0.0, 0.5, 0.25, 0.25]
+        """
+        from nexus.schedules.compose import join, length_of
+
+        return join([self, other], [length_of(self, "then")])
+
+    def repeat(self, n: int | None = None) -> Repeated:
+        """This schedule again and again.
+
+        Args:
+            n: how many times, after which its last rate stays; None for ever.
+
+        Raises:
+            ValueError: this schedule has no end, or `n` repeats of it are too long for a table.
+
+        >>> from nexus.schedules import Linear
+        >>> Linear(1.0, 0.0, 2).repeat(2).values(0, 6)
+        [1.0, 0.5, 1.0, 0.5, 0.0, 0.0]
+        """
+        from nexus.schedules.compose import Repeated
+
+        return Repeated(self, n)
+
+    def warmup(self, steps: int, start: float = 0.0, kind: str = "linear", count: str = "t/W") -> Warmup:
+        """A rise to this schedule's first rate, and then this schedule, from its step 0 on.
+
+        Args:
+            steps: W, the updates of the rise, at least 1.
+            start: the rate that the rise begins at, where p = 0.
+            kind: `"linear"`, `start + p * (self(0) - start)`; or a decay upside down, `"cosine"` or `"sqrt"`.
+            count: what p is at step t: `"t/W"`, `"(t+1)/W"` (the last update of the rise has the first rate of this
+                schedule already) or `"(t+1)/(W+1)"` (no update has the rate `start`).
+
+        >>> from nexus.schedules import Constant
+        >>> Constant(1.0).warmup(4).values(0, 6)
+        [0.0, 0.25, 0.5, 0.75, 1.0, 1.0]
+        >>> Constant(1.0).warmup(4, count="(t+1)/W").values(0, 6)
+        [0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
+        """
+        from nexus.schedules.compose import Warmup
+
+        return Warmup(self, steps, start, kind, count)
+
+    def cooldown(self, steps: int, to: float = 0.0, kind: str = "linear") -> Cooldown:
+        """This schedule for its length, then a decay from the rate that it ends with.
+
+        Args:
+            steps: the updates of the decay, at least 1.
+            to: the rate after it, which stays.
+            kind: `"linear"`, `"cosine"` or `"sqrt"`.
+
+        Raises:
+            ValueError: this schedule has no end.
+
+        >>> from nexus.schedules import Linear
+        >>> Linear(0.0, 1.0, 2).cooldown(4).values(0, 8)
+        [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
+        """
+        from nexus.schedules.compose import Cooldown
+
+        return Cooldown(self, steps, to, kind)
+
+    def clip(self, low: float = 0.0, high: float = math.inf) -> Schedule:
+        """`minimum(maximum(self, Constant(low)), Constant(high))`, without a bound that does nothing.
+
+        >>> from nexus.schedules import Linear
+        >>> Linear(0.0, 1.0, 4).clip(low=0.25, high=0.5).values(0, 4)
+        [0.25, 0.25, 0.5, 0.5]
+        """
+        from nexus.schedules.compose import clipped
+
+        return clipped(self, low, high)
+
+    def __add__(self, other: Schedule) -> Fold:
+        from nexus.schedules.compose import Fold
+
+        return Fold(self, other, "+")
+
+    @overload
+    def __mul__(self: _Self, other: float) -> _Self: ...
+
+    @overload
+    def __mul__(self, other: Schedule) -> Fold: ...
+
+    def __mul__(self: _Self, other: float | Schedule) -> _Self | Fold:
+        if isinstance(other, Schedule):
+            from nexus.schedules.compose import Fold
+
+            return Fold(self, other, "*")
+        return self.__rmul__(other)
+
+    def __rmul__(self: _Self, factor: float) -> _Self:
+        if isinstance(factor, bool) or not isinstance(factor, Real):
+            raise TypeError(f"a factor of {self!r} must be a number > 0 or a nexus Schedule, got {shown(factor)}")
+        return self._scaled(check_number("factor", factor, positive=True))
 
     def _scaled(self: _Self, factor: float) -> _Self:
         return replace(self, **{name: factor * getattr(self, name) for name in self._rates})
@@ -152,7 +252,8 @@ class Schedule(ABC):
 
 
 @lru_cache(maxsize=256)
-def _layers(schedule: Schedule) -> tuple[Layer, ...]:
+def layers_of(schedule: Schedule) -> tuple[Layer, ...]:
+    """The schedule's layers, lowered once."""
     return schedule.layers()
 
 

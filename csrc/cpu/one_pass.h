@@ -12,8 +12,8 @@
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
-// The types of a parameter and its gradient, of the low bits of its master weight (of what is Float, it has
-// none), and of both moments; and whether `stochastic_rounding` is set.
+// The types of a parameter and its gradient, of the low bits of its master weight (where that is float, it
+// has none), and of both moments; and whether `stochastic_rounding` is set.
 template <class Weight, class Low, class Moment, bool kByChance>
 struct OnePass {
   static constexpr bool kHasLow = std::is_same_v<Low, Low16>;

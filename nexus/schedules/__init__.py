@@ -14,6 +14,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from nexus.arguments import MAX_STEP
+from nexus.schedules.arc import Arc
 from nexus.schedules.base import Schedule
 from nexus.schedules.compose import join, maximum, minimum
 from nexus.schedules.constant import Constant
@@ -30,10 +31,13 @@ from nexus.schedules.wsds import WSDS
 if TYPE_CHECKING:
     import torch
 
+    from nexus.schedules.imports import from_optax, from_timm, from_torch, from_transformers
+
 __all__ = [
     "MAX_STEP",
     "WSD",
     "WSDS",
+    "Arc",
     "Constant",
     "Cosine",
     "CosineRestarts",
@@ -52,10 +56,22 @@ __all__ = [
     "StepDecay",
     "Tanh",
     "evaluate",
+    "from_optax",
+    "from_timm",
+    "from_torch",
+    "from_transformers",
     "join",
     "maximum",
     "minimum",
 ]
+
+
+def __getattr__(name: str) -> object:
+    if name.startswith("from_") and name in __all__:
+        from nexus.schedules import imports  # imports torch
+
+        return getattr(imports, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def evaluate(

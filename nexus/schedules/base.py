@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, replace
@@ -91,6 +92,12 @@ class Schedule(ABC):
         start = check_count("start", start)
         stop = check_count("stop", stop, low=start)
         return [self(step) for step in range(start, stop)]
+
+    def plot(self, path: str | os.PathLike[str], steps: int | None = None) -> None:
+        """Draw the rates and the phases of the first `steps` updates to a PNG: see `nexus.plot.draw`."""
+        from nexus.plot import draw
+
+        draw(self, path, steps)
 
     def to_dict(self) -> dict[str, Any]:
         """The schedule in plain types, for a checkpoint or a JSON file; `from_dict` reads it.

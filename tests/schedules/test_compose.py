@@ -35,7 +35,8 @@ from nexus.schedules import (
     minimum,
 )
 from nexus.schedules.compose import Cooldown, Fold, Joined, Repeated, Warmup
-from nexus.schedules.curves import MAX_LAYERS, MAX_SEGMENTS, value_of
+from nexus.schedules.curves import MAX_LAYERS, MAX_SEGMENTS, Layer, segment, value_of
+from nexus.schedules.splice import spliced
 
 UP, DOWN = Linear(0.0, 1.0, 4), Linear(1.0, 0.0, 4)
 BY_HAND = [
@@ -216,6 +217,38 @@ def test_random_compositions_are_the_same_part_by_part_and_by_every_evaluator(
             assert_within_rounding(values, expected)
     assert Schedule.from_dict(schedule.to_dict()) == schedule
     assert eval(repr(schedule)) == schedule
+
+
+ROWS = st.lists(
+    st.tuples(st.sampled_from([Curve.RISE, Curve.LINEAR, Curve.CONSTANT]), STEPS, STEPS), min_size=1, max_size=4
+)
+
+
+@st.composite
+def repeating(draw: st.DrawFn) -> Layer:
+    """A layer whose rows have any periods, which repeats from any step on."""
+    begin, rows = 0, []
+    for curve, length, period in draw(ROWS):
+        rows.append(segment(curve, begin, period, 1.0, 0.25, offset=draw(st.sampled_from([0.0, 1.0, 3.0]))))
+        begin += length
+    start = draw(st.just(rows[-1].start) | st.integers(0, 150))
+    return Layer(tuple(rows), repeat_start=start, repeat_length=draw(STEPS))
+
+
+@given(repeating(), repeating(), st.integers(0, 300))
+def test_layers_that_repeat_from_the_midst_of_a_row_keep_their_place(
+    first: Layer, second: Layer, boundary: int
+) -> None:
+    layers = spliced([(first,), (second,)], [boundary])
+    expected = [value_of((first,), step) for step in range(boundary)]
+    expected += [value_of((second,), step) for step in range(300)]
+    assert [value_of(layers, step) for step in range(boundary + 300)] == expected
+
+
+def test_a_part_that_cannot_keep_its_bits_is_refused() -> None:
+    layer = Layer((segment(Curve.RISE, 0, 4, 1.0, offset=0.1),), repeat_start=3, repeat_length=6)
+    with pytest.raises(ValueError, match=r"repeats from the midst of Segment.* must have a whole offset"):
+        spliced([(layer,), (layer,)], [20])
 
 
 @pytest.mark.parametrize(

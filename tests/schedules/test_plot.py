@@ -24,6 +24,7 @@ from nexus.schedules import (
     Linear,
     MultiStep,
     OneCycle,
+    minimum,
 )
 
 needs_matplotlib = pytest.mark.skipif(not find_spec("matplotlib"), reason="matplotlib is not installed")
@@ -165,6 +166,13 @@ def test_png(kind, tmp_path, capsys) -> None:
     assert capsys.readouterr() == (f"{path}\n", "")
     assert size_of_png(path) == (1200, 540)
     assert list(tmp_path.iterdir()) == [path]
+
+
+@needs_matplotlib
+def test_a_schedule_of_schedules_draws_itself(tmp_path) -> None:
+    schedule = minimum(Cyclic(0.0, 1.0, 20).warmup(10) * Exponential(1.0, 0.5, 100), Constant(0.8))
+    schedule.plot(tmp_path / "lr.png", steps=200)
+    assert size_of_png(tmp_path / "lr.png") == (1200, 540)
 
 
 @needs_matplotlib

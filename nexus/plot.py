@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import os
+import textwrap
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 MAX_CYCLES = 12  # more are drawn as one phase
 MAX_POINTS = 4000
+TITLE_COLUMNS = 105
+TITLE_LINES = 3
 MAX_RATE = 1e300  # a higher one, of growth without end, is drawn as this
 COLORS = {
     "warmup": "#f2b134",
@@ -27,6 +30,7 @@ COLORS = {
     "stable": "#4a90d9",
     "decay": "#d9534a",
     "down": "#d9534a",
+    "cooldown": "#d9534a",
     "annihilation": "#9b6fb0",
     "done": "#9a9a9a",
 }
@@ -181,7 +185,7 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
     axes.set_xlim(0, max(1, steps - 1))
     axes.set_ylim(0, 1.14 * (max(rates) or 1.0))
     name_phases(axes, schedule, steps)
-    axes.set_title(repr(schedule), fontsize=10, pad=10)
+    axes.set_title(title(schedule), fontsize=10, pad=10)
     axes.set_xlabel("completed updates t")
     axes.set_ylabel("learning rate")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -190,6 +194,17 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, Path(path))
+
+
+def title(schedule: Schedule) -> str:
+    """The schedule's repr in lines that fit a picture; of a longer one, as of a table, the beginning.
+
+    >>> print(title(WSD(8, None, 8, peak_lr=0.5)))
+    WSD(warmup_steps=8, stable_steps=None, decay_steps=8, peak_lr=0.5, min_lr=0.0, decay_type='linear',
+    decay_power=2.0)
+    """
+    code = repr(schedule)[: TITLE_LINES * TITLE_COLUMNS + 1]
+    return textwrap.fill(code, TITLE_COLUMNS, max_lines=TITLE_LINES, placeholder=" …", break_on_hyphens=False)
 
 
 def name_phases(axes: Axes, schedule: Schedule, steps: int) -> None:
@@ -203,7 +218,7 @@ def name_phases(axes: Axes, schedule: Schedule, steps: int) -> None:
                 (span.start + span.stop) / 2,
                 0.975,
                 span.name,
-                rotation=0 if share > 0.009 * len(span.name) else 90,
+                rotation=0 if share > 0.0105 * len(span.name) else 90,
                 transform=axes.get_xaxis_transform(),
                 horizontalalignment="center",
                 verticalalignment="top",

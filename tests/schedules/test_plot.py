@@ -116,6 +116,7 @@ def test_default_steps_show_all(schedule, steps) -> None:
     assert plot.default_steps(schedule) == steps
 
 
+MULTI_STEP = MultiStep(1.0, range(2000), 0.99)  # of a long repr
 RESTARTS = CosineRestarts(1.0, cycle_length=2, cycle_mult=2, warmup_steps=3)
 
 
@@ -132,6 +133,15 @@ RESTARTS = CosineRestarts(1.0, cycle_length=2, cycle_mult=2, warmup_steps=3)
 )
 def test_spans(schedule, steps, spans) -> None:
     assert plot.spans(schedule, steps) == spans
+
+
+@pytest.mark.parametrize("schedule", [*FAMILIES, Linear(1.0, 0.0, 2).repeat(3).warmup(5), MULTI_STEP], ids=type)
+def test_a_title_fits_the_picture(schedule) -> None:
+    lines = plot.title(schedule).splitlines()
+    assert len(lines) <= plot.TITLE_LINES
+    assert all(len(line) <= plot.TITLE_COLUMNS for line in lines)
+    shown = " ".join(lines)
+    assert shown == repr(schedule) or (shown.endswith(" …") and repr(schedule).startswith(shown[:-2]))
 
 
 @pytest.mark.parametrize("steps", [2, 4000, 4001, 123_457, MAX_STEP])

@@ -43,7 +43,6 @@ def prove(
     schedules: Sequence[Schedule],
     rates: Iterable[Sequence[float]],
     name: str,
-    drift: float = 0.0,
     first: int = 0,
     peaks: Sequence[float] = (),
 ) -> list[float]:
@@ -53,7 +52,6 @@ def prove(
         schedules: one a group.
         rates: for each step, the real rate of each group.
         name: what the error calls the real object.
-        drift: the relative error that the real object's own recursion is known to gather.
         first: the step of the first of `rates`.
         peaks: the highest rate of each group so far.
 
@@ -61,14 +59,14 @@ def prove(
         The highest rate of each group.
 
     Raises:
-        ImportMismatch: some rate differs by more than 1e-11 (or `drift`) relative plus 1e-15 of the peak.
+        ImportMismatch: some rate differs by more than 1e-11 relative plus 1e-15 of the peak.
     """
     highest = list(peaks) or [0.0] * len(schedules)
     for step, real in enumerate(rates, first):
         for group, (schedule, theirs) in enumerate(zip(schedules, real, strict=True)):
             highest[group] = max(highest[group], abs(theirs))
             ours = schedule(step)
-            allowed = max(RELATIVE, drift) * abs(theirs) + ABSOLUTE * highest[group]
+            allowed = RELATIVE * abs(theirs) + ABSOLUTE * highest[group]
             if not abs(ours - theirs) <= allowed:
                 raise ImportMismatch(
                     f"at step {step}, group {group}, {name} has the rate {theirs!r} and {schedule!r} has {ours!r}; "

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -58,11 +57,10 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
     _check_class(scheduler)
     schedules = [schedule_of(scheduler, group) for group in range(len(scheduler.optimizer.param_groups))]
     count = steps_to_prove(schedules, steps)
-    drift = _drift(scheduler)
-    peaks = prove(schedules, real_rates(scheduler, min(count, _last_step(scheduler))), name, drift)
+    peaks = prove(schedules, real_rates(scheduler, min(count, _last_step(scheduler))), name)
     if hasattr(scheduler, "last_epoch"):
         step, now = int(scheduler.last_epoch), [float(rate) for rate in scheduler.get_last_lr()]
-        prove(schedules, [now], f"the {name} given, as it is now,", drift, first=step, peaks=peaks)
+        prove(schedules, [now], f"the {name} given, as it is now,", first=step, peaks=peaks)
     return schedules
 
 
@@ -266,10 +264,3 @@ def _last_step(scheduler: Scheduler) -> int:
         return int(([0, *scheduler._milestones])[-1]) + _last_step(scheduler._schedulers[-1])
     inner: Sequence[Scheduler] = getattr(scheduler, "_schedulers", ())
     return min(map(_last_step, inner), default=2**53)
-
-
-def _drift(scheduler: Scheduler) -> float:
-    """The relative error of torch's recursions: from T_max on, that of the difference 1 - cos(pi / T_max)."""
-    if type(scheduler) is theirs.CosineAnnealingLR:
-        return math.ulp(1.0) * float(scheduler.T_max) ** 2
-    return max(map(_drift, getattr(scheduler, "_schedulers", ())), default=0.0)

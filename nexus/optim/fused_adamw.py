@@ -16,15 +16,14 @@ from torch.optim.optimizer import Optimizer
 
 from nexus import backends
 from nexus.arguments import shown
-from nexus.backends import reference
 from nexus.backends.interface import Backend, StepState
 from nexus.optim import checkpoint, master, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
 from nexus.optim.history import History
+from nexus.optim.scheduled import Scheduled
 from nexus.optim.storage import average_bytes, check_seed, trained_storages
-from nexus.schedules import WSD, Schedule
-from nexus.schedules.table import ScheduleTable
+from nexus.schedules import Schedule
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -32,7 +31,7 @@ if TYPE_CHECKING:
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedAdamW(Optimizer):
+class FusedAdamW(Scheduled, Optimizer):
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for `torch.optim.AdamW`.
 
     With :math:`\eta_t` the rate, :math:`\lambda_t` the weight decay and :math:`g_t` the gradient, clipped to
@@ -410,43 +409,3 @@ class FusedAdamW(Optimizer):
         ([0, 1, 2], [[0.5], [0.5], [0.5]], [5.0, 5.0, 5.0], 0)
         """
         return self._engine.keep_history(attributes_of(self), capacity)
-
-    @_disable_dynamo
-    def begin_decay(self) -> None:
-        """Let the decay of every WSD schedule of this optimizer begin with the next step.
-
-        It starts from the rate of this moment, whatever that is: from 0, it stays 0. A decay that has begun goes
-        on. Reads nothing back from the device.
-
-        Raises:
-            RuntimeError: no group has a WSD schedule.
-        """
-        for table, state in self._wsd_tables():
-            table.begin_decay(state.completed, reference.evaluate(table.rows, state.completed))
-
-    @_disable_dynamo
-    def extend_stable(self, n: int) -> None:
-        """Make the stable phase of every WSD schedule of this optimizer `n` updates longer.
-
-        A decay that has begun goes on. Reads nothing back from the device.
-
-        Raises:
-            RuntimeError: no group has a WSD schedule.
-            TypeError, ValueError: `n` is no count, or a stable phase is open-ended.
-        """
-        tables = self._wsd_tables()
-        for table, _ in tables:
-            table.check_extend_stable(n)
-        for table, state in tables:
-            table.extend_stable(n, state.completed)
-
-    def _wsd_tables(self) -> list[tuple[ScheduleTable, StepState]]:
-        self._engine.settle(attributes_of(self))
-        chosen = [
-            (table, self._engine.state_on(device))
-            for (schedule, device), table in self._engine.tables.items()
-            if isinstance(schedule, WSD)
-        ]
-        if not chosen:
-            raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or ask the WSDScheduler")
-        return chosen

@@ -1,0 +1,101 @@
+"""What is done to the schedules of an optimizer while its run goes on."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch._compile import _disable_dynamo
+
+from nexus.arguments import shown
+from nexus.backends import reference
+from nexus.backends.interface import StepState
+from nexus.optim.engine import Engine, attributes_of, devices_of
+from nexus.schedules import WSD, Schedule, from_torch
+from nexus.schedules.table import ScheduleTable
+
+
+class Scheduled:
+    """The part of an optimizer that edits its schedules, on the device."""
+
+    _engine: Engine
+    param_groups: list[dict[str, Any]]
+
+    @_disable_dynamo
+    def take_over(self, scheduler: Any, *, steps: int | None = None, exact: bool = False) -> list[Schedule]:
+        """Compute the rates of one of torch's schedulers on the device from here on: each group gets its schedule.
+
+        The count of updates becomes the scheduler's, which is not to be stepped any more. Reads nothing back from the
+        device.
+
+        Args:
+            scheduler: of `torch.optim.lr_scheduler`, over this optimizer, new or in mid-run, stepped once an update.
+            steps: as of `nexus.schedules.from_torch`.
+            exact: as of `nexus.schedules.from_torch`.
+
+        Returns:
+            The schedule of each group.
+
+        Raises:
+            ValueError: the scheduler is over another optimizer.
+            NotImportable, ImportMismatch: as of `nexus.schedules.from_torch`. In each case nothing is changed.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = FusedAdamW([weight], lr=1.0)
+        >>> optimizer.take_over(torch.optim.lr_scheduler.ExponentialLR(optimizer, gamma=0.5))
+        [Exponential(peak_lr=1.0, gamma=0.5, every=1, min_lr=0.0)]
+        >>> for _ in range(3):
+        ...     weight.grad = torch.ones(2)
+        ...     optimizer.step()
+        >>> float(optimizer.param_groups[0]["lr"])
+        0.25
+        """
+        if getattr(scheduler, "optimizer", None) is not self:
+            raise ValueError(f"scheduler must be one of torch's over this optimizer, got {shown(scheduler)}")
+        schedules = from_torch(scheduler, steps=steps, exact=exact)
+        for group, schedule in zip(self.param_groups, schedules, strict=True):
+            group["lr"] = schedule
+        for device in devices_of(attributes_of(self)):
+            self._engine.state_on(device).completed.fill_(scheduler.last_epoch)
+        return schedules
+
+    @_disable_dynamo
+    def begin_decay(self) -> None:
+        """Let the decay of every WSD schedule of this optimizer begin with the next step.
+
+        It starts from the rate of this moment, whatever that is: from 0, it stays 0. A decay that has begun goes
+        on. Reads nothing back from the device.
+
+        Raises:
+            RuntimeError: no group has a WSD schedule.
+        """
+        for table, state in self._wsd_tables():
+            table.begin_decay(state.completed, reference.evaluate(table.rows, state.completed))
+
+    @_disable_dynamo
+    def extend_stable(self, n: int) -> None:
+        """Make the stable phase of every WSD schedule of this optimizer `n` updates longer.
+
+        A decay that has begun goes on. Reads nothing back from the device.
+
+        Raises:
+            RuntimeError: no group has a WSD schedule.
+            TypeError, ValueError: `n` is no count, or a stable phase is open-ended.
+        """
+        tables = self._wsd_tables()
+        for table, _ in tables:
+            table.check_extend_stable(n)
+        for table, state in tables:
+            table.extend_stable(n, state.completed)
+
+    def _wsd_tables(self) -> list[tuple[ScheduleTable, StepState]]:
+        self._engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
+        chosen = [
+            (table, self._engine.state_on(device))
+            for (schedule, device), table in self._engine.tables.items()
+            if isinstance(schedule, WSD)
+        ]
+        if not chosen:
+            raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or ask the WSDScheduler")
+        return chosen

@@ -1,0 +1,100 @@
+"""Schedules of torch's schedulers, computed on the device from where the scheduler stands."""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from references import BACKENDS, make_grads, make_params, set_grads
+from torch.optim import lr_scheduler
+
+from nexus.optim import FusedAdamW
+from nexus.schedules import Constant, Schedule, from_torch
+
+RATES = (1e-2, 3e-3)
+SCHEDULERS: dict[str, Callable[[Any], Any]] = {
+    "step": lambda o: lr_scheduler.StepLR(o, 3, 0.5),
+    "cosine": lambda o: lr_scheduler.CosineAnnealingLR(o, 7, 1e-4),
+    "one cycle": lambda o: lr_scheduler.OneCycleLR(o, [1e-2, 2e-2], total_steps=30, cycle_momentum=False),
+    "sequence": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.LinearLR(o, 0.1, total_iters=4), lr_scheduler.ExponentialLR(o, 0.9)], [4]
+    ),
+    "lambda": lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0 / (1.0 + t)),
+}
+
+
+def groups() -> list[dict[str, Any]]:
+    torch.manual_seed(0)
+    params = make_params([(3, 5), (7,), (40,), (2, 3)])
+    return [{"params": params[:2], "lr": RATES[0]}, {"params": params[2:], "lr": RATES[1]}]
+
+
+def run(optimizer: Any, steps: int, scheduler: Any = None) -> None:
+    params = [param for group in optimizer.param_groups for param in group["params"]]
+    for step in range(steps):
+        torch.manual_seed(step)
+        set_grads(params, make_grads(params))
+        optimizer.step()
+        if scheduler is not None:
+            scheduler.step()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("done", [0, 5])
+@pytest.mark.parametrize("name", SCHEDULERS)
+def test_parameters_go_on_as_under_the_scheduler(name: str, done: int, backend: str) -> None:
+    scheduled, taken = FusedAdamW(groups(), backend=backend), FusedAdamW(groups(), backend=backend)
+    real, theirs = (SCHEDULERS[name](optimizer) for optimizer in (scheduled, taken))
+    run(scheduled, done, real)
+    run(taken, done, theirs)
+    steps = 20 if name == "lambda" else None
+    schedules = taken.take_over(theirs, steps=steps)
+    assert schedules == from_torch(real, steps=steps)
+    run(scheduled, 12, real)
+    run(taken, 12)
+    used = [float(group["lr"]) for group in taken.param_groups]
+    assert used == pytest.approx([schedule(done + 11) for schedule in schedules], rel=1e-12)
+    for ours, other in zip(taken.param_groups, scheduled.param_groups, strict=True):
+        for a, b in zip(ours["params"], other["params"], strict=True):
+            # Their rates may differ in the last bit of float64, which float32 rounds away but for rare ties.
+            torch.testing.assert_close(a, b, rtol=2e-7, atol=1e-9)
+
+
+def test_the_count_is_the_schedulers() -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = lr_scheduler.StepLR(optimizer, 3, 0.5)
+    run(optimizer, 2)
+    for _ in range(4):
+        scheduler.step()
+    optimizer.take_over(scheduler)
+    run(optimizer, 1)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5 * rate for rate in RATES]
+
+
+def test_a_scheduler_that_is_stepped_on_is_refused() -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    optimizer.take_over(scheduler)
+    run(optimizer, 1)
+    scheduler.step()
+    with pytest.raises((RuntimeError, ValueError), match="schedule"):
+        run(optimizer, 1)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda o: None, "scheduler must be one of torch's over this optimizer, got None"),
+        (lambda o: Constant(1.0), "scheduler must be one of torch's over this optimizer, got Constant"),
+        (lambda o: lr_scheduler.StepLR(FusedAdamW(groups()), 3), "over this optimizer, got .*StepLR"),
+        (lambda o: lr_scheduler.ReduceLROnPlateau(o), "ReduceLROnPlateau"),
+        (lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0), "steps="),
+    ],
+)
+def test_what_cannot_be_taken_over_changes_nothing(make: Callable[[Any], Any], words: str) -> None:
+    optimizer = FusedAdamW(groups())
+    with pytest.raises((ValueError, TypeError), match=words):
+        optimizer.take_over(make(optimizer))
+    run(optimizer, 1)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == list(RATES)
+    assert not any(isinstance(group.get("lr_schedule"), Schedule) for group in optimizer.param_groups)

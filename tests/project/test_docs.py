@@ -10,6 +10,7 @@ from gpt.cli import main as gpt_main
 
 from benchmarks.__main__ import main as benchmarks_main
 from nexus.__main__ import COMMANDS, main
+from nexus.plot_command import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md", "docs/**/*.md"]
@@ -79,6 +80,16 @@ def test_command(program, command, tmp_path, monkeypatch, capsys) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert [word for word in arguments if word.startswith("-") and word not in text] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_gallery_has_each_family(kind: str) -> None:
+    """The class with its arguments, the phases and the picture, which one of the pages says how to draw."""
+    gallery = TEXTS["docs/schedules/gallery.md"]
+    assert f"`{type(KINDS[kind]).__name__}(" in gallery
+    assert f"]({kind}.png)" in gallery
+    drawn = [command for _, command in SHOWN if command.startswith(f"python -m nexus plot {kind} ")]
+    assert any(command.endswith(f"-o docs/schedules/{kind}.png") for command in drawn)
 
 
 @pytest.mark.parametrize("name", TEXTS)

@@ -11,6 +11,7 @@ from nexus.backends import reference
 from nexus.backends.interface import StepState
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.schedules import WSD, Schedule, from_torch
+from nexus.schedules.imports.torch_schedulers import step_of
 from nexus.schedules.table import ScheduleTable
 
 
@@ -24,8 +25,8 @@ class Scheduled:
     def take_over(self, scheduler: Any, *, steps: int | None = None, exact: bool = False) -> list[Schedule]:
         """Compute the rates of one of torch's schedulers on the device from here on: each group gets its schedule.
 
-        The count of updates becomes the scheduler's, which is not to be stepped any more. Reads nothing back from the
-        device.
+        The count of updates becomes the scheduler's, which is not to be stepped any more; a schedule of the weight
+        decay goes on at that count, too.
 
         Args:
             scheduler: of `torch.optim.lr_scheduler`, over this optimizer, new or in mid-run, stepped once an update.
@@ -54,10 +55,11 @@ class Scheduled:
         if getattr(scheduler, "optimizer", None) is not self:
             raise ValueError(f"scheduler must be one of torch's over this optimizer, got {shown(scheduler)}")
         schedules = from_torch(scheduler, steps=steps, exact=exact)
+        completed = step_of(scheduler)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
             group["lr"] = schedule
         for device in devices_of(attributes_of(self)):
-            self._engine.state_on(device).completed.fill_(scheduler.last_epoch)
+            self._engine.state_on(device).completed.fill_(completed)
         return schedules
 
     @_disable_dynamo
@@ -96,6 +98,9 @@ class Scheduled:
             for (schedule, device), table in self._engine.tables.items()
             if isinstance(schedule, WSD)
         ]
+        for schedule, _ in self._engine.tables:
+            if not isinstance(schedule, WSD) and any(isinstance(part, WSD) for part in schedule.parts()):
+                raise RuntimeError(f"a WSD that is part of another schedule cannot be edited: {schedule!r}")
         if not chosen:
             raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or ask the WSDScheduler")
         return chosen

@@ -1,19 +1,32 @@
-"""One curve, for ever: what joins are made of where a family with a name has not the same off-by-ones."""
+"""One curve by itself: what joins are made of where no other schedule has exactly the same rates."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from nexus.arguments import LOWEST, check_choice, check_count, check_number
+from nexus.arguments import LOWEST, MAX_STEP, check_choice, check_count, check_number
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import NEVER, Curve, Segment, segment
+from nexus.schedules.curves import NEVER, Curve, Segment, level, segment
 
 CURVES = {curve.name.lower(): curve for curve in Curve if curve not in (Curve.CONSTANT, Curve.SAMPLED)}
+
+ENDING = ("linear", "rise", "sqrt", "power")
+"""Those that have no numbers, or no rates, past p = 1."""
+RULES: tuple[tuple[tuple[str, ...], Callable[[Arc], bool], str], ...] = (
+    (ENDING, lambda arc: arc.shift >= 0.0, "shift must be 0 or above"),
+    (("inverse",), lambda arc: arc.shift > -arc.span, "shift must be above -span"),
+    (("log",), lambda arc: arc.shift > 0.0, "shift must be above 0"),
+    (("power", "cosine"), lambda arc: arc.k > 0.0 and arc.q > 0.0, "k and q must be above 0"),
+    (("exponential",), lambda arc: arc.k != 1.0, "k must not be 1 (0 is q**p)"),
+    (("exponential", "staircase"), lambda arc: arc.q > 0.0, "q must be above 0"),
+)
 
 
 @dataclass(frozen=True)
 class Arc(Schedule):
-    r"""One curve from step 0 on, stretched and shifted at will, with no end of its own.
+    r"""One curve, from any place of it on.
 
     With :math:`w` the weight of the curve (see `nexus.schedules.Curve`), at the place :math:`p = (t + shift) / span`:
 
@@ -21,7 +34,7 @@ class Arc(Schedule):
         \eta(t) = \eta_{low} + w(p) (\eta_{high} - \eta_{low})
 
     The half-cosine goes on as a wave: :math:`w(p) = (1 + \cos \pi p) / 2` falls until p = 1, rises until p = 2, and
-    falls again. Step 0 is at the place shift / span; there is no last step: `join` ends an arc.
+    falls again. Lines, roots and powers stay where they are at p = 1. The others have no end.
 
     Args:
         curve: `"cosine"`, `"linear"`, `"rise"`, `"sqrt"`, `"power"`, `"exponential"`, `"staircase"`, `"inverse"`,
@@ -50,6 +63,9 @@ class Arc(Schedule):
         self._set(high=check_number("high", self.high), low=check_number("low", self.low))
         self._set(span=check_number("span", self.span, positive=True))
         self._set(**{name: check_number(name, getattr(self, name), low=LOWEST) for name in ("shift", "k", "q")})
+        for curves, is_right, rule in RULES:
+            if self.curve in curves and not is_right(self):
+                raise ValueError(f"{rule} where curve is {self.curve!r}, got {self!r}")
 
     def phase(self, step: int) -> str:
         """The curve's name."""
@@ -62,4 +78,9 @@ class Arc(Schedule):
         if self.curve == "cosine" and self.k == 1.0 and float(2.0 * self.span).is_integer():
             period = int(min(2.0 * self.span, float(NEVER)))
         numbers = {"offset": self.shift, "span": self.span, "k": self.k, "q": self.q}
-        return (segment(CURVES[self.curve], 0, period, self.high, self.low, **numbers),)
+        row = segment(CURVES[self.curve], 0, period, self.high, self.low, **numbers)
+        end = math.ceil(self.span - self.shift)
+        if self.curve not in ENDING or end > MAX_STEP:
+            return (row,)
+        last = level(max(0, end), self.high if self.curve == "rise" else self.low)
+        return (row, last) if end > 0 else (last,)

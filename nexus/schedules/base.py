@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import math
 import os
+import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
@@ -86,6 +86,15 @@ class Schedule(ABC):
         """The number of updates after which the rate stays; None where it never does."""
         ends = [_end(layer) for layer in layers_of(self)]
         return None if None in ends else max(end for end in ends if end is not None)
+
+    def parts(self) -> Iterator[Schedule]:
+        """The schedules that this one is made of, and theirs."""
+        for each in fields(self):
+            value = getattr(self, each.name)
+            for part in value if isinstance(value, tuple) else (value,):
+                if isinstance(part, Schedule):
+                    yield part
+                    yield from part.parts()
 
     def values(self, start: int, stop: int) -> list[float]:
         """The rates of updates `start` to `stop - 1`."""
@@ -258,10 +267,18 @@ class Schedule(ABC):
             self._set(**{name: check_count(name, getattr(self, name), low=low)})
 
 
-@lru_cache(maxsize=256)
+_lowered: dict[int, tuple[weakref.ref[Schedule], tuple[Layer, ...]]] = {}
+
+
 def layers_of(schedule: Schedule) -> tuple[Layer, ...]:
-    """The schedule's layers, lowered once."""
-    return schedule.layers()
+    """The schedule's layers, lowered once. By its identity: a table of a million rates takes long to hash."""
+    key = id(schedule)
+    found = _lowered.get(key)
+    if found is not None and found[0]() is schedule:
+        return found[1]
+    layers = schedule.layers()
+    _lowered[key] = weakref.ref(schedule, lambda _: _lowered.pop(key, None)), layers
+    return layers
 
 
 def _end(layer: Layer) -> int | None:

@@ -37,7 +37,8 @@ class OneCycle(Schedule):
         kind: `"cosine"` or `"linear"`; torch's `anneal_strategy`.
         three_phase: whether there is a third phase.
 
-    Source: Smith & Topin 2018, arXiv:1708.07120. The same in torch: `OneCycleLR`, which raises past step N - 1.
+    Source: Smith & Topin 2018, arXiv:1708.07120. The same in torch: `OneCycleLR`, which goes beyond its end at step
+    N, and then raises an error.
 
     >>> schedule = OneCycle(peak_lr=1.0, total_steps=11, up_fraction=0.5, kind="linear")
     >>> [round(schedule(step), 3) for step in (0, 2, 4, 5, 10)]

@@ -9,7 +9,8 @@ from references import BACKENDS, make_grads, make_params, set_grads
 from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import Constant, Schedule, from_torch
+from nexus.schedules import WSD, Constant, Schedule, from_torch, join
+from nexus.schedules.imports import ImportMismatch
 
 RATES = (1e-2, 3e-3)
 SCHEDULERS: dict[str, Callable[[Any], Any]] = {
@@ -69,6 +70,36 @@ def test_the_count_is_the_schedulers() -> None:
     optimizer.take_over(scheduler)
     run(optimizer, 1)
     assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5 * rate for rate in RATES]
+
+
+def test_a_chain_has_the_count_of_its_parts() -> None:
+    optimizer = FusedAdamW(groups())
+    parts = [lr_scheduler.LinearLR(optimizer, 0.1, total_iters=8), lr_scheduler.ExponentialLR(optimizer, 0.9)]
+    chain = lr_scheduler.ChainedScheduler(parts)
+    run(optimizer, 3, chain)
+    schedules = optimizer.take_over(chain)
+    run(optimizer, 2)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [schedule(4) for schedule in schedules]
+
+
+def test_a_group_whose_rate_was_changed_is_refused() -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = lr_scheduler.CosineAnnealingLR(optimizer, 10)
+    run(optimizer, 3, scheduler)
+    optimizer.param_groups[1]["lr"] *= 0.5
+    with pytest.raises(ImportMismatch, match="at step 3, group 1, the optimizer of the CosineAnnealingLR"):
+        optimizer.take_over(scheduler)
+
+
+@pytest.mark.parametrize("compose", [lambda s: s.warmup(2), lambda s: s * Constant(0.5), lambda s: join([s], [])])
+def test_a_wsd_within_another_schedule_is_not_edited(compose: Callable[[Schedule], Schedule]) -> None:
+    whole = WSD(2, 4, 4, 1e-3)
+    params = [group["params"] for group in groups()]
+    optimizer = FusedAdamW([{"params": params[0], "lr": whole}, {"params": params[1], "lr": compose(whole)}])
+    run(optimizer, 3)
+    for edit in (optimizer.begin_decay, lambda: optimizer.extend_stable(2)):
+        with pytest.raises(RuntimeError, match="a WSD that is part of another schedule cannot be edited"):
+            edit()
 
 
 def test_a_scheduler_that_is_stepped_on_is_refused() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -44,3 +46,28 @@ def test_a_cosine_goes_on_as_a_wave():
 def test_bad_input(change, message):
     with pytest.raises(ValueError, match=message):
         Arc(**{"curve": "cosine", "high": 1.0, "low": 0.0, "span": 10.0, **change})
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("power", 1.0, 0.0, 2.0, 0.0, -1.0), "k and q must be above 0"),
+        (("cosine", 1.0, 0.0, 2.0, 0.0, 1.0, 0.0), "k and q must be above 0"),
+        (("exponential", 1.0, 0.0, 2.0), r"k must not be 1 \(0 is q\*\*p\)"),
+        (("staircase", 1.0, 0.0, 2.0, 0.0, 1.0, 0.0), "q must be above 0"),
+        (("sqrt", 1.0, 0.0, 2.0, -1.0), "shift must be 0 or above"),
+        (("inverse", 1.0, 0.0, 2.0, -2.0), "shift must be above -span"),
+        (("log", 1.0, 0.0, 2.0), "shift must be above 0"),
+    ],
+)
+def test_numbers_that_would_make_nan(arguments: tuple[Any, ...], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        Arc(*arguments)
+
+
+@pytest.mark.parametrize(("curve", "last"), [("linear", 0.25), ("sqrt", 0.25), ("power", 0.25), ("rise", 1.0)])
+def test_what_ends_stays(curve: str, last: float) -> None:
+    arc = Arc(curve, 1.0, 0.25, 2.5, 1.0, 1.0, 0.5)
+    assert arc.length == 2
+    assert arc.values(2, 5) == [last] * 3 == [arc(2**53)] * 3
+    assert Arc(curve, 1.0, 0.25, 2.5, 3.0).values(0, 2) == [last] * 2

@@ -160,7 +160,7 @@ def test_a_rate_that_was_changed_by_hand_is_found():
     advance(scheduler)
     scheduler.optimizer.param_groups[1]["lr"] = 1.0
     advance(scheduler)
-    with pytest.raises(ImportMismatch, match="at step 2, group 1, the ExponentialLR given, as it is now"):
+    with pytest.raises(ImportMismatch, match="at step 2, group 1, the optimizer of the ExponentialLR, as it is now"):
         from_torch(scheduler)
 
 
@@ -183,3 +183,29 @@ def test_importing_warns_of_nothing():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         from_torch(theirs.StepLR(two_groups(), 10))
+
+
+def test_a_rate_of_0_that_does_not_stay() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.0)
+    (schedule,) = from_torch(theirs.CosineAnnealingLR(optimizer, 10, eta_min=0.1), steps=15)
+    assert schedule(10) == 0.1
+    (schedule,) = from_torch(theirs.CyclicLR(optimizer, 0.0, 1.0, 10, cycle_momentum=False))
+    assert schedule.values(0, 3) == pytest.approx([0.0, 0.1, 0.2])
+
+
+@pytest.mark.parametrize("steps", [-1, 0, 2.5, "3", 2**20])
+def test_steps_that_are_none(steps: object) -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    with pytest.raises((TypeError, ValueError), match="steps must be an int from 1 to 1048575"):
+        from_torch(theirs.StepLR(optimizer, 3), steps=steps, exact=True)  # type: ignore[arg-type]
+
+
+def test_warnings_are_as_they_were() -> None:
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=0.1)
+    scheduler = theirs.CosineAnnealingLR(optimizer, 10)
+    optimizer.param_groups[0]["lr"] = 0.05
+    before = list(warnings.filters)
+    with pytest.raises(ImportMismatch) as held:
+        from_torch(scheduler)
+    assert warnings.filters == before
+    assert held.value is not None

@@ -9,10 +9,12 @@ from typing import Any
 
 import torch
 
+from nexus.arguments import check_count
 from nexus.schedules.arc import Arc
 from nexus.schedules.base import Schedule
 from nexus.schedules.compose import join
 from nexus.schedules.constant import Constant
+from nexus.schedules.curves import MAX_SAMPLES
 from nexus.schedules.exponential import MultiStep
 from nexus.schedules.imports.proof import NotImportable, followed, metric_driven, prove, steps_to_prove
 from nexus.schedules.linear import Linear
@@ -45,6 +47,8 @@ def from_timm(scheduler: Scheduler, *, steps: int | None = None, exact: bool = F
             f"scheduler must be one of timm's {', '.join(BUILDERS)}, got {name}; "
             "Schedule.from_function(fn, steps) makes a table of any function of the step"
         )
+    if steps is not None:
+        steps = check_count("steps", steps, low=1, high=MAX_SAMPLES - 1)
     if exact and steps is not None:
         return followed(real_rates(scheduler, steps))
     if exact or scheduler.noise_range_t is not None:

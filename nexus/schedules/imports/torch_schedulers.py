@@ -9,11 +9,13 @@ from typing import Any
 import torch
 from torch.optim import lr_scheduler as theirs
 
+from nexus.arguments import check_count
 from nexus.schedules.arc import Arc
 from nexus.schedules.base import Schedule
 from nexus.schedules.compose import join
 from nexus.schedules.constant import Constant
 from nexus.schedules.cosine import CosineRestarts
+from nexus.schedules.curves import MAX_SAMPLES
 from nexus.schedules.cyclic import Cyclic, OneCycle
 from nexus.schedules.exponential import Exponential, MultiStep, StepDecay
 from nexus.schedules.imports import lambdas
@@ -41,6 +43,7 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
 
     Raises:
         NotImportable: a metric-driven scheduler, an unknown class, or a table without `steps`.
+        TypeError, ValueError: a number that no schedule takes, such as a `gamma` of 0.
         ImportMismatch: some rate differs by more than 1e-11 relative plus 1e-15 of the peak.
 
     >>> optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -48,26 +51,28 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
     [StepDecay(peak_lr=1.0, gamma=0.5, every=10, min_lr=0.0)]
     """
     name = type(scheduler).__name__
+    if steps is not None:
+        steps = check_count("steps", steps, low=1, high=MAX_SAMPLES - 1)
     if _is_opaque(scheduler) or exact:
         if steps is None:
             why = "exact=True" if exact else "a function of unknown formula"
             raise NotImportable(f"{name} is imported by a table ({why}): give steps=, how many updates it is to hold")
         _check_class(scheduler)
-        return followed(real_rates(scheduler, steps))
+        return followed(real_rates(scheduler, min(steps, _last_step(scheduler))))
     _check_class(scheduler)
     schedules = [schedule_of(scheduler, group) for group in range(len(scheduler.optimizer.param_groups))]
     count = steps_to_prove(schedules, steps)
     peaks = prove(schedules, real_rates(scheduler, min(count, _last_step(scheduler))), name)
-    if hasattr(scheduler, "last_epoch"):
-        step, now = int(scheduler.last_epoch), [float(rate) for rate in scheduler.get_last_lr()]
-        prove(schedules, [now], f"the {name} given, as it is now,", first=step, peaks=peaks)
+    now = [float(group["lr"]) for group in scheduler.optimizer.param_groups]
+    prove(schedules, [now], f"the optimizer of the {name}, as it is now,", first=step_of(scheduler), peaks=peaks)
     return schedules
 
 
 def schedule_of(scheduler: Scheduler, group: int, factor: float | None = None) -> Schedule:
     """The schedule of one group, without a proof; of a rate of 1 times `factor` where that is given."""
     lr = float(scheduler.base_lrs[group]) if factor is None and hasattr(scheduler, "base_lrs") else factor
-    if lr == 0.0:
+    is_in_proportion = type(scheduler) not in RATES_OF_THEIR_OWN and not getattr(scheduler, "eta_min", 0.0)
+    if lr == 0.0 and is_in_proportion:
         return Constant(0.0)
     return BUILDERS[type(scheduler)](scheduler, lr, group)
 
@@ -169,6 +174,9 @@ BUILDERS: dict[type, Callable[[Scheduler, Any, int], Schedule]] = {
     theirs.ChainedScheduler: _chained,
 }
 
+RATES_OF_THEIR_OWN = (theirs.CyclicLR, theirs.OneCycleLR)
+"""Whose rates are not the optimizer's own, times a factor."""
+
 ARGUMENTS: dict[type, tuple[str, ...]] = {
     theirs.LinearLR: ("start_factor", "end_factor", "total_iters"),
     theirs.ConstantLR: ("factor", "total_iters"),
@@ -188,13 +196,25 @@ def real_rates(scheduler: Scheduler, steps: int) -> Iterator[list[float]]:
     groups = [{"params": [torch.zeros(1)], "lr": starts[i]} for i in range(count)]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
     optimizer.step()
+    copy = _quietly(lambda: _rebuilt(scheduler, optimizer))
+    for step in range(steps + 1):
+        if step:
+            _quietly(copy.step)
+        yield [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def _quietly(call: Callable[[], Any]) -> Any:
+    """Without torch's warnings on the order of calls."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of torch's on the order of calls
-        copy = _rebuilt(scheduler, optimizer)
-        for step in range(steps + 1):
-            if step:
-                copy.step()
-            yield [float(group["lr"]) for group in optimizer.param_groups]
+        warnings.simplefilter("ignore")
+        return call()
+
+
+def step_of(scheduler: Scheduler) -> int:
+    """The step that a scheduler is at; of a `ChainedScheduler`, that of its parts."""
+    while not hasattr(scheduler, "last_epoch"):
+        scheduler = scheduler._schedulers[0]
+    return int(scheduler.last_epoch)
 
 
 def _first_rates(scheduler: Scheduler) -> list[float]:

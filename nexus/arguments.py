@@ -36,7 +36,8 @@ def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP,
             count = int(operator.index(value))  # type: ignore[arg-type]
         except TypeError:
             if isinstance(value, numbers.Real) and math.isfinite(value):
-                remedy = f"; write int({value})"
+                is_whole = value == math.floor(value)
+                remedy = f"; write int({value})" if is_whole else "; of a share, give int(share * total)"
         else:
             if not low <= count <= high:
                 raise ValueError(f"{name} must be {allowed}, got {shown(value)}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch._subclasses import FakeTensor
+from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import as_real, check_number, shown
 from nexus.backends.interface import LAST_WRITE, GroupSettings, Rate
@@ -198,8 +199,20 @@ def _rate(name: str, value: Any) -> Any:
     if isinstance(value, Schedule):
         return value
     if as_real(value) is None:
-        raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}")
+        raise TypeError(
+            f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}{_remedy(value)}"
+        )
     return _number(name, value)
+
+
+def _remedy(value: Any) -> str:
+    if isinstance(value, LRScheduler):
+        return "; from_torch(scheduler) makes a schedule for each group, and take_over puts them in force"
+    if isinstance(value, list) and any(isinstance(each, Schedule) for each in value):
+        return "; give each group its own: {'params': ..., 'lr': schedule}"
+    if isinstance(value, type):
+        return "; call it, with its arguments"
+    return "; Schedule.from_function(fn, steps) makes a schedule of a function" if callable(value) else ""
 
 
 def _schedule(name: str, value: Any) -> Any:

@@ -344,7 +344,9 @@ def length_of(schedule: Schedule, verb: str) -> int:
 
 def _checked(name: str, value: object) -> Schedule:
     if not isinstance(value, Schedule):
-        raise TypeError(f"{name} must be a nexus Schedule, got {shown(value)}; Constant(lr) makes one of a number")
+        is_torchs = hasattr(value, "get_last_lr")
+        remedy = "from_torch makes one of a torch scheduler" if is_torchs else "Constant(lr) makes one of a number"
+        raise TypeError(f"{name} must be a nexus Schedule, got {shown(value)}; {remedy}")
     return value
 
 

@@ -15,6 +15,7 @@ import pytest
 import torch
 from references import copies, make_params, same_bits, snapshot
 from side_by_side import train
+from torch.optim.lr_scheduler import StepLR
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import Constant
@@ -203,3 +204,18 @@ def test_a_name_is_used_in_errors() -> None:
     module.bias.grad = torch.ones(2).to_sparse()
     with pytest.raises(RuntimeError, match="parameter bias of group 0 has a gradient of layout"):
         optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [
+        (lambda: StepLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 3), r"from_torch\(scheduler\) .* take_over"),
+        (lambda: [Constant(1.0)], "give each group its own"),
+        (lambda: Constant, "call it, with its arguments"),
+        (lambda: lambda step: 1.0, r"Schedule.from_function\(fn, steps\)"),
+    ],
+    ids=["a scheduler", "a list", "a class", "a function"],
+)
+def test_what_is_nearly_a_rate_has_a_remedy(wrong: Callable[[], object], remedy: str) -> None:
+    with pytest.raises(TypeError, match=f"lr {RATE} .*; .*{remedy}"):
+        FusedAdamW([torch.nn.Parameter(torch.zeros(1))], lr=wrong())

@@ -190,3 +190,10 @@ def test_immutable(kind) -> None:
 def test_oracle_does_without_torch() -> None:
     code = "import sys; from nexus.schedules import WSD; WSD(1, 2, 3, 1.0)(2); sys.exit('torch' in sys.modules)"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_a_rate_or_a_share_where_a_count_belongs() -> None:
+    with pytest.raises(TypeError, match=r"total_steps must be an int .*; of a share, give int\(share \* total\)"):
+        Cosine(1000, 1e-3)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"steps must be an int .*; write int\(10.0\)"):
+        Constant(1.0).warmup(10.0)  # type: ignore[arg-type]

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from nexus.arguments import MAX_STEP, check_count
 from nexus.files import write_whole
 from nexus.schedules import WSD, CosineRestarts, Schedule
+from nexus.schedules.base import layers_of
 from nexus.schedules.curves import NEVER, Layer
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ def default_steps(schedule: Schedule) -> int:
     if schedule.length is not None:
         end = schedule.length
         return min(end + max(1, end // 20), MAX_STEP) if end else 1000
-    layers = schedule.layers()
+    layers = layers_of(schedule)
     shown = [layer.repeat_start + 4 * layer.repeat_length for layer in layers if layer.repeat_start < NEVER]
     starts = [row.start for layer in layers for row in layer.segments if row.start <= MAX_STEP]
     return min(max(shown, default=max(starts) + _reach(schedule, max(starts))), MAX_STEP)
@@ -80,7 +81,7 @@ def _reach(schedule: Schedule, start: int) -> int:
 def spans(schedule: Schedule, steps: int) -> list[Span]:
     """The phases in the first `steps` updates; of warm restarts, each cycle, if they are few."""
     if not isinstance(schedule, CosineRestarts):
-        layers = schedule.layers()
+        layers = layers_of(schedule)
         many = (layer.repeat_start for layer in layers if len(_repeats(layer, steps)) > MAX_CYCLES)
         end = min(many, default=steps)  # from there on, one span
         edges = sorted({start for layer in layers for start in _starts(layer, end)} | {end})

@@ -48,6 +48,7 @@ def test_parameters_go_on_as_under_the_scheduler(name: str, done: int, backend: 
     real, theirs = (SCHEDULERS[name](optimizer) for optimizer in (scheduled, taken))
     run(scheduled, done, real)
     run(taken, done, theirs)
+    before = [param.detach().clone() for group in taken.param_groups for param in group["params"]]
     steps = 20 if name == "lambda" else None
     schedules = taken.take_over(theirs, steps=steps)
     assert schedules == from_torch(real, steps=steps)
@@ -59,6 +60,8 @@ def test_parameters_go_on_as_under_the_scheduler(name: str, done: int, backend: 
         for a, b in zip(ours["params"], other["params"], strict=True):
             # Their rates may differ in the last bit of float64, which float32 rounds away but for rare ties.
             torch.testing.assert_close(a, b, rtol=2e-7, atol=1e-9)
+    after = [param for group in taken.param_groups for param in group["params"]]
+    assert all((new - old).abs().max() > 1e-4 for new, old in zip(after, before, strict=True))
 
 
 def test_the_count_is_the_schedulers() -> None:

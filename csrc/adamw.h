@@ -17,15 +17,35 @@ struct Coefficients {
   T one_minus_beta1;
   T beta2;
   T one_minus_beta2;
-  T step_size;       // lr / (1 - beta1^t)
-  T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
+  T step_size;       // lr / (1 - product of every beta1), where all are alike lr / (1 - beta1^t)
+  T inv_sqrt_bias2;  // 1 / sqrt(1 - product of every beta2)
   T eps;
 };
 
-// `t` counts this update: 1 for a parameter's first.
-NEXUS_FN Coefficients<double> coefficients(const Row& row, double t) {
-  const double bias1 = 1.0 - pow(row.beta1, t);
-  const double bias2 = 1.0 - pow(row.beta2, t);
+// The products of the beta1 and of the beta2 of all of a tensor's updates.
+struct BetaProducts {
+  double beta1;
+  double beta2;
+};
+
+// After the update that `t` counts: 1 for a tensor's first. `before`: as a TensorRecord has them.
+NEXUS_FN BetaProducts beta_products(const Row& row, const double* before, double t) {
+  if (before != nullptr && before[2] == t - 1.0) {
+    return {before[0] * row.beta1, before[1] * row.beta2};
+  }
+  return {pow(row.beta1, t), pow(row.beta2, t)};
+}
+
+// Leaves them where the next update looks.
+NEXUS_FN void keep(const BetaProducts& products, double t, double* out) {
+  out[0] = products.beta1;
+  out[1] = products.beta2;
+  out[2] = t;
+}
+
+NEXUS_FN Coefficients<double> coefficients(const Row& row, const BetaProducts& products) {
+  const double bias1 = 1.0 - products.beta1;
+  const double bias2 = 1.0 - products.beta2;
   return {row.grad_multiplier, row.lr * row.weight_decay, 1.0 - row.beta1, row.beta2, 1.0 - row.beta2,
           row.lr / bias1,      1.0 / sqrt(bias2),         row.eps};
 }

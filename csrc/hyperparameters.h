@@ -19,7 +19,7 @@ struct Row {
 
 NEXUS_FN double rate_at(const Rate& rate, int64_t t) {
   if (rate.table != nullptr) {
-    return rate.scale * evaluate_schedule(rate.table, rate.layers, rate.rows, t);
+    return evaluate_schedule(rate.table, rate.layers, rate.rows, t);
   }
   if (rate.tensor != nullptr) {
     return rate.is_float64 != 0 ? *static_cast<const double*>(rate.tensor)
@@ -40,23 +40,26 @@ NEXUS_FN bool skips(const StepState& state) {
   return state.skip_nonfinite != 0 && !(*state.sum_of_squares <= 1.7976931348623157e308);
 }
 
-NEXUS_FN double clip_coefficient(const Group& group, double grad_norm) {
-  if (!(group.max_grad_norm <= 1.7976931348623157e308)) {
+NEXUS_FN double clip_coefficient(double max_grad_norm, double grad_norm) {
+  if (!(max_grad_norm <= 1.7976931348623157e308)) {
     return 1.0;
   }
   // As torch.nn.utils.clip_grad_norm_, so that a NaN norm stays NaN.
-  const double coefficient = group.max_grad_norm / (grad_norm + 1e-6);
+  const double coefficient = max_grad_norm / (grad_norm + 1e-6);
   return coefficient > 1.0 ? 1.0 : coefficient;
 }
 
 NEXUS_FN Row row_at(const Group& group, int64_t t, double grad_norm, double grad_scale) {
   Row row;
   row.lr = rate_at(group.lr, t);
+  if (group.lr.table != nullptr) {
+    row.lr *= rate_at(group.lr_scale, t);
+  }
   row.weight_decay = rate_at(group.weight_decay, t);
-  row.beta1 = group.beta1;
-  row.beta2 = group.beta2;
-  row.eps = group.eps;
-  row.clip = clip_coefficient(group, grad_norm);
+  row.beta1 = rate_at(group.beta1, t);
+  row.beta2 = rate_at(group.beta2, t);
+  row.eps = rate_at(group.eps, t);
+  row.clip = clip_coefficient(rate_at(group.max_grad_norm, t), grad_norm);
   row.grad_multiplier = 1.0 / grad_scale * row.clip;
   if (group.maximize != 0) {
     row.grad_multiplier = -row.grad_multiplier;

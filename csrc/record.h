@@ -39,6 +39,9 @@ struct TensorRecord {
   float* exp_avg_sq_scale;
   float* max_exp_avg_sq_scale;
   double* step;  // the parameter's own count of updates, a whole number up to 2^53
+  // Three numbers: the products of the beta1 and of the beta2 of all updates, and the count of updates that
+  // they are of. Where that is another count than `step`, they begin anew, as beta^step. Null: beta^step.
+  double* beta_products;
   int64_t numel;
   int64_t first;    // where element 0 is in the whole tensor, of which this may be a shard
   int64_t ordinal;  // of the parameter in the optimizer
@@ -63,7 +66,6 @@ struct Rate {
   const double* table;  // a schedule (schedule.h) of `layers` layers of `rows` rows, evaluated at every step
   int64_t layers;
   int64_t rows;
-  double scale;  // multiplies the schedule
   double* last;  // where a schedule's value is left for the reader, once used
 };
 
@@ -71,10 +73,11 @@ struct Rate {
 struct Group {
   Rate lr;
   Rate weight_decay;
-  double beta1;
-  double beta2;
-  double eps;
-  double max_grad_norm;  // infinite: no clipping
+  Rate beta1;
+  Rate beta2;
+  Rate eps;
+  Rate max_grad_norm;  // infinite: no clipping
+  Rate lr_scale;       // multiplies the schedule of `lr`, where there is one
   int64_t maximize;
 };
 
@@ -153,6 +156,7 @@ NEXUS_RECORD(TensorRecord, {F(param),
                             F(exp_avg_sq_scale),
                             F(max_exp_avg_sq_scale),
                             F(step),
+                            F(beta_products),
                             F(numel),
                             F(first),
                             F(ordinal),
@@ -164,8 +168,9 @@ NEXUS_RECORD(TensorRecord, {F(param),
                             F(exp_avg_sq_dtype),
                             F(master_low_dtype),
                             F(stochastic_rounding)});
-NEXUS_RECORD(Rate, {F(value), F(tensor), F(is_float64), F(table), F(layers), F(rows), F(scale), F(last)});
-NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize)});
+NEXUS_RECORD(Rate, {F(value), F(tensor), F(is_float64), F(table), F(layers), F(rows), F(last)});
+NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(lr_scale),
+                     F(maximize)});
 NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});
 NEXUS_RECORD(StepState, {F(completed), F(skipped), F(sum_of_squares), F(grad_norm), F(grad_scale),
                          F(found_inf), F(skip_nonfinite), F(seed), F(advances), F(history)});

@@ -128,7 +128,8 @@ bool Step::prepare() {
   }
   *state.completed += state.advances;
   int32_t group = -1;
-  double step = -1.0;  // of the coefficients at hand: tensors of one group mostly share theirs
+  double step = -1.0;      // of the coefficients at hand: tensors of one group mostly share theirs
+  double* seen = nullptr;  // the products of betas that they are made of
   Row row = {};
   int32_t evaluated = 0;
   Coefficients<double> as_double = {};
@@ -143,10 +144,15 @@ bool Step::prepare() {
       continue;
     }
     const double count = *tensor.step += 1.0;
-    if (tensor.group != group || count != step) {
+    if (tensor.group != group || count != step || tensor.beta_products != seen) {
       group = tensor.group;
       step = count;
-      as_double = coefficients(row, count);
+      seen = tensor.beta_products;
+      const BetaProducts products = beta_products(row, seen, count);
+      if (seen != nullptr) {
+        keep(products, count, seen);
+      }
+      as_double = coefficients(row, products);
       as_float = rounded<float>(as_double);
     }
     float_coefficients_[i] = as_float;

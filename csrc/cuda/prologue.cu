@@ -9,6 +9,7 @@ namespace {
 
 // Coefficients of a block's tensors. Two powers of beta are the work of a prologue, so that a tensor takes
 // over what the first of its group in this block has, where both have made as many updates: mostly all have.
+// One that has products of its own in their place offers NaN for its count, and finds none.
 class Shared {
  public:
   __device__ void offer(int32_t group, double count) {
@@ -74,17 +75,24 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
   const int64_t i = begin + threadIdx.x;
   const TensorRecord* tensor = i < end ? &table.tensors[i] : nullptr;
   const double count = tensor == nullptr ? 0.0 : *tensor->step + 1.0;
-  shared.offer(tensor == nullptr ? INT32_MAX : tensor->group, count);
+  const bool has_products = tensor != nullptr && tensor->beta_products != nullptr;
+  shared.offer(tensor == nullptr ? INT32_MAX : tensor->group, has_products ? NAN : count);
   __syncthreads();
-  if (tensor != nullptr && shared.is_first()) {
-    shared.put(coefficients(table.rows[tensor->group], count));
+  const auto own = [&] {
+    const Row& row = table.rows[tensor->group];
+    const BetaProducts products = beta_products(row, tensor->beta_products, count);
+    table.coefficients[i].products = products;
+    return coefficients(row, products);
+  };
+  if (tensor != nullptr && !has_products && shared.is_first()) {
+    shared.put(own());
   }
   __syncthreads();
   if (tensor == nullptr) {
     return;
   }
   const Coefficients<double>* found = shared.find(tensor->group, count);
-  const Coefficients<double> c = found != nullptr ? *found : coefficients(table.rows[tensor->group], count);
+  const Coefficients<double> c = found != nullptr ? *found : own();
   if (tensor->param_dtype == DType::kFloat64) {
     table.coefficients[i].as_double = c;
   } else {

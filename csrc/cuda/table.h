@@ -20,9 +20,12 @@ struct FloatRow {
   Coefficients<float> coefficients;
   int64_t step;  // the tensor's count of updates, this one included: record.step is counted meanwhile
 };
-union CoefficientRow {
-  FloatRow as_float;
-  Coefficients<double> as_double;
+struct CoefficientRow {
+  union {
+    FloatRow as_float;
+    Coefficients<double> as_double;
+  };
+  BetaProducts products;  // what the update leaves in the tensor's record, if it keeps them
 };
 
 struct Header {

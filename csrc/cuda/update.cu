@@ -105,7 +105,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
   if (pointers.grad == nullptr || kind_of(record) != kind) {
     return;
   }
-  count_update(work);
+  count_update(table, work);
   const Coefficients<T> c = of_type(table.coefficients[chunk.tensor], T());
   Streams<P, G, T> streams = {global(static_cast<P*>(pointers.param) + chunk.begin),
                               global(static_cast<const G*>(pointers.grad) + chunk.begin),

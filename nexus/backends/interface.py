@@ -34,13 +34,16 @@ class Rate:
     tensor: Tensor | None = None  # read at every step
     host: Tensor | None = None  # on the CPU, where the parameters are elsewhere: goes into `tensor` at every step
     table: Tensor | None = None  # float64 (layers, rows, 9): a schedule, evaluated at every step
-    scale: float = 1.0  # multiplies the schedule
     last: Tensor | None = None  # 0-dim float64: where a schedule's value is left once used
 
 
-GroupSettings: TypeAlias = dict[str, Any]
-"""The hyperparameters of a parameter group on one device: a number, or a `Rate`, for each field of the extension's
+RATES = ("lr", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "lr_scale")
+"""The hyperparameters of a parameter group that may move while graphs are replayed, in the order of the extension's
 record `Group` (csrc/record.h)."""
+
+GroupSettings: TypeAlias = dict[str, Any]
+"""The hyperparameters of a parameter group on one device: a `Rate` for each of `RATES`, and a number for each other
+field of the record `Group`."""
 
 
 LAST_WRITE = [object()]
@@ -56,6 +59,7 @@ STATE_NAMES = (
     "exp_avg_sq_scale",
     "max_exp_avg_sq_scale",
     "master_low",
+    "beta_products",
 )
 """The keys of a parameter's state whose tensors a step uses."""
 
@@ -70,6 +74,9 @@ class StateStreams(NamedTuple):
     exp_avg_sq_scale: Tensor | None
     max_exp_avg_sq_scale: Tensor | None
     master_low: Tensor | None  # the low bits of a float32 master weight: int16 (all), or uint8 (the upper half)
+    beta_products: (
+        Tensor | None
+    )  # float64 (3,): the products of beta1 and beta2 over this many updates; None: beta**t
     step: Tensor  # 0-dim float64: this parameter's own count of updates, which it holds exactly up to 2**53
 
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from nexus.backends import codecs, sharding
-from nexus.backends.interface import DevicePlan, GroupSettings, Plan, Rate, Ring, Runner, TensorEntry
+from nexus.backends.interface import RATES, DevicePlan, Plan, Rate, Ring, Runner, TensorEntry
 from nexus.backends.sharding import total_everywhere
 from nexus.schedules.curves import NEVER, Curve, Op
 
@@ -167,16 +167,18 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
 
     rows, recorded = [], []
     for group in plan.groups:
-        lr, weight_decay = (_rate(group[name], state.completed) for name in ("lr", "weight_decay"))
-        for rate, value in ((group["lr"], lr), (group["weight_decay"], weight_decay)):
-            if rate.last is not None:
-                _assign(rate.last.data, value, skip)  # as the kernels, which count no version
-        clip = torch.ones_like(scale)
-        if group["max_grad_norm"] != math.inf:  # the coefficient of torch.nn.utils.clip_grad_norm_
-            clip = torch.clamp(group["max_grad_norm"] / (state.grad_norm + 1e-6), max=1.0)
-        recorded += [lr, clip]
+        rates = {name: _rate(group[name], state.completed) for name in RATES}
+        if group["lr"].table is not None:
+            rates["lr"] = rates["lr_scale"] * rates["lr"]
+        for name, value in rates.items():
+            if group[name].last is not None:
+                _assign(group[name].last.data, value, skip)  # as the kernels, which count no version
+        clip, limit = torch.ones_like(scale), rates["max_grad_norm"]
+        if group["max_grad_norm"].value != math.inf:  # the coefficient of torch.nn.utils.clip_grad_norm_
+            clip = torch.where(limit.isinf(), clip, torch.clamp(limit / (state.grad_norm + 1e-6), max=1.0))
+        recorded += [rates["lr"], clip]
         multiplier = 1.0 / scale * clip
-        rows.append((group, lr, weight_decay, -multiplier if group["maximize"] else multiplier))
+        rows.append((rates, -multiplier if group["maximize"] else multiplier))
     for entry in plan.entries:
         grad = entry.grad
         if grad is not None:
@@ -200,7 +202,7 @@ def _record(ring: Ring, row: list[Tensor]) -> None:
 def _rate(rate: Rate, completed: Tensor) -> Tensor:
     """The rate of the update that comes after `completed` ones: 0-dim float64."""
     if rate.table is not None:
-        return rate.scale * evaluate(rate.table, completed)
+        return evaluate(rate.table, completed)
     if rate.tensor is not None:
         tensor = rate.tensor if rate.host is None else rate.host
         return sharding.brought(tensor, completed.device).double().reshape(())
@@ -214,9 +216,7 @@ def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
 def _update(
     entry: TensorEntry,
     grad: Tensor,
-    group: GroupSettings,
-    lr: Tensor,
-    weight_decay: Tensor,
+    rates: dict[str, Tensor],
     multiplier: Tensor,
     skip: Tensor | None,
     seed: int,
@@ -225,26 +225,32 @@ def _update(
     assert state is not None
     param = entry.param
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32  # of the arithmetic
-    beta1, beta2 = group["beta1"], group["beta2"]
     t = state.step + 1
-    bias1 = 1.0 - beta1**t
-    bias2 = 1.0 - beta2**t
+    products = _beta_products(rates, t, state.beta_products)
+    if state.beta_products is not None:
+        _assign(state.beta_products, torch.stack([*products, t]), skip)
     # Scalars are computed in float64 and rounded once.
-    step_size, inv_sqrt_bias2, decay, g_scale = (
-        scalar.to(dtype) for scalar in (lr / bias1, 1.0 / bias2.sqrt(), lr * weight_decay, multiplier)
-    )
+    scalars = {
+        "step size": rates["lr"] / (1.0 - products[0]),
+        "1 / sqrt(bias2)": 1.0 / (1.0 - products[1]).sqrt(),
+        "decay": rates["lr"] * rates["weight_decay"],
+        "1 - beta1": 1.0 - rates["beta1"],
+        "1 - beta2": 1.0 - rates["beta2"],
+    }
+    step_size, inv_sqrt_bias2, decay, new1, new2 = (scalar.to(dtype) for scalar in scalars.values())
+    g_scale, beta2, eps = (scalar.to(dtype) for scalar in (multiplier, rates["beta2"], rates["eps"]))
     chance = codecs.Chance(seed, entry.ordinal, t, entry.first)
     streams = _Streams(entry, skip, chance)
     g = codecs.flat(grad).to(dtype) * g_scale
     m = streams.moment("exp_avg")
-    m = m + (1.0 - beta1) * (g - m)
-    v = beta2 * streams.moment("exp_avg_sq") + (1.0 - beta2) * g * g
+    m = m + new1 * (g - m)
+    v = beta2 * streams.moment("exp_avg_sq") + new2 * g * g
     largest_v = v
     if state.max_exp_avg_sq is not None:
         largest_v = torch.maximum(streams.moment("max_exp_avg_sq"), v)
         streams.put_moment("max_exp_avg_sq", largest_v)
     # In float64, since torch's float32 root may be off by one in its last place.
-    denominator = largest_v.double().sqrt().to(dtype) * inv_sqrt_bias2 + group["eps"]
+    denominator = largest_v.double().sqrt().to(dtype) * inv_sqrt_bias2 + eps
     weight = streams.weight(dtype)
     # Not (1 - decay) * weight: rounded to float32, that factor is off the same way in every step.
     decayed = torch.where(weight.isfinite(), decay * weight, 0.0)  # an infinite parameter stays what it is
@@ -252,6 +258,16 @@ def _update(
     streams.put_moment("exp_avg", m)
     streams.put_moment("exp_avg_sq", v)
     state.step.add_(1 if skip is None else ~skip)
+
+
+def _beta_products(rates: dict[str, Tensor], t: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The products of the betas of updates 1 to `t`: beta**t, unless those of the updates before are kept."""
+    beta1, beta2 = rates["beta1"], rates["beta2"]
+    powers = beta1**t, beta2**t
+    if before is None:
+        return powers
+    kept = before[2] == t - 1
+    return torch.where(kept, before[0] * beta1, powers[0]), torch.where(kept, before[1] * beta2, powers[1])
 
 
 class _Streams:

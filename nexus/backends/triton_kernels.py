@@ -11,10 +11,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nexus.backends.interface import HISTORY_COLUMNS
+from nexus.backends.interface import HISTORY_COLUMNS, RATES
 from nexus.backends.records import layout
 from nexus.backends.triton_codecs import load, stream_at
-from nexus.backends.triton_math import bias_correction, evaluate_schedule
+from nexus.backends.triton_math import beta_product, evaluate_schedule
 from nexus.backends.triton_update import update
 from nexus.backends.triton_words import (
     CHUNK_WORDS,
@@ -22,6 +22,7 @@ from nexus.backends.triton_words import (
     DTYPES,
     GRAD_WORD,
     GROUP_AND_KIND_WORD,
+    PRODUCTS_WORD,
     RECORD_WORDS,
     STEP_WORD,
     word,
@@ -31,10 +32,8 @@ __all__ = ["evaluate", "norm", "norm_total", "prologue", "update"]
 
 _GROUP_WORDS = tl.constexpr(layout("Group").words)
 _WEIGHT_DECAY = word("Group", "weight_decay.value")
-_BETA1 = word("Group", "beta1")
-_BETA2 = word("Group", "beta2")
-_EPS = word("Group", "eps")
-_MAX_GRAD_NORM = word("Group", "max_grad_norm")
+_RATE_WORDS = tl.constexpr(layout("Rate").words)
+_RATES = tl.constexpr(len(RATES))
 _MAXIMIZE = word("Group", "maximize")
 _VALUE = word("Rate", "value")
 _TENSOR = word("Rate", "tensor")
@@ -42,7 +41,6 @@ _IS_FLOAT64 = word("Rate", "is_float64")
 _TABLE = word("Rate", "table")
 _LAYERS = word("Rate", "layers")
 _ROWS = word("Rate", "rows")
-_SCALE = word("Rate", "scale")
 _LAST = word("Rate", "last")
 _HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
 
@@ -53,8 +51,8 @@ def _float64(words, mask):
 
 
 @triton.jit
-def _rates(words, t, mask):
-    """The rates at step t of a block of groups; `words` points to each one's record `Rate`."""
+def _rate(words, t, mask):
+    """A rate at step t of a block of groups; `words` points to each one's record `Rate`."""
     tensor = tl.load(words + _TENSOR, mask=mask, other=0)
     is_float64 = tl.load(words + _IS_FLOAT64, mask=mask, other=0) != 0
     table = tl.load(words + _TABLE, mask=mask, other=0)
@@ -67,7 +65,28 @@ def _rates(words, t, mask):
     scheduled = table != 0
     steps = tl.zeros_like(rows) + t
     value = evaluate_schedule(table.to(tl.pointer_type(tl.float64)), layers, rows, steps, scheduled)
-    return tl.where(scheduled, _float64(words + _SCALE, mask) * value, rate)
+    return tl.where(scheduled, value, rate)
+
+
+@triton.jit
+def _rates(group, t, mask):
+    """The rates at step t of a block of groups, in the order of `RATES`, with `lr_scale` in the scheduled ones.
+
+    A loop, so that what evaluates a schedule is compiled once.
+    """
+    lr = tl.zeros_like(group.to(tl.int64)).to(tl.float64)
+    weight_decay, beta1, beta2, eps, limit, scale = lr, lr, lr, lr, lr, lr
+    for k in range(_RATES):
+        rate = _rate(group + k * _RATE_WORDS, t, mask)
+        lr = tl.where(k == 0, rate, lr)
+        weight_decay = tl.where(k == 1, rate, weight_decay)
+        beta1 = tl.where(k == 2, rate, beta1)
+        beta2 = tl.where(k == 3, rate, beta2)
+        eps = tl.where(k == 4, rate, eps)
+        limit = tl.where(k == 5, rate, limit)
+        scale = tl.where(k == 6, rate, scale)
+    is_scheduled = tl.load(group + _TABLE, mask=mask, other=0) != 0
+    return tl.where(is_scheduled, scale * lr, lr), weight_decay, beta1, beta2, eps, limit
 
 
 @triton.jit
@@ -203,40 +222,43 @@ def prologue(
             i = offset + lanes
             mask = i < group_count
             group = groups + i * _GROUP_WORDS
-            lr = _rates(group, t, mask)
+            lr, weight_decay, _, _, _, limit = _rates(group, t, mask)
             if skips == 0:
                 _leave(group, lr, mask)
-                _leave(group + _WEIGHT_DECAY, _rates(group + _WEIGHT_DECAY, t, mask), mask)
+                _leave(group + _WEIGHT_DECAY, weight_decay, mask)
             if history_count != 0:
                 row = _history_row(history_count, history_rows, history_slots, history_width)
                 columns = row + _HISTORY_COLUMNS + 2 * i
                 tl.store(columns, lr, mask=mask)
-                tl.store(columns + 1, _clip(_float64(group + _MAX_GRAD_NORM, mask), total_norm), mask=mask)
+                tl.store(columns + 1, _clip(limit, total_norm), mask=mask)
             offset += BLOCK
     else:
         i = (program - 1).to(tl.int64) * BLOCK + lanes
         record = records + i * RECORD_WORDS
         mask = (i < record_count) & (tl.load(record + STEP_WORD, mask=i < record_count, other=0) != 0)
         group = groups + (tl.load(record + GROUP_AND_KIND_WORD, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
-        lr = _rates(group, t, mask)
-        weight_decay = _rates(group + _WEIGHT_DECAY, t, mask)
-        beta1 = _float64(group + _BETA1, mask)
-        beta2 = _float64(group + _BETA2, mask)
+        lr, weight_decay, beta1, beta2, eps, limit = _rates(group, t, mask)
         multiplier = 1.0 / (tl.zeros_like(lr) + scale.to(tl.float64))
-        multiplier *= _clip(_float64(group + _MAX_GRAD_NORM, mask), total_norm)
+        multiplier *= _clip(limit, total_norm)
         multiplier = tl.where(tl.load(group + _MAXIMIZE, mask=mask, other=0) != 0, -multiplier, multiplier)
         step = tl.load(record + STEP_WORD, mask=mask, other=0).to(tl.pointer_type(tl.float64))
         count = tl.load(step, mask=mask, other=0.0) + 1
+        products = tl.load(record + PRODUCTS_WORD, mask=mask, other=0).to(tl.pointer_type(tl.float64))
+        kept = tl.load(products + 2, mask=products.to(tl.int64) != 0, other=-1.0) == count - 1
+        product1 = beta_product(beta1, tl.load(products, mask=kept, other=1.0), count, kept)
+        product2 = beta_product(beta2, tl.load(products + 1, mask=kept, other=1.0), count, kept)
         row = coefficients + i * COEFFICIENT_WORDS
         tl.store(row, multiplier, mask=mask)
         tl.store(row + 1, lr * weight_decay, mask=mask)
         tl.store(row + 2, 1.0 - beta1, mask=mask)
         tl.store(row + 3, beta2, mask=mask)
         tl.store(row + 4, 1.0 - beta2, mask=mask)
-        tl.store(row + 5, lr / bias_correction(beta1, count), mask=mask)
-        tl.store(row + 6, 1.0 / tl.sqrt(bias_correction(beta2, count)), mask=mask)
-        tl.store(row + 7, _float64(group + _EPS, mask), mask=mask)
+        tl.store(row + 5, lr / (1.0 - product1), mask=mask)
+        tl.store(row + 6, 1.0 / tl.sqrt(1.0 - product2), mask=mask)
+        tl.store(row + 7, eps, mask=mask)
         tl.store(row + 8, count, mask=mask)
+        tl.store(row + 9, product1, mask=mask)
+        tl.store(row + 10, product2, mask=mask)
 
 
 @triton.jit(do_not_specialize=["table", "layers", "rows", "steps", "count", "out"])

@@ -132,9 +132,12 @@ def evaluate_schedule(table, layers, rows, t, mask):
 
 
 @triton.jit
-def bias_correction(beta, t):
-    """1 - beta**t in float64, for t >= 1 and 0 <= beta < 1."""
-    return 1.0 - tl.exp(t * tl.log(beta))
+def beta_product(beta, before, t, kept):
+    """The product of the betas of a tensor's updates up to update t >= 1, in float64, for 0 <= beta < 1.
+
+    `before` is that of the updates until then, where `kept` is set; elsewhere, all are taken to be as this one.
+    """
+    return tl.where(kept, before * beta, tl.exp(t * tl.log(beta)))
 
 
 @triton.jit

@@ -30,6 +30,8 @@ COEFFICIENTS = (
     "inv_sqrt_bias2",
     "eps",
     "count",  # of the tensor's updates, this one included
+    "product1",  # of the beta1 of all of them
+    "product2",
 )
 
 

@@ -24,6 +24,7 @@ from nexus.backends.triton_words import (
     DTYPES,
     GRAD_WORD,
     GROUP_AND_KIND_WORD,
+    PRODUCTS_WORD,
     RECORD_WORDS,
     STEP_WORD,
     word,
@@ -206,11 +207,16 @@ def update(
         tensor = tl.load(chunk + 2)
         record = records + tensor * RECORD_WORDS
         if tl.load(record + GRAD_WORD) != 0:
+            row = coefficients + tensor * COEFFICIENT_WORDS
             if begin == 0:
                 step = tl.load(record + STEP_WORD).to(tl.pointer_type(tl.float64))
                 tl.store(step, tl.load(step) + 1)
+                products = tl.load(record + PRODUCTS_WORD).to(tl.pointer_type(tl.float64))
+                if products.to(tl.int64) != 0:
+                    tl.store(products, tl.load(row + 9))
+                    tl.store(products + 1, tl.load(row + 10))
+                    tl.store(products + 2, tl.load(row + 8))
             kind = tl.load(record + GROUP_AND_KIND_WORD) >> 32
-            row = coefficients + tensor * COEFFICIENT_WORDS
             for j in tl.static_range(len(KINDS)):
                 if kind == j:
                     _update_chunk(

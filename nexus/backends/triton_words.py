@@ -19,6 +19,7 @@ def word(record: str, field: str) -> tl.constexpr:
 RECORD_WORDS = tl.constexpr(layout("TensorRecord").words)
 GRAD_WORD = word("TensorRecord", "grad")
 STEP_WORD = word("TensorRecord", "step")
+PRODUCTS_WORD = word("TensorRecord", "beta_products")
 GROUP_AND_KIND_WORD = word("TensorRecord", "group")  # an int32 each, the kind as the place
 CHUNK_WORDS = tl.constexpr(len(CHUNK))
 COEFFICIENT_WORDS = tl.constexpr(len(COEFFICIENTS))

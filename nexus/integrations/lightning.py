@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, devices_of, engine_of
+from nexus.optim.groups import BETAS
 from nexus.schedules import Schedule
 
 try:
@@ -80,13 +81,16 @@ def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         groups.append(dict(group))
+        rates: dict[str, float] = {}
         for name, schedule in group.schedules():
-            if name not in names:
-                continue
             if schedule not in values:
                 rows = engine.table(schedule, device).rows
                 values[schedule] = optimizer.evaluator.evaluate(rows, completed).item()
-            groups[-1][name] = values[schedule] * (group["lr_scale"] if name == "lr" else 1.0)
+            rates[name] = values[schedule]
+        if "lr" in rates:
+            rates["lr"] *= rates["lr_scale"] if "lr_scale" in rates else _plain(group["lr_scale"])
+        betas = tuple(rates.get(name, beta) for name, beta in zip(BETAS, group["betas"], strict=True))
+        groups[-1] |= {"betas": betas} | {name: rate for name, rate in rates.items() if name in names}
     return groups
 
 

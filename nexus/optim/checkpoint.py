@@ -17,10 +17,11 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import check_count, shown
+from nexus.backends.interface import RATES
 from nexus.backends.sharding import is_spread
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
-from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
+from nexus.optim.groups import BETAS, OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
 from nexus.optim.parameters import is_trained, named_parameters
 from nexus.optim.saved import SAVED_NAMES, check_saved, has_codes, loaded, saved_state
 from nexus.optim.state import MOMENTS, check_unshared
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 _FORMAT = 1
 """What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number."""
 
-_SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in SCHEDULABLE)
+_SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in RATES)
 
 _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
@@ -68,9 +69,10 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
                 f"optimizer.state has an entry of a parameter p of shape {tuple(key.shape)} that is in no group any "
                 "more. To save the optimizer without it, `del optimizer.state[p]`; or put p back into a group"
             )
+    device = devices_of(attributes_of(optimizer))[0]
     saved: dict[str, Any] = {
         "state": states,
-        "param_groups": [_saved_group(engine, group, indices) for group in optimizer.param_groups],
+        "param_groups": [_saved_group(engine, group, indices, device) for group in optimizer.param_groups],
         "nexus_format": _FORMAT,
     }
     for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
@@ -79,26 +81,37 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
     return saved
 
 
-def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> dict[str, Any]:
+def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int], device: torch.device) -> dict[str, Any]:
     saved = dict(group)
     saved["params"] = [indices[id(param)] for param in group["params"]]
     for name in STORAGE_DEFAULTS:
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
-    for name in SCHEDULABLE:
-        if type(group[name]) is float:
-            continue
-        if isinstance(group[name], Tensor):
-            saved[name] = float(group[name])
-        schedule = group[f"{name}_schedule"]
-        if schedule is not None:
-            device = group.outputs[name].device
-            saved[f"{name}_schedule"] = {
-                **schedule.to_dict(),
-                "step": int(engine.state_on(device).completed),
-                "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
-            }
+    del saved["bias_correction"]  # as the constructor has it, like the storage of state
+    for name in RATES:
+        _save_rate(engine, group, name, saved, device)
     return saved
+
+
+def _save_rate(engine: Engine, group: ParamGroup, name: str, saved: dict[str, Any], device: torch.device) -> None:
+    """Put one of `RATES` into a saved group: as a float, which torch loads, and its schedule, if it has one."""
+    value, schedule = group.given(name), group.schedule(name)
+    if schedule is None and not isinstance(value, Tensor):
+        return
+    device = group.outputs[name].device if name in group.outputs else device
+    number = float(value) if isinstance(value, Tensor) else float(engine.coming(group, name, device))
+    if name in BETAS:
+        saved["betas"] = tuple(
+            number if name == each else beta for each, beta in zip(BETAS, saved["betas"], strict=True)
+        )
+    else:
+        saved[name] = number
+    if schedule is not None:
+        saved[f"{name}_schedule"] = {
+            **schedule.to_dict(),
+            "step": int(engine.state_on(device).completed),
+            "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
+        }
 
 
 def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
@@ -192,7 +205,7 @@ def _copied(value: Any, param: Tensor) -> Any:
 
 def _extra_entries(group: ParamGroup, saved: dict[str, Any]) -> dict[str, Any]:
     """Copies of what a scheduler or the user has put into a saved group."""
-    own = ("params", *SETTINGS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
+    own = ("params", *SETTINGS, *_SCHEDULE_KEYS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
     return copy.deepcopy({name: value for name, value in saved.items() if name not in own})
 
 
@@ -206,16 +219,27 @@ def _load_group(group: ParamGroup, saved: dict[str, Any], extra: dict[str, Any])
     for name in [name for name in group if name not in stay and name not in extra]:
         del group[name]  # of a range test, say, whose rates are not to come back
     for name, value in _settings(saved).items():
-        if name in SCHEDULABLE:
-            if group[name] is group.outputs.get(name):
-                group.show(name, float(value))
-                continue
-            if isinstance(group[name], Tensor):
-                group[name].detach().fill_(float(value))
-                continue
-            value = float(value)
-        group[name] = value
+        if name == "betas":
+            three = zip(BETAS, group["betas"], value, strict=True)
+            group["betas"] = tuple(_loaded_rate(group, beta, present, now) for beta, present, now in three)
+        elif name in RATES:
+            group[name] = _loaded_rate(group, name, group[name], value)
+        else:
+            group[name] = value
     group.update(extra)
+
+
+def _loaded_rate(group: ParamGroup, name: str, present: Any, value: Any) -> Any:
+    """One of `RATES` after a load: a schedule stays, and a tensor takes the saved number."""
+    if isinstance(present, Schedule):
+        return present
+    if isinstance(present, Tensor) and present is group.outputs.get(name):
+        group.show(name, float(value))
+        return present
+    if isinstance(present, Tensor) and value is not None:
+        present.detach().fill_(float(value))
+        return present
+    return float(value) if name in SCHEDULABLE else value
 
 
 def _completed(pairs: list[tuple[ParamGroup, dict[str, Any]]], states: list[Any]) -> int:
@@ -304,8 +328,8 @@ def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
     try:
         if any(isinstance(value, Tensor) and value.is_meta for value in saved.values()):
             raise ValueError("a tensor is on the meta device, and has no value")
-        for name in SCHEDULABLE:
-            if isinstance(saved.get(name), Schedule):
+        for name in RATES:
+            if isinstance(_saved_rate(saved, name), Schedule):
                 raise ValueError(f"{name} must be a number; give the Schedule to the constructor")
         checked_settings({**group, **_settings(saved), **{name: saved[name] for name in OF_ALL if name in saved}})
     except (TypeError, ValueError, RuntimeError) as error:
@@ -350,20 +374,34 @@ def _check_order(groups: list[ParamGroup], saved_groups: list[dict[str, Any]]) -
 
 def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     """Those of a saved group that are to be loaded: not its schedules, its storage, or another class's options."""
-    stay = (*_SCHEDULE_KEYS, *STORAGE_DEFAULTS)
+    stay = (*_SCHEDULE_KEYS, *STORAGE_DEFAULTS, "bias_correction")
     chosen = {name: saved[name] for name in SETTINGS if name in saved and name not in stay}
     chosen = {"amsgrad": False, "maximize": False} | chosen  # what lacks them is older, or of no such option
-    for name in SCHEDULABLE:
-        if isinstance(chosen.get(name), Tensor) and chosen[name].numel() == 1:
-            chosen[name] = float(chosen[name])
+    for name, value in chosen.items():
+        if name == "betas" and isinstance(value, (tuple, list)):
+            chosen[name] = tuple(map(_plain, value))
+        elif name in RATES:
+            chosen[name] = _plain(value)
     return chosen
+
+
+def _plain(value: Any) -> Any:
+    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _saved_rate(saved: dict[str, Any], name: str) -> Any:
+    """One of `RATES` as a saved group has it; None where it has none."""
+    if name not in BETAS:
+        return saved.get(name)
+    betas = saved.get("betas")
+    return betas[BETAS.index(name)] if isinstance(betas, (tuple, list)) and len(betas) == len(BETAS) else None
 
 
 def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, dict[str, Any]]:
     """The saved edits of each schedule of the group; warns where the saved schedule is another one."""
     edits: dict[str, dict[str, Any]] = {}
-    for name in SCHEDULABLE:
-        now, before = group[f"{name}_schedule"], saved.get(f"{name}_schedule")
+    for name in RATES:
+        now, before = group.schedule(name), saved.get(f"{name}_schedule")
         if before is None:
             continue
         try:
@@ -376,7 +414,7 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
         if now is None:
             warnings.warn(
                 f"the checkpoint's {name} was driven by a schedule, {before.get('type')}; this optimizer has a fixed "
-                f"{name}, which goes on from {saved.get(name)!r}. Give the constructor "
+                f"{name}, which goes on from {_saved_rate(saved, name)!r}. Give the constructor "
                 f"{name}={before.get('type')}(...) to go on with a schedule.",
                 stacklevel=4,
             )

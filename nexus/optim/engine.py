@@ -14,7 +14,19 @@ from torch._subclasses import FakeTensor
 from nexus import backends
 from nexus.arguments import shown
 from nexus.backends import reference
-from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, Rate, Runner, StepState, TensorEntry
+from nexus.backends.interface import (
+    RATES,
+    Backend,
+    Change,
+    DevicePlan,
+    Glance,
+    GroupSettings,
+    Plan,
+    Rate,
+    Runner,
+    StepState,
+    TensorEntry,
+)
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
@@ -29,7 +41,7 @@ from nexus.optim.groups import (
 )
 from nexus.optim.history import History
 from nexus.optim.state import check_streams, complete_states, is_complete, is_idle, make_entry
-from nexus.optim.storage import STORAGE_DEFAULTS, storage_of
+from nexus.optim.storage import STORAGE_DEFAULTS, keeps_products, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -163,7 +175,7 @@ class Engine:
             self.runner = backend.runner(WATCHED_NAMES)
         self.settle(attributes)
         _check_scales(groups)
-        options = [tuple(group[name] for name in STATE_OPTIONS) for group in groups]
+        options = [(*(group[name] for name in STATE_OPTIONS), keeps_products(group)) for group in groups]
         if self.plan is not None and change == Change.SETTINGS and options == self._planned_options:
             for device, device_plan in self.plan.devices.items():
                 self.fill_settings(device_plan, groups, device)
@@ -233,12 +245,11 @@ class Engine:
             settings_of(group, {name: self.table(s, device).rows for name, s in group.schedules()}, device)
             for group in groups
         ]
-        rates = [(settings, name, settings[name]) for settings in plan.groups for name in SCHEDULABLE]
-        written = {id(rate.last): rate for _, _, rate in rates if rate.last is not None}
+        rates = [(settings, name, settings[name]) for settings in plan.groups for name in RATES]
+        written = {id(rate.last): (settings, name) for settings, name, rate in rates if rate.last is not None}
         for settings, name, rate in rates:
-            source = written.get(id(rate.tensor))
-            if source is not None:  # what the step itself writes, and would be read before that or after it
-                settings[name] = Rate(table=source.table, scale=source.scale)
+            if id(rate.tensor) in written:  # what the step itself writes, and would be read before that or after it
+                _share_schedule(settings, name, *written[id(rate.tensor)])
         plan.measures_norm = self.measures_norm(groups)
 
     @torch.inference_mode(False)  # as above
@@ -278,7 +289,7 @@ class Engine:
                 for table in self._tables_of(schedule):
                     table.restore({})  # an equal one, whose decay may have begun, was assigned before
             users[schedule] += 1
-            self._show_rate(group, name, schedule)
+            self._show_rate(group, name)
 
     def _check_once(self, groups: list[ParamGroup]) -> None:
         seen: dict[int, str] = {}
@@ -289,12 +300,18 @@ class Engine:
                     "of the places in param_groups"
                 )
 
-    def _show_rate(self, group: ParamGroup, name: str, schedule: Schedule) -> None:
+    def _show_rate(self, group: ParamGroup, name: str) -> None:
         """Let a group show the rate of the next update, where no update has shown one yet."""
-        output = group.outputs[name]
-        rows = self.table(schedule, output.device).rows
-        now = reference.evaluate(rows, self.state_on(output.device).completed)
-        group.show(name, now * group["lr_scale"] if name == "lr" else now)
+        group.show(name, self.coming(group, name, group.outputs[name].device))
+
+    def coming(self, group: ParamGroup, name: str, device: torch.device) -> Any:
+        """One of `RATES` of a settled group, as the coming update uses it: a number, or a tensor of one element."""
+        schedule = group.schedule(name)
+        if schedule is None:
+            value = group.given(name)
+            return value.detach().reshape(()) if isinstance(value, Tensor) else value
+        now = reference.evaluate(self.table(schedule, device).rows, self.state_on(device).completed)
+        return now * self.coming(group, "lr_scale", device) if name == "lr" else now
 
     # Device memory: made once for each device, and followed when the parameters move.
 
@@ -367,13 +384,31 @@ def _tidy(attributes: Attributes) -> None:
 def _check_kept(options: list[tuple[Any, ...]], captured: list[tuple[Any, ...]]) -> None:
     """Refuse to store state otherwise where graphs write to it as it is."""
     for index, (now, then) in enumerate(zip(options, captured, strict=False)):
-        for name, value, before in zip(STATE_OPTIONS, now, then, strict=True):
+        for name, value, before in zip(STATE_OPTIONS, now, then, strict=False):
             if name in STORAGE_DEFAULTS and value != before:
                 raise RuntimeError(
                     f"group {index}'s {name!r} was changed from {before} to {value}, and a graph has captured a step "
                     "that writes to the state as it is: drop the graph first (reset() on a captured step), or set "
                     f"{name!r} back"
                 )
+        if now[-1] != then[-1]:
+            raise RuntimeError(
+                f"group {index}'s betas or bias_correction were changed so that the bias is corrected by other "
+                "products of betas than in a graph that has captured a step: drop the graph first (reset() on a "
+                "captured step), or set them back"
+            )
+
+
+def _share_schedule(settings: GroupSettings, name: str, source: GroupSettings, source_name: str) -> None:
+    """Let a rate that is the tensor which a schedule of another group writes be that schedule's."""
+    settings[name] = Rate(table=source[source_name].table)
+    if name == source_name == "lr":
+        settings["lr_scale"] = source["lr_scale"]
+    elif source_name == "lr" and source["lr_scale"] != Rate(value=1.0):
+        raise ValueError(
+            f"a group's {name} is the tensor that another group's lr schedule writes, multiplied by its lr_scale: "
+            "give that group lr_scale=1.0, or this one a Schedule of its own"
+        )
 
 
 def _check_scales(groups: list[ParamGroup]) -> None:

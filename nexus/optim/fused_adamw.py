@@ -48,15 +48,16 @@ class FusedAdamW(Scheduled, Optimizer):
             bfloat16 or float16; of any layout. Moments are float32 for half precision.
         lr: a float (which a torch scheduler may change), a one-element tensor (read at each step), or a `Schedule`,
             which is evaluated by the kernels at the optimizer's own count of completed updates.
-        betas: decay rates of the moments, in [0, 1). Two one-element tensors are read once, here.
-        eps: added to the denominator, 0 or above.
+        betas: decay rates of the moments, in [0, 1). Each a float, or as `lr` a tensor or a `Schedule`.
+        eps: added to the denominator, 0 or above. A float, or as `lr`.
         weight_decay: a float, a one-element tensor or a `Schedule`.
         amsgrad: divide by the largest second moment so far (Reddi et al. 2018, arXiv:1904.09237).
         maximize: ascend.
         foreach, capturable, fused: taken, so that `torch.optim.AdamW` can be replaced by name, and of no effect.
         differentiable: must be False.
         max_grad_norm: scale the gradients down to this global 2-norm inside the update, as
-            `torch.nn.utils.clip_grad_norm_` would before it. None: do not; `math.inf`: only measure it.
+            `torch.nn.utils.clip_grad_norm_` would before it. A float, or as `lr`. None: do not; `math.inf`: only
+            measure it.
         skip_nonfinite: let a step whose gradients hold an infinity or a NaN change nothing but `skipped_steps`.
         backend: `"auto"`, or one of `"native"` (compiled, CPU), `"cuda"` (compiled, NVIDIA), `"triton"` (where
             Triton runs) and `"reference"` (plain PyTorch, any device).
@@ -72,9 +73,11 @@ class FusedAdamW(Scheduled, Optimizer):
             in proportion: bfloat16 parameters and first moments. The other moments in fewer bits always are.
         seed: of that chance, an int in [0, 2**63). The same seed gives the same bits, on any device, by any number
             of threads or processes.
+        bias_correction: where a beta is a tensor or a `Schedule`, the bias of the moments is 1 minus the product of
+            all betas so far (`"product"`), or 1 - beta**t as in torch (`"power"`).
 
     A group may have its own value of each of these but `skip_nonfinite`, `backend`, `norm_group` and `seed`, and an
-    `lr_scale` (1.0) that multiplies its schedule.
+    `lr_scale` (1.0, or as `lr`) that multiplies its schedule.
 
     Raises:
         TypeError, ValueError: an argument of the wrong type or out of range, a parameter that cannot be
@@ -99,8 +102,8 @@ class FusedAdamW(Scheduled, Optimizer):
         self,
         params: Params,
         lr: float | Tensor | Schedule = 1e-3,
-        betas: tuple[float, float] | tuple[Tensor, Tensor] = (0.9, 0.999),
-        eps: float = 1e-8,
+        betas: tuple[float | Tensor | Schedule, float | Tensor | Schedule] = (0.9, 0.999),
+        eps: float | Tensor | Schedule = 1e-8,
         weight_decay: float | Tensor | Schedule = 1e-2,
         amsgrad: bool = False,
         *,
@@ -109,7 +112,7 @@ class FusedAdamW(Scheduled, Optimizer):
         capturable: bool = False,
         differentiable: bool = False,
         fused: bool | None = None,
-        max_grad_norm: float | None = None,
+        max_grad_norm: float | Tensor | Schedule | None = None,
         skip_nonfinite: bool = False,
         backend: str = "auto",
         norm_group: ProcessGroup | None = None,
@@ -118,6 +121,7 @@ class FusedAdamW(Scheduled, Optimizer):
         exp_avg_sq_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
         seed: int = 0,
+        bias_correction: str = "product",
     ) -> None:
         check_torch_options(
             betas=betas, capturable=capturable, differentiable=differentiable, foreach=foreach, fused=fused
@@ -135,6 +139,7 @@ class FusedAdamW(Scheduled, Optimizer):
             "exp_avg_sq_dtype": exp_avg_sq_dtype,
             "stochastic_rounding": stochastic_rounding,
             "lr_scale": 1.0,
+            "bias_correction": bias_correction,
             "lr_schedule": None,
             "weight_decay_schedule": None,
         }

@@ -15,11 +15,17 @@ from torch._subclasses import FakeTensor
 from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import as_real, check_number, shown
-from nexus.backends.interface import LAST_WRITE, GroupSettings, Rate
-from nexus.optim.storage import STORAGE_DEFAULTS, check_choice
+from nexus.arguments import check_choice as argument_choice
+from nexus.backends.interface import LAST_WRITE, RATES, GroupSettings, Rate
+from nexus.optim.storage import BIAS_CORRECTIONS, STORAGE_DEFAULTS, check_choice
 from nexus.schedules import Schedule
+from nexus.schedules.bounds import bounds_of
 
 SCHEDULABLE = ("lr", "weight_decay")
+"""The settings that show, in the place of their schedule, the rate last used. The other ones of `RATES` keep it."""
+
+BETAS = ("beta1", "beta2")
+"""What `RATES` calls the two of `betas`."""
 
 OF_ALL = ("skip_nonfinite", "backend", "norm_group", "seed")
 """Options of the optimizer that no group can have for itself."""
@@ -70,9 +76,19 @@ class ParamGroup(dict[str, Any]):
         super().__setitem__(key, value)
         LAST_WRITE[0] = object()
 
+    def given(self, name: str) -> Any:
+        """One of `RATES`, as it stands in the group."""
+        return self["betas"][BETAS.index(name)] if name in BETAS else self[name]
+
+    def schedule(self, name: str) -> Schedule | None:
+        """What drives one of `RATES`, if it is a schedule."""
+        value = self[f"{name}_schedule"] if name in SCHEDULABLE else self.given(name)
+        return value if isinstance(value, Schedule) else None
+
     def schedules(self) -> list[tuple[str, Schedule]]:
-        """The settings that a schedule drives, and their schedules."""
-        return [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
+        """Those of `RATES` that a schedule drives, and their schedules."""
+        found = [(name, self.schedule(name)) for name in RATES]
+        return [(name, schedule) for name, schedule in found if schedule is not None]
 
     def watched(self) -> tuple[Any, ...]:
         """The values of the settings, and of what else is looked at again when it is another object."""
@@ -84,7 +100,7 @@ class ParamGroup(dict[str, Any]):
 
     def mark_settled(self) -> None:
         """To be called when all settings are checked and in force. A tensor of the user's may change behind that."""
-        rates = [(self[name], self.outputs.get(name)) for name in SCHEDULABLE]
+        rates = [(self.given(name), self.outputs.get(name)) for name in RATES]
         if not any(isinstance(rate, Tensor) and rate is not output for rate, output in rates):
             self._settled = self.watched()
 
@@ -101,7 +117,7 @@ class ParamGroup(dict[str, Any]):
         """
         for name, schedule in self.schedules():
             output = self.outputs.get(name)
-            if output is not None and output is self[name] and output._version != self._versions[name]:
+            if output is not None and output is self.given(name) and output._version != self._versions[name]:
                 raise RuntimeError(
                     f"group[{name!r}] was written in place (as by ReduceLROnPlateau, or `*=`) while {schedule!r} "
                     "drives it, and the next step writes over it. To let something else drive it, give FusedAdamW a "
@@ -114,9 +130,10 @@ class ParamGroup(dict[str, Any]):
         Raises:
             ValueError: with the remedy.
         """
-        if self["lr_scale"] != 1.0 and self["lr_schedule"] is None:
+        scale = self["lr_scale"]
+        if self["lr_schedule"] is None and (isinstance(scale, (Tensor, Schedule)) or scale != 1.0):
             raise ValueError(
-                f"a group has lr_scale={self['lr_scale']!r}, which multiplies schedules, and the rate is "
+                f"a group has lr_scale={scale!r}, which multiplies schedules, and the rate is "
                 f"{shown(self['lr'])}. Give FusedAdamW a Schedule as lr, or use a scheduler of "
                 "nexus.training.schedulers, in the place of what multiplies the rate by lr_scale (a loop, or timm's "
                 "schedulers); or write the product as the group's lr, and delete its lr_scale"
@@ -186,7 +203,8 @@ def _restored(items: dict[str, Any], outputs: dict[str, Tensor], driver: str | N
     return group
 
 
-def _rate(name: str, value: Any) -> Any:
+def _rate(name: str, value: Any, *, below: float = math.inf, positive: bool = False) -> Any:
+    """Check one of `RATES`; a tensor or a schedule has to be `below` a bound, too, and above 0 if `positive`."""
     if isinstance(value, Tensor):
         if value.numel() != 1 or value.dtype not in (torch.float32, torch.float64) or value.layout != torch.strided:
             raise ValueError(
@@ -194,15 +212,36 @@ def _rate(name: str, value: Any) -> Any:
                 f"{tuple(value.shape)} of {value.dtype}"
             )
         if value.device.type == "cpu" and not isinstance(value, FakeTensor):  # elsewhere, it would synchronise
-            check_number(name, float(value.detach()))
+            number = float(value.detach())
+            if not (positive and number == math.inf):
+                check_number(name, number, positive=positive)
+            if number >= below:
+                raise ValueError(f"{name} must be a number in [0, {below:g}), got {shown(number)}")
         return value
     if isinstance(value, Schedule):
-        return value
+        return _bounded(name, value, below, positive)
     if as_real(value) is None:
         raise TypeError(
             f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}{_remedy(value)}"
         )
     return _number(name, value)
+
+
+def _bounded(name: str, schedule: Schedule, below: float, positive: bool) -> Schedule:
+    if below == math.inf and not positive:
+        return schedule
+    (lowest, at_lowest), (highest, at_highest) = bounds_of(schedule)
+    for value, step, fits in (
+        (highest, at_highest, highest < below),
+        (lowest, at_lowest, lowest > 0.0 or not positive),
+    ):
+        if not fits:
+            allowed = "above 0" if positive else f"in [0, {below:g})"
+            raise ValueError(
+                f"{name} must stay {allowed}, and {schedule!r} is {value!r} at step {step}; end it short of that, or "
+                "bound it by schedule.clip(low, high)"
+            )
+    return schedule
 
 
 def _remedy(value: Any) -> str:
@@ -231,16 +270,26 @@ def _betas(name: str, value: Any) -> tuple[Any, Any]:
 
 
 def _beta(name: str, value: Any) -> Any:
-    # torch takes tensors of one element, and its schedulers of momenta leave them beside a float.
-    beta = _number(name, float(value) if isinstance(value, Tensor) and value.numel() == 1 else value)
+    # torch's schedulers of momenta leave tensors beside a float.
+    if isinstance(value, (Tensor, Schedule)):
+        return _rate(name, value, below=1.0)
+    beta = _number(name, value)
     if beta >= 1.0:
         raise ValueError(f"{name} must be a number in [0, 1), got {shown(value)}")
     return beta
 
 
+def _small(name: str, value: Any) -> Any:
+    return _rate(name, value) if isinstance(value, (Tensor, Schedule)) else _number(name, value)
+
+
 def _number(name: str, value: Any) -> Any:
     number = check_number(name, value)
     return value if isinstance(value, (int, float)) else number
+
+
+def _form(name: str, value: Any) -> Any:
+    return argument_choice(name, value, BIAS_CORRECTIONS)
 
 
 def _flag(name: str, value: Any) -> Any:
@@ -252,6 +301,8 @@ def _flag(name: str, value: Any) -> Any:
 def _limit(name: str, value: Any) -> Any:
     if value is None:
         return None
+    if isinstance(value, (Tensor, Schedule)):
+        return _rate(name, value, positive=True)
     if value == math.inf:
         return float(value)
     try:
@@ -267,8 +318,9 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "weight_decay": _rate,
     "weight_decay_schedule": _schedule,
     "betas": _betas,
-    "eps": _number,
-    "lr_scale": _number,
+    "eps": _small,
+    "lr_scale": _small,
+    "bias_correction": _form,
     "amsgrad": _flag,
     "maximize": _flag,
     "max_grad_norm": _limit,
@@ -280,11 +332,11 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
 """The keys of a group whose values a step uses. Each has a check, which returns what was given as a number of
 Python's: in an array or a tensor, a change would go unnoticed."""
 
-NEWER_SETTINGS: dict[str, Any] = {"lr_scale": 1.0, **STORAGE_DEFAULTS}
+NEWER_SETTINGS: dict[str, Any] = {"lr_scale": 1.0, "bias_correction": "product", **STORAGE_DEFAULTS}
 """The settings that a group of torch's AdamW has not, with their defaults."""
 
 STATE_OPTIONS = ("amsgrad", *STORAGE_DEFAULTS)
-"""The settings on which it depends what the state of a parameter has."""
+"""The settings on which it depends what the state of a parameter has, beside `keeps_products`."""
 
 WATCHED_NAMES = (*SETTINGS, "differentiable", *OF_ALL)
 """The keys of a group that are looked at again when their value is another object."""
@@ -339,10 +391,11 @@ def check_torch_options(
 
     Raises:
         TypeError: an option that is no bool.
-        ValueError: one of the betas is a tensor. In a group, schedulers of momenta make such pairs.
+        ValueError: one of the betas is a tensor, one a number. In a group, schedulers of momenta make such pairs.
         RuntimeError: two implementations at once; `differentiable=True`. As in torch.
     """
-    if isinstance(betas, (tuple, list)) and len({isinstance(beta, Tensor) for beta in betas}) > 1:
+    given = [beta for beta in betas if not isinstance(beta, Schedule)] if isinstance(betas, (tuple, list)) else []
+    if len({isinstance(beta, Tensor) for beta in given}) > 1:
         raise ValueError(f"betas must be either both floats or both Tensors, got {shown(betas)}")
     for name, value in implementations.items():
         if value is not None and not isinstance(value, bool):
@@ -364,6 +417,10 @@ def _refuse_differentiable(value: object) -> None:
         )
 
 
+def _shown_name(rate: str) -> str:
+    return f"betas[{BETAS.index(rate)}]" if rate in BETAS else rate
+
+
 def _tensor_rate(name: str, value: Tensor, device: torch.device, *, used: bool) -> Rate:
     """A rate that is a tensor; `used` if the group has parameters on this device."""
     if value.device == device:
@@ -372,28 +429,23 @@ def _tensor_rate(name: str, value: Tensor, device: torch.device, *, used: bool) 
         return Rate(tensor=torch.zeros((), dtype=torch.float64, device=device), host=value)
     if used:
         raise ValueError(
-            f"{name} is a tensor on {value.device}, and parameters of its group are on {device}: make it there, or "
-            "on the CPU, or give a number or a Schedule. Parameters on several devices may have a group each"
+            f"{_shown_name(name)} is a tensor on {value.device}, and parameters of its group are on {device}: make "
+            "it there, or on the CPU, or give a number or a Schedule. Parameters on several devices may have a "
+            "group each"
         )
     return Rate(value=math.nan)
 
 
 def settings_of(group: ParamGroup, tables: dict[str, Tensor], device: torch.device) -> GroupSettings:
     """A checked group as a backend wants it; `tables` are the segment tables of its schedules on `device`."""
-    limit = group["max_grad_norm"]
-    settings: GroupSettings = {}
-    for name in SCHEDULABLE:
-        value, output = group[name], group.outputs.get(name)
+    settings: GroupSettings = {"maximize": group["maximize"]}
+    for name in RATES:
+        value, output = group.given(name), group.outputs.get(name)
         if name in tables:
-            scale = float(group["lr_scale"]) if name == "lr" else 1.0
             last = output if output is not None and output.device == device else None
-            settings[name] = Rate(table=tables[name], scale=scale, last=last)
+            settings[name] = Rate(table=tables[name], last=last)
         elif isinstance(value, Tensor):
             settings[name] = _tensor_rate(name, value, device, used=any(p.device == device for p in group["params"]))
         else:
-            settings[name] = Rate(value=float(value))
-    settings["beta1"], settings["beta2"] = map(float, group["betas"])
-    settings["eps"] = float(group["eps"])
-    settings["max_grad_norm"] = math.inf if limit is None else float(limit)
-    settings["maximize"] = group["maximize"]
+            settings[name] = Rate(value=math.inf if value is None else float(value))
     return settings

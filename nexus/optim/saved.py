@@ -17,6 +17,7 @@ from nexus.optim.state import (
     CODES,
     MOMENTS,
     REQUIRED,
+    begin_products,
     check_scale,
     complete_states,
     is_complete,
@@ -28,11 +29,13 @@ from nexus.optim.state import (
 from nexus.optim.storage import Storage, moment_dtype
 
 SAVED_NAMES = (*STATE_NAMES, "master_param")
+_CODED = STATE_NAMES[4:8]
+"""What says more of moments and weights than their values, as other optimizers have them."""
 
 
 def has_codes(state: object) -> bool:
     """Whether this is a state of which something is stored in a way that no other optimizer reads."""
-    return is_complete(state) and any(name in state for name in STATE_NAMES[4:])  # type: ignore[operator]
+    return is_complete(state) and any(name in state for name in _CODED)  # type: ignore[operator]
 
 
 def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
@@ -52,7 +55,7 @@ def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
             "memory or another shape than it had. Bring back what was offloaded before state_dict(), or "
             "`del optimizer.state[p]`"
         )
-    saved = {name: value for name, value in state.items() if name not in STATE_NAMES[4:]}
+    saved = {name: value for name, value in state.items() if name not in _CODED}
     for name in scaled:
         saved[name] = value_of(state[name], state.get(scale_name(name)))
         saved[name] = saved[name].to(moment_dtype(param))
@@ -108,6 +111,9 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
         if name != "exp_avg" and bool((wide < 0).any()):
             raise refusal(f": {name} is negative somewhere, which no average of squares is")
     check_master(state, param, storage, where)
+    products = state.get("beta_products")
+    if products is not None and (not isinstance(products, Tensor) or products.shape != (3,) or products.is_meta):
+        raise refusal(f": beta_products must be 3 numbers, as nexus saves them, got {shown(products)}")
     step = state["step"]
     if isinstance(step, Tensor) and (step.numel() != 1 or step.is_meta):
         raise refusal(
@@ -181,12 +187,14 @@ def loaded(
     if not saved:
         for value in kept.values():
             local(value).zero_()  # as if it had never had a gradient
+        _load_products(kept, None)
         return kept or None
     if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
         kept = {}  # of the shape that the parameter had before
     del present  # what is not kept is freed before its successor is made
     complete_states([(kept, param, where, storage._replace(amsgrad="max_exp_avg_sq" in saved))])
     kept["step"].fill_(float(saved["step"]))
+    _load_products(kept, saved.get("beta_products"))
     for name in MOMENTS:
         if name not in saved:
             kept.pop(name, None)  # of an amsgrad that is over
@@ -209,3 +217,13 @@ def loaded(
         if master is not None:
             split_master(low, param, master)
     return kept
+
+
+def _load_products(state: dict[str, Any], saved: Tensor | None) -> None:
+    """Take saved products of betas. Another optimizer may have rounded them meanwhile: then they begin anew."""
+    if "beta_products" not in state:
+        return
+    if saved is None or saved.dtype != torch.float64:
+        begin_products(state["beta_products"])
+    else:
+        state["beta_products"].copy_(saved)

@@ -52,6 +52,7 @@ def make_entry(param: Tensor, state: dict[str, Any], group: int, ordinal: int, s
             "within a block, and is counted by itself. Results depend on the number of processes"
         )
     used = [name for name in STATE_NAMES if storage.amsgrad or not name.startswith("max_")]
+    used = [name for name in used if storage.products or name != "beta_products"]
     streams = {name: local(state[name]) if name in used and name in state else None for name in STATE_NAMES}
     return TensorEntry(
         original=param,
@@ -104,6 +105,8 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
             count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
             state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
         _check_memory(state["step"], f"{where}: state 'step'")
+        if storage.products:
+            _fit_products(state, param, where)
     for name in (*MOMENTS, "master_low"):  # one after the other: a step goes through each in the parameters' order
         lacking = []
         for state, param, _, storage in states:
@@ -123,6 +126,27 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
             if name in MOMENTS and stream.dtype in SCALED:
                 count = codecs.scale_count(part.numel())
                 state[scale_name(name)] = torch.zeros(count, dtype=torch.float32, device=part.device)
+
+
+def _fit_products(state: dict[str, Any], param: Tensor, where: str) -> None:
+    """See to it that a state has products of betas, where the parameter is."""
+    products = state.get("beta_products")
+    if products is None:
+        products = torch.empty(3, dtype=torch.float64, device=param.device)
+        begin_products(products)
+    elif not isinstance(products, Tensor) or products.dtype != torch.float64 or products.shape != (3,):
+        raise ValueError(
+            f"{where}: state 'beta_products' must be 3 numbers of torch.float64, got {shown(products)}; delete it to "
+            "go on as if every update had had the present betas"
+        )
+    state["beta_products"] = products.detach().to(param.device) if products.device != param.device else products
+    _check_memory(state["beta_products"], f"{where}: state 'beta_products'")
+
+
+def begin_products(products: Tensor) -> None:
+    """Make products of betas those of no update: after some, they begin as powers of the present betas."""
+    products.fill_(1.0)
+    products[2:].zero_()
 
 
 def _check_memory(value: Tensor, where: str) -> None:

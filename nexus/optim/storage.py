@@ -11,6 +11,7 @@ from torch import Tensor
 from nexus.arguments import shown
 from nexus.backends.codecs import LOW_DTYPES, SCALE_BLOCK, SCALED
 from nexus.optim.parameters import is_trained, named_parameters
+from nexus.schedules import Schedule
 
 STORAGE_DEFAULTS: dict[str, Any] = {
     "master_weight_bits": None,
@@ -19,6 +20,9 @@ STORAGE_DEFAULTS: dict[str, Any] = {
     "stochastic_rounding": False,
 }
 """The options of a group that say how state is stored, and what each is where nothing is asked for."""
+
+BIAS_CORRECTIONS = ("product", "power")
+"""How the bias of the moments is corrected where a beta moves; where none does, both are the same number."""
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "master_weight_bits": (None, *LOW_DTYPES),
@@ -38,6 +42,7 @@ class Storage(NamedTuple):
     amsgrad: bool
     master_low: torch.dtype | None = None
     stochastic_rounding: bool = False
+    products: bool = False  # whether the products of the betas are kept
 
     def moments(self) -> dict[str, torch.dtype]:
         """By their names in the state."""
@@ -92,8 +97,9 @@ def storage_of(param: Tensor, group: dict[str, Any], where: str) -> Storage:
     """
     asked = {name: group.get(name, default) for name, default in STORAGE_DEFAULTS.items()}
     amsgrad = group["amsgrad"]
+    products = keeps_products(group)
     if asked == STORAGE_DEFAULTS:
-        return Storage(moment_dtype(param), moment_dtype(param), amsgrad)
+        return Storage(moment_dtype(param), moment_dtype(param), amsgrad, products=products)
     bits = asked["master_weight_bits"]
     remedy = "give such parameters a group of their own, without it"
     for name, value in asked.items():
@@ -118,7 +124,14 @@ def storage_of(param: Tensor, group: dict[str, Any], where: str) -> Storage:
         amsgrad=amsgrad,
         master_low=LOW_DTYPES[bits] if bits is not None and param.dtype == torch.bfloat16 else None,
         stochastic_rounding=asked["stochastic_rounding"],
+        products=products,
     )
+
+
+def keeps_products(group: dict[str, Any]) -> bool:
+    """Whether state keeps the products of a group's betas, since one of them may move."""
+    moves = any(isinstance(beta, (Tensor, Schedule)) for beta in group.get("betas", ()))
+    return moves and group["bias_correction"] == "product"
 
 
 def bytes_of(param: Tensor, storage: Storage, *, gradient: torch.dtype | None) -> float:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from nexus.arguments import shown
-from nexus.backends.interface import LAST_WRITE, DevicePlan, StepState
+from nexus.backends.interface import LAST_WRITE, RATES, DevicePlan, StepState
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
-from nexus.optim.groups import SCHEDULABLE, SETTINGS, ParamGroup
+from nexus.optim.groups import SETTINGS, ParamGroup
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 
@@ -226,7 +226,7 @@ class _OneParameter(Engine):
 
     def fill_settings(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
         """See `Engine.fill_settings`. A rate may be the tensor that another group's schedule writes."""
-        rates = {id(groups[0][name]) for name in SCHEDULABLE}
+        rates = {id(groups[0].given(name)) for name in RATES}
         others = [group for group in self._owner.param_groups if group is not self.group]
         sources = [group for group in others if not rates.isdisjoint(map(id, group.outputs.values()))]
         super().fill_settings(plan, [*groups, *sources], device)

@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 import triton_interpreter  # noqa: F401  # mends it
 
 from nexus.backends import triton as backend
+from nexus.backends.interface import RATES
 from nexus.backends.records import layout
 from nexus.backends.triton_tables import (
     CHUNK_ELEMENTS,
@@ -202,7 +203,8 @@ def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
     for upload in uploads:
         values = upload.memory.view(torch.float64)[: group.words]
         assert float(values[0]) == 0.25
-        assert values[group.offset("beta1") // 8 : group.offset("maximize") // 8].tolist() == [0.1, 0.2, 1e-8, 3.0]
+        rates = {name: float(values[group.offset(f"{name}.value") // 8]) for name in RATES[2:]}
+        assert rates == {"beta1": 0.1, "beta2": 0.2, "eps": 1e-8, "max_grad_norm": 3.0, "lr_scale": 1.0}
 
 
 def test_a_graph_cannot_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

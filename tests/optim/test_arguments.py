@@ -18,7 +18,7 @@ from side_by_side import train
 from torch.optim.lr_scheduler import StepLR
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import Constant
+from nexus.schedules import Constant, Linear
 
 RATE = "must be a number >= 0, a one-element tensor or a Schedule, got"
 RATE_TENSOR = "as a tensor must have one element of float32 or float64, got the shape"
@@ -46,7 +46,12 @@ BAD: Bad = [
     ("betas", ((1.5, 0.9),), ValueError, rf"betas\[0\] {BETA}"),
     ("betas", ((-0.1, 0.9),), ValueError, rf"betas\[0\] {NUMBER}"),
     ("betas", ((0.9, math.nan),), ValueError, rf"betas\[1\] {NUMBER}"),
-    ("betas", (("0.9", 0.9), (torch.zeros(2), torch.zeros(2))), TypeError, rf"betas\[0\] {NUMBER}"),
+    ("betas", (("0.9", 0.9),), TypeError, rf"betas\[0\] {NUMBER}"),
+    ("betas", ((torch.zeros(2), torch.zeros(2)),), ValueError, rf"betas\[0\] {RATE_TENSOR} \(2,\)"),
+    ("betas", ((torch.tensor(0.5), torch.tensor(1.0)),), ValueError, rf"betas\[1\] {BETA} 1.0"),
+    ("betas", ((0.9, Linear(0.9, 1.0, 10)),), ValueError, r"betas\[1\] must stay in \[0, 1\), .* is 1.0 at step 10"),
+    ("bias_correction", ("none",), ValueError, r"bias_correction must be one of \('product', 'power'\), got 'none'"),
+    ("bias_correction", (True, None), TypeError, r"bias_correction must be one of \('product', 'power'\)"),
     ("eps", (-1e-8, math.nan, math.inf), ValueError, f"eps {NUMBER}"),
     ("eps", ("1e-8", None), TypeError, f"eps {NUMBER}"),
     ("differentiable", (True,), RuntimeError, r"use torch.optim.AdamW\(differentiable=True\) where gradients"),
@@ -54,6 +59,9 @@ BAD: Bad = [
     ("maximize", ("yes",), TypeError, f"maximize {BOOL}"),
     ("max_grad_norm", (0, -1.0, math.nan, -math.inf), ValueError, f"max_grad_norm {LIMIT}"),
     ("max_grad_norm", ("1", True), TypeError, f"max_grad_norm {LIMIT}"),
+    ("max_grad_norm", (Linear(0.0, 1.0, 10),), ValueError, "max_grad_norm must stay above 0, .* is 0.0 at step 0"),
+    ("max_grad_norm", (torch.zeros(()),), ValueError, "max_grad_norm must be a finite number > 0"),
+    ("eps", (torch.tensor(-1.0),), ValueError, f"eps {NUMBER}"),
 ]
 OF_THE_CONSTRUCTOR: Bad = [
     ("lr", (torch.tensor(1.0, device="meta"),), ValueError, "lr is a tensor on meta"),
@@ -127,7 +135,6 @@ NUMBERS: dict[str, dict[str, Any]] = {
     "betas: a list": {"betas": [0.9, 0.99]},
     "betas: of a configuration library": {"betas": UserList([0.9, 0.99])},
     "betas: an array": {"betas": numpy.array([0.9, 0.99])},
-    "betas: a tensor": {"betas": torch.tensor([0.9, 0.99], dtype=torch.float64)},
 }
 
 

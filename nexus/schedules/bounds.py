@@ -1,0 +1,49 @@
+"""The lowest and the highest rate of a schedule, as far as they are where its pieces begin and end."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator
+
+from nexus.arguments import MAX_STEP
+from nexus.schedules.base import Schedule, layers_of
+from nexus.schedules.curves import Curve, Layer
+
+Extreme = tuple[float, int]
+"""A rate, and the first of the steps looked at that has it."""
+
+_found: dict[int, tuple[weakref.ref[Schedule], tuple[Extreme, Extreme]]] = {}
+
+
+def bounds_of(schedule: Schedule) -> tuple[Extreme, Extreme]:
+    """The lowest and the highest rate, each with a step that has it.
+
+    Every curve is monotonic between the ends of its piece, so that these are the bounds of what is one layer; a
+    product or a sum of layers may go beyond them between the ends of its pieces. Looked for once a schedule.
+
+    >>> from nexus.schedules import WSD
+    >>> bounds_of(WSD(warmup_steps=2, stable_steps=10, decay_steps=5, peak_lr=0.5))
+    ((0.0, 0), (0.5, 2))
+    """
+    key = id(schedule)
+    found = _found.get(key)
+    if found is not None and found[0]() is schedule:
+        return found[1]
+    steps = sorted({0, MAX_STEP, *(step for layer in layers_of(schedule) for step in _ends(layer))})
+    rates = [(schedule(step), step) for step in steps if 0 <= step <= MAX_STEP]
+    bounds = min(rates), max(rates, key=lambda rate: (rate[0], -rate[1]))
+    _found[key] = weakref.ref(schedule, lambda _: _found.pop(key, None)), bounds
+    return bounds
+
+
+def _ends(layer: Layer) -> Iterator[int]:
+    """Steps at the ends of a layer's pieces, and about its extreme samples."""
+    starts = [row.start for row in layer.segments[1:]] + [MAX_STEP]
+    for row, following in zip(layer.segments, starts, strict=True):
+        yield from (row.start, min(row.start + row.period, following) - 1, following - 1)
+        if row.curve == Curve.SAMPLED:
+            samples = layer.samples[int(row.k) : int(row.k) + int(row.q)]
+            for sample in (min(samples), max(samples)):
+                yield row.start + round(samples.index(sample) * row.span - row.offset)
+    if layer.repeat_start <= MAX_STEP:
+        yield from (layer.repeat_start + layer.repeat_length - 1, layer.repeat_start + layer.repeat_length)

@@ -24,7 +24,7 @@ class Exponential(Schedule):
 
     Args:
         peak_lr: the rate at step 0, above 0.
-        gamma: :math:`\gamma`, above 0; above 1 the rate rises, in the end to infinity.
+        gamma: :math:`\gamma`, above 0; above 1 the rate rises, at most to the largest float.
         every: E, in updates, at least 1.
         min_lr: what the rate comes near to, from 0 to `peak_lr`.
 
@@ -67,7 +67,7 @@ class StepDecay(Schedule):
 
     Args:
         peak_lr: the rate of the first stair, above 0.
-        gamma: :math:`\gamma`, above 0; above 1 the rate rises, in the end to infinity.
+        gamma: :math:`\gamma`, above 0; above 1 the rate rises, at most to the largest float.
         every: E, in updates, at least 1.
         min_lr: what the rate comes near to, from 0 to `peak_lr`.
 

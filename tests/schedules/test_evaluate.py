@@ -10,8 +10,20 @@ from references import BACKENDS
 from schedule_cases import CURVES, WHOLE, assert_equal_to_oracle, assert_within_rounding
 
 from nexus import backends
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
-from nexus.schedules.curves import FOLDS, NEVER, Layer, Op, level, segment, value_of
+from nexus.schedules import (
+    MAX_STEP,
+    WSD,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Curve,
+    Exponential,
+    Linear,
+    Schedule,
+    StepDecay,
+    evaluate,
+)
+from nexus.schedules.curves import FOLDS, LARGEST, NEVER, Layer, Op, level, segment, value_of
 from nexus.schedules.table import lower
 from nexus.schedules.wsd import WSD_DECAYS as DECAYS
 
@@ -135,6 +147,23 @@ def test_layers_are_folded_from_left_to_right_and_may_repeat(backend: str, op: O
     expected = [value(step) for step in range(40)]
     assert [value_of(layers, step) for step in range(40)] == expected
     assert evaluate(Layered(layers), torch.arange(40), backend=backend).tolist() == expected
+
+
+@every_evaluator
+def test_a_rate_without_bounds_is_the_largest_number_and_its_product_with_0_is_0(backend: str) -> None:
+    growth, stairs = Exponential(1.0, 2.0), StepDecay(1.0, 2.0, 1)
+    cases = {
+        growth: LARGEST,
+        growth * Linear(1.0, 0.0, 100): 0.0,
+        Linear(1.0, 0.0, 100) * growth: 0.0,
+        growth * stairs * Constant(0.0): 0.0,
+        growth + stairs: LARGEST,
+        (growth + stairs) * Constant(0.0): 0.0,
+        growth.clip(high=0.5) * Constant(0.5): 0.25,
+    }
+    for schedule, rate in cases.items():
+        assert [schedule(step) for step in (2000, MAX_STEP)] == [rate, rate]
+        assert evaluate(schedule, torch.tensor([2000, MAX_STEP]), backend=backend).tolist() == [rate, rate]
 
 
 def test_steps_of_any_shape_and_layout_are_evaluated_where_they_are(backend: str) -> None:

@@ -178,7 +178,7 @@ def test_a_schedule_of_schedules_draws_itself(tmp_path) -> None:
 @needs_matplotlib
 @pytest.mark.parametrize("steps", [2, MAX_STEP])
 def test_png_of_extremes(steps, tmp_path) -> None:
-    growth, restarts = Exponential(1.0, 1.5), CosineRestarts(1e3, cycle_length=1)  # growth goes to infinity
+    growth, restarts = Exponential(1.0, 1.5), CosineRestarts(1e3, cycle_length=1)  # growth goes to 1.8e308
     for number, schedule in enumerate([growth, Constant(0), WSD(0, 0, 1, 1e-300), restarts]):
         plot.draw(schedule, tmp_path / f"{number}.png", steps)
         assert size_of_png(tmp_path / f"{number}.png") == (1200, 540)

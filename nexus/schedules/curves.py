@@ -161,6 +161,14 @@ class Layer(NamedTuple):
     samples: tuple[float, ...] = ()
 
 
+def check_room(whose: str, layer: Layer) -> None:
+    """Raise where a layer has more rows or samples than its table may have."""
+    counts = {"rows": (len(layer.segments), MAX_SEGMENTS), "samples": (len(layer.samples), MAX_SAMPLES)}
+    for what, (count, most) in counts.items():
+        if count > most:
+            raise ValueError(f"{whose} {count:,} {what} in a layer; {most:,} are allowed")
+
+
 def sampled(samples: Sequence[float], first: int, count: int, p: float) -> float:
     """The value at place p of `count` samples, the last of which stays."""
     place = min(max(math.floor(p), 0), count - 1)

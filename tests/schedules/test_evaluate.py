@@ -23,7 +23,18 @@ from nexus.schedules import (
     StepDecay,
     evaluate,
 )
-from nexus.schedules.curves import FOLDS, LARGEST, NEVER, Layer, Op, level, segment, value_of
+from nexus.schedules.curves import (
+    FOLDS,
+    LARGEST,
+    MAX_SAMPLES,
+    MAX_SEGMENTS,
+    NEVER,
+    Layer,
+    Op,
+    level,
+    segment,
+    value_of,
+)
 from nexus.schedules.table import lower
 from nexus.schedules.wsd import WSD_DECAYS as DECAYS
 
@@ -113,6 +124,22 @@ def test_an_unknown_curve_is_refused_and_evaluators_make_nan_of_one(
     monkeypatch.setattr(Constant, "segments", lambda self: (level(0, self.lr)._replace(curve=unknown),))
     with pytest.raises(ValueError, match=f"unknown curve, {unknown}; it must be one of .*{max(Curve).name}"):
         evaluate(Constant(1.0), torch.tensor(1), backend=backend)
+
+
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (Layer((level(0, 1.0),) * (MAX_SEGMENTS + 1)), "Layered has 65,537 rows in a layer; 65,536 are allowed"),
+        (
+            Layer((level(0, 1.0),), samples=(0.5,) * (MAX_SAMPLES + 1)),
+            "Layered has 1,048,577 samples in a layer; 1,048,576 are allowed",
+        ),
+    ],
+    ids=["rows", "samples"],
+)
+def test_a_layer_that_no_table_has_room_for_is_refused(layer: Layer, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        lower(Layered((layer,)), torch.device("cpu"))
 
 
 @every_evaluator

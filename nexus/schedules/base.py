@@ -154,7 +154,7 @@ class Schedule(ABC):
         if problems:
             raise ValueError(f"{kind.__name__} has the fields {', '.join(expected)}; {problems}")
         try:
-            return kind(**{name: _restored(d[name]) for name in expected if name in d})
+            return kind(**{name: restored(d[name]) for name in expected if name in d})
         except RecursionError:
             raise ValueError(f"{kind.__name__} holds {TOO_DEEP}") from None
 
@@ -307,7 +307,8 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _restored(value: Any) -> Any:
+def restored(value: Any) -> Any:
+    """What a field of a dict stands for."""
     if isinstance(value, Mapping):
         return Schedule.from_dict(value)
-    return tuple(_restored(each) for each in value) if isinstance(value, (list, tuple)) else value
+    return tuple(restored(each) for each in value) if isinstance(value, (list, tuple)) else value

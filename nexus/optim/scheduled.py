@@ -11,8 +11,8 @@ from nexus.arguments import shown
 from nexus.backends import reference
 from nexus.backends.interface import StepState
 from nexus.optim.engine import Engine, attributes_of, devices_of
-from nexus.optim.groups import ParamGroup
-from nexus.schedules import WSD, Schedule, from_torch
+from nexus.optim.groups import ParamGroup, checked_settings
+from nexus.schedules import WSD, Schedule, betas_from_torch, from_torch
 from nexus.schedules.imports.torch_schedulers import step_of
 from nexus.schedules.table import ScheduleTable
 
@@ -26,6 +26,8 @@ class Scheduled:
     @_disable_dynamo
     def take_over(self, scheduler: Any, *, steps: int | None = None, exact: bool = False) -> list[Schedule]:
         """Compute the rates of one of torch's schedulers on the device from here on: each group gets its schedule.
+
+        So do the first betas that `OneCycleLR` and `CyclicLR` cycle.
 
         The count of updates becomes the scheduler's, which is not to be stepped any more; a schedule of the weight
         decay goes on at that count, too.
@@ -63,8 +65,12 @@ class Scheduled:
                 f"the count of updates back to {completed}, where the scheduler stands; leave out the second call"
             )
         schedules = from_torch(scheduler, steps=steps, exact=exact)
-        for group, schedule in zip(self.param_groups, schedules, strict=True):
+        betas = betas_from_torch(scheduler, steps=steps, exact=exact)
+        for group, pair in zip(self.param_groups, betas, strict=True):
+            checked_settings({**group, "betas": pair})
+        for group, schedule, pair in zip(self.param_groups, schedules, betas, strict=True):
             group["lr"] = schedule
+            group["betas"] = pair
             group.taken_over = schedule, weakref.ref(scheduler)
         for device in devices_of(attributes_of(self)):
             self._engine.state_on(device).completed.fill_(completed)

@@ -31,7 +31,7 @@ from nexus.schedules.wsds import WSDS
 if TYPE_CHECKING:
     import torch
 
-    from nexus.schedules.imports import from_optax, from_timm, from_torch, from_transformers
+    from nexus.schedules.imports import betas_from_torch, from_optax, from_timm, from_torch, from_transformers
 
 __all__ = [
     "MAX_STEP",
@@ -55,6 +55,7 @@ __all__ = [
     "Segment",
     "StepDecay",
     "Tanh",
+    "betas_from_torch",
     "evaluate",
     "from_optax",
     "from_timm",
@@ -67,7 +68,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
-    if name.startswith("from_") and name in __all__:
+    if "from_" in name and name in __all__:
         from nexus.schedules import imports  # imports torch
 
         return getattr(imports, name)

@@ -9,7 +9,7 @@ from references import BACKENDS, make_grads, make_params, set_grads
 from torch.optim import lr_scheduler
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, Constant, Schedule, from_torch, join
+from nexus.schedules import WSD, Constant, Schedule, betas_from_torch, from_torch, join
 from nexus.schedules.imports import ImportMismatch
 
 RATES = (1e-2, 3e-3)
@@ -178,3 +178,41 @@ def test_what_cannot_be_taken_over_changes_nothing(make: Callable[[Any], Any], w
     run(optimizer, 1)
     assert [float(group["lr"]) for group in optimizer.param_groups] == list(RATES)
     assert not any(isinstance(group.get("lr_schedule"), Schedule) for group in optimizer.param_groups)
+
+
+def one_cycle(optimizer: Any) -> Any:
+    return lr_scheduler.OneCycleLR(optimizer, [1e-2, 2e-2], total_steps=40, base_momentum=[0.6, 0.85])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("done", [0, 5])
+def test_the_betas_go_on_as_in_torch(done: int, backend: str) -> None:
+    """As in torch's own AdamW, with its form of the bias correction."""
+    theirs, taken = (
+        kind([{"params": each["params"], "lr": each["lr"]} for each in groups()], **options)
+        for kind, options in (
+            (torch.optim.AdamW, {}),
+            (FusedAdamW, {"backend": backend, "bias_correction": "power"}),
+        )
+    )
+    real, mine = one_cycle(theirs), one_cycle(taken)
+    run(theirs, done, real)
+    run(taken, done, mine)
+    taken.take_over(mine)
+    assert [group["betas"] for group in taken.param_groups] == betas_from_torch(real)
+    run(theirs, 24, real)
+    run(taken, 24)
+    for ours, other in zip(taken.param_groups, theirs.param_groups, strict=True):
+        for a, b in zip(ours["params"], other["params"], strict=True):
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=2e-6)
+    saved = [group["betas"] for group in taken.state_dict()["param_groups"]]
+    assert saved == [pytest.approx(group["betas"], rel=1e-11) for group in theirs.param_groups]
+
+
+def test_betas_that_reach_1_are_not_taken_over() -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = lr_scheduler.OneCycleLR(optimizer, 1e-2, total_steps=20, max_momentum=1.0 - 2**-60)
+    before = [dict(group) for group in optimizer.param_groups]
+    with pytest.raises(ValueError, match=r"betas\[0\] must"):
+        optimizer.take_over(scheduler)
+    assert [dict(group) for group in optimizer.param_groups] == before

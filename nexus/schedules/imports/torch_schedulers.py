@@ -32,7 +32,7 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
     The scheduler may be new or in mid-run: the schedules are those from its own step 0 on, so that
     `schedules[i](scheduler.last_epoch)` is the present rate of group i. The scheduler is left as it is.
 
-    Of `OneCycleLR` and `CyclicLR`, the rates are imported; the betas and momenta that these cycle are not yet.
+    Of `OneCycleLR` and `CyclicLR`, these are the rates; `betas_from_torch` has the betas that they cycle.
     A `LambdaLR` of transformers' functions is imported by what they are; of any other, by a table of its rates.
 
     Args:
@@ -58,11 +58,11 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
             why = "exact=True" if exact else "a function of unknown formula"
             raise NotImportable(f"{name} is imported by a table ({why}): give steps=, how many updates it is to hold")
         _check_class(scheduler)
-        return followed(real_rates(scheduler, min(steps, _last_step(scheduler))))
+        return followed(real_rates(scheduler, min(steps, last_step(scheduler))))
     _check_class(scheduler)
     schedules = [schedule_of(scheduler, group) for group in range(len(scheduler.optimizer.param_groups))]
     count = steps_to_prove(schedules, steps)
-    peaks = prove(schedules, real_rates(scheduler, min(count, _last_step(scheduler))), name)
+    peaks = prove(schedules, real_rates(scheduler, min(count, last_step(scheduler))), name)
     now = [float(group["lr"]) for group in scheduler.optimizer.param_groups]
     prove(schedules, [now], f"the optimizer of the {name}, as it is now,", first=step_of(scheduler), peaks=peaks)
     return schedules
@@ -196,14 +196,14 @@ def real_rates(scheduler: Scheduler, steps: int) -> Iterator[list[float]]:
     groups = [{"params": [torch.zeros(1)], "lr": starts[i]} for i in range(count)]
     optimizer = torch.optim.SGD(groups, lr=1.0, momentum=0.9)
     optimizer.step()
-    copy = _quietly(lambda: _rebuilt(scheduler, optimizer))
+    copy = quietly(lambda: rebuilt(scheduler, optimizer))
     for step in range(steps + 1):
         if step:
-            _quietly(copy.step)
+            quietly(copy.step)
         yield [float(group["lr"]) for group in optimizer.param_groups]
 
 
-def _quietly(call: Callable[[], Any]) -> Any:
+def quietly(call: Callable[[], Any]) -> Any:
     """Without torch's warnings on the order of calls."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -224,9 +224,13 @@ def _first_rates(scheduler: Scheduler) -> list[float]:
     return [float(lr) for lr in inner.base_lrs]
 
 
-def _rebuilt(s: Scheduler, optimizer: torch.optim.Optimizer) -> Scheduler:
-    """A new scheduler of the same arguments on another optimizer."""
+def rebuilt(s: Scheduler, optimizer: torch.optim.Optimizer, *, cycles_momentum: bool = False) -> Scheduler:
+    """A new scheduler of the same arguments on another optimizer, whose momenta it cycles if `cycles_momentum`."""
     kind = type(s)
+    cycles: dict[str, Any] = {"cycle_momentum": cycles_momentum}
+    if cycles_momentum:
+        groups = s.optimizer.param_groups
+        cycles |= {name: [group[name] for group in groups] for name in ("base_momentum", "max_momentum")}
     if kind in ARGUMENTS:
         return kind(optimizer, **{name: getattr(s, name) for name in ARGUMENTS[kind]})
     if kind is theirs.MultiStepLR:
@@ -234,16 +238,16 @@ def _rebuilt(s: Scheduler, optimizer: torch.optim.Optimizer) -> Scheduler:
     if kind in (theirs.LambdaLR, theirs.MultiplicativeLR):
         return kind(optimizer, list(s.lr_lambdas))
     if kind is theirs.SequentialLR:
-        return kind(optimizer, [_rebuilt(each, optimizer) for each in s._schedulers], list(s._milestones))
+        return kind(optimizer, [rebuilt(each, optimizer) for each in s._schedulers], list(s._milestones))
     if kind is theirs.ChainedScheduler:
-        return kind([_rebuilt(each, optimizer) for each in s._schedulers], optimizer)
+        return kind([rebuilt(each, optimizer) for each in s._schedulers], optimizer)
     if kind is theirs.CyclicLR:
         up = s.total_size * s.step_ratio
         numbers = {"mode": s.mode, "gamma": s.gamma, "scale_fn": s._scale_fn_custom, "scale_mode": s.scale_mode}
         sizes = {"step_size_up": up, "step_size_down": s.total_size - up}
-        return kind(optimizer, list(s.base_lrs), list(s.max_lrs), cycle_momentum=False, **sizes, **numbers)
+        return kind(optimizer, list(s.base_lrs), list(s.max_lrs), **cycles, **sizes, **numbers)
     first, peaks = s.optimizer.param_groups, [group["max_lr"] for group in s.optimizer.param_groups]
-    copy = kind(optimizer, peaks, s.total_steps, cycle_momentum=False, anneal_strategy=s._anneal_func_type)
+    copy = kind(optimizer, peaks, s.total_steps, anneal_strategy=s._anneal_func_type, **cycles)
     copy._schedule_phases = s._schedule_phases
     for ours, group in zip(optimizer.param_groups, first, strict=True):
         ours.update(initial_lr=group["initial_lr"], max_lr=group["max_lr"], min_lr=group["min_lr"])
@@ -276,11 +280,11 @@ def _is_opaque(scheduler: Scheduler) -> bool:
     )
 
 
-def _last_step(scheduler: Scheduler) -> int:
+def last_step(scheduler: Scheduler) -> int:
     """The last step that the object can make."""
     if type(scheduler) is theirs.OneCycleLR:
         return int(scheduler.total_steps) - 1
     if type(scheduler) is theirs.SequentialLR:
-        return int(([0, *scheduler._milestones])[-1]) + _last_step(scheduler._schedulers[-1])
+        return int(([0, *scheduler._milestones])[-1]) + last_step(scheduler._schedulers[-1])
     inner: Sequence[Scheduler] = getattr(scheduler, "_schedulers", ())
-    return min(map(_last_step, inner), default=2**53)
+    return min(map(last_step, inner), default=2**53)

@@ -132,7 +132,7 @@ def assert_follows(optimizer: FusedAdamW, reference: Float64AdamW) -> None:
         where = f"parameter {index} {tuple(param.shape)}"
         assert_close(whole(param), expected, PARAMS[param.dtype], where)
         state, expected_state = optimizer.state[param], reference.state(index)
-        assert set(state) == set(expected_state), where
+        assert set(state) - {"beta_products"} == set(expected_state), where
         for name in MOMENTS:
             if name in state:
                 assert type(state[name]) is type(param.data), where

@@ -21,7 +21,7 @@ from nexus.backends.interface import RATES
 from nexus.backends.sharding import is_spread
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
-from nexus.optim.groups import BETAS, OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
+from nexus.optim.groups import BETAS, OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings, shown_name
 from nexus.optim.parameters import is_trained, named_parameters
 from nexus.optim.saved import SAVED_NAMES, check_saved, has_codes, loaded, saved_state
 from nexus.optim.state import MOMENTS, check_unshared
@@ -87,7 +87,6 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int], dev
     for name in STORAGE_DEFAULTS:
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
-    del saved["bias_correction"]  # as the constructor has it, like the storage of state
     for name in RATES:
         _save_rate(engine, group, name, saved, device)
     return saved
@@ -412,10 +411,11 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
                 f"nexus; or set this {name}_schedule to None, to go on without what it says"
             ) from None
         if now is None:
+            setting = shown_name(name)
             warnings.warn(
-                f"the checkpoint's {name} was driven by a schedule, {before.get('type')}; this optimizer has a fixed "
-                f"{name}, which goes on from {_saved_rate(saved, name)!r}. Give the constructor "
-                f"{name}={before.get('type')}(...) to go on with a schedule.",
+                f"the checkpoint's {setting} was driven by a schedule, {before.get('type')}; this optimizer has a "
+                f"fixed {setting}, which goes on from {_saved_rate(saved, name)!r}. Give the constructor "
+                f"{setting}={before.get('type')}(...) to go on with a schedule.",
                 stacklevel=4,
             )
             continue

@@ -427,7 +427,8 @@ def _refuse_differentiable(value: object) -> None:
         )
 
 
-def _shown_name(rate: str) -> str:
+def shown_name(rate: str) -> str:
+    """What a user calls one of `RATES`."""
     return f"betas[{BETAS.index(rate)}]" if rate in BETAS else rate
 
 
@@ -439,7 +440,7 @@ def _tensor_rate(name: str, value: Tensor, device: torch.device, *, used: bool) 
         return Rate(tensor=torch.zeros((), dtype=torch.float64, device=device), host=value)
     if used:
         raise ValueError(
-            f"{_shown_name(name)} is a tensor on {value.device}, and parameters of its group are on {device}: make "
+            f"{shown_name(name)} is a tensor on {value.device}, and parameters of its group are on {device}: make "
             "it there, or on the CPU, or give a number or a Schedule. Parameters on several devices may have a "
             "group each"
         )

@@ -56,10 +56,12 @@ def two_groups(high: float = 0.1, other: float = 3e-3, **more: Any) -> torch.opt
 
 
 def driven(optimizer: torch.optim.Optimizer, step: Callable[[], Any], updates: int) -> Iterator[list[float]]:
-    """The rates of each of the updates, one a group, where `step` is called after each."""
-    for _ in range(updates):
+    """The rates of each of the updates, one a group, where `step` is called between them."""
+    for update in range(updates):
+        if update > 0:
+            optimizer.step()
+            step()
         yield [float(group["lr"]) for group in optimizer.param_groups]
-        step()
 
 
 def check(schedules: Sequence[Schedule], real: Iterable[Sequence[float]]) -> None:

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
+from itertools import accumulate
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 
-from nexus.schedules import Schedule
+from nexus.schedules import Schedule, join
 
 PEERS = Path(sys.prefix) / "peers"
 SIZES = [1, 2, 10, 113, 1000, 1001]
@@ -62,6 +63,12 @@ def driven(optimizer: torch.optim.Optimizer, step: Callable[[], Any], updates: i
             optimizer.step()
             step()
         yield [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def in_turn(*parts: tuple[int, Callable[[], Schedule]], last: Schedule) -> Schedule:
+    """Schedules of so many steps one after the other, without those of 0 steps, and then the last."""
+    taken = [(length, make()) for length, make in parts if length > 0]
+    return join([*(part for _, part in taken), last], list(accumulate(length for length, _ in taken)))
 
 
 def check(schedules: Sequence[Schedule], real: Iterable[Sequence[float]]) -> None:

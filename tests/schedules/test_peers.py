@@ -11,7 +11,10 @@ import pytest
 from peers.installed import require
 
 FOLDER = Path(__file__).parents[1] / "peers"
-PACKAGES = {"of torch": ["deepspeed", "megatron", "timm", "torchtitan"]}
+PACKAGES = {
+    "torch's": ["deepspeed", "megatron", "olmo_core", "timm", "torchtitan"],
+    "others": ["keras", "optax"],
+}
 
 
 def test_each_file_is_run():
@@ -19,6 +22,7 @@ def test_each_file_is_run():
     assert named == sorted(path.name for path in FOLDER.glob("*_rates.py"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", PACKAGES)
 def test_real_schedulers(kind):
     for package in PACKAGES[kind]:

@@ -7,7 +7,7 @@ import itertools
 import pytest
 from installed import SIZES, WARMUPS, check, peer, two_groups
 
-from nexus.schedules import from_timm
+from nexus.schedules import WSD, Cosine, Linear, MultiStep, Polynomial, StepDecay, Tanh, from_timm
 from nexus.schedules.imports import ImportMismatch, NotImportable
 
 CASES = {
@@ -78,6 +78,39 @@ def test_steps_and_milestones(timm, warmup, prefix):
         compare(timm.StepLRScheduler(groups_with_a_scale(), every, rate, **warm), 200 + int(every))
     compare(timm.MultiStepLRScheduler(groups_with_a_scale(), [1, 20, 20, 50], 0.3, **warm), 100)
     compare(timm.MultiStepLRScheduler(groups_with_a_scale(), [2, 10, 113, 1000, 1001], 0.3, **warm), 1030)
+
+
+@pytest.mark.parametrize("warmup", WARMUPS)
+def test_rows_of_the_docs(timm, warmup):
+    """docs/schedules/moving-over.md."""
+    n, lr, least = 113, 0.1, 1e-4
+    rows = [
+        (timm.CosineLRScheduler, {"t_initial": n, "lr_min": least, "cycle_limit": 2}, Cosine(lr, n, least).repeat(2)),
+        (timm.PolyLRScheduler, {"t_initial": n, "power": 2.0, "lr_min": least}, Polynomial(lr, n, 2.0, least)),
+        (timm.StepLRScheduler, {"decay_t": 10, "decay_rate": 0.5}, StepDecay(lr, 0.5, 10)),
+        (timm.MultiStepLRScheduler, {"decay_t": [5, 50], "decay_rate": 0.5}, MultiStep(lr, [4, 49], 0.5)),
+        (
+            timm.TanhLRScheduler,
+            {"t_initial": n, "lb": -6.0, "ub": 4.0, "lr_min": least},
+            Tanh(lr, n, least, -6.0, 4.0),
+        ),
+        (
+            timm.WSDLRScheduler,
+            {"t_initial": n, "decay_t": 30, "lr_min": least},
+            WSD(0, n - 30, 30, lr, least, "sqrt"),
+        ),
+    ]
+    for kind, arguments, schedule in rows:
+        prefix = {} if kind is timm.WSDLRScheduler else {"warmup_prefix": True}
+        optimizer = two_groups()
+        scheduler = kind(optimizer, **arguments, warmup_t=warmup, warmup_lr_init=1e-5, **prefix)
+        if warmup and kind is timm.TanhLRScheduler:  # the warm-up goes to lr, from where the rate falls a little
+            ours = Linear(1e-5, lr, warmup).then(schedule)
+        else:
+            ours = schedule.warmup(warmup, start=1e-5) if warmup else schedule
+        for t in range(n + warmup):
+            scheduler.step(t)
+            assert ours(t) == pytest.approx(optimizer.param_groups[0]["lr"], rel=1e-11, abs=1e-16), (t, ours)
 
 
 def test_cycles_that_double(timm):

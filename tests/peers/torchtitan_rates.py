@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
+import torch
 from installed import SIZES, WARMUPS, check, driven, peer, two_groups
 
 from nexus.schedules import Linear, Sampled, from_torch, join
@@ -51,7 +54,29 @@ def test_a_run_in_its_midst(titan):
         assert schedule(70) == pytest.approx(group["lr"], rel=1e-12)
 
 
-def test_past_the_end_torchtitans_rate_is_below_0(titan):
+@pytest.mark.parametrize(
+    ("kind", "ends"),
+    [("linear", [0.1, 0.0, -0.1]), ("sqrt", [0.0513, 0.0, -0.0488]), ("cosine", [0.0245, 0.0, 0.0245])],
+)
+def test_past_the_end_torchtitan_leaves_the_least_rate(titan, kind, ends):
     optimizer = two_groups(1.0)
-    scheduler = built(titan, optimizer, 10, warmup_steps=0)
-    assert [rates[0] for rates in driven(optimizer, scheduler.step, 13)][9:] == pytest.approx([0.1, 0.0, -0.1, -0.2])
+    scheduler = built(titan, optimizer, 10, warmup_steps=0, decay_type=kind)
+    real = [rates[0] for rates in driven(optimizer, scheduler.step, 12)]
+    assert real[9:] == pytest.approx(ends, abs=1e-4)
+
+
+def test_past_a_schedule_without_a_decay_torchtitan_raises(titan):
+    optimizer = two_groups(1.0)
+    scheduler = built(titan, optimizer, 10, warmup_steps=10)
+    (schedule, _) = from_torch(scheduler)
+    assert schedule(100) == 1.0
+    with pytest.raises(AssertionError, match="decay_steps must not be zero"):
+        list(driven(optimizer, scheduler.step, 12))
+
+
+def test_a_partial_of_the_partial(titan):
+    scheduler = built(titan, two_groups(), 10, warmup_steps=2)
+    known = scheduler.lr_lambdas[0]
+    other = torch.optim.lr_scheduler.LambdaLR(two_groups(), partial(known, min_lr_factor=0.5))
+    assert not isinstance(from_torch(other)[0], Sampled)  # a partial of a partial is one, with the later argument
+    assert from_torch(other)[0](10) == pytest.approx(0.05)

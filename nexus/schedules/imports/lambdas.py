@@ -124,7 +124,7 @@ def torchtitan_decay(
     lr_decay_type: str,
     min_lr_factor: float,
 ) -> Schedule:
-    """Torchtitan's function: a warm-up of (t + 1) / W, the peak, and a decay that is a step early; then the end."""
+    """Torchtitan's function: a warm-up of (t + 1) / W, the peak, a decay of (t + 1) / D; and then the least rate."""
     least = min_lr_factor * lr
     parts: list[tuple[int, Schedule]] = []
     if warmup_steps > 0:
@@ -135,8 +135,11 @@ def torchtitan_decay(
     return _in_turn(parts, Constant(least if decay_steps > 0 else lr))
 
 
+TORCHTITAN_ARGUMENTS = {"warmup_steps", "stable_steps", "decay_steps", "lr_decay_type", "min_lr_factor"}
+
+
 def last_step(fn: Callable[[int], float]) -> int | None:
-    """The last step that a known function is made for; torchtitan's goes below 0 after it, or raises."""
+    """The last step that a known function is made for; torchtitan's leaves the least rate after it, or raises."""
     arguments = _torchtitan_arguments(fn)
     if arguments is None:
         return None
@@ -174,14 +177,10 @@ KNOWN: dict[str, Callable[..., Schedule]] = {
 
 def _torchtitan_arguments(fn: Callable[[int], float]) -> dict[str, Any] | None:
     """The arguments of a partial that is torchtitan's; None for any other, and for one with other arguments."""
-    if not isinstance(fn, partial) or not str(fn.func.__module__).startswith("torchtitan."):
+    if not isinstance(fn, partial) or not str(getattr(fn.func, "__module__", "")).startswith("torchtitan."):
         return None
-    if fn.func.__name__ != "linear_warmup_stable_decay" or set(fn.keywords) != TORCHTITAN_ARGUMENTS:
-        return None
-    return dict(fn.keywords)
-
-
-TORCHTITAN_ARGUMENTS = {"warmup_steps", "stable_steps", "decay_steps", "lr_decay_type", "min_lr_factor"}
+    is_known = getattr(fn.func, "__name__", "") == "linear_warmup_stable_decay" and not fn.args
+    return dict(fn.keywords) if is_known and set(fn.keywords) == TORCHTITAN_ARGUMENTS else None
 
 
 def _in_turn(parts: list[tuple[int, Schedule]], last: Schedule) -> Schedule:

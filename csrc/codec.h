@@ -84,19 +84,17 @@ NEXUS_FN float decoded(Float16 x) {
 NEXUS_FN void encode(float value, float& out) { out = value; }
 NEXUS_FN void encode(double value, double& out) { out = value; }
 
-// The upper half of `rounded`, or a quiet NaN with the payload's upper bits.
-NEXUS_FN uint16_t upper_half(float value, uint32_t rounded) {
-  return static_cast<uint16_t>((value != value ? bits_of_float(value) | 0x400000u : rounded) >> 16);
-}
+// Of NaN, those that stay a NaN's when they are rounded.
+NEXUS_FN uint32_t bits_to_round(float value) { return value != value ? 0x7fc00000u : bits_of_float(value); }
 
 NEXUS_FN void encode(float value, BFloat16& out) {
-  const uint32_t bits = bits_of_float(value);
-  out.bits = upper_half(value, bits + 0x7fffu + ((bits >> 16) & 1u));
+  const uint32_t bits = bits_to_round(value);
+  out.bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // `chance` of 65,536 decides between the numbers below and above: the mean is `value`.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& out) {
-  out.bits = upper_half(value, bits_of_float(value) + chance);
+  out.bits = static_cast<uint16_t>((bits_to_round(value) + chance) >> 16);
 }
 
 NEXUS_FN void encode(float value, Float16& out) {
@@ -141,16 +139,16 @@ NEXUS_FN float decoded(BFloat16 high, Low8 low) {
 }
 
 NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
-  const uint32_t bits = bits_of_float(value);
-  high.bits = upper_half(value, bits + 0x8000u);
-  low.bits = static_cast<uint16_t>(value != value ? 0u : bits);
+  const uint32_t bits = bits_to_round(value);
+  high.bits = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+  low.bits = static_cast<uint16_t>(bits);
 }
 
 // `chance` of 256 decides between the numbers below and above; 128 rounds to nearest.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
-  const uint32_t rounded = bits_of_float(value) + chance;
-  high.bits = upper_half(value, rounded + 0x8000u);
-  low.bits = static_cast<uint8_t>(value != value ? 0u : rounded >> 8);
+  const uint32_t rounded = bits_to_round(value) + chance;
+  high.bits = static_cast<uint16_t>((rounded + 0x8000u) >> 16);
+  low.bits = static_cast<uint8_t>(rounded >> 8);
 }
 
 // A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements. The first moment is the

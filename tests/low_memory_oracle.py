@@ -86,8 +86,8 @@ def read_bf16(stored: Array) -> Array:
 
 
 def nan_kept(x: Array, stored: Array) -> Array:
-    """What is stored in 16 bits, but a quiet NaN where `x` is one."""
-    return np.where(np.isnan(x), bits_of(x) >> 16 | 0x40, stored).astype(np.uint16)  # modulo 2**16
+    """What is stored in 16 bits, but a quiet NaN without a payload where `x` is one."""
+    return np.where(np.isnan(x), 0x7FC0, stored).astype(np.uint16)  # modulo 2**16
 
 
 def bf16(x: Array, chance: Array | None = None) -> Array:

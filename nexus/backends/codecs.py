@@ -107,7 +107,7 @@ def master(param: Tensor, low: Tensor) -> Tensor:
 
 def split(value: Tensor, low_dtype: torch.dtype, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The bfloat16 half of a master weight, rounded with ties away from zero, and the low bits beside it."""
-    bits = _bits(value).long() & 0xFFFFFFFF
+    bits = _bits_to_round(value)
     if low_dtype == torch.int16:
         low = bits & 0xFFFF
         upper = (bits >> 16) + (low >> 15)
@@ -115,8 +115,7 @@ def split(value: Tensor, low_dtype: torch.dtype, chance: Tensor | None = None) -
         kept = (bits + (0x80 if chance is None else chance >> 8)) >> 8
         low = kept & 0xFF
         upper = (kept >> 8) + (low >> 7)
-    upper = torch.where(value.isnan(), (bits >> 16) | 0x40, upper)
-    return _from_halves(upper), torch.where(value.isnan(), 0, low).to(low_dtype)
+    return _from_halves(upper), low.to(low_dtype)
 
 
 def low_bits(value: Tensor, param: Tensor, low_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -131,8 +130,12 @@ def low_bits(value: Tensor, param: Tensor, low_dtype: torch.dtype) -> tuple[Tens
 
 def bfloat16_by_chance(value: Tensor, chance: Tensor) -> Tensor:
     """Rounded up or down, in proportion to how near each is."""
-    bits = _bits(value).long() & 0xFFFFFFFF
-    return _from_halves(torch.where(value.isnan(), (bits >> 16) | 0x40, (bits + chance) >> 16))
+    return _from_halves((_bits_to_round(value) + chance) >> 16)
+
+
+def _bits_to_round(value: Tensor) -> Tensor:
+    """As numbers from 0 on; of NaN, those that stay a NaN's."""
+    return torch.where(value.isnan(), _NAN, _bits(value).long() & 0xFFFFFFFF)
 
 
 def _halves(value: Tensor) -> Tensor:

@@ -101,7 +101,7 @@ def _upper_half(bits):
 @triton.jit
 def _bfloat16_by_chance(value, numbers):
     bits = value.to(tl.uint32, bitcast=True)
-    return _upper_half(tl.where(value == value, (bits + numbers) >> 16, (bits >> 16) | 0x40))
+    return _upper_half(tl.where(value == value, (bits + numbers) >> 16, 0x7FC0))
 
 
 # The parameter, with or without the low bits of a master weight.
@@ -132,15 +132,14 @@ def store_param(
     _, i, count = place
     if HAS_MASTER:
         WIDTH: tl.constexpr = lows.dtype.element_ty.primitive_bitwidth
-        bits = param.to(tl.uint32, bitcast=True)
-        kept = bits
+        kept = param.to(tl.uint32, bitcast=True)
         if WIDTH == 8:
             added = _swapped(words) >> 8 if STOCHASTIC else 0x80
-            kept = (bits + added) >> 8
+            kept = (kept + added) >> 8
         lower = kept & ((1 << WIDTH) - 1)
         upper = (kept >> WIDTH) + (lower >> (WIDTH - 1))
         is_number = param == param
-        store(params, i, count, _upper_half(tl.where(is_number, upper, (bits >> 16) | 0x40)), ALIGNED)
+        store(params, i, count, _upper_half(tl.where(is_number, upper, 0x7FC0)), ALIGNED)
         store(lows, i, count, tl.where(is_number, lower, 0), ALIGNED)
     elif STOCHASTIC and params.dtype.element_ty == tl.bfloat16:
         store(params, i, count, _bfloat16_by_chance(param, _swapped(words)), ALIGNED)

@@ -142,7 +142,8 @@ def test_what_is_decoded_is_encoded_to_the_same_codes(name: str) -> None:
     every = torch.arange(-most if name == "int8" else 2, most + 1).repeat(2)[: 127 * 3].view(3, 127)
     blocks = torch.cat([every, torch.full((3, 1), most)], dim=1)
     codes = blocks.flatten().repeat(len(exponents) + 2)
-    scale = torch.cat([exponents.exp2(), torch.stack([smallest, largest])]).repeat_interleave(3)
+    scale = torch.cat([exponents.exp2().clamp(smallest, largest), torch.stack([smallest, largest])])
+    scale = scale.repeat_interleave(3)
     few = every.clamp(-100, 100).flatten()[:300]
     codes, scale = torch.cat([codes, few]).to(dtype), torch.cat([scale, smallest.expand(3)])
     again, scale_again = codecs.encoded(codecs.decoded(codes, scale), dtype)

@@ -77,12 +77,15 @@ def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
     engine.settle(attributes_of(optimizer))  # a Schedule may have been assigned since the last step
     device = devices_of(attributes_of(optimizer))[0]
     completed = engine.state_on(device).completed
+    wanted = {*names, "lr_scale", *(BETAS if "betas" in names else ())}
     values: dict[Schedule, float] = {}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
         groups.append(dict(group))
         rates: dict[str, float] = {}
         for name, schedule in group.schedules():
+            if name not in wanted:
+                continue
             if schedule not in values:
                 rows = engine.table(schedule, device).rows
                 values[schedule] = optimizer.evaluator.evaluate(rows, completed).item()

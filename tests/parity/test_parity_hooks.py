@@ -108,7 +108,7 @@ def test_the_range_in_the_profiler(make: Make) -> object:
     "the keys of a group",
     torch="also `foreach, capturable, differentiable, fused, decoupled_weight_decay`",
     nexus="also `max_grad_norm, lr_scale, lr_schedule, weight_decay_schedule, master_weight_bits, exp_avg_dtype, "
-    "exp_avg_sq_dtype, stochastic_rounding`, and none of those",
+    "exp_avg_sq_dtype, stochastic_rounding, bias_correction`, and none of those",
     why="they choose among torch's implementations, of which there is none here",
 )
 def test_repr_and_the_keys_of_a_group() -> None:
@@ -119,7 +119,7 @@ def test_repr_and_the_keys_of_a_group() -> None:
         assert repr(optimizer).splitlines() == [f"{name} (", "Parameter Group 0", *options, ")"]
     first, second = (set(optimizer.param_groups[0]) for optimizer in both_of)
     assert first - second == {"foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
-    own = {"max_grad_norm", "lr_scale", "lr_schedule", "weight_decay_schedule", *STORAGE_DEFAULTS}
+    own = {"max_grad_norm", "lr_scale", "lr_schedule", "weight_decay_schedule", "bias_correction", *STORAGE_DEFAULTS}
     assert second - first == own
 
 

@@ -83,15 +83,16 @@ SCHEDULERS: dict[str, Any] = {
 @pytest.mark.parity(
     "`OneCycleLR` and `CyclicLR` with momenta that are tensors, which leave a tensor beside a float in `betas`",
     torch="taken",
-    nexus="same: the tensor is read at the next step",
-    why="the group keeps a pair of floats, in which no change goes unnoticed",
+    nexus='taken, and the same with `bias_correction="power"`',
+    why="where a beta moves, the bias is 1 minus the product of all betas, not 1 - beta**t, unless that is asked for",
 )
 @pytest.mark.parametrize("as_tensor", [False, True])
 @pytest.mark.parametrize("name", SCHEDULERS)
 @same_of_both
 def test_torchs_schedulers(make: Make, name: str, as_tensor: bool) -> object:
     rate: Any = torch.tensor(0.05, dtype=torch.float64) if as_tensor else 0.05
-    optimizer = make(make_params([(5,)], torch.float64), lr=rate)
+    own = {"bias_correction": "power"} if make is FusedAdamW and "tensors" in name else {}
+    optimizer = make(make_params([(5,)], torch.float64), lr=rate, **own)
     scheduler, rates = SCHEDULERS[name](optimizer), []
     for _ in range(10):
         train(optimizer, steps=1)

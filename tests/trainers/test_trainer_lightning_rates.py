@@ -34,7 +34,7 @@ from nexus.backends import native
 from nexus.integrations import lightning as nexus_lightning
 from nexus.integrations.lightning import LearningRateMonitor
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, Cosine, CosineRestarts
+from nexus.schedules import WSD, Cosine, CosineRestarts, Linear
 
 pytestmark = quiet
 each_way = pytest.mark.parametrize("way", EVERY_WAY)
@@ -188,6 +188,27 @@ def test_every_group_has_its_own_rate_and_weight_decay(tmp_path: Path) -> None:
     assert {name: loggers[0].column(name) for name in names} == expected
     assert {name: list(csv_column(loggers[1], name).values()) for name in names} == expected
     assert monitor.last_weight_decay_values["lr-FusedAdamW/first-weight_decay"] == DECAYS(STEPS - 1)
+
+
+def test_betas_and_scales_that_move_are_logged_as_the_update_uses_them(tmp_path: Path) -> None:
+    momenta, scales = Linear(0.95, 0.8, 10), Linear(0.2, 1.0, 9)
+
+    def moving(module: Regression) -> FusedAdamW:
+        first, last = module.net[0], module.net[2]
+        groups = [
+            {"params": first.parameters(), "lr_scale": scales},
+            {"params": last.parameters(), "lr_scale": torch.tensor(0.5), "betas": (torch.tensor(0.75), 0.9)},
+        ]
+        return FusedAdamW(groups, lr=SCHEDULE, betas=(momenta, 0.99))
+
+    logger, monitor = JsonLogger(), LearningRateMonitor("step", log_momentum=True)
+    fit(tmp_path, moving, logger=logger, callbacks=[monitor])
+    assert floats(monitor.lrs) == {
+        "lr-FusedAdamW/pg1": [scales(t) * rate for t, rate in enumerate(RATES)],
+        "lr-FusedAdamW/pg2": [0.5 * rate for rate in RATES],
+    }
+    assert logger.column("lr-FusedAdamW/pg1-momentum") == [momenta(t) for t in range(STEPS)]
+    assert logger.column("lr-FusedAdamW/pg2-momentum") == [0.75] * STEPS
 
 
 LATER = WSD(0, 30, 5, 0.2)

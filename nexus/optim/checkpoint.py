@@ -21,10 +21,11 @@ from nexus.backends.interface import RATES
 from nexus.backends.sharding import is_spread
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
-from nexus.optim.groups import BETAS, OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings, shown_name
+from nexus.optim.groups import BETAS, SCHEDULABLE, SETTINGS, ParamGroup, shown_name
 from nexus.optim.parameters import is_trained, named_parameters
 from nexus.optim.saved import SAVED_NAMES, check_saved, has_codes, loaded, saved_state
-from nexus.optim.state import MOMENTS, check_unshared, scale_name
+from nexus.optim.saved_groups import FORMAT, SCHEDULE_KEYS, checked_groups, loaded_settings, saved_rate
+from nexus.optim.state import check_unshared
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
@@ -33,17 +34,7 @@ if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
 
-_FORMAT = 2
-"""What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number.
-
-In 1, the scales of second moments in 8 bits were the largest moments; since then, they are the largest roots.
-"""
-
-_SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in RATES)
-
 _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
-
-_ANOTHER_MODEL = "Give the optimizer the parameters, in the groups, that it was saved with"
 
 
 def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any]:
@@ -76,7 +67,7 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
     saved: dict[str, Any] = {
         "state": states,
         "param_groups": [_saved_group(engine, group, indices, device) for group in optimizer.param_groups],
-        "nexus_format": _FORMAT,
+        "nexus_format": FORMAT,
     }
     for post_hook in optimizer._optimizer_state_dict_post_hooks.values():
         replaced = post_hook(optimizer, saved)
@@ -128,7 +119,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     state_dict = as_torch_saves(state_dict)
     engine = engine_of(optimizer)
     engine.settle(attributes_of(optimizer))
-    pairs = list(zip(optimizer.param_groups, _checked_groups(optimizer.param_groups, state_dict), strict=True))
+    pairs = list(zip(optimizer.param_groups, checked_groups(optimizer.param_groups, state_dict), strict=True))
     states, params = state_dict["state"], {}
     storages: dict[Any, Storage] = {}
     for group, saved in pairs:
@@ -207,7 +198,7 @@ def _copied(value: Any, param: Tensor) -> Any:
 
 def _extra_entries(group: ParamGroup, saved: dict[str, Any]) -> dict[str, Any]:
     """Copies of what a scheduler or the user has put into a saved group."""
-    own = ("params", *SETTINGS, *_SCHEDULE_KEYS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
+    own = ("params", *SETTINGS, *SCHEDULE_KEYS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
     return copy.deepcopy({name: value for name, value in saved.items() if name not in own})
 
 
@@ -220,7 +211,7 @@ def _load_group(group: ParamGroup, saved: dict[str, Any], extra: dict[str, Any])
     stay = ("params", "param_names", *SETTINGS, *_TORCH_OPTIONS, *_kept_by_drivers(group))
     for name in [name for name in group if name not in stay and name not in extra]:
         del group[name]  # of a range test, say, whose rates are not to come back
-    for name, value in _settings(saved).items():
+    for name, value in loaded_settings(saved).items():
         if name == "betas":
             three = zip(BETAS, group["betas"], value, strict=True)
             group["betas"] = tuple(_loaded_rate(group, beta, present, now) for beta, present, now in three)
@@ -248,161 +239,8 @@ def _completed(pairs: list[tuple[ParamGroup, dict[str, Any]]], states: list[Any]
     """The saved count of updates: the largest there is, since torch's AdamW counts on in the parameters alone."""
     counts = [int(float(state["step"])) for state in states if state]
     for _, saved in pairs:
-        counts += [int(saved[key]["step"]) for key in _SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
+        counts += [int(saved[key]["step"]) for key in SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
     return max(counts, default=0)
-
-
-# What of a state dict fits an optimizer, asked before anything of it is loaded: whatever does not is named.
-
-
-def _checked_groups(groups: list[ParamGroup], state_dict: dict[str, Any]) -> list[dict[str, Any]]:
-    """The saved groups, one for each of `groups`; raises where the state dict or one of them does not fit."""
-    version = state_dict.get("nexus_format", _FORMAT)
-    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= _FORMAT:
-        raise ValueError(
-            f"'nexus_format' of the loaded state dict is {shown(version)}, and this nexus reads up to {_FORMAT}: a "
-            "newer one has saved it; update nexus"
-        )
-    if not isinstance(state_dict.get("param_groups"), list) or not isinstance(state_dict.get("state"), dict):
-        raise ValueError(
-            "not an optimizer's state dict: it needs 'param_groups' (a list) and 'state' (a dict), got the keys "
-            f"{sorted(map(str, state_dict))}; pass {_nested(state_dict) or 'what state_dict() returned'}"
-        )
-    for key, state in state_dict["state"].items():
-        if version == 1 and isinstance(state, dict) and scale_name("exp_avg_sq") in state:
-            raise ValueError(
-                f"state[{key!r}] of the loaded state dict has second moments in 8 bits as an earlier nexus stored "
-                "them: load it there, and save it without compact=True, which every version reads"
-            )
-    saved_groups: list[dict[str, Any]] = state_dict["param_groups"]
-    if len(saved_groups) != len(groups):
-        raise ValueError(
-            f"loaded state dict has {len(saved_groups)} parameter groups, this optimizer {len(groups)}. "
-            f"{_ANOTHER_MODEL}"
-        )
-    for index, (group, saved) in enumerate(zip(groups, saved_groups, strict=True)):
-        _check_group(group, saved, f"param_groups[{index}] of the loaded state dict")
-    keys = [key for saved in saved_groups for key in saved["params"]]
-    known = set(keys)
-    if len(known) < len(keys):
-        raise ValueError(
-            f"the loaded state dict has the same parameter index twice in 'param_groups'. {_ANOTHER_MODEL}"
-        )
-    for key, state in state_dict["state"].items():
-        if key in known or (isinstance(key, str) and not key.isdecimal() and not _is_a_parameters(state)):
-            continue  # under a string, there may be anything of a wrapper's
-        hint = f"{_ANOTHER_MODEL}; or take out of 'state' what is of no parameter any more"
-        if isinstance(key, str):
-            hint = (
-                "JSON makes strings of indices: make them int, as state_dict() has them"
-                if key.isdecimal()
-                else "Have names in both places, or indices"
-            )
-        raise ValueError(
-            f"state[{key!r}] of the loaded state dict is of no parameter: param_groups has {shown(keys)}. {hint}"
-        )
-    _check_order(groups, saved_groups)
-    return saved_groups
-
-
-def _is_a_parameters(state: object) -> bool:
-    return isinstance(state, dict) and any(name in state for name in MOMENTS)
-
-
-def _check_group(group: ParamGroup, saved: Any, where: str) -> None:
-    if not isinstance(saved, dict) or not isinstance(saved.get("params"), (list, tuple)):
-        raise ValueError(f"{where} must be a dict with 'params', a list, as state_dict() has it; got {shown(saved)}")
-    if any(not isinstance(key, (int, str)) for key in saved["params"]):
-        raise ValueError(
-            f"{where} must have indices (or names) as 'params', as state_dict() has them; got "
-            f"{shown(saved['params'])}"
-        )
-    if len(saved["params"]) != len(group["params"]):
-        raise ValueError(
-            f"{where} has {len(saved['params'])} parameters, that of this optimizer {len(group['params'])}. "
-            f"{_ANOTHER_MODEL}"
-        )
-    names = saved.get("param_names", [""] * len(saved["params"]))
-    if not isinstance(names, (list, tuple)) or len(names) != len(saved["params"]):
-        raise ValueError(
-            f"{where} must have a list of as many param_names as params, got {shown(names)}; delete the entry to "
-            "keep this optimizer's names"
-        )
-    if not _is_adamw(saved):
-        raise ValueError(
-            f"{where} is not AdamW's: it has {sorted(map(str, saved))}. Load it into the class of optimizer that "
-            "saved it; its moments mean nothing to AdamW (those of an Adam do if it had no weight decay)"
-        )
-    try:
-        if any(isinstance(value, Tensor) and value.is_meta for value in saved.values()):
-            raise ValueError("a tensor is on the meta device, and has no value")
-        for name in RATES:
-            if isinstance(_saved_rate(saved, name), Schedule):
-                raise ValueError(f"{name} must be a number; give the Schedule to the constructor")
-        checked_settings({**group, **_settings(saved), **{name: saved[name] for name in OF_ALL if name in saved}})
-    except (TypeError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{where}: {error}. Correct this entry, or save the state dict again") from None
-
-
-def _is_adamw(saved: dict[str, Any]) -> bool:
-    """Whether a saved group may be AdamW's, by its keys. Adam, NAdam and RAdam have most of them, too."""
-    if not {"lr", "betas", "eps", "weight_decay"} <= set(saved):
-        return False
-    if saved.get("decoupled_weight_decay") is False and saved["weight_decay"] != 0:
-        return False  # Adam's, whose moments are of gradients with the weight decay in them
-    is_radam = "decoupled_weight_decay" in saved and "amsgrad" not in saved and "fused" not in saved
-    return "momentum_decay" not in saved and not is_radam
-
-
-def _nested(state_dict: dict[str, Any]) -> str | None:
-    """How to write the first state dict of an optimizer that is inside of this one, as a trainer saves it."""
-    for key, value in state_dict.items():
-        listed = isinstance(value, (list, tuple))
-        for index, each in enumerate(value if listed else (value,)):
-            if isinstance(each, dict) and "param_groups" in each:
-                return f"state_dict[{key!r}]" + (f"[{index}]" if listed else "")
-    return None
-
-
-def _check_order(groups: list[ParamGroup], saved_groups: list[dict[str, Any]]) -> None:
-    """Refuse the same names in another order. Other names are taken over with their state, as by torch."""
-    places = [(g, i) for g, group in enumerate(groups) for i in range(len(group["params"]))]
-    if not all("param_names" in group for group in (*groups, *saved_groups)):
-        return
-    mine, theirs = ([name for group in each for name in group["param_names"]] for each in (groups, saved_groups))
-    if mine == theirs or sorted(map(str, mine)) != sorted(map(str, theirs)):
-        return
-    (g, i), name, saved = next(found for found in zip(places, mine, theirs, strict=True) if found[1] != found[2])
-    raise ValueError(
-        f"param_groups[{g}]['param_names'][{i}] of the loaded state dict is {saved!r}, that of this optimizer "
-        f"{name!r}: the same parameters in another order, and each would get the moments of another. Make the "
-        "optimizer with the parameters in the saved order"
-    )
-
-
-def _settings(saved: dict[str, Any]) -> dict[str, Any]:
-    """Those of a saved group that are to be loaded: not its schedules, its storage, or another class's options."""
-    stay = (*_SCHEDULE_KEYS, *STORAGE_DEFAULTS, "bias_correction")
-    chosen = {name: saved[name] for name in SETTINGS if name in saved and name not in stay}
-    chosen = {"amsgrad": False, "maximize": False} | chosen  # what lacks them is older, or of no such option
-    for name, value in chosen.items():
-        if name == "betas" and isinstance(value, (tuple, list)):
-            chosen[name] = tuple(map(_plain, value))
-        elif name in RATES:
-            chosen[name] = _plain(value)
-    return chosen
-
-
-def _plain(value: Any) -> Any:
-    return float(value) if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
-def _saved_rate(saved: dict[str, Any], name: str) -> Any:
-    """One of `RATES` as a saved group has it; None where it has none."""
-    if name not in BETAS:
-        return saved.get(name)
-    betas = saved.get("betas")
-    return betas[BETAS.index(name)] if isinstance(betas, (tuple, list)) and len(betas) == len(BETAS) else None
 
 
 def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, dict[str, Any]]:
@@ -423,7 +261,7 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
             setting = shown_name(name)
             warnings.warn(
                 f"the checkpoint's {setting} was driven by a schedule, {before.get('type')}; this optimizer has a "
-                f"fixed {setting}, which goes on from {_saved_rate(saved, name)!r}. Give the constructor "
+                f"fixed {setting}, which goes on from {saved_rate(saved, name)!r}. Give the constructor "
                 f"{setting}={before.get('type')}(...) to go on with a schedule.",
                 stacklevel=4,
             )

@@ -19,10 +19,11 @@ from nexus.arguments import shown
 from nexus.backends.interface import Backend, StepState
 from nexus.optim import checkpoint, master, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
-from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
+from nexus.optim.groups import ParamGroup, checked_settings
 from nexus.optim.history import History
 from nexus.optim.scheduled import Scheduled
 from nexus.optim.storage import average_bytes, check_seed, trained_storages
+from nexus.optim.torch_options import check_torch_options
 from nexus.schedules import Schedule
 
 if TYPE_CHECKING:
@@ -251,7 +252,7 @@ class FusedAdamW(Scheduled, Optimizer):
         Raises:
             TypeError, ValueError: as the constructor. The optimizer stays as it was.
         """
-        params, tensors = listed_parameters(param_group)
+        params, tensors = parameters.listed_parameters(param_group)
         if self._new_params is None:
             checked_settings({**self.defaults, **param_group})
         groups, count = self.param_groups, len(self.param_groups)

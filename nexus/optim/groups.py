@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from operator import is_
 from typing import Any
 
@@ -19,6 +19,7 @@ from nexus.arguments import as_real, check_number, shown
 from nexus.arguments import check_choice as argument_choice
 from nexus.backends.interface import LAST_WRITE, RATES, GroupSettings, Rate
 from nexus.optim.storage import BIAS_CORRECTIONS, STORAGE_DEFAULTS, check_choice
+from nexus.optim.torch_options import refuse_differentiable
 from nexus.schedules import Schedule
 from nexus.schedules.bounds import bounds_of
 
@@ -364,67 +365,8 @@ def checked_settings(group: dict[str, Any]) -> dict[str, Any]:
                 f"{name} is no option of a group, got {shown(group[name])}: it is the whole step's. Give it to "
                 "FusedAdamW itself, and leave it out here"
             )
-    _refuse_differentiable(group.get("differentiable"))
+    refuse_differentiable(group.get("differentiable"))
     return {name: check(name, group[name]) for name, check in SETTINGS.items()}
-
-
-def listed_parameters(param_group: object) -> tuple[list[Any], list[Any]]:
-    """Of a group that is to be added, the parameters as they are given, in a list; and without their names.
-
-    Raises:
-        TypeError, ValueError: it is none, or has a parameter twice.
-    """
-    if not isinstance(param_group, dict):
-        raise TypeError(f"param_group must be a dict, got {shown(param_group)}")
-    if "params" not in param_group:
-        raise ValueError(f"param_group must have the key 'params', got {sorted(map(str, param_group))}")
-    params = param_group["params"]
-    params = [params] if isinstance(params, Tensor) else params
-    if isinstance(params, set) or not isinstance(params, Iterable):
-        raise TypeError(f"params must be a tensor or an ordered iterable of tensors, got {shown(params)}")
-    params = list(params)
-    tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
-    first: dict[int, int] = {}
-    for index, tensor in enumerate(tensors):
-        if first.setdefault(id(tensor), index) != index:
-            raise ValueError(
-                f"a parameter is twice in this group, as number {first[id(tensor)]} and as number {index}, and "
-                "would be updated twice in each step; give tied weights once, as parameters() of the model does"
-            )
-    return params, tensors
-
-
-def check_torch_options(
-    *, betas: object, capturable: object, differentiable: object, **implementations: object
-) -> None:
-    """Check what `torch.optim.AdamW` is told of how to run. Of these, only `differentiable` would change anything.
-
-    Raises:
-        TypeError: an option that is no bool.
-        ValueError: one of the betas is a tensor, one a number. In a group, schedulers of momenta make such pairs.
-        RuntimeError: two implementations at once; `differentiable=True`. As in torch.
-    """
-    given = [beta for beta in betas if not isinstance(beta, Schedule)] if isinstance(betas, (tuple, list)) else []
-    if len({isinstance(beta, Tensor) for beta in given}) > 1:
-        raise ValueError(f"betas must be either both floats or both Tensors, got {shown(betas)}")
-    for name, value in implementations.items():
-        if value is not None and not isinstance(value, bool):
-            raise TypeError(f"{name} must be a bool or None, got {shown(value)}")
-    if all(implementations.values()):
-        raise RuntimeError("`fused` and `foreach` cannot be `True` together; leave both out, FusedAdamW is fused")
-    if not isinstance(capturable, bool):
-        raise TypeError(f"capturable must be a bool, got {shown(capturable)}")
-    if not isinstance(differentiable, bool):
-        raise TypeError(f"differentiable must be a bool, got {shown(differentiable)}")
-    _refuse_differentiable(differentiable)
-
-
-def _refuse_differentiable(value: object) -> None:
-    if value:
-        raise RuntimeError(
-            "`fused` does not support `differentiable`, and FusedAdamW is fused: use "
-            "torch.optim.AdamW(differentiable=True) where gradients are to go through the update"
-        )
 
 
 def shown_name(rate: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn.parameter import is_lazy
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
+from nexus.arguments import shown
 from nexus.backends import sharding
 from nexus.backends.records import FLOAT_DTYPES
 from nexus.backends.sharding import is_spread, local
@@ -141,3 +142,29 @@ def named_parameters(groups: Sequence[dict[str, Any]], first: int = 0) -> Iterat
         names = group.get("param_names", ())
         for i, param in enumerate(group["params"]):  # of which some may have been added by hand
             yield index, param, f"parameter {names[i] if i < len(names) else i} of group {index}"
+
+
+def listed_parameters(param_group: object) -> tuple[list[Any], list[Any]]:
+    """Of a group that is to be added, the parameters as they are given, in a list; and without their names.
+
+    Raises:
+        TypeError, ValueError: it is none, or has a parameter twice.
+    """
+    if not isinstance(param_group, dict):
+        raise TypeError(f"param_group must be a dict, got {shown(param_group)}")
+    if "params" not in param_group:
+        raise ValueError(f"param_group must have the key 'params', got {sorted(map(str, param_group))}")
+    params = param_group["params"]
+    params = [params] if isinstance(params, Tensor) else params
+    if isinstance(params, set) or not isinstance(params, Iterable):
+        raise TypeError(f"params must be a tensor or an ordered iterable of tensors, got {shown(params)}")
+    params = list(params)
+    tensors = [item[1] if isinstance(item, tuple) and len(item) == 2 else item for item in params]
+    first: dict[int, int] = {}
+    for index, tensor in enumerate(tensors):
+        if first.setdefault(id(tensor), index) != index:
+            raise ValueError(
+                f"a parameter is twice in this group, as number {first[id(tensor)]} and as number {index}, and "
+                "would be updated twice in each step; give tied weights once, as parameters() of the model does"
+            )
+    return params, tensors

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
-from cuda_on_cpu import NAME
 from references import (
+    BACKENDS,
+    GPU_BACKENDS,
     MOMENT,
     PARAMS,
     assert_close,
@@ -20,12 +21,14 @@ from references import (
     same_bits,
     set_grads,
     snapshot,
+    tensors_where_it_runs,
 )
 from torch import Tensor
 
 # isort: split
 import triton_interpreter  # noqa: F401  # mends it
 
+from nexus.backends import triton
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Cosine, Linear, OneCycle, Schedule, join
 
@@ -39,13 +42,23 @@ RATE = WSD(3, 10, 8, 1e-2, 1e-3)
 SCALE = Cosine(0.7, 20, 0.1)
 
 
-WAYS = ("native", "reference", NAME, "triton")
+ON_CPU, ON_GPU = [*BACKENDS, "triton"], list(GPU_BACKENDS)
+WAYS = [*((name, "cpu") for name in ON_CPU), *((name, "gpu") for name in ON_GPU)]
+"""The backends, and where each is to run. On the CPU, Triton is interpreted, which is slow."""
 
 
-@pytest.fixture(params=WAYS)
-def way(request: pytest.FixtureRequest) -> str:
-    """Each backend, on the CPU."""
-    return str(request.param)
+def marks_of(name: str, where: str) -> list[pytest.MarkDecorator]:
+    if where == "gpu":
+        return [pytest.mark.gpu]
+    return [pytest.mark.skipif(name == "triton" and not triton.INTERPRETS, reason="Triton runs on the GPU")]
+
+
+@pytest.fixture(params=[pytest.param(way, marks=marks_of(*way), id=" on ".join(way)) for way in WAYS])
+def way(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each backend. Tensors are made where it runs."""
+    name, where = request.param
+    with tensors_where_it_runs(where):
+        yield name
 
 
 class Oracle:
@@ -121,13 +134,18 @@ CASES: dict[str, dict[str, Any]] = {
     },
 }
 
-SLOW = "triton"  # interpreted
+
+def is_slow(name: str) -> bool:
+    return name == "triton" and triton.INTERPRETS
+
+
 WAYS_OF_CASES = [
-    pytest.param(way, settings, id=f"{way}-{name}")
+    pytest.param(way, settings, marks=marks_of(*way), id=f"{' on '.join(way)}-{name}")
     for way in WAYS
     for name, settings in CASES.items()
-    if way != SLOW or name in ("everything", "a beta of 0")
+    if way != ("triton", "cpu") or name in ("everything", "a beta of 0")
 ]
+each_way_and_case = pytest.mark.parametrize(("way", "settings"), WAYS_OF_CASES, indirect=["way"])
 
 
 def options_of(settings: dict[str, Any]) -> dict[str, Any]:
@@ -142,7 +160,7 @@ def make(params: Sequence[Tensor], backend: str, settings: dict[str, Any], **opt
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize(("way", "settings"), WAYS_OF_CASES)
+@each_way_and_case
 def test_schedules_equal_the_update_in_float64(way: str, settings: dict[str, Any], dtype: torch.dtype) -> None:
     params = make_params(SHAPES, dtype)
     optimizer, oracle = make(params, way, settings), Oracle(params, **settings)
@@ -150,7 +168,7 @@ def test_schedules_equal_the_update_in_float64(way: str, settings: dict[str, Any
     assert_same_run(optimizer, oracle)
 
 
-@pytest.mark.parametrize(("way", "settings"), WAYS_OF_CASES)
+@each_way_and_case
 def test_tensors_are_read_in_every_step(way: str, settings: dict[str, Any]) -> None:
     params = make_params(SHAPES, torch.float64)
     tensors = {name: torch.zeros((1,) if name == "eps" else (), dtype=torch.float64) for name in settings}
@@ -173,7 +191,7 @@ def test_tensors_are_read_in_every_step(way: str, settings: dict[str, Any]) -> N
 
 def test_the_bias_after_many_steps_of_one_beta_and_one_of_another(way: str) -> None:
     """1,000 steps at 0.999 leave weights of 0.632 in the moment, whatever one step at 0.9999 adds to them."""
-    steps = 30 if way == SLOW else 1000
+    steps = 30 if is_slow(way) else 1000
     schedule = join([Constant(0.999), Constant(0.9999)], [steps])
     sizes = {}
     for form in ("product", "power"):
@@ -217,3 +235,23 @@ def test_a_constant_schedule_and_a_number_are_the_same_update(way: str) -> None:
             optimizer.step()
         runs.append(snapshot(optimizer))
     assert same_bits(*runs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_state_in_fewer_bits_has_the_bits_of_every_backend(dtype: torch.dtype) -> None:
+    """The kernels that decode and encode streams; tensors of fewer than 4,096 elements have none of it."""
+    start = make_params([(4100,), (3,)], dtype)
+    options: dict[str, Any] = {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8}
+    if dtype == torch.bfloat16:
+        options |= {"master_weight_bits": 24, "stochastic_rounding": True}
+    runs = []
+    for backend in BACKENDS:
+        params = copies(start)
+        optimizer = make(params, backend, CASES["everything"], **options)
+        torch.manual_seed(1)
+        for _ in range(8):
+            set_grads(params, make_grads(params))
+            optimizer.step()
+        assert optimizer.state[params[0]]["beta_products"][2] == 8.0
+        runs.append(snapshot(optimizer))
+    assert all(same_bits(runs[0], other) for other in runs[1:])

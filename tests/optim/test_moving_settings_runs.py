@@ -16,6 +16,7 @@ from cuda_on_cpu import NAME
 from graphs_on_cpu import Graphs
 from references import copies, make_grads, make_params, same_bits, set_grads, snapshot
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 # isort: split
 import triton_interpreter  # noqa: F401  # mends it
@@ -78,6 +79,26 @@ def test_a_skipped_step_moves_nothing(backend: str) -> None:
     assert int(optimizer.skipped_steps) == 1
     run(optimizer, 5, 9)
     assert products(optimizer) == pytest.approx([product(BETA1, 9), product(BETA2, 9), 9.0], rel=1e-15)
+
+
+class NothingIsRead(TorchDispatchMode):
+    """Forbids what waits for a device: to ask a tensor for its number."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func is not torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_step_reads_nothing_back(backend: str) -> None:
+    optimizer = make(make_params(SHAPES), backend, skip_nonfinite=True)
+    params = optimizer.param_groups[0]["params"]
+    for _ in range(3):
+        set_grads(params, make_grads(params))
+        with NothingIsRead():
+            optimizer.step()
+    assert products(optimizer)[2] == 3.0
+    with NothingIsRead(), pytest.raises(AssertionError):
+        float(params[0])
 
 
 def test_each_parameter_has_products_of_its_own_updates(backend: str) -> None:
@@ -146,6 +167,12 @@ def test_a_graph_does_not_begin_to_keep_products(graphs: Graphs) -> None:
     assert same_bits(before, world.state())
     world.optimizer.param_groups[0]["betas"] = (0.9, 0.95)
     step(*world.batch(5))
+    world.optimizer.param_groups[0]["betas"] = (0.9, BETA2)
+    step.reset()
+    for index in range(6, 11):
+        step(*world.batch(index))
+    assert graphs.events.count("capture") == 2
+    assert products(world.optimizer)[2] == 11.0
 
 
 # What is assigned in mid-run.

@@ -2,15 +2,16 @@
 
 Everything is checked before anything is written. A load gives the parameters new moments, so that state dicts which
 were taken before keep theirs; where a graph has captured a step, or other processes share them, it writes in place.
-A group's schedule is saved under `lr_schedule` in plain types, with `step`, its counter, and `edits`, what
-`begin_decay` and `extend_stable` have changed.
+A group's schedule is saved under `lr_schedule` in plain types, with `step`, its counter, `edits`, what
+`begin_decay` and `extend_stable` have changed of a WSD, `pieces`, what any edit has put in force since, and of a
+`ReduceOnPlateau` `reports`, what it has heard.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ from nexus.optim.state import MOMENTS, check_unshared
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
+from nexus.schedules.reports import NAMES
+from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -36,6 +39,11 @@ _FORMAT = 1
 """What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number."""
 
 _SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in SCHEDULABLE)
+
+_BESIDE = ("step", "edits", "pieces", "reports")
+"""What a group's saved schedule has besides its own fields."""
+
+_Edits: TypeAlias = tuple[dict[str, Any], list[tuple[int, Schedule, bool]], list[float] | None]
 
 _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
@@ -93,12 +101,29 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
         schedule = group[f"{name}_schedule"]
         if schedule is not None:
             device = group.outputs[name].device
+            completed, table = int(engine.state_on(device).completed), engine.table(schedule, device)
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
-                "step": int(engine.state_on(device).completed),
-                "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
+                "step": completed,
+                "edits": schedule_edits.saved_form(schedule, table.edits()),
+                "pieces": table.saved_pieces(),
             }
+            heard = table.reports()
+            if heard is not None:
+                saved[f"{name}_schedule"]["reports"] = heard
+                _warn_of_silence(table, completed, heard)
     return saved
+
+
+def _warn_of_silence(table: ScheduleTable, completed: int, heard: list[float]) -> None:
+    """Once, where a plateau has been trained with and has heard nothing."""
+    if completed > 0 and heard[NAMES.index("reports")] == 0.0 and not table.has_warned:
+        table.has_warned = True
+        warnings.warn(
+            f"{type(table.schedule).__name__} has heard no metric in {completed:,} updates, and lowers no rate "
+            "without: call optimizer.report(metric), after each evaluation or in each step",
+            stacklevel=5,
+        )
 
 
 def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
@@ -131,14 +156,14 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
 
     in_place = engine.runner is not None and engine.runner.has_captured()
     _load_states(optimizer, params, states, storages, in_place=in_place)
-    edits_of: dict[Schedule, dict[str, Any]] = {}  # groups with the same schedule share its table
+    edits_of: dict[Schedule, _Edits] = {}  # groups with the same schedule share its table
     for (group, saved), extra, found in zip(pairs, extras, edits, strict=True):
         _load_group(group, saved, extra)
         for name, schedule in group.schedules():
             if name in found:
                 edits_of.setdefault(schedule, found[name])
     for (schedule, _), table in engine.tables.items():
-        table.restore(edits_of.get(schedule, {}))
+        table.restore(*edits_of.get(schedule, ({}, (), None)))
     for device in devices_of(attributes_of(optimizer)):
         engine.state_on(device).completed.fill_(completed)
     engine.forget_plan()
@@ -359,9 +384,9 @@ def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, dict[str, Any]]:
+def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, _Edits]:
     """The saved edits of each schedule of the group; warns where the saved schedule is another one."""
-    edits: dict[str, dict[str, Any]] = {}
+    edits: dict[str, _Edits] = {}
     for name in SCHEDULABLE:
         now, before = group[f"{name}_schedule"], saved.get(f"{name}_schedule")
         if before is None:
@@ -388,7 +413,7 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
     return edits
 
 
-def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str, Any] | None:
+def _checked_schedule(now: Schedule | None, before: Any, name: str) -> _Edits | None:
     """The saved edits, where the saved schedule is of the type of the present one."""
     if not isinstance(before, dict):
         raise ValueError(f"{name} must be a dict, got {shown(before)}")
@@ -399,5 +424,9 @@ def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str,
         raise ValueError(f"{name}['type'] must be one of {known}, got {shown(kind)}")
     if now is None or now.to_dict()["type"] != kind:
         return None  # a partial load has left fields of this optimizer's schedule in it
-    Schedule.from_dict({key: value for key, value in before.items() if key not in ("step", "edits")})
-    return schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']")
+    Schedule.from_dict({key: value for key, value in before.items() if key not in _BESIDE})
+    return (
+        schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']"),
+        schedule_edits.checked_pieces(before.get("pieces"), f"{name}['pieces']"),
+        schedule_edits.checked_reports(before.get("reports"), f"{name}['reports']"),
+    )

@@ -151,6 +151,11 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
+        for name, schedule in group.schedules():
+            if name in edits[-1]:
+                table = engine.table(schedule, group.outputs[name].device)
+                for _, piece, _ in edits[-1][name][1]:
+                    table.check_edit(piece)
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
 

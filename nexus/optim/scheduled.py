@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -13,6 +14,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from nexus.arguments import check_choice, check_count, check_number, shown
 from nexus.backends.interface import StepState
 from nexus.optim.engine import Engine, attributes_of, devices_of
+from nexus.optim.groups import ParamGroup
 from nexus.schedules import WSD, ReduceOnPlateau, Schedule, from_torch
 from nexus.schedules.compose import checked_part
 from nexus.schedules.curves import DECAYS
@@ -26,7 +28,7 @@ class Scheduled:
     """The part of an optimizer that edits its schedules, on the device."""
 
     _engine: Engine
-    param_groups: list[dict[str, Any]]
+    param_groups: list[Any]  # of ParamGroup
 
     @_disable_dynamo
     def take_over(self, scheduler: Any, *, steps: int | None = None, exact: bool = False) -> list[Schedule]:
@@ -45,7 +47,7 @@ class Scheduled:
             The schedule of each group.
 
         Raises:
-            ValueError: the scheduler is over another optimizer.
+            ValueError: the scheduler is over another optimizer, or its schedules are in force already.
             NotImportable, ImportMismatch: as of `nexus.schedules.from_torch`. In each case nothing is changed.
 
         >>> import torch
@@ -62,18 +64,24 @@ class Scheduled:
         """
         if getattr(scheduler, "optimizer", None) is not self:
             raise ValueError(f"scheduler must be one of torch's over this optimizer, got {shown(scheduler)}")
+        completed = step_of(scheduler)
+        if any(_is_taken_over(group, scheduler) for group in self.param_groups):
+            raise ValueError(
+                f"take_over has put the schedules of this {type(scheduler).__name__} in force already, and would set "
+                f"the count of updates back to {completed}, where the scheduler stands; leave out the second call"
+            )
         schedules = from_torch(scheduler, steps=steps, exact=exact)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
             group["lr"] = schedule
-        if isinstance(scheduler, ReduceLROnPlateau):  # whose count is that of its reports
-            self._engine.settle(attributes_of(self))
-            for schedule in schedules:
-                for table in self._engine.tables_of(schedule):
-                    table.set_reports(heard_by(scheduler, cast(ReduceOnPlateau, schedule)))
-            return schedules
-        completed = step_of(scheduler)
-        for device in devices_of(attributes_of(self)):
+            group.taken_over = schedule, weakref.ref(scheduler)
+        is_plateau = isinstance(scheduler, ReduceLROnPlateau)  # whose count is that of its reports
+        for device in [] if is_plateau else devices_of(attributes_of(self)):
             self._engine.state_on(device).completed.fill_(completed)
+        # Now, not at the next step: a scheduler that is stepped on would make another schedule of one.
+        self._engine.settle(attributes_of(self))
+        for schedule in schedules if is_plateau else []:
+            for table in self._engine.tables_of(schedule):
+                table.set_reports(heard_by(scheduler, cast(ReduceOnPlateau, schedule)))
         return schedules
 
     @property
@@ -250,3 +258,9 @@ class Scheduled:
     def _tables(self) -> list[tuple[ScheduleTable, StepState]]:
         engine = self._engine
         return [(table, engine.state_on(device)) for (_, device), table in engine.tables.items()]
+
+
+def _is_taken_over(group: ParamGroup, scheduler: object) -> bool:
+    """Whether the rate of the group is driven by a schedule that `take_over` has made of the scheduler."""
+    schedule, taken = group.taken_over or (None, None)
+    return taken is not None and taken() is scheduler and group["lr_schedule"] is schedule

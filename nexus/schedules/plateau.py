@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from nexus.arguments import check_choice, check_number, shown
 from nexus.schedules.base import Schedule, layers_of
-from nexus.schedules.compose import checked_part
+from nexus.schedules.compose import check_whole, checked_part
 from nexus.schedules.constant import Constant
 from nexus.schedules.curves import MAX_LAYERS, Layer, Op, level
 
@@ -68,6 +68,7 @@ class ReduceOnPlateau(Schedule):
         if self.factor >= 1.0:
             raise ValueError(f"factor must be a number from 0 to below 1, got {shown(self.factor)}")
         self._check_counts(patience=0, cooldown=0, every=1)
+        check_whole(self)
 
     def __call__(self, step: int) -> float:
         return self.schedule(step)

@@ -18,7 +18,7 @@ from torch import Tensor
 from nexus.arguments import shown
 from nexus.schedules import WSD, ReduceOnPlateau, Schedule, reports
 from nexus.schedules.compose import join
-from nexus.schedules.curves import MAX_LAYERS, MAX_SAMPLES, MAX_SEGMENTS, Curve, Layer, Op, Segment, level
+from nexus.schedules.curves import MAX_LAYERS, Curve, Layer, Op, Segment, check_room, level
 from nexus.schedules.edits import edited
 from nexus.schedules.pieces import FromRate
 from nexus.schedules.plateau import inner_of
@@ -60,10 +60,7 @@ def _layers(schedule: Schedule) -> tuple[Layer, ...]:
             known = ", ".join(f"{curve:d} ({curve.name})" for curve in Curve)
             given = f"{unknown[0]!r}; it must be one of {known}"
             raise ValueError(f"{schedule!r} has a segment of an unknown curve, {given}")
-        segments, samples = len(layer.segments), len(layer.samples)
-        for what, count, most in (("rows", segments, MAX_SEGMENTS), ("samples", samples, MAX_SAMPLES)):
-            if count > most:
-                raise ValueError(f"a layer of {type(schedule).__name__} has {count:,} {what}; {most:,} are allowed")
+        check_room(f"{type(schedule).__name__} has", layer)
     return layers
 
 

@@ -102,7 +102,7 @@ def test_reductions_go_over_to_another_constant() -> None:
     first = make(ReduceOnPlateau(Constant(0.8), factor=0.5, patience=0))
     run(first, [1.0, 1.0, 1.0])
     second = make(ReduceOnPlateau(Constant(0.4), factor=0.5, patience=0))
-    with pytest.warns(UserWarning, match="lr_schedule.schedule was .*0.8.* and is .*0.4"):
+    with pytest.warns(UserWarning, match=r"lr_schedule\.schedule\.lr was 0\.8 .* is 0\.4"):
         second.load_state_dict(first.state_dict())
     assert step(second) == 0.1
 

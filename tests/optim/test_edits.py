@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import json
 import pickle
 import warnings
@@ -291,6 +292,87 @@ def test_steps_in_the_backward_pass_see_edits(backend: str) -> None:
             optimizer.zero_grad()
         ends.append([param.tolist() for param in model.parameters()])
     assert ends[0] == ends[1]
+
+
+def test_evaluators_read_no_row_that_is_not_in_force(backend: str) -> None:
+    for schedule in [*SCHEDULES, ReduceOnPlateau(Cosine(1.0, 30))]:
+        optimizer = make(schedule, backend)
+        optimizer.rewarm(9)  # of one layer, whatever there was before
+        (table,) = engine_of(optimizer).tables.values()
+        for layer in table.rows:
+            layer[1 + int(layer[0, 1]) :] = torch.nan
+        if not table.is_plateau:
+            table._memory[len(table.rows) :] = torch.nan
+        first = schedule(0)
+        expected = [first + t / 9 * (highest(schedule) - first) for t in range(9)]
+        assert rates(optimizer, 9) == pytest.approx(expected, rel=1e-14)
+
+
+def test_a_skipped_step_moves_no_piece(backend: str) -> None:
+    optimizer = FusedAdamW(make_params([(3,)]), lr=Linear(1.0, 0.0, 8), backend=backend, skip_nonfinite=True)
+    rates(optimizer, 2)
+    optimizer.begin_decay(3)
+    used = []
+    for bad in (False, True, False, True, False):
+        (param,) = optimizer.param_groups[0]["params"]
+        param.grad = torch.full_like(param, torch.nan if bad else 1.0)
+        optimizer.step()
+        used.append(float(optimizer.param_groups[0]["lr"]))
+    assert used == pytest.approx([0.75, 0.75, 0.5, 0.5, 0.25])
+
+
+def test_a_table_follows_another_one() -> None:
+    schedule = ReduceOnPlateau(Constant(0.5), patience=0)
+    tables = [ScheduleTable(schedule, torch.device("cpu")) for _ in range(2)]
+    now, one = torch.tensor(4), torch.tensor(1.0, dtype=torch.float64)
+    tables[0].edit(Linear(1.0, 0.0, 4), now, one)
+    for _ in range(2):
+        tables[0].report(one, one)
+    tables[1].follow(tables[0])
+    assert torch.equal(tables[1].rows, tables[0].rows)
+    for each in (ScheduleTable.standing, ScheduleTable.saved_pieces, ScheduleTable.reports):
+        assert each(tables[1]) == each(tables[0])
+    wide = ScheduleTable(Constant(1.0), torch.device("cpu"))
+    assert wide.edit(Linear(1.0, 0.0, 4) * Constant(0.5), now, one)
+    narrow = ScheduleTable(Constant(1.0), torch.device("cpu"))
+    narrow.follow(wide)
+    assert torch.equal(narrow.rows, wide.rows)
+
+
+@pytest.mark.parametrize("backend", [NAME, "triton"])
+def test_a_graph_goes_on_where_a_checkpoint_with_edits_is_loaded(graphs: Any, backend: str) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Linear(4, 1)
+    optimizer = FusedAdamW(model.parameters(), lr=ReduceOnPlateau(Cosine(0.1, 30), patience=0), backend=backend)
+
+    @functools.partial(capture_train_step, optimizer=optimizer)
+    def train_step(x: torch.Tensor) -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = model(x).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.report(loss)
+        return loss
+
+    def run(steps: int) -> list[float]:
+        used = []
+        for t in range(steps):
+            train_step(torch.full((2, 4), 1.0 + t % 3))
+            used.append(float(optimizer.param_groups[0]["lr"]))
+        return used
+
+    run(6)
+    optimizer.replace(minimum(WAVE, Linear(0.0, 0.2, 8)))
+    run(2)
+    saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
+    expected = run(5)
+    optimizer.hold()
+    run(2)
+    model.load_state_dict(saved[0])
+    optimizer.load_state_dict(saved[1])
+    assert run(5) == expected
+    assert graphs.events.count("capture") == 1
+    assert len(set(expected)) > 3
 
 
 def test_edits_read_nothing_back() -> None:

@@ -13,7 +13,7 @@ from references import BACKENDS, make_grads, make_params, set_grads
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import lr_scheduler
 
-from nexus.optim import FusedAdamW
+from nexus.optim import FusedAdamW, listening
 from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Cosine, ReduceOnPlateau, Schedule
 from nexus.schedules.table import ScheduleTable
@@ -195,6 +195,13 @@ def test_a_wrong_metric_changes_nothing(metric: Any, error: type[Exception], wor
     with pytest.raises(error, match=words):
         optimizer.report(metric)
     assert all(map(torch.equal, before, [table.rows for table in engine_of(optimizer).tables.values()]))
+
+
+@pytest.mark.parametrize("metric", [0.5, torch.zeros((), device="cpu")], ids=["number", "tensor"])
+def test_a_graph_refuses_a_metric_that_it_would_freeze(metric: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match=r"the same number in each replay: metric is .*computes on cuda"):
+        listening._on_device(metric, torch.device("cuda"))
 
 
 def test_without_a_plateau_there_is_nobody_to_report_to() -> None:

@@ -9,8 +9,9 @@
 //     low + weight(p) * (high - low),    p = ((t - start) mod period + offset) / span
 //
 // in the very order of operations of the Python oracle (nexus/schedules/curves.py), so that both agree bit
-// for bit; a value that float64 cannot hold is the largest that it can. From a layer's repeat_start on, its repeat_length steps from there come again and again. Steps are
-// exact integers up to 2^53 and never pass through float32. Host and device; no torch.
+// for bit; a value that float64 cannot hold is the largest that it can. From a layer's repeat_start on, its
+// repeat_length steps from there come again and again. Steps are exact integers up to 2^53 and never pass
+// through float32. Host and device; no torch.
 #pragma once
 
 #include <cfloat>
@@ -111,9 +112,7 @@ NEXUS_FN double curve_weight(const SegmentRow& row, double p, const double* laye
 }
 
 // Infinity times 0 would be NaN.
-NEXUS_FN double bounded(double rate) {
-  return rate > DBL_MAX ? DBL_MAX : rate;
-}
+NEXUS_FN double bounded(double rate) { return rate > DBL_MAX ? DBL_MAX : rate; }
 
 NEXUS_FN double layer_value(const double* layer, int64_t t) {
   const LayerRow& own = *reinterpret_cast<const LayerRow*>(layer);

@@ -68,7 +68,8 @@ class Listening:
         for device in devices[1:]:
             heard[device] = brought(heard[devices[0]], device)
         for (_, device), table in tables.items():
-            rate = engine.backend.evaluate(table.of_schedule, engine.state_on(device).completed)
+            now = engine.state_on(device).completed
+            rate = engine.backend.evaluate(table.of_schedule, now)
             table.report(heard[device], rate)
 
 

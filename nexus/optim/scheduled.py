@@ -12,7 +12,6 @@ from torch._compile import _disable_dynamo
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nexus.arguments import check_choice, check_count, check_number, shown
-from nexus.backends.interface import StepState
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup
 from nexus.schedules import WSD, ReduceOnPlateau, Schedule, from_torch
@@ -91,8 +90,7 @@ class Scheduled:
 
         Reads the device. Of a `ReduceOnPlateau`, the reductions are not in it.
         """
-        tables = self._tables_of_rates()
-        standing = {table.schedule: table.standing() for table, _ in tables}
+        standing = {schedule: table.standing() for schedule, table, _ in self._tables_of_rates()}
         return [standing.get(group["lr_schedule"]) for group in self.param_groups]
 
     @property
@@ -135,15 +133,15 @@ class Scheduled:
             return
         if kind != "linear" or to != 0.0:
             raise ValueError("kind and to are of a decay with steps: give steps, or leave them to the WSD schedule")
-        late: list[tuple[ScheduleTable, StepState, Schedule | FromRate]] = []
-        for table, state in self._wsd_tables():
+        late: list[tuple[ScheduleTable, Tensor, Schedule | FromRate]] = []
+        for table, now in self._wsd_tables():
             if not table.pieces:
-                table.begin_decay(state.completed, self._rate(table, state))
+                table.begin_decay(now, self._rate(table, now))
                 continue
             decay = decay_of(cast(WSD, table.given))
             last = table.pieces[-1].piece
             if last != decay and not (isinstance(last, Schedule) and decay.has_made(last)):
-                late.append((table, state, decay))
+                late.append((table, now, decay))
         self._put(late)
 
     @_disable_dynamo
@@ -160,8 +158,8 @@ class Scheduled:
         tables = self._wsd_tables()
         for table, _ in tables:
             table.check_extend_stable(n)
-        for table, state in tables:
-            table.extend_stable(n, state.completed)
+        for table, now in tables:
+            table.extend_stable(n, now)
 
     @_disable_dynamo
     def hold(self) -> None:
@@ -218,30 +216,29 @@ class Scheduled:
         tables = self._tables_of_rates()
         if not tables:
             raise RuntimeError("no parameter group has a schedule as lr: there is none to edit; write group['lr']")
-        self._put([(table, state, piece_of(table)) for table, state in tables])
+        self._put([(table, now, piece_of(table)) for _, table, now in tables])
 
-    def _put(self, edits: list[tuple[ScheduleTable, StepState, Schedule | FromRate]]) -> None:
+    def _put(self, edits: list[tuple[ScheduleTable, Tensor, Schedule | FromRate]]) -> None:
         for table, _, piece in edits:
             table.check_edit(piece)
-        for table, state, piece in edits:
-            if table.edit(piece, state.completed, self._rate(table, state)):
+        for table, now, piece in edits:
+            if table.edit(piece, now, self._rate(table, now)):
                 self._engine.renew_tables()
 
-    def _rate(self, table: ScheduleTable, state: StepState) -> Tensor:
+    def _rate(self, table: ScheduleTable, now: Tensor) -> Tensor:
         """The rate of this moment, without a plateau's factor."""
-        return self._engine.backend.evaluate(table.of_schedule, state.completed)
+        return self._engine.backend.evaluate(table.of_schedule, now)
 
-    def _tables_of_rates(self) -> list[tuple[ScheduleTable, StepState]]:
-        """Of each schedule that is a group's rate, on each device."""
-        self._engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
-        rates = {group["lr_schedule"] for group in self.param_groups}
-        return [each for each in self._tables() if each[0].schedule in rates]
-
-    def _wsd_tables(self) -> list[tuple[ScheduleTable, StepState]]:
-        self._engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
+    def _tables_of_rates(self) -> list[tuple[Schedule, ScheduleTable, Tensor]]:
+        """Of each schedule that is a group's rate, on each device; and its count."""
         tables = self._tables()
-        chosen = [each for each in tables if isinstance(each[0].given, WSD)]
-        for table, _ in tables:
+        rates = {group["lr_schedule"] for group in self.param_groups}
+        return [each for each in tables if each[0] in rates]
+
+    def _wsd_tables(self) -> list[tuple[ScheduleTable, Tensor]]:
+        tables = self._tables()
+        chosen = [(table, now) for _, table, now in tables if isinstance(table.given, WSD)]
+        for _, table, _ in tables:
             given = table.given
             if not isinstance(given, WSD) and any(isinstance(part, WSD) for part in given.parts()):
                 raise RuntimeError(
@@ -255,9 +252,23 @@ class Scheduled:
             )
         return chosen
 
-    def _tables(self) -> list[tuple[ScheduleTable, StepState]]:
+    def _tables(self) -> list[tuple[Schedule, ScheduleTable, Tensor]]:
+        """Of every schedule, on each device; and the count that it is evaluated at."""
         engine = self._engine
-        return [(table, engine.state_on(device)) for (_, device), table in engine.tables.items()]
+        engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
+        found = []
+        for (schedule, device), table in engine.tables.items():
+            _refuse_capture(device)
+            found.append((schedule, table, engine.state_on(device).completed))
+        return found
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step is being captured, and its graph would edit the schedule anew in each replay: call this between "
+            "steps, and the graph follows"
+        )
 
 
 def _is_taken_over(group: ParamGroup, scheduler: object) -> bool:

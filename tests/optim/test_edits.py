@@ -17,7 +17,7 @@ from references import make_grads, make_params, set_grads
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from nexus.backends import reference
-from nexus.optim import FusedAdamW
+from nexus.optim import FusedAdamW, scheduled
 from nexus.optim.engine import engine_of
 from nexus.schedules import (
     WSD,
@@ -382,6 +382,12 @@ def test_edits_read_nothing_back() -> None:
         for piece in (FromRate(), FromRate("linear", 0.5, 3), Cosine(2.0, 5) * Constant(0.5)):
             table.check_edit(piece)
             table.edit(piece, completed, reference.evaluate(table.of_schedule, completed))
+
+
+def test_an_edit_is_no_part_of_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with pytest.raises(RuntimeError, match="edit the schedule anew in each replay: call this between steps"):
+        scheduled._refuse_capture(torch.device("cuda"))
 
 
 LONG = MultiStep(1.0, tuple(range(1, CAPACITY + 1)), 0.5)

@@ -95,7 +95,7 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
             device = group.outputs[name].device
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
-                "step": int(engine.state_on(device).completed),
+                "step": int(engine.clock_of(schedule, device)),
                 "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
             }
     return saved

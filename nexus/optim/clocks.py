@@ -1,0 +1,81 @@
+"""The clocks of an optimizer: counts in device memory that its schedules are evaluated at."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from nexus.arguments import MAX_STEP
+from nexus.backends.interface import StepState
+from nexus.schedules.clock import Clock
+
+
+class DeviceClock:
+    """The count of one clock on one device.
+
+    Args:
+        state: the counters of the optimizer there.
+    """
+
+    @torch.inference_mode(False)  # it outlives a mode in which it may be made
+    def __init__(self, state: StepState) -> None:
+        self.count = torch.zeros((), dtype=torch.int64, device=state.device)  # never replaced: graphs read it
+        self._seen = torch.zeros(3, dtype=torch.int64, device=state.device)  # see advance()
+        self.see(state)
+
+    def see(self, state: StepState) -> None:
+        """Let the steps from now on decide whether the clock advances."""
+        self._seen.copy_(torch.stack([state.completed, state.skipped, torch.ones_like(state.skipped)]))
+
+    def copy_(self, other: DeviceClock) -> None:
+        """Take over the count of the same clock on another device."""
+        self.count.copy_(other.count)
+        self._seen.copy_(other._seen)
+
+    def advance(self, n: Tensor | int, state: StepState) -> None:
+        """Add `n`, unless every step since the last look at the counters was skipped. Enqueues work."""
+        completed, skipped, moved = self._seen.unbind()
+        made = state.completed != completed
+        moves = torch.where(made | (state.skipped != skipped), made, moved != 0)
+        self.count.add_(moves * n).clamp_(max=MAX_STEP)
+        self._seen.copy_(torch.stack([state.completed, state.skipped, moves.to(torch.int64)]))
+
+
+class Clocks:
+    """All clocks that an optimizer has met. They stay, since graphs may read them."""
+
+    def __init__(self) -> None:
+        self._devices: dict[Clock, dict[torch.device, DeviceClock]] = {}
+
+    def __setstate__(self, attributes: dict[str, Any]) -> None:
+        self.__dict__.update(attributes)
+        for clock in self._devices:
+            clock.kept_by(self)
+
+    def __contains__(self, clock: object) -> bool:
+        return clock in self._devices
+
+    def on(self, clock: Clock, state: StepState) -> DeviceClock:
+        """A clock on the device of these counters."""
+        devices = self._devices.get(clock)
+        if devices is None:
+            devices = self._devices[clock] = {}
+            clock.kept_by(self)
+        if state.device not in devices:
+            made = DeviceClock(state)
+            for other in devices.values():
+                made.copy_(other)
+                break
+            devices[state.device] = made
+        return devices[state.device]
+
+    def keep(self, devices: list[torch.device]) -> None:
+        """Forget what is on other devices, where it goes stale."""
+        for clock, found in self._devices.items():
+            self._devices[clock] = {device: own for device, own in found.items() if device in devices} or found
+
+    def read(self, clock: Clock) -> int:
+        """The count of a clock. Waits for the device."""
+        return next((int(found.count) for found in self._devices[clock].values()), 0)

@@ -14,6 +14,7 @@ from nexus.arguments import MAX_STEP, check_count
 from nexus.files import write_whole
 from nexus.schedules import WSD, CosineRestarts, Schedule
 from nexus.schedules.base import layers_of
+from nexus.schedules.clock import Clocked
 from nexus.schedules.curves import NEVER, Layer
 
 if TYPE_CHECKING:
@@ -187,7 +188,7 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
     axes.set_ylim(0, 1.14 * (max(rates) or 1.0))
     name_phases(axes, schedule, steps)
     axes.set_title(title(schedule), fontsize=10, pad=10)
-    axes.set_xlabel("completed updates t")
+    axes.set_xlabel("count of the clock" if isinstance(schedule, Clocked) else "completed updates t")
     axes.set_ylabel("learning rate")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))

@@ -23,10 +23,11 @@ class DeviceClock:
     def __init__(self, state: StepState) -> None:
         self.count = torch.zeros((), dtype=torch.int64, device=state.device)  # never replaced: graphs read it
         self._seen = torch.zeros(3, dtype=torch.int64, device=state.device)  # see advance()
-        self.see(state)
+        self.start_at(0, state)
 
-    def see(self, state: StepState) -> None:
-        """Let the steps from now on decide whether the clock advances."""
+    def start_at(self, count: int, state: StepState) -> None:
+        """Go on from a count, as if no step had been skipped."""
+        self.count.fill_(count)
         self._seen.copy_(torch.stack([state.completed, state.skipped, torch.ones_like(state.skipped)]))
 
     def copy_(self, other: DeviceClock) -> None:

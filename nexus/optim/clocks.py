@@ -48,21 +48,21 @@ class Clocks:
     """All clocks that an optimizer has met. They stay, since graphs may read them."""
 
     def __init__(self) -> None:
-        self._devices: dict[Clock, dict[torch.device, DeviceClock]] = {}
+        self.kept: dict[Clock, dict[torch.device, DeviceClock]] = {}
 
     def __setstate__(self, attributes: dict[str, Any]) -> None:
         self.__dict__.update(attributes)
-        for clock in self._devices:
+        for clock in self.kept:
             clock.kept_by(self)
 
     def __contains__(self, clock: object) -> bool:
-        return clock in self._devices
+        return clock in self.kept
 
     def on(self, clock: Clock, state: StepState) -> DeviceClock:
         """A clock on the device of these counters."""
-        devices = self._devices.get(clock)
+        devices = self.kept.get(clock)
         if devices is None:
-            devices = self._devices[clock] = {}
+            devices = self.kept[clock] = {}
             clock.kept_by(self)
         if state.device not in devices:
             made = DeviceClock(state)
@@ -74,9 +74,13 @@ class Clocks:
 
     def keep(self, devices: list[torch.device]) -> None:
         """Forget what is on other devices, where it goes stale."""
-        for clock, found in self._devices.items():
-            self._devices[clock] = {device: own for device, own in found.items() if device in devices} or found
+        for clock, found in self.kept.items():
+            self.kept[clock] = {device: own for device, own in found.items() if device in devices} or found
+
+    def every(self) -> list[DeviceClock]:
+        """All of them, on each device."""
+        return [found for devices in self.kept.values() for found in devices.values()]
 
     def read(self, clock: Clock) -> int:
         """The count of a clock. Waits for the device."""
-        return next((int(found.count) for found in self._devices[clock].values()), 0)
+        return next((int(found.count) for found in self.kept[clock].values()), 0)

@@ -16,7 +16,7 @@ from worlds import in_processes
 
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Clock
-from nexus.training import capture_train_step
+from nexus.training import capture_train_step, find_lr
 
 BY_TOKENS = WSD(warmup_steps=50, stable_steps=400, decay_steps=500, peak_lr=2e-2)
 STEPS, BAD = 10, 6
@@ -73,3 +73,31 @@ def test_a_number_is_added_up_only_where_asked() -> None:
     assert clock.count == 5
     optimizer.advance(clock, 1 + dist.get_rank(), process_group=dist.group.WORLD)
     assert clock.count == 5 + sum(range(1, 1 + dist.get_world_size()))
+
+
+@in_processes(2)
+def test_a_range_test_is_the_same_in_every_process_and_leaves_no_trace() -> None:
+    def run(interrupts: bool) -> list[Tensor]:
+        model = make_fsdp()
+        optimizer = FusedAdamW(model.parameters(), lr=BY_TOKENS, max_grad_norm=1.0, backend="cuda on cpu")
+
+        def train_step(index: int) -> Tensor:
+            optimizer.zero_grad()
+            loss = loss_of(model, *map(my_rows, batch(index)))
+            loss.backward()
+            optimizer.step()
+            return loss
+
+        for index in range(6):
+            train_step(index)
+            if interrupts and index in (0, 4):
+                # It diverges: all processes stop at once, by the mean of their losses.
+                found = find_lr(train_step, optimizer, range(40), low=1e-3, high=1e4, steps=40, model=model)
+                assert len(found.losses) < 40
+                everyone: list[object] = [None] * dist.get_world_size()
+                dist.all_gather_object(everyone, found)
+                assert everyone == [found] * len(everyone)
+        states = [value for param in model.parameters() for value in optimizer.state[param].values()]
+        return [whole(each).detach().clone() for each in (*model.parameters(), *states)]
+
+    assert same_bits(run(True), run(False))

@@ -215,10 +215,11 @@ def draw_range_test(test: RangeTest, path: str | os.PathLike[str]) -> None:
     axes.plot(test.rates, test.smoothed, color="#1f2933", linewidth=1.8, label="smoothed")
     if test.suggestion is not None:
         axes.axvline(test.suggestion, color="#d9534a", linewidth=1.2, label=f"suggestion: {test.suggestion:.2g}")
-    finite = [loss for loss in test.smoothed if math.isfinite(loss)]
-    if finite:
-        room = 0.1 * (max(finite) - min(finite)) or 1.0  # the last losses are often far above
-        axes.set_ylim(min(finite) - room, max(finite[0], finite[len(finite) // 2]) + 4 * room)
+    shown = [loss for loss in test.smoothed if math.isfinite(loss)]
+    if shown:
+        least = min(loss for loss in (*shown, *test.losses) if math.isfinite(loss))
+        room = 0.1 * (max(shown) - least) or 1.0
+        axes.set_ylim(least - room, max(shown) + 4 * room)  # the last losses are often far above
     axes.set_xscale("log")
     axes.set_xlabel("learning rate")
     axes.set_ylabel("loss")

@@ -20,7 +20,8 @@ from nexus.training.rewind import rewinding
 B = TypeVar("B")
 
 READS = 10  # of the losses, each of which may end the sweep
-DIVERGED = 4.0  # times the least smoothed loss so far, as in fastai
+FEWEST = 5  # losses, the mean of which says something
+DIVERGED = 4.0  # times the least loss so far, as in fastai
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class RangeTest:
     Attributes:
         rates: the learning rate of each step of the sweep.
         losses: the loss that each step returned; the mean over the processes where there are several.
-        smoothed: the exponential mean of the losses so far.
+        smoothed: exponential means of the losses on both sides, where a loss above those of the first tenth counts
+            as the highest of these: so a divergence, which may be of any size, does not reach back.
         suggestion: the rate at which the smoothed loss falls most steeply, over the logarithm of the rate, before its
             least value; None where it never falls.
     """
@@ -56,13 +58,13 @@ def find_lr(
     high: float = 10.0,
     steps: int = 100,
     model: nn.Module | None = None,
-    smoothing: float = 0.05,
+    smoothing: float = 0.1,
 ) -> RangeTest:
     r"""Train for a few steps at rates that rise from `low` to `high`, and put everything back.
 
     Step i of N uses the rate :math:`low \cdot (high / low)^{i / (N - 1)}` in every group (times its `lr_scale`),
-    evaluated on the device. The losses stay there, and are read ten times in all; the sweep ends early where the
-    smoothed loss is no finite number, or above four times its least value so far.
+    evaluated on the device. The losses stay there, and are read ten times in all, the mean of each tenth then: the
+    sweep ends early where it is no finite number, or above four times the least so far.
 
     Put back, bit for bit, are: parameters and gradients; buffers of `model`; the optimizer's state, counters,
     settings, schedules with their edits, and clocks; random numbers of torch, Python and NumPy. What else a train
@@ -77,7 +79,8 @@ def find_lr(
         high: the last rate, above `low`.
         steps: N, at least 3.
         model: whose buffers (of batch normalization, say) and further parameters are put back, too.
-        smoothing: the share of each new loss in the smoothed one, above 0 and at most 1; 1 smooths nothing.
+        smoothing: by which share the weight of a loss in the smoothed one falls from one step to the next, above 0
+            and at most 1; 1 smooths nothing.
 
     Returns:
         Rates, losses and a suggestion; `plot(path)` draws them.
@@ -124,7 +127,7 @@ def find_lr(
         raise ValueError(_too_few(len(batches), steps))
     sweep = Exponential(low, gamma=high / low, every=steps - 1)
     with rewinding(optimizer, model):
-        losses = _swept(train_step, optimizer, batches, sweep, steps, smoothing)
+        losses = _swept(train_step, optimizer, batches, sweep, steps)
     rates = tuple(sweep.values(0, len(losses)))
     smoothed = tuple(_smoothed(losses, smoothing))
     return RangeTest(rates, tuple(losses), smoothed, _suggested(rates, smoothed))
@@ -136,7 +139,6 @@ def _swept(
     batches: Iterable[B],
     sweep: Exponential,
     steps: int,
-    smoothing: float,
 ) -> list[float]:
     """The losses of the sweep, as far as it came."""
     engine, clock = engine_of(optimizer), Clock()
@@ -146,6 +148,7 @@ def _swept(
     optimizer.sync_hyperparameters()
     devices = devices_of(attributes_of(optimizer))
     found: list[float] = []
+    means: list[float] = []
     unread: list[Tensor] = []
     iterator = iter(batches)
     for step in range(steps):
@@ -158,12 +161,18 @@ def _swept(
         unread.append(loss.detach().double().clone())  # a graph's output is overwritten by the next replay
         for device in devices:
             engine.clocks.on(clock, engine.state_on(device)).count.add_(1)  # also where the step was skipped
-        if len(unread) == max(1, steps // READS) or step == steps - 1:
-            found += _read(unread)
+        if len(unread) == _tenth(steps) or step == steps - 1:
+            losses = _read(unread)
             unread.clear()
-            if _has_diverged(_smoothed(found, smoothing)):
+            found += losses
+            means.append(sum(losses) / len(losses))
+            if not math.isfinite(means[-1]) or (min(means) > 0.0 and means[-1] > DIVERGED * min(means)):
                 break
     return found
+
+
+def _tenth(steps: int) -> int:
+    return max(FEWEST, steps // READS)
 
 
 def _check_loss(loss: Any) -> None:
@@ -189,22 +198,19 @@ def _read(losses: list[Tensor]) -> list[float]:
 
 
 def _smoothed(losses: list[float], smoothing: float) -> list[float]:
-    """Exponential means, corrected for their start at zero as Adam's moments are."""
-    means, mean, missing = [], 0.0, 1.0
-    for loss in losses:
-        mean += smoothing * (loss - mean)
-        missing *= 1.0 - smoothing
-        means.append(mean / (1.0 - missing))
-    return means
-
-
-def _has_diverged(smoothed: list[float]) -> bool:
-    least = math.inf
-    for value in smoothed:
-        if not math.isfinite(value) or (least > 0.0 and value > DIVERGED * least):
-            return True
-        least = min(least, value)
-    return False
+    first = [loss for loss in losses[: _tenth(len(losses))] if math.isfinite(loss)]
+    highest = max(first, default=math.nan)
+    bounded = [min(loss, highest) if math.isfinite(loss) else highest for loss in losses]
+    sums = [0.0] * len(losses)
+    weights = [0.0] * len(losses)
+    for places in (range(len(losses)), reversed(range(len(losses)))):
+        total = weight = 0.0  # of what is on this side
+        for i in places:
+            sums[i] += total
+            weights[i] += weight
+            total = (1.0 - smoothing) * (total + bounded[i])
+            weight = (1.0 - smoothing) * (weight + 1.0)
+    return [(loss + total) / (1.0 + weight) for loss, total, weight in zip(bounded, sums, weights, strict=True)]
 
 
 def _suggested(rates: tuple[float, ...], smoothed: tuple[float, ...]) -> float | None:

@@ -257,11 +257,15 @@ def test_the_sweep_ends_where_the_loss_diverges() -> None:
     optimizer = FusedAdamW([param])
     found = find_lr(quadratic(optimizer, param), optimizer, itertools.repeat(1.0), high=1e6, steps=50)
     assert len(found.losses) in range(10, 50, 5)  # it is looked at ten times
-    assert max(found.smoothed[:-6]) < 4 * min(found.smoothed)
+    means = [sum(found.losses[i : i + 5]) for i in range(0, len(found.losses), 5)]
+    assert means[-1] > 4 * min(means)
+    assert max(means[:-1]) < 4 * min(means)
+    assert max(found.smoothed) <= max(found.losses[:5])
     factors = itertools.chain([1.0] * 7, itertools.repeat(math.nan))
     found = find_lr(quadratic(optimizer, param), optimizer, factors, steps=100)
     assert len(found.losses) == 10
     assert all(map(math.isnan, found.losses[7:]))
+    assert all(map(math.isfinite, found.smoothed))
 
 
 def test_a_loss_below_zero_is_no_divergence() -> None:
@@ -280,12 +284,30 @@ def test_the_suggestion_is_where_the_smoothed_loss_falls_most() -> None:
     assert _suggested((), ()) is None
 
 
-def test_the_smoothed_loss_is_a_mean_of_those_so_far() -> None:
-    losses = [5.0, 1.0, 2.0]
-    weights = [0.2 * 0.8**2, 0.2 * 0.8, 0.2]
-    expected = sum(w * loss for w, loss in zip(weights, losses, strict=True)) / sum(weights)
-    assert _smoothed(losses, 0.2) == pytest.approx([5.0, (0.8 * 5.0 + 1.0) / 1.8, expected])
-    assert _smoothed(losses, 1.0) == losses
+def test_the_smoothed_loss_is_a_mean_of_those_on_both_sides() -> None:
+    losses = [5.0, 1.0, 2.0, 3.0, 4.0, 80.0, math.nan, -1.0, 0.0, 2.0]
+    bounded = [5.0, 1.0, 2.0, 3.0, 4.0, 5.0, 5.0, -1.0, 0.0, 2.0]  # by the first five
+    expected = []
+    for i in range(10):
+        weights = [0.8 ** abs(i - j) for j in range(10)]
+        expected.append(sum(map(math.prod, zip(weights, bounded, strict=True))) / sum(weights))
+    assert _smoothed(losses, 0.2) == pytest.approx(expected, rel=1e-14)
+    assert _smoothed(losses, 1.0) == bounded
+    assert all(map(math.isnan, _smoothed([math.nan] * 5 + [1.0], 0.5)))
+    assert _smoothed([], 0.5) == []
+
+
+def test_the_suggestion_is_not_the_noises() -> None:
+    """A fall from 3 to 1 around a rate of 0.01, in a noise as large, and at the end a divergence."""
+    torch.manual_seed(0)
+    rates = Exponential(1e-7, 1e8, 99).values(0, 100)
+    found = []
+    for _ in range(20):
+        noise = (0.5 * torch.randn(100)).tolist()
+        losses = [2.0 - math.tanh(math.log(100 * rate)) + extra for rate, extra in zip(rates, noise, strict=True)]
+        losses[88:] = [10.0**i for i in range(12)]
+        found.append(_suggested(tuple(rates), tuple(_smoothed(losses, 0.1))))
+    assert all(0.001 < rate < 0.1 for rate in found)
 
 
 def test_it_is_drawn(tmp_path: Path) -> None:

@@ -22,26 +22,28 @@ class DeviceClock:
     @torch.inference_mode(False)  # it outlives a mode in which it may be made
     def __init__(self, state: StepState) -> None:
         self.count = torch.zeros((), dtype=torch.int64, device=state.device)  # never replaced: graphs read it
-        self._seen = torch.zeros(3, dtype=torch.int64, device=state.device)  # see advance()
+        self._completed = torch.zeros_like(self.count)  # the counters at the last step that was not skipped, as far
+        self._skipped = torch.zeros_like(self.count)  # as advance() has looked
         self.start_at(0, state)
 
     def start_at(self, count: int, state: StepState) -> None:
         """Go on from a count, as if no step had been skipped."""
         self.count.fill_(count)
-        self._seen.copy_(torch.stack([state.completed, state.skipped, torch.ones_like(state.skipped)]))
+        self._completed.copy_(state.completed)
+        self._skipped.copy_(state.skipped)
 
     def copy_(self, other: DeviceClock) -> None:
         """Take over the count of the same clock on another device."""
         self.count.copy_(other.count)
-        self._seen.copy_(other._seen)
+        self._completed.copy_(other._completed)
+        self._skipped.copy_(other._skipped)
 
     def advance(self, n: Tensor | int, state: StepState) -> None:
-        """Add `n`, unless every step since the last look at the counters was skipped. Enqueues work."""
-        completed, skipped, moved = self._seen.unbind()
-        made = state.completed != completed
-        moves = torch.where(made | (state.skipped != skipped), made, moved != 0)
+        """Add `n`, unless every step since the last that counted was skipped. Enqueues work."""
+        moves = (state.completed != self._completed) | (state.skipped == self._skipped)
         self.count.add_(moves * n).clamp_(max=MAX_STEP)
-        self._seen.copy_(torch.stack([state.completed, state.skipped, moves.to(torch.int64)]))
+        self._completed.copy_(state.completed)
+        self._skipped.copy_(torch.where(moves, state.skipped, self._skipped))
 
 
 class Clocks:

@@ -73,6 +73,7 @@ class Timed:
             state = self._engine.state_on(device)
             on_device = sharding.brought(count, device) if isinstance(count, Tensor) else count
             self._engine.clocks.on(clock, state).advance(on_device, state)
+        self._engine.clocks.keep(devices)  # parameters may have moved since the last step
 
 
 def _checked_count(n: int | Tensor, device: torch.device) -> int | Tensor:

@@ -19,7 +19,9 @@ from references import make_grads, make_params, params_of, same_bits, set_grads,
 from side_by_side import train
 from torch import Tensor
 
+from nexus.backends.interface import StepState
 from nexus.optim import FusedAdamW
+from nexus.optim.clocks import Clocks
 from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Clock, Constant, Cosine, Linear, Schedule, evaluate, join, minimum
 from nexus.training import step_in_backward
@@ -277,6 +279,25 @@ def test_a_clock_outlives_its_optimizer() -> None:
     optimizer = make(clock)
     optimizer.advance(clock, 5)
     assert clock.count == 5
+
+
+def test_each_device_has_the_count_and_a_device_that_is_left_is_forgotten() -> None:
+    old, new = (StepState(torch.device(name), skip_nonfinite=True, seed=0) for name in ("cpu", "cpu:0"))
+    clock, clocks = Clock(), Clocks()
+    clocks.on(clock, old).advance(5, old)
+    for state in (old, new):
+        state.skipped.add_(1)
+    for state in (old, new):  # the new one knows, too, that the last step was skipped
+        clocks.on(clock, state).advance(7, state)
+        assert clock.count == int(clocks.on(clock, state).count) == 5
+    for state in (old, new):
+        state.completed.add_(1)
+        clocks.on(clock, state).advance(7, state)
+    assert [int(each.count) for each in clocks.every()] == [12, 12]
+    clocks.keep([new.device])
+    clocks.on(clock, new).advance(1, new)
+    assert clock.count == 13
+    assert int(clocks.on(clock, old).count) == 13
 
 
 # Edits, by the clock's count.

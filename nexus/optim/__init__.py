@@ -4,9 +4,10 @@ import warnings
 
 from nexus.backends import native
 from nexus.optim.fused_adamw import FusedAdamW
+from nexus.optim.grouping import param_groups
 from nexus.optim.history import History, HistoryRows
 
-__all__ = ["FusedAdamW", "History", "HistoryRows"]
+__all__ = ["FusedAdamW", "History", "HistoryRows", "param_groups"]
 
 if (_reason := native.unavailable()) is not None:
     warnings.warn(

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from nexus.backends.sharding import local
 from nexus.optim import FusedAdamW
@@ -120,8 +121,9 @@ class _Settings:
         self._outputs = [dict(group.outputs) for group in groups]
         self._shown = [{name: output.clone() for name, output in group.outputs.items()} for group in groups]
         shown = {id(output) for outputs in self._outputs for output in outputs.values()}
-        given = [value for items in self._items for value in items.values() if isinstance(value, Tensor)]
-        self._values = _Values(value for value in given if id(value) not in shown)
+        params = {id(param) for group in groups for param in group["params"]}
+        given = [value for value in tree_leaves(self._items) if isinstance(value, Tensor)]  # also one of the betas
+        self._values = _Values(value for value in given if id(value) not in shown | params)
 
     def put_back(self) -> None:
         self._groups[:] = self._list

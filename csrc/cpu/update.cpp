@@ -7,7 +7,8 @@
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
-template <bool kAmsgrad, class T>
+// `kLeavesRoots`: the second moments' roots are in their place, to be encoded in 8 bits.
+template <bool kAmsgrad, bool kLeavesRoots, class T>
 void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
                  T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, int64_t n,
                  const Coefficients<T> c) {
@@ -18,16 +19,22 @@ void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restric
       T unused = 0;
       adamw<false>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], unused, c);
     }
+    if constexpr (kLeavesRoots) {
+      exp_avg_sq[i] = root(exp_avg_sq[i]);
+      if constexpr (kAmsgrad) {
+        max_exp_avg_sq[i] = root(max_exp_avg_sq[i]);
+      }
+    }
   }
 }
 
-template <class T>
+template <bool kLeavesRoots, class T>
 void update_block(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, int64_t n,
                   const Coefficients<T>& c) {
   if (max_exp_avg_sq != nullptr) {
-    update_each<true>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
+    update_each<true, kLeavesRoots>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
   } else {
-    update_each<false>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
+    update_each<false, kLeavesRoots>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
   }
 }
 
@@ -45,7 +52,7 @@ void update_plain(const TensorRecord& tensor, const Coefficients<T>& c, int64_t 
     T* param = const_cast<T*>(decode(tensor.param, tensor.param_dtype, begin, n, param_buffer));
     const T* grad = decode(tensor.grad, tensor.grad_dtype, begin, n, grad_buffer);
     T* max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr ? nullptr : moment(tensor.max_exp_avg_sq);
-    update_block(param, grad, moment(tensor.exp_avg), moment(tensor.exp_avg_sq), max_exp_avg_sq, n, c);
+    update_block<false>(param, grad, moment(tensor.exp_avg), moment(tensor.exp_avg_sq), max_exp_avg_sq, n, c);
     encode(param, tensor.param, tensor.param_dtype, begin, n);
     begin += n;
   }
@@ -63,12 +70,14 @@ void update(const TensorRecord& tensor, const Chance& chance, const Coefficients
       return;
     }
   }
+  const bool leaves_roots = tensor.exp_avg_sq_dtype == DType::kUInt8;
+  const auto apply = leaves_roots ? update_block<true, T> : update_block<false, T>;
   Streams<T> s(tensor, chance);
   for (const int64_t end = begin + count; begin < end;) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     s.decode(begin, n);
     s.fetch(begin + n, end - begin - n < kBlock ? end - begin - n : kBlock);
-    update_block(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
+    apply(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
     s.encode(begin, n);
     begin += n;
   }

@@ -169,6 +169,13 @@ struct EncodedElements {
     } else {
       adamw_each<false>(p, g, m, v, largest_v, c);
     }
+    if (s.exp_avg_sq_dtype == DType::kUInt8) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        v[k] = root(v[k]);
+        largest_v[k] = root(largest_v[k]);
+      }
+    }
     Numbers<kCount> drawn = {};
     if (s.draws()) {
       drawn = Numbers<kCount>::template of<How::kInTurn>(s.chance, s.first + static_cast<uint64_t>(i));

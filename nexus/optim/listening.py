@@ -67,8 +67,8 @@ class Listening:
         heard = {devices[0]: _mean(_on_device(metric, devices[0]), process_group)}
         for device in devices[1:]:
             heard[device] = brought(heard[devices[0]], device)
-        for (_, device), table in tables.items():
-            now = engine.state_on(device).completed
+        for (schedule, device), table in tables.items():
+            now = engine.clock_of(schedule, device)
             rate = engine.backend.evaluate(table.of_schedule, now)
             table.report(heard[device], rate)
 

@@ -14,7 +14,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from nexus.arguments import check_choice, check_count, check_number, shown
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup
+from nexus.optim.timed import Timed
 from nexus.schedules import WSD, ReduceOnPlateau, Schedule, from_torch
+from nexus.schedules.clock import Clocked
 from nexus.schedules.compose import checked_part
 from nexus.schedules.curves import DECAYS
 from nexus.schedules.imports.plateaus import heard_by
@@ -23,7 +25,7 @@ from nexus.schedules.pieces import FromRate, decay_of, highest
 from nexus.schedules.table import ScheduleTable
 
 
-class Scheduled:
+class Scheduled(Timed):
     """The part of an optimizer that edits its schedules, on the device."""
 
     _engine: Engine
@@ -90,7 +92,10 @@ class Scheduled:
 
         Reads the device. Of a `ReduceOnPlateau`, the reductions are not in it.
         """
-        standing = {schedule: table.standing() for schedule, table, _ in self._tables_of_rates()}
+        standing: dict[Schedule, Schedule] = {}
+        for schedule, table, _ in self._tables_of_rates():
+            whole = table.standing()
+            standing[schedule] = whole.at(schedule.clock) if isinstance(schedule, Clocked) else whole
         return [standing.get(group["lr_schedule"]) for group in self.param_groups]
 
     @property
@@ -259,7 +264,7 @@ class Scheduled:
         found = []
         for (schedule, device), table in engine.tables.items():
             _refuse_capture(device)
-            found.append((schedule, table, engine.state_on(device).completed))
+            found.append((schedule, table, engine.clock_of(schedule, device)))
         return found
 
 

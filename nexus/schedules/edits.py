@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from nexus.arguments import check_count, check_number, shown
 from nexus.schedules import WSD, Schedule, reports
 from nexus.schedules.base import restored
+from nexus.schedules.clock import unclocked
 from nexus.schedules.curves import NEVER
 from nexus.schedules.plateau import inner_of
 
@@ -31,7 +32,7 @@ _DECAY_EDITS = ("decay_start", "decay_from")
 
 def edit_names(schedule: Schedule) -> tuple[str, ...]:
     """What can be edited of a schedule. All are saved: torch.distributed.checkpoint loads no entry that is new."""
-    return ("extended", *_DECAY_EDITS) if isinstance(inner_of(schedule), WSD) else ()
+    return ("extended", *_DECAY_EDITS) if isinstance(inner_of(unclocked(schedule)), WSD) else ()
 
 
 def saved_form(schedule: Schedule, edits: dict[str, Any]) -> dict[str, Any]:

@@ -23,6 +23,7 @@ from nexus.schedules import (
     WSD,
     WSDS,
     Arc,
+    Clock,
     Constant,
     Cosine,
     CosineRestarts,
@@ -451,3 +452,32 @@ def test_what_is_wrong_is_named_and_changes_nothing(edit: Edit, error: type[Exce
 def test_without_a_schedule_there_is_none_to_edit(edit: Edit) -> None:
     with pytest.raises(RuntimeError, match="no parameter group has a schedule as lr: there is none to edit"):
         edit(make(0.1))
+
+
+@pytest.mark.parametrize("plateau", [False, True])
+def test_edits_take_place_at_the_count_of_a_clock(backend: str, plateau: bool) -> None:
+    def make_at_tokens() -> FusedAdamW:
+        inner = Linear(1.0, 0.0, 80)
+        schedule = ReduceOnPlateau(inner, factor=0.5, patience=0) if plateau else inner
+        return make(schedule.at(Clock()), backend)
+
+    def run(optimizer: FusedAdamW, steps: int) -> list[float]:
+        used = []
+        for _ in range(steps):
+            used += rates(optimizer, 1)
+            optimizer.advance(optimizer.param_groups[0]["lr_schedule"].clock, 10)
+        return used
+
+    optimizer = make_at_tokens()
+    assert run(optimizer, 2) == [1.0, 0.875]
+    optimizer.begin_decay(30)  # from 0.75 on
+    if plateau:
+        optimizer.report(1.0)
+        optimizer.report(1.0)
+    factor = 0.5 if plateau else 1.0
+    assert run(optimizer, 2) == pytest.approx([factor * 0.75, factor * 0.5])
+    other = make_at_tokens()
+    other.load_state_dict(optimizer.state_dict())
+    assert run(other, 2) == run(optimizer, 2) == pytest.approx([factor * 0.25, 0.0])
+    assert optimizer.schedule.values(10, 21) == Linear(1.0, 0.0, 80).values(10, 21)
+    assert optimizer.schedule(35) == pytest.approx(0.375)

@@ -165,7 +165,8 @@ NEXUS_RECORD(TensorRecord, {F(param),
                             F(exp_avg_sq_dtype),
                             F(master_low_dtype),
                             F(stochastic_rounding)});
-NEXUS_RECORD(Rate, {F(value), F(tensor), F(is_float64), F(table), F(layers), F(rows), F(clock), F(scale), F(last)});
+NEXUS_RECORD(Rate,
+             {F(value), F(tensor), F(is_float64), F(table), F(layers), F(rows), F(clock), F(scale), F(last)});
 NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize)});
 NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});
 NEXUS_RECORD(StepState, {F(completed), F(skipped), F(sum_of_squares), F(grad_norm), F(grad_scale),

@@ -76,7 +76,6 @@ def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
     engine = engine_of(optimizer)
     engine.settle(attributes_of(optimizer))  # a Schedule may have been assigned since the last step
     device = devices_of(attributes_of(optimizer))[0]
-    completed = engine.state_on(device).completed
     wanted = {*names, "lr_scale", *(BETAS if "betas" in names else ())}
     values: dict[Schedule, float] = {}
     groups: list[dict[str, Any]] = []
@@ -88,7 +87,8 @@ def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
                 continue
             if schedule not in values:
                 rows = engine.table(schedule, device).rows
-                values[schedule] = optimizer.evaluator.evaluate(rows, completed).item()
+                now = engine.clock_of(schedule, device)
+                values[schedule] = optimizer.evaluator.evaluate(rows, now).item()
             rates[name] = values[schedule]
         if "lr" in rates:
             rates["lr"] *= rates["lr_scale"] if "lr_scale" in rates else _plain(group["lr_scale"])

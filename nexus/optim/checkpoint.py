@@ -2,15 +2,16 @@
 
 Everything is checked before anything is written. A load gives the parameters new moments, so that state dicts which
 were taken before keep theirs; where a graph has captured a step, or other processes share them, it writes in place.
-A group's schedule is saved under `lr_schedule` in plain types, with `step`, its counter, and `edits`, what
-`begin_decay` and `extend_stable` have changed.
+A group's schedule is saved under `lr_schedule` in plain types, with `step`, its counter, `edits`, what
+`begin_decay` and `extend_stable` have changed of a WSD, `pieces`, what any edit has put in force since, and of a
+`ReduceOnPlateau` `reports`, what it has heard. So is that of `beta1`, `beta2`, `eps`, `max_grad_norm` and `lr_scale`.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -29,10 +30,18 @@ from nexus.optim.state import check_unshared
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
+from nexus.schedules.clock import Clock, Clocked, unclocked
+from nexus.schedules.reports import NAMES
+from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
+
+_BESIDE = ("step", "edits", "pieces", "reports")
+"""What a group's saved schedule has besides its own fields."""
+
+_Edits: TypeAlias = tuple[dict[str, Any], list[tuple[int, Schedule, bool]], list[float] | None]
 
 _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
@@ -91,7 +100,7 @@ def _save_rate(engine: Engine, group: ParamGroup, name: str, saved: dict[str, An
     value, schedule = group.given(name), group.schedule(name)
     if schedule is None and not isinstance(value, Tensor):
         return
-    device = group.outputs[name].device if name in group.outputs else device
+    device = _device_of(group, name, device)
     number = float(value) if isinstance(value, Tensor) else float(engine.coming(group, name, device))
     if name in BETAS:
         saved["betas"] = tuple(
@@ -99,12 +108,35 @@ def _save_rate(engine: Engine, group: ParamGroup, name: str, saved: dict[str, An
         )
     else:
         saved[name] = number
-    if schedule is not None:
-        saved[f"{name}_schedule"] = {
-            **schedule.to_dict(),
-            "step": int(engine.state_on(device).completed),
-            "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
-        }
+    if schedule is None:
+        return
+    completed, table = int(engine.state_on(device).completed), engine.table(schedule, device)
+    saved[f"{name}_schedule"] = {
+        **schedule.to_dict(),
+        "step": int(engine.clock_of(schedule, device)),
+        "edits": schedule_edits.saved_form(schedule, table.edits()),
+        "pieces": table.saved_pieces(),
+    }
+    heard = table.reports()
+    if heard is not None:
+        saved[f"{name}_schedule"]["reports"] = heard
+        _warn_of_silence(table, completed, heard)
+
+
+def _device_of(group: ParamGroup, name: str, device: torch.device) -> torch.device:
+    """Where the table of one of `RATES` is read: with its output, or on `device`."""
+    return group.outputs[name].device if name in group.outputs else device
+
+
+def _warn_of_silence(table: ScheduleTable, completed: int, heard: list[float]) -> None:
+    """Once, where a plateau has been trained with and has heard nothing."""
+    if completed > 0 and heard[NAMES.index("reports")] == 0.0 and not table.has_warned:
+        table.has_warned = True
+        warnings.warn(
+            f"{type(table.schedule).__name__} has heard no metric in {completed:,} updates, and lowers no rate "
+            "without: call optimizer.report(metric), after each evaluation or in each step",
+            stacklevel=6,
+        )
 
 
 def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
@@ -129,24 +161,33 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
             if is_trained(param):
                 storages[key] = storage_of(param, options, f"state[{key!r}]")
                 check_saved(states.get(key), param, key, storages[key])
-    edits = []
+    edits, device = [], devices_of(attributes_of(optimizer))[0]
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
+        for name, schedule in group.schedules():
+            if name in edits[-1]:
+                table = engine.table(schedule, _device_of(group, name, device))
+                for _, piece, _ in edits[-1][name][1]:
+                    table.check_edit(piece)
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
+    counts = _clock_counts(pairs)
 
     in_place = engine.runner is not None and engine.runner.has_captured()
     _load_states(optimizer, params, states, storages, in_place=in_place)
-    edits_of: dict[Schedule, dict[str, Any]] = {}  # groups with the same schedule share its table
+    edits_of: dict[Schedule, _Edits] = {}  # groups with the same schedule share its table
     for (group, saved), extra, found in zip(pairs, extras, edits, strict=True):
         _load_group(group, saved, extra)
         for name, schedule in group.schedules():
             if name in found:
                 edits_of.setdefault(schedule, found[name])
     for (schedule, _), table in engine.tables.items():
-        table.restore(edits_of.get(schedule, {}))
+        table.restore(*edits_of.get(schedule, ({}, (), None)))
     for device in devices_of(attributes_of(optimizer)):
-        engine.state_on(device).completed.fill_(completed)
+        state = engine.state_on(device)
+        state.completed.fill_(completed)
+        for clock, count in counts.items():
+            engine.clocks.on(clock, state).start_at(count, state)
     engine.forget_plan()
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -239,13 +280,35 @@ def _completed(pairs: list[tuple[ParamGroup, dict[str, Any]]], states: list[Any]
     """The saved count of updates: the largest there is, since torch's AdamW counts on in the parameters alone."""
     counts = [int(float(state["step"])) for state in states if state]
     for _, saved in pairs:
-        counts += [int(saved[key]["step"]) for key in SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
+        found = [saved[key] for key in SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
+        counts += [int(schedule["step"]) for schedule in found if schedule.get("type") != "Clocked"]
     return max(counts, default=0)
 
 
-def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, dict[str, Any]]:
+def _clock_counts(pairs: list[tuple[ParamGroup, dict[str, Any]]]) -> dict[Clock, int]:
+    """The saved counts of the clocks that the schedules are at; warns where there is none."""
+    counts: dict[Clock, int] = {}
+    clocked: dict[Clock, str] = {}
+    for index, (group, saved) in enumerate(pairs):
+        for name, schedule in group.schedules():
+            if not isinstance(schedule, Clocked):
+                continue
+            clock, before = schedule.clock, saved.get(f"{name}_schedule")
+            clocked.setdefault(clock, f"param_groups[{index}]['{name}_schedule']")
+            if isinstance(before, dict) and before.get("type") == "Clocked":
+                counts[clock] = max(counts.get(clock, 0), int(before["step"]))
+    for clock in clocked.keys() - counts.keys():
+        warnings.warn(
+            f"the loaded state dict has no count of the clock of {clocked[clock]}, which stays at {clock.count}; "
+            "optimizer.advance(clock, n) brings it to where the run is",
+            stacklevel=4,
+        )
+    return counts
+
+
+def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, _Edits]:
     """The saved edits of each schedule of the group; warns where the saved schedule is another one."""
-    edits: dict[str, dict[str, Any]] = {}
+    edits: dict[str, _Edits] = {}
     for name in RATES:
         now, before = group.schedule(name), saved.get(f"{name}_schedule")
         if before is None:
@@ -273,7 +336,7 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
     return edits
 
 
-def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str, Any] | None:
+def _checked_schedule(now: Schedule | None, before: Any, name: str) -> _Edits | None:
     """The saved edits, where the saved schedule is of the type of the present one."""
     if not isinstance(before, dict):
         raise ValueError(f"{name} must be a dict, got {shown(before)}")
@@ -284,5 +347,11 @@ def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str,
         raise ValueError(f"{name}['type'] must be one of {known}, got {shown(kind)}")
     if now is None or now.to_dict()["type"] != kind:
         return None  # a partial load has left fields of this optimizer's schedule in it
-    Schedule.from_dict({key: value for key, value in before.items() if key not in ("step", "edits")})
-    return schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']")
+    saved = Schedule.from_dict({key: value for key, value in before.items() if key not in _BESIDE})
+    if type(unclocked(saved)) is not type(unclocked(now)):
+        return None
+    return (
+        schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']"),
+        schedule_edits.checked_pieces(before.get("pieces"), f"{name}['pieces']"),
+        schedule_edits.checked_reports(before.get("reports"), f"{name}['reports']"),
+    )

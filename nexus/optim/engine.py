@@ -30,6 +30,7 @@ from nexus.backends.interface import (
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
+from nexus.optim.clocks import Clocks
 from nexus.optim.groups import (
     NEWER_SETTINGS,
     SCHEDULABLE,
@@ -43,6 +44,7 @@ from nexus.optim.history import History
 from nexus.optim.state import check_streams, complete_states, is_complete, is_idle, make_entry
 from nexus.optim.storage import STORAGE_DEFAULTS, keeps_products, storage_of
 from nexus.schedules import Schedule
+from nexus.schedules.clock import Clocked, unclocked
 from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
@@ -81,6 +83,8 @@ class Engine:
         self.first_ordinal = 0  # of its parameters, in the optimizer
         self.states: dict[torch.device, StepState] = {}
         self.tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
+        self.renewed = 0  # how often tables have come to have more layers
+        self.clocks = Clocks()
         self.history: History | None = None
         self.plan: Plan | None = None
         self.runner: Runner | None = None
@@ -212,6 +216,7 @@ class Engine:
             self.history.attach(next(iter(devices.values())))
         self.states = {device: self.state_on(device) for device in devices}  # what was left behind goes stale
         self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
+        self.clocks.keep(list(devices))
         entries: dict[Tensor, TensorEntry] = {}
         used = [each for each in named if is_complete(states.get(each[1])) and not is_idle(each[1], states[each[1]])]
         for _, param, name in used:
@@ -250,7 +255,21 @@ class Engine:
         for settings, name, rate in rates:
             if id(rate.tensor) in written:  # what the step itself writes, and would be read before that or after it
                 _share_schedule(settings, name, *written[id(rate.tensor)])
+        self._set_clocks(plan, groups, device)
         plan.measures_norm = self.measures_norm(groups)
+
+    def _set_clocks(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+        """Let each rate know the count that its schedule is evaluated at, if that is a clock's."""
+        schedules = {schedule for group in groups for _, schedule in group.schedules()}
+        clocks = {
+            id(self.table(each, device).rows): self.clock_of(each, device)
+            for each in schedules
+            if isinstance(each, Clocked)
+        }
+        for settings in plan.groups:
+            for rate in settings.values():
+                if isinstance(rate, Rate):
+                    rate.clock = clocks.get(id(rate.table))
 
     @torch.inference_mode(False)  # as above
     def settle(self, attributes: Attributes) -> None:
@@ -286,7 +305,7 @@ class Engine:
                 continue
             users[before] -= before is not None
             if assigned and not users[schedule]:
-                for table in self._tables_of(schedule):
+                for table in self.tables_of(schedule):
                     table.restore({})  # an equal one, whose decay may have begun, was assigned before
             users[schedule] += 1
             self._show_rate(group, name)
@@ -310,7 +329,7 @@ class Engine:
         if schedule is None:
             value = group.given(name)
             return value.detach().reshape(()) if isinstance(value, Tensor) else value
-        now = reference.evaluate(self.table(schedule, device).rows, self.state_on(device).completed)
+        now = reference.evaluate(self.table(schedule, device).rows, self.clock_of(schedule, device))
         return now * self.coming(group, "lr_scale", device) if name == "lr" else now
 
     # Device memory: made once for each device, and followed when the parameters move.
@@ -329,13 +348,23 @@ class Engine:
     def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
         """A schedule's table on a device."""
         if (schedule, device) not in self.tables:
-            table = ScheduleTable(schedule, device)
-            for source in self._tables_of(schedule)[:1]:
-                table.rows.copy_(source.rows)
+            table = ScheduleTable(unclocked(schedule), device)
+            for source in self.tables_of(schedule)[:1]:
+                table.follow(source)
             self.tables[schedule, device] = table
         return self.tables[schedule, device]
 
-    def _tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
+    def clock_of(self, schedule: Schedule, device: torch.device) -> Tensor:
+        """The count that a schedule is evaluated at: int64 on a device, its clock's or that of completed updates."""
+        state = self.state_on(device)
+        return self.clocks.on(schedule.clock, state).count if isinstance(schedule, Clocked) else state.completed
+
+    def renew_tables(self) -> None:
+        """Let the next step see that a table has more layers than it had."""
+        self.renewed += 1
+        self.forget_plan()
+
+    def tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
         """Of one schedule, those on each device."""
         return [self.tables[schedule, device] for device in self.states if (schedule, device) in self.tables]
 

@@ -21,6 +21,7 @@ from nexus.optim import checkpoint, master, onlookers, parameters
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, checked_settings
 from nexus.optim.history import History
+from nexus.optim.listening import Listening
 from nexus.optim.scheduled import Scheduled
 from nexus.optim.storage import average_bytes, check_seed, trained_storages
 from nexus.optim.torch_options import check_torch_options
@@ -32,7 +33,7 @@ if TYPE_CHECKING:
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedAdamW(Scheduled, Optimizer):
+class FusedAdamW(Scheduled, Listening, Optimizer):
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for `torch.optim.AdamW`.
 
     With :math:`\eta_t` the rate, :math:`\lambda_t` the weight decay and :math:`g_t` the gradient, clipped to

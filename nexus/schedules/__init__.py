@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nexus.arguments import MAX_STEP
 from nexus.schedules.arc import Arc
 from nexus.schedules.base import Schedule
+from nexus.schedules.clock import Clock
 from nexus.schedules.compose import join, maximum, minimum
 from nexus.schedules.constant import Constant
 from nexus.schedules.cosine import Cosine, CosineRestarts
@@ -23,6 +24,7 @@ from nexus.schedules.curves import Curve, Segment
 from nexus.schedules.cyclic import Cyclic, OneCycle
 from nexus.schedules.exponential import Exponential, MultiStep, StepDecay
 from nexus.schedules.linear import Linear, Piecewise
+from nexus.schedules.plateau import ReduceOnPlateau
 from nexus.schedules.powers import InverseSqrt, Polynomial, Tanh
 from nexus.schedules.sampled import Sampled
 from nexus.schedules.wsd import WSD
@@ -38,6 +40,7 @@ __all__ = [
     "WSD",
     "WSDS",
     "Arc",
+    "Clock",
     "Constant",
     "Cosine",
     "CosineRestarts",
@@ -50,6 +53,7 @@ __all__ = [
     "OneCycle",
     "Piecewise",
     "Polynomial",
+    "ReduceOnPlateau",
     "Sampled",
     "Schedule",
     "Segment",

@@ -3,10 +3,11 @@
 import warnings
 
 from nexus.backends import native
+from nexus.optim.averages import EMA, Mean
 from nexus.optim.fused_adamw import FusedAdamW
 from nexus.optim.history import History, HistoryRows
 
-__all__ = ["FusedAdamW", "History", "HistoryRows"]
+__all__ = ["EMA", "FusedAdamW", "History", "HistoryRows", "Mean"]
 
 if (_reason := native.unavailable()) is not None:
     warnings.warn(

@@ -18,6 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import check_count, shown
 from nexus.backends.sharding import is_spread
+from nexus.optim.averages import check_average, saved_average
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
@@ -47,6 +48,7 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
     engine = engine_of(optimizer)
+    engine.check_shows_parameters("state_dict()")
     engine.settle(attributes_of(optimizer))
     indices: dict[int, int] = {}
     for index, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
@@ -85,6 +87,9 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
     for name in STORAGE_DEFAULTS:
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
+    saved["average"] = saved_average(group["average"])
+    if saved["average"] is None:
+        del saved["average"]  # which checkpoints of earlier versions lack
     for name in SCHEDULABLE:
         if type(group[name]) is float:
             continue
@@ -112,6 +117,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
 
     state_dict = as_torch_saves(state_dict)
     engine = engine_of(optimizer)
+    engine.check_shows_parameters("load_state_dict()")
     engine.settle(attributes_of(optimizer))
     pairs = list(zip(optimizer.param_groups, _checked_groups(optimizer.param_groups, state_dict), strict=True))
     states, params = state_dict["state"], {}
@@ -126,6 +132,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
+        _warn_of_averages(group, saved, states, index)
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
 
@@ -386,6 +393,24 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
         for difference in schedule_edits.differences(f"{name}_schedule", now.to_dict(), before):
             warnings.warn(difference, stacklevel=4)
     return edits
+
+
+def _warn_of_averages(group: ParamGroup, saved: dict[str, Any], states: dict[Any, Any], index: int) -> None:
+    """Say where averages that were saved are not gone on with, or in another way."""
+    now = group["average"]
+    before = check_average(f"average of param_groups[{index}] of the loaded state dict", saved.get("average"))
+    if now is not None and before is not None and now != before:
+        warnings.warn(
+            f"group {index} averages its parameters by {now}, and the checkpoint did by {before}: what was saved "
+            "goes on by the former",
+            stacklevel=4,
+        )
+    if now is None and any(isinstance(states.get(key), dict) and "average" in states[key] for key in saved["params"]):
+        warnings.warn(
+            f"the checkpoint has averages of the parameters of group {index}, which keeps none here: they are left "
+            f"out. Give the constructor average={before or 'EMA(...)'} to go on with them",
+            stacklevel=4,
+        )
 
 
 def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str, Any] | None:

@@ -67,6 +67,8 @@ class CapturedGraph:
                 graph, or a gradient is there that the graph cannot see. Nothing is run.
         """
         fused, glance = self._fused, self._glance
+        if fused is not None:
+            engine_of(fused).check_shows_parameters("a captured step")
         is_as_seen = fused is not None and glance is not None and glance.same(attributes_of(fused))
         if not is_as_seen:
             self._check_parameters()

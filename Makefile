@@ -7,6 +7,7 @@ ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.installed
+PEERS := tests/peers/requirements.txt
 CSRC := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Here a missing extension is a mistake; only a user's install may go on without it.
@@ -22,10 +23,13 @@ help: ## list the targets
 	@echo 'PYTHON=python3.12 picks the interpreter, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, fuzz.py, bench or demo.'
 
 .venv: $(STAMP) ## make the environment
-$(STAMP): pyproject.toml setup.py constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt $(PEERS)
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt setuptools pybind11 ninja
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --no-build-isolation --editable '.[dev]'
+	if $(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then $(BIN)/python -m pip install \
+		--disable-pip-version-check --no-build-isolation --no-deps --no-compile --upgrade --target .venv/peers \
+		--requirement $(PEERS); fi
 	@touch $@
 
 build: $(STAMP) ## compile what changed in csrc

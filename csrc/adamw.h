@@ -73,9 +73,9 @@ NEXUS_FN void adamw(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_
 
 // The average of a parameter's values, once there is another. A weight of 1 copies, to the bit.
 template <class T>
-NEXUS_FN T averaged(T average, T param, const Coefficients<T>& c) {
-  const T moved = average + c.average_weight * (param - average);
-  return c.average_weight == T(1) ? param : moved;
+NEXUS_FN T averaged(T average, T param, T weight) {
+  const T moved = average + weight * (param - average);
+  return weight == T(1) ? param : moved;
 }
 
 }  // namespace nexus

@@ -84,19 +84,17 @@ NEXUS_FN float decoded(Float16 x) {
 NEXUS_FN void encode(float value, float& out) { out = value; }
 NEXUS_FN void encode(double value, double& out) { out = value; }
 
-// The upper half of `rounded`, or a quiet NaN with the payload's upper bits.
-NEXUS_FN uint16_t upper_half(float value, uint32_t rounded) {
-  return static_cast<uint16_t>((value != value ? bits_of_float(value) | 0x400000u : rounded) >> 16);
-}
+// Of NaN, those that stay a NaN's when they are rounded.
+NEXUS_FN uint32_t bits_to_round(float value) { return value != value ? 0x7fc00000u : bits_of_float(value); }
 
 NEXUS_FN void encode(float value, BFloat16& out) {
-  const uint32_t bits = bits_of_float(value);
-  out.bits = upper_half(value, bits + 0x7fffu + ((bits >> 16) & 1u));
+  const uint32_t bits = bits_to_round(value);
+  out.bits = static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);
 }
 
 // `chance` of 65,536 decides between the numbers below and above: the mean is `value`.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& out) {
-  out.bits = upper_half(value, bits_of_float(value) + chance);
+  out.bits = static_cast<uint16_t>((bits_to_round(value) + chance) >> 16);
 }
 
 NEXUS_FN void encode(float value, Float16& out) {
@@ -141,81 +139,79 @@ NEXUS_FN float decoded(BFloat16 high, Low8 low) {
 }
 
 NEXUS_FN void encode(float value, BFloat16& high, Low16& low) {
-  const uint32_t bits = bits_of_float(value);
-  high.bits = upper_half(value, bits + 0x8000u);
-  low.bits = static_cast<uint16_t>(value != value ? 0u : bits);
+  const uint32_t bits = bits_to_round(value);
+  high.bits = static_cast<uint16_t>((bits + 0x8000u) >> 16);
+  low.bits = static_cast<uint16_t>(bits);
 }
 
 // `chance` of 256 decides between the numbers below and above; 128 rounds to nearest.
 NEXUS_FN void encode(float value, uint32_t chance, BFloat16& high, Low8& low) {
-  const uint32_t rounded = bits_of_float(value) + chance;
-  high.bits = upper_half(value, rounded + 0x8000u);
-  low.bits = static_cast<uint8_t>(value != value ? 0u : rounded >> 8);
+  const uint32_t rounded = bits_to_round(value) + chance;
+  high.bits = static_cast<uint16_t>((rounded + 0x8000u) >> 16);
+  low.bits = static_cast<uint8_t>(rounded >> 8);
 }
 
-// A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements, the largest magnitude
-// among them. The first moment is the scale times the signed square of code / 127, the second times the
-// fourth power of code / 255, which is 2 at least: a second moment that became 0 beside a first moment that
-// did not would make the update thousands of times too large, and one of code 1 ten times.
+// A moment in 8 bits: codes beside one float32 scale for each kScaleBlock elements. The first moment is the
+// scale, the largest magnitude among them, times the signed square of code / 127. Of the second moment, such
+// a number is the root, and the scale the largest root; its codes are 2 at least: a second moment that became
+// 0 beside a first moment that did not would make the update thousands of times too large, and one of code 1
+// ten times.
 struct Squared8 {
+  static constexpr float kSteps = 127.0f;
+  static constexpr uint32_t kSmallestScale = 0x10800000u;  // 2^-94, as bits
   int8_t code;
 };
 struct Fourth8 {
+  static constexpr float kSteps = 255.0f;
+  static constexpr uint32_t kSmallestScale = 0x28000000u;  // 2^-47
   uint8_t code;
 };
 
-// The scale of no elements, as bits without a sign: no smaller one is there, so that no moment is subnormal.
-constexpr uint32_t kSmallestScale = 0x10800000u;  // 2^-94
-
 NEXUS_FN uint32_t magnitude_bits(float value) { return bits_of_float(value) & 0x7fffffffu; }
 
-// The scale of elements whose largest magnitude has these bits. A NaN among them is the largest.
+// The scale of elements whose largest magnitude has these bits: for a Squared8 of the values, for a Fourth8
+// of their roots. A NaN among them is the largest. With the codec's smallest one, no moment is subnormal.
 NEXUS_FN float scale_of(uint32_t magnitude) {
   return float_of_bits(magnitude > 0x7f800000u ? 0x7fc00000u : magnitude);
 }
 
-// A number that the scale times is at least 1.
-NEXUS_FN float inverse_of(float scale) { return float_of_bits(bits_of_float(1.0f / scale) + 1u); }
-
-// The share of the scale that a number between codes stands for. F is float or a vector of floats.
-template <class F>
-NEXUS_FN F squared_share(F code) {
-  const F root = code * (1.0f / 127.0f);
-  return root * root;
-}
-
-template <class F>
-NEXUS_FN F fourth_share(F code) {
-  const F root = code * (1.0f / 255.0f);
-  const F square = root * root;
-  return square * square;
+// What magnitudes are multiplied with before their root is taken: the largest is then at least all steps.
+template <class Codec>
+NEXUS_FN float squared_steps(float scale) {
+  return float_of_bits(bits_of_float(Codec::kSteps * Codec::kSteps / scale) + 1u);
 }
 
 NEXUS_FN float decoded(Squared8 x, float scale) {
-  const float root = static_cast<float>(x.code) * (1.0f / 127.0f);
+  const float root = static_cast<float>(x.code) * (1.0f / Squared8::kSteps);
   return root * fabsf(root) * scale;
 }
 
-NEXUS_FN float decoded(Fourth8 x, float scale) { return fourth_share(static_cast<float>(x.code)) * scale; }
+NEXUS_FN float decoded(Fourth8 x, float scale) {
+  const float fourth_root = static_cast<float>(x.code) * (1.0f / Fourth8::kSteps);
+  const float root = fourth_root * fourth_root * scale;
+  return root * root;
+}
 
-// The code is the largest one whose share at (code - chance) is at most the value's, |value| / scale; chance
-// is in [0, 1). A rough root, which may be off by 0.4 codes, leaves two, of which the comparison takes one.
-// NaN has the smallest code. Rounded to nearest, a first moment would never reach 0: a code below 10 stays
-// the same when the moment shrinks by a tenth.
-NEXUS_FN void encode(float value, float share, float rough_root, float chance, Squared8& out) {
-  const float rough = 127.0f * rough_root + (chance - 0.5f);
-  const float above_zero = rough > 0.0f ? rough : 0.0f;
-  const auto below = static_cast<int32_t>(above_zero < 126.0f ? above_zero : 126.0f);
-  const int32_t code = below + (squared_share(static_cast<float>(below + 1) - chance) <= share ? 1 : 0);
+// The whole steps in the root of `square`, rounded up or down by chance: of 128 + chance / 65536, `chance` is
+// the lower half of the bits. As many as there are codes, where there are more, or NaN.
+template <class Codec>
+NEXUS_FN int32_t steps_by_chance(float square, uint32_t chance) {
+  const uint32_t sum = bits_of_float(sqrtf(square) + float_of_bits(0x43000000u | chance));
+  const uint32_t most = bits_of_float(128.0f + Codec::kSteps);
+  return static_cast<int32_t>(float_of_bits(sum < most ? sum : most)) - 128;
+}
+
+// `squared` is squared_steps() of the scale. Rounded to nearest, a first moment would never reach 0: a code
+// below 10 stays the same when the moment shrinks by a tenth.
+NEXUS_FN void encode(float value, float squared, uint32_t chance, Squared8& out) {
+  const int32_t code = steps_by_chance<Squared8>(fabsf(value) * squared, chance);
   out.code = static_cast<int8_t>(value < 0.0f ? -code : code);
 }
 
-NEXUS_FN void encode(float share, float rough_fourth_root, float chance, Fourth8& out) {
-  const float rough = 255.0f * rough_fourth_root + (chance - 0.5f);
-  const float above_two = rough > 2.0f ? rough : 2.0f;
-  const auto below = static_cast<int32_t>(above_two < 254.0f ? above_two : 254.0f);
-  const int32_t code = below + (fourth_share(static_cast<float>(below + 1) - chance) <= share ? 1 : 0);
-  out.code = static_cast<uint8_t>(code);
+// Of a second moment, its root.
+NEXUS_FN void encode(float root, float squared, uint32_t chance, Fourth8& out) {
+  const int32_t code = steps_by_chance<Fourth8>(root * squared, chance);
+  out.code = static_cast<uint8_t>(code < 2 ? 2 : code);
 }
 
 // n elements of a stream, as T, and back. Where n is a constant, they stay in registers.

@@ -9,10 +9,12 @@
 //     low + weight(p) * (high - low),    p = ((t - start) mod period + offset) / span
 //
 // in the very order of operations of the Python oracle (nexus/schedules/curves.py), so that both agree bit
-// for bit. From a layer's repeat_start on, its repeat_length steps from there come again and again. Steps are
-// exact integers up to 2^53 and never pass through float32. Host and device; no torch.
+// for bit; a value that float64 cannot hold is the largest that it can. From a layer's repeat_start on, its
+// repeat_length steps from there come again and again. Steps are exact integers up to 2^53 and never pass
+// through float32. Host and device; no torch.
 #pragma once
 
+#include <cfloat>
 #include <cmath>
 #include <cstdint>
 
@@ -109,6 +111,9 @@ NEXUS_FN double curve_weight(const SegmentRow& row, double p, const double* laye
   return NAN;  // no curve: a table is refused before it gets here
 }
 
+// Infinity times 0 would be NaN.
+NEXUS_FN double bounded(double rate) { return rate > DBL_MAX ? DBL_MAX : rate; }
+
 NEXUS_FN double layer_value(const double* layer, int64_t t) {
   const LayerRow& own = *reinterpret_cast<const LayerRow*>(layer);
   const auto repeat_start = static_cast<int64_t>(own.repeat_start);
@@ -129,7 +134,7 @@ NEXUS_FN double layer_value(const double* layer, int64_t t) {
   const SegmentRow& row = segments[first];
   const int64_t position = (t - static_cast<int64_t>(row.start)) % static_cast<int64_t>(row.period);
   const double p = (static_cast<double>(position) + row.offset) / row.span;
-  return row.low + curve_weight(row, p, layer) * (row.high - row.low);
+  return bounded(row.low + curve_weight(row, p, layer) * (row.high - row.low));
 }
 
 NEXUS_FN double folded(Op op, double before, double value) {
@@ -137,9 +142,9 @@ NEXUS_FN double folded(Op op, double before, double value) {
     case Op::kFirst:
       return value;
     case Op::kTimes:
-      return before * value;
+      return bounded(before * value);
     case Op::kPlus:
-      return before + value;
+      return bounded(before + value);
     case Op::kMin:
       return value < before ? value : before;
     case Op::kMax:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import math
 import numbers
 import operator
@@ -121,6 +122,8 @@ class Parser(argparse.ArgumentParser):
 
     def run(self, argv: Sequence[str] | None, command: Callable[[argparse.Namespace], int]) -> int:
         """Run a command with what was parsed; returns its exit code."""
+        if isinstance(sys.stdout, io.TextIOWrapper):  # a path may have letters that the terminal has not
+            sys.stdout.reconfigure(errors="backslashreplace")
         args = self.parse_args(argv)
         try:
             code = command(args)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import math
 import os
 import textwrap
 from functools import partial
@@ -70,7 +69,7 @@ def default_steps(schedule: Schedule) -> int:
 def _reach(schedule: Schedule, start: int) -> int:
     """The updates after `start`, a power of two, in which the rate comes near to what it is in the end."""
     first, last = schedule(start), schedule(MAX_STEP)
-    if not math.isfinite(last) or first == last:
+    if last > MAX_RATE or first == last:
         return 1000
     after = 2
     while start + after < MAX_STEP and abs(schedule(start + after) - last) > 0.1 * abs(first - last):

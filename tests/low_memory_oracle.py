@@ -7,7 +7,6 @@ arithmetic is numpy's, which contracts nothing; bfloat16 is uint16, its bits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -21,7 +20,7 @@ F = np.float32
 SCALE_BLOCK = 128
 FEW = 4_096  # tensors of fewer elements keep float32 moments
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-SMALLEST_SCALE = F(2.0**-94)
+SMALLEST_SCALES = {127: F(2.0**-94), 255: F(2.0**-47)}  # by the largest code
 
 
 def quiet() -> np.errstate:
@@ -88,8 +87,8 @@ def read_bf16(stored: Array) -> Array:
 
 
 def nan_kept(x: Array, stored: Array) -> Array:
-    """What is stored in 16 bits, but a quiet NaN where `x` is one."""
-    return np.where(np.isnan(x), bits_of(x) >> 16 | 0x40, stored).astype(np.uint16)  # modulo 2**16
+    """What is stored in 16 bits, but a quiet NaN without a payload where `x` is one."""
+    return np.where(np.isnan(x), 0x7FC0, stored).astype(np.uint16)  # modulo 2**16
 
 
 def bf16(x: Array, chance: Array | None = None) -> Array:
@@ -121,7 +120,7 @@ def joined(high: Array, low: Array) -> Array:
     return from_bits(np.where(is_stale, high << width, high - is_below << width | low) << 16 - width)
 
 
-# Moments in 8 bits: roots of the share of the block's largest magnitude.
+# Moments in 8 bits: steps to the root of the block's largest magnitude, and of second moments, to that of the root.
 
 
 def in_blocks(x: Array) -> Array:
@@ -134,36 +133,22 @@ def spread(scale: Array, numel: int) -> Array:
     return np.repeat(scale, SCALE_BLOCK)[:numel]
 
 
-def scales(x: Array) -> Array:
-    """The largest magnitude of each block, at least the smallest scale; NaN where there is one."""
-    largest = in_blocks(bits_of(np.abs(x))).max(axis=1, initial=int(bits_of(SMALLEST_SCALE)[0]))
-    return from_bits(np.where(largest > 0x7F800000, 0x7FC00000, largest))
-
-
-def largest_code(threshold: Callable[[Array], Array], share: Array, least: int, most: int) -> Array:
-    """The largest code whose threshold the share has reached; the least where it is NaN. Bit by bit."""
-    code = np.full(share.shape, least)
-    for step in (128, 64, 32, 16, 8, 4, 2, 1):
-        trial = code + step
-        code = np.where((trial <= most) & (threshold(trial) <= share), trial, code)
-    return code
-
-
-def shares(x: Array, scale: Array) -> Array:
-    inverse = from_bits(bits_of(F(1.0) / scale) + 1)  # so that the largest has a share of 1 at least
-    return np.abs(x) * spread(inverse, len(x))
+def encode(x: Array, chance: Array | None, least: int, most: int) -> tuple[Array, Array]:
+    """The codes of magnitudes, and the scale of each block: its largest magnitude, NaN where there is one."""
+    largest = in_blocks(bits_of(x)).max(axis=1, initial=int(bits_of(SMALLEST_SCALES[most])[0]))
+    scale = from_bits(np.where(largest > 0x7F800000, 0x7FC00000, largest))
+    square = F(most * most)
+    factor = from_bits(bits_of(square / scale) + 1)  # so that the largest has all steps at least
+    steps = np.sqrt(x * spread(factor, len(x)))
+    u = np.full(len(x), 0x8000) if chance is None else chance
+    sums = steps + (F(128.0) + u.astype(F) * F(2.0**-16))
+    sums = np.where(sums < F(128 + most), sums, F(128 + most))  # of NaN, too
+    return np.clip(np.trunc(sums).astype(np.int64) - 128, least, most), scale
 
 
 def encode_int8(x: Array, chance: Array | None = None) -> tuple[Array, Array]:
-    u = F(0.5) if chance is None else chance.astype(F) * F(2.0**-16)
-
-    def threshold(code: Array) -> Array:
-        t = (code.astype(F) - u) * F(1 / 127)
-        return t * t
-
-    scale = scales(x)
-    code = largest_code(threshold, shares(x, scale), 0, 127)
-    return np.where(np.signbit(x), -code, code).astype(np.int8), scale
+    code, scale = encode(np.abs(x), chance, 0, 127)
+    return np.where(x < 0, -code, code).astype(np.int8), scale
 
 
 def decode_int8(code: Array, scale: Array) -> Array:
@@ -172,19 +157,14 @@ def decode_int8(code: Array, scale: Array) -> Array:
 
 
 def encode_uint8(x: Array, chance: Array | None = None) -> tuple[Array, Array]:
-    u = F(0.5) if chance is None else chance.astype(F) * F(2.0**-16)
-
-    def threshold(code: Array) -> Array:
-        t = (code.astype(F) - u) * F(1 / 255)
-        return (t * t) * (t * t)
-
-    scale = scales(x)
-    return largest_code(threshold, shares(x, scale), 2, 255).astype(np.uint8), scale
+    code, scale = encode(np.abs(np.sqrt(x)), chance, 2, 255)
+    return code.astype(np.uint8), scale
 
 
 def decode_uint8(code: Array, scale: Array) -> Array:
-    q = code.astype(F) * F(1 / 255)
-    return (q * q) * (q * q) * spread(scale, len(code))
+    r = code.astype(F) * F(1 / 255)
+    q = r * r * spread(scale, len(code))
+    return q * q
 
 
 # The update.

@@ -2,6 +2,8 @@
 // instruction set.
 #pragma once
 
+#include <cstring>
+
 #include "../chance.h"
 #include "lanes.h"
 

@@ -80,6 +80,7 @@ void store_by_chance(const float* from, BFloat16* to, const uint16_t* numbers, i
   }
 }
 
+// Of a moment that is stored as Fourth8, `from` has the roots.
 void encode(const float* from, const Moment& moment, Numbers& numbers, int64_t begin, int64_t n) {
   float* scales = moment.scales + begin / kScaleBlock;
   switch (moment.dtype) {

@@ -7,7 +7,8 @@
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
-template <bool kAmsgrad, bool kAveraged, class T>
+// `kLeavesRoots`: the second moments' roots are in their place, to be encoded in 8 bits.
+template <bool kAmsgrad, bool kAveraged, bool kLeavesRoots, class T>
 void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
                  T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, T* __restrict__ average,
                  int64_t n, const Coefficients<T> c) {
@@ -19,17 +20,23 @@ void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restric
       adamw<false>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], unused, c);
     }
     if constexpr (kAveraged) {
-      average[i] = averaged(average[i], param[i], c);
+      average[i] = averaged(average[i], param[i], c.average_weight);
+    }
+    if constexpr (kLeavesRoots) {
+      exp_avg_sq[i] = root(exp_avg_sq[i]);
+      if constexpr (kAmsgrad) {
+        max_exp_avg_sq[i] = root(max_exp_avg_sq[i]);
+      }
     }
   }
 }
 
-template <class T>
+template <bool kLeavesRoots, class T>
 void update_block(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, T* average,
                   int64_t n, const Coefficients<T>& c) {
   const auto update = [=, &c](auto amsgrad, auto is_averaged) {
-    update_each<amsgrad.value, is_averaged.value>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, average,
-                                                  n, c);
+    update_each<amsgrad.value, is_averaged.value, kLeavesRoots>(param, grad, exp_avg, exp_avg_sq,
+                                                                max_exp_avg_sq, average, n, c);
   };
   const auto update_averaged = [=](auto is_averaged) {
     max_exp_avg_sq != nullptr ? update(std::true_type(), is_averaged)
@@ -53,8 +60,8 @@ void update_plain(const TensorRecord& tensor, const Coefficients<T>& c, int64_t 
     const T* grad = decode(tensor.grad, tensor.grad_dtype, begin, n, grad_buffer);
     T* max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr ? nullptr : moment(tensor.max_exp_avg_sq);
     T* average = tensor.average == nullptr ? nullptr : moment(tensor.average);
-    update_block(param, grad, moment(tensor.exp_avg), moment(tensor.exp_avg_sq), max_exp_avg_sq, average, n,
-                 c);
+    update_block<false>(param, grad, moment(tensor.exp_avg), moment(tensor.exp_avg_sq), max_exp_avg_sq,
+                        average, n, c);
     encode(param, tensor.param, tensor.param_dtype, begin, n);
     begin += n;
   }
@@ -72,12 +79,14 @@ void update(const TensorRecord& tensor, const Chance& chance, const Coefficients
       return;
     }
   }
+  const bool leaves_roots = tensor.exp_avg_sq_dtype == DType::kUInt8;
+  const auto apply = leaves_roots ? update_block<true, T> : update_block<false, T>;
   Streams<T> s(tensor, chance);
   for (const int64_t end = begin + count; begin < end;) {
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     s.decode(begin, n);
     s.fetch(begin + n, end - begin - n < kBlock ? end - begin - n : kBlock);
-    update_block(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.average, n, c);
+    apply(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.average, n, c);
     s.encode(begin, n);
     begin += n;
   }

@@ -163,21 +163,10 @@ struct Numbers {
   }
 };
 
-// Off by less than the codes' 0.4: the processor's own estimate. Of what is subnormal, 0.
-__device__ inline float rough_root(float x) {
-#ifdef __CUDA_ARCH__
-  float root;
-  asm("sqrt.approx.ftz.f32 %0, %1;" : "=f"(root) : "f"(x));
-  return root;
-#else
-  return sqrtf(x);
-#endif
-}
-
 // The scale of a block of which each thread has n elements, of kCount.
-template <int kCount>
+template <class Codec, int kCount>
 __device__ float scale_of_block(const float* values, int n) {
-  uint32_t largest = kSmallestScale;
+  uint32_t largest = Codec::kSmallestScale;
 #pragma unroll
   for (int k = 0; k < kCount; ++k) {
     const uint32_t magnitude = magnitude_bits(values[k]);
@@ -262,24 +251,21 @@ struct Moment {
     });
   }
 
+  // Of a moment that is stored as Fourth8, `from` has the roots.
   __device__ void encode(DType dtype, const float* from, int n, bool by_chance,
                          const Numbers<kCount>& drawn) {
     with_moment(dtype, [&](auto codec) {
       using Codec = decltype(codec);
-      float inverse = 0.0f;
+      [[maybe_unused]] float squared = 0.0f;
       if constexpr (kHasScale<Codec>) {
-        scale = scale_of_block<kCount>(from, n);
-        inverse = inverse_of(scale);
+        scale = scale_of_block<Codec, kCount>(from, n);
+        squared = squared_steps<Codec>(scale);
       }
 #pragma unroll
       for (int k = 0; k < kCount; ++k) {
         Codec out;
-        const float share = fabsf(from[k]) * inverse;
-        const float chance = static_cast<float>(drawn[k]) * 0x1p-16f;
-        if constexpr (std::is_same_v<Codec, Squared8>) {
-          nexus::encode(from[k], share, rough_root(share), chance, out);
-        } else if constexpr (std::is_same_v<Codec, Fourth8>) {
-          nexus::encode(share, rough_root(rough_root(share)), chance, out);
+        if constexpr (kHasScale<Codec>) {
+          nexus::encode(from[k], squared, drawn[k], out);
         } else if constexpr (std::is_same_v<Codec, BFloat16>) {
           by_chance ? nexus::encode(from[k], drawn[k], out) : nexus::encode(from[k], out);
         } else {

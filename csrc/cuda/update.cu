@@ -57,7 +57,7 @@ struct Elements {
     for (int k = 0; k < kCount; ++k) {
       adamw<kAmsgrad>(p[k], g[k], m[k], v[k], largest_v[k], c);
       if constexpr (kAveraged) {
-        average.elements[k] = averaged(average.elements[k], p[k], c);
+        average.elements[k] = averaged(average.elements[k], p[k], c.average_weight);
       }
     }
     store(p, param.elements, kCount);

@@ -111,14 +111,16 @@ struct EncodedStreams : How {
   MomentStream exp_avg;
   MomentStream exp_avg_sq;
   MomentStream max_exp_avg_sq;
+  const Table& table;
   char* average;
   bool averages;  // whether there is one
   bool by_chance;
   Chance chance;
   uint64_t first;  // where the chunk begins in the whole tensor
 
-  __device__ EncodedStreams(const Work& work, const Chance& drawn)
+  __device__ EncodedStreams(const Work& work, const Chance& drawn, const Table& t)
       : How(work),
+        table(t),
         param(part(work.pointers.param, How::param_dtype, work)),
         grad(part(work.pointers.grad, How::grad_dtype, work)),
         master_low(part(work.record.master_low, How::master_low_dtype, work)),
@@ -199,8 +201,15 @@ struct EncodedElements {
     } else {
       adamw_each<false>(p, g, m, v, largest_v, c);
     }
+    if (s.exp_avg_sq_dtype == DType::kUInt8) {
+#pragma unroll
+      for (int k = 0; k < kCount; ++k) {
+        v[k] = root(v[k]);
+        largest_v[k] = root(largest_v[k]);
+      }
+    }
     if (!kFetchesAverage && s.averages) {
-      update_average(reinterpret_cast<float*>(s.average) + i, p, c);
+      update_average(s.table, i, p);
     }
     Numbers<kCount> drawn = {};
     if (s.draws()) {
@@ -263,16 +272,25 @@ struct EncodedElements {
     }
   }
 
-  // Where it is, four elements after the other.
-  __device__ static void update_average(float* stream, const float* p, const Coefficients<float>& c) {
+  // Where it is. Its place and weight are looked up again: registers are
+  // short.
+  __device__ static void update_average(const Table& table, int32_t i, const float* p) {
+    const Work work(table);
+    float* stream = global(static_cast<float*>(work.record.average)) + work.chunk.begin + i;
+    const float weight = table.coefficients[work.chunk.tensor].as_float.coefficients.average_weight;
+    Pack<float, 4> fours[kCount / 4];
 #pragma unroll
-    for (int k = 0; k < kCount; k += 4) {
-      Pack<float, 4> four = cuda::fetch<4>(stream + k);
+    for (int k = 0; k < kCount / 4; ++k) {
+      fours[k] = cuda::fetch<4>(stream + 4 * k);
+    }
 #pragma unroll
-      for (int j = 0; j < 4; ++j) {
-        four.elements[j] = averaged(four.elements[j], p[k + j], c);
-      }
-      cuda::put(four, stream + k);
+    for (int k = 0; k < kCount; ++k) {
+      float& average = fours[k / 4].elements[k % 4];
+      average = averaged(average, p[k], weight);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount / 4; ++k) {
+      cuda::put(fours[k], stream + 4 * k);
     }
   }
 
@@ -283,7 +301,7 @@ struct EncodedElements {
     decode(average, s.average_dtype, a);
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
-      a[k] = averaged(a[k], p[k], c);
+      a[k] = averaged(a[k], p[k], c.average_weight);
       if (s.average_dtype == DType::kBFloat16) {
         BFloat16 out;
         encode(a[k], drawn[k], out);
@@ -356,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, How::kBlocks)
   }
   count_update(work);
   const FloatRow& row = table.coefficients[work.chunk.tensor].as_float;
-  const EncodedStreams<How> streams(work, chance_of(work.record, state.seed, row.step));
+  const EncodedStreams<How> streams(work, chance_of(work.record, state.seed, row.step), table);
   const Coefficients<float> c = row.coefficients;
   // The lanes of a warp stay together: blocks of a scale are whole, but for elements that are not there.
   const auto end = static_cast<int32_t>((work.chunk.count + kScaleBlock - 1) / kScaleBlock * kScaleBlock);

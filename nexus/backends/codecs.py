@@ -6,7 +6,6 @@ All tensors here are flat, in the order of the memory; see `flat`.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -18,7 +17,8 @@ SCALE_BLOCK = 128
 SCALED = (torch.int8, torch.uint8)
 """How a moment is stored that has scales: the signed one, and the one of squares."""
 
-_SMALLEST_SCALE = 0x10800000  # the bits of 2**-94, of which no code is decoded to a subnormal number
+_SMALLEST_SCALES = {torch.int8: 0x10800000, torch.uint8: 0x28000000}
+"""The bits of 2**-94 and 2**-47, of which no code is decoded to a subnormal number."""
 _INFINITY, _NAN = 0x7F800000, 0x7FC00000
 _INV_127, _INV_255 = 1 / 127, 1 / 255  # multiplied in float32, as which they are rounded once
 
@@ -45,8 +45,9 @@ def decoded(stored: Tensor, scale: Tensor | None) -> Tensor:
         return stored if stored.dtype == torch.float64 else stored.float()
     largest = scale.repeat_interleave(SCALE_BLOCK)[: len(stored)]
     if stored.dtype == torch.int8:
-        return _squared_share(stored.float()) * stored.sign() * largest
-    return _fourth_share(stored.float()) * largest
+        root = stored.float() * _INV_127
+        return root * root.abs() * largest
+    return ((stored.float() * _INV_255).square() * largest).square()
 
 
 def encoded(moment: Tensor, dtype: torch.dtype, chance: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -60,45 +61,33 @@ def encoded(moment: Tensor, dtype: torch.dtype, chance: Tensor | None = None) ->
     if dtype not in SCALED:
         stored = moment.to(dtype) if chance is None or dtype != torch.bfloat16 else bfloat16_by_chance(moment, chance)
         return stored, None
-    scale = _scales(moment)
-    inverse = (_bits(1.0 / scale) + 1).view(torch.float32)  # so that the largest is 1 at least
-    share = moment.abs() * inverse.repeat_interleave(SCALE_BLOCK)[: len(moment)]
-    share = torch.where(share.isnan(), 0.0, share)  # of a block without a scale, every code is the least
-    threshold = torch.full_like(share, 0.5) if chance is None else chance.float() * 2.0**-16
-    if dtype == torch.int8:
-        code = _codes(share, share.sqrt(), threshold, least=0, most=127, share_of=_squared_share)
-        return torch.where(moment < 0.0, -code, code).to(dtype), scale
-    code = _codes(share, share.sqrt().sqrt(), threshold, least=2, most=255, share_of=_fourth_share)
+    most = 127 if dtype == torch.int8 else 255
+    magnitude = (moment if dtype == torch.int8 else _root(moment)).abs()
+    scale = _scales(magnitude, dtype)
+    squared = torch.full_like(scale, most * most) / scale
+    squared = (_bits(squared) + 1).view(torch.float32)  # so that the largest has all steps at least
+    steps = _root(magnitude * squared.repeat_interleave(SCALE_BLOCK)[: len(moment)])
+    steps = steps + (128.5 if chance is None else 128.0 + chance.float() * 2.0**-16)
+    code = torch.where(steps < 128.0 + most, steps, 128.0 + most).int() - 128  # all of them where it is NaN
+    code = torch.where(moment < 0.0, -code, code) if dtype == torch.int8 else code.clamp(min=2)
     return code.to(dtype), scale
 
 
-def _codes(
-    share: Tensor, root: Tensor, threshold: Tensor, *, least: int, most: int, share_of: Callable[[Tensor], Tensor]
-) -> Tensor:
-    """The largest codes whose share, a threshold of a step below them, is at most `share`; `root` may be rounded."""
-    code = (root * most + threshold).floor().clamp(least, most)
-    code = code + ((code < most) & (share_of((code + 1.0) - threshold) <= share)).float()
-    return code - ((code > least) & (share_of(code - threshold) > share)).float()
-
-
-def _squared_share(code: Tensor) -> Tensor:
-    return (code * _INV_127).square()
-
-
-def _fourth_share(code: Tensor) -> Tensor:
-    return (code * _INV_255).square().square()
+def _root(value: Tensor) -> Tensor:
+    """In float64, since torch's float32 root may be off by one in its last place."""
+    return value.double().sqrt().float()
 
 
 def _bits(value: Tensor) -> Tensor:
     return value.view(torch.int32)
 
 
-def _scales(moment: Tensor) -> Tensor:
-    """The largest magnitude of each block, at least 2**-94; of one with a NaN, NaN."""
-    magnitudes = torch.zeros(scale_count(len(moment)) * SCALE_BLOCK, dtype=torch.int32, device=moment.device)
-    magnitudes[: len(moment)] = _bits(moment.abs())
-    bits = magnitudes.view(-1, SCALE_BLOCK).amax(1) if len(moment) else magnitudes
-    bits = bits.clamp(min=_SMALLEST_SCALE)
+def _scales(magnitude: Tensor, dtype: torch.dtype) -> Tensor:
+    """The largest of each block, at least the smallest scale; of one with a NaN, NaN."""
+    padded = torch.zeros(scale_count(len(magnitude)) * SCALE_BLOCK, dtype=torch.int32, device=magnitude.device)
+    padded[: len(magnitude)] = _bits(magnitude)
+    bits = padded.view(-1, SCALE_BLOCK).amax(1) if len(magnitude) else padded
+    bits = bits.clamp(min=_SMALLEST_SCALES[dtype])
     return torch.where(bits > _INFINITY, _NAN, bits).view(torch.float32)
 
 
@@ -118,7 +107,7 @@ def master(param: Tensor, low: Tensor) -> Tensor:
 
 def split(value: Tensor, low_dtype: torch.dtype, chance: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The bfloat16 half of a master weight, rounded with ties away from zero, and the low bits beside it."""
-    bits = _bits(value).long() & 0xFFFFFFFF
+    bits = _bits_to_round(value)
     if low_dtype == torch.int16:
         low = bits & 0xFFFF
         upper = (bits >> 16) + (low >> 15)
@@ -126,8 +115,7 @@ def split(value: Tensor, low_dtype: torch.dtype, chance: Tensor | None = None) -
         kept = (bits + (0x80 if chance is None else chance >> 8)) >> 8
         low = kept & 0xFF
         upper = (kept >> 8) + (low >> 7)
-    upper = torch.where(value.isnan(), (bits >> 16) | 0x40, upper)
-    return _from_halves(upper), torch.where(value.isnan(), 0, low).to(low_dtype)
+    return _from_halves(upper), low.to(low_dtype)
 
 
 def low_bits(value: Tensor, param: Tensor, low_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -142,8 +130,12 @@ def low_bits(value: Tensor, param: Tensor, low_dtype: torch.dtype) -> tuple[Tens
 
 def bfloat16_by_chance(value: Tensor, chance: Tensor) -> Tensor:
     """Rounded up or down, in proportion to how near each is."""
-    bits = _bits(value).long() & 0xFFFFFFFF
-    return _from_halves(torch.where(value.isnan(), (bits >> 16) | 0x40, (bits + chance) >> 16))
+    return _from_halves((_bits_to_round(value) + chance) >> 16)
+
+
+def _bits_to_round(value: Tensor) -> Tensor:
+    """As numbers from 0 on; of NaN, those that stay a NaN's."""
+    return torch.where(value.isnan(), _NAN, _bits(value).long() & 0xFFFFFFFF)
 
 
 def _halves(value: Tensor) -> Tensor:

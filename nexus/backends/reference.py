@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 from nexus.backends import codecs, sharding
 from nexus.backends.interface import DevicePlan, GroupSettings, Plan, Rate, Ring, Runner, TensorEntry
 from nexus.backends.sharding import total_everywhere
-from nexus.schedules.curves import NEVER, Curve, Op
+from nexus.schedules.curves import LARGEST, NEVER, Curve, Op
 
 NAME = "reference"
 DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
@@ -47,8 +47,8 @@ def evaluate(table: Tensor, steps: Tensor) -> Tensor:
         op = layer[0, 0]
         folds = {
             Op.FIRST: own,
-            Op.TIMES: value * own,
-            Op.PLUS: value + own,
+            Op.TIMES: _bounded(value * own),
+            Op.PLUS: _bounded(value + own),
             Op.MIN: torch.where(own < value, own, value),
             Op.MAX: torch.where(own > value, own, value),
         }
@@ -88,7 +88,12 @@ def _layer_value(layer: Tensor, steps: Tensor) -> Tensor:
     weight = torch.full_like(p, math.nan)
     for each, values in weights.items():
         weight = torch.where(curve == each, values, weight)
-    return low + weight * (high - low)
+    return _bounded(low + weight * (high - low))
+
+
+def _bounded(rates: Tensor) -> Tensor:
+    """The rates; the largest number that there is for higher ones: infinity times 0 would be NaN."""
+    return rates.clamp(max=LARGEST)
 
 
 def _power(x: Tensor, k: Tensor) -> Tensor:

@@ -15,7 +15,6 @@ import triton.language as tl
 from nexus.backends.codecs import SCALE_BLOCK
 
 _SCALE_BLOCK = tl.constexpr(SCALE_BLOCK)
-_SMALLEST_SCALE = tl.constexpr(0x10800000)  # the bits of 2**-94
 _INFINITY = tl.constexpr(0x7F800000)
 _NAN = tl.constexpr(0x7FC00000)
 _INV_127 = tl.constexpr(1 / 127)
@@ -102,7 +101,7 @@ def _upper_half(bits):
 @triton.jit
 def _bfloat16_by_chance(value, numbers):
     bits = value.to(tl.uint32, bitcast=True)
-    return _upper_half(tl.where(value == value, (bits + numbers) >> 16, (bits >> 16) | 0x40))
+    return _upper_half(tl.where(value == value, (bits + numbers) >> 16, 0x7FC0))
 
 
 # The parameter, with or without the low bits of a master weight.
@@ -133,15 +132,14 @@ def store_param(
     _, i, count = place
     if HAS_MASTER:
         WIDTH: tl.constexpr = lows.dtype.element_ty.primitive_bitwidth
-        bits = param.to(tl.uint32, bitcast=True)
-        kept = bits
+        kept = param.to(tl.uint32, bitcast=True)
         if WIDTH == 8:
             added = _swapped(words) >> 8 if STOCHASTIC else 0x80
-            kept = (bits + added) >> 8
+            kept = (kept + added) >> 8
         lower = kept & ((1 << WIDTH) - 1)
         upper = (kept >> WIDTH) + (lower >> (WIDTH - 1))
         is_number = param == param
-        store(params, i, count, _upper_half(tl.where(is_number, upper, (bits >> 16) | 0x40)), ALIGNED)
+        store(params, i, count, _upper_half(tl.where(is_number, upper, 0x7FC0)), ALIGNED)
         store(lows, i, count, tl.where(is_number, lower, 0), ALIGNED)
     elif STOCHASTIC and params.dtype.element_ty == tl.bfloat16:
         store(params, i, count, _bfloat16_by_chance(param, _swapped(words)), ALIGNED)
@@ -178,9 +176,9 @@ def load_moment(moment, place, T: tl.constexpr, ALIGNED: tl.constexpr):
             root = stored * _INV_127
             stored = root * tl.abs(root) * scale
         else:
-            root = stored * _INV_255
-            square = root * root
-            stored = square * square * scale
+            fourth_root = stored * _INV_255
+            root = fourth_root * fourth_root * scale
+            stored = root * root
     return stored
 
 
@@ -202,38 +200,23 @@ def _store_scaled(moment, place, value, words, ALIGNED: tl.constexpr):
     codes, scales = moment
     offset, i, count = place
     BLOCK: tl.constexpr = i.shape[0]
-    magnitudes = value.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+    SIGNED: tl.constexpr = codes.dtype.element_ty == tl.int8
+    MOST: tl.constexpr = 127 if SIGNED else 255
+    SMALLEST_SCALE: tl.constexpr = 0x10800000 if SIGNED else 0x28000000  # the bits of 2**-94, and of 2**-47
+    magnitude = tl.abs(value if SIGNED else tl.sqrt_rn(value))  # the root is that of the update
+    bits = magnitude.to(tl.int32, bitcast=True)
     if not ALIGNED:
-        magnitudes = tl.where(i < count, magnitudes, 0)
-    largest = tl.max(tl.reshape(magnitudes, (BLOCK // _SCALE_BLOCK, _SCALE_BLOCK)), axis=1)
-    largest = tl.maximum(largest, _SMALLEST_SCALE)
+        bits = tl.where(i < count, bits, 0)
+    largest = tl.max(tl.reshape(bits, (BLOCK // _SCALE_BLOCK, _SCALE_BLOCK)), axis=1)
+    largest = tl.maximum(largest, SMALLEST_SCALE)
     scale = tl.where(largest > _INFINITY, _NAN, largest).to(tl.float32, bitcast=True)
     rows = _rows(offset, BLOCK)
     tl.store(scales + rows, scale, mask=rows * _SCALE_BLOCK < count)
-    # A number that the scale times is at least 1.
-    inverse = (tl.div_rn(1.0, scale).to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
-    share = tl.abs(value) * _spread(inverse, BLOCK)
-    share = tl.where(share == share, share, 0.0)
-    drawn = _numbers(words).to(tl.int32).to(tl.float32) * (1 / 65536)
-    code = _signed_code(value, share, drawn) if codes.dtype.element_ty == tl.int8 else _code(share, drawn)
+    # What the scale times is as many steps as there are codes, at least, squared.
+    squared = (tl.div_rn(MOST * MOST * 1.0, scale).to(tl.int32, bitcast=True) + 1).to(tl.float32, bitcast=True)
+    # 128 + number / 65536 is a float, of which the number is the lower half.
+    chance = (_numbers(words) | 0x43000000).to(tl.float32, bitcast=True)
+    steps = tl.sqrt_rn(magnitude * _spread(squared, BLOCK)) + chance
+    code = tl.where(steps < 128.0 + MOST, steps, 128.0 + MOST).to(tl.int32) - 128  # all of them where it is NaN
+    code = tl.where(value < 0.0, -code, code) if SIGNED else tl.maximum(code, 2)
     store(codes, i, count, code, ALIGNED)
-
-
-@triton.jit
-def _signed_code(value, share, chance):
-    """The largest code whose number, less `chance` of a step, is at most `share`, with the sign of `value`."""
-    rough = 127.0 * tl.sqrt(share) + (chance - 0.5)  # any root will do
-    code = tl.minimum(tl.maximum(rough, 0.0), 126.0).to(tl.int32)  # or one less
-    root = ((code + 1).to(tl.float32) - chance) * _INV_127
-    code += (root * root <= share).to(tl.int32)
-    return tl.where(value < 0.0, -code, code)
-
-
-@triton.jit
-def _code(share, chance):
-    """The largest code, from 2 on, whose number, less `chance` of a step, is at most `share`."""
-    rough = 255.0 * tl.sqrt(tl.sqrt(share)) + (chance - 0.5)
-    code = tl.minimum(tl.maximum(rough, 2.0), 254.0).to(tl.int32)
-    root = ((code + 1).to(tl.float32) - chance) * _INV_255
-    square = root * root
-    return code + (square * square <= share).to(tl.int32)

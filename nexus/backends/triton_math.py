@@ -11,7 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from nexus.schedules.curves import Curve, Op, Segment
+from nexus.schedules.curves import LARGEST, Curve, Op, Segment
 
 _CONSTANT = tl.constexpr(float(Curve.CONSTANT))
 _RISE = tl.constexpr(float(Curve.RISE))
@@ -30,6 +30,7 @@ _PLUS = tl.constexpr(float(Op.PLUS))
 _MIN = tl.constexpr(float(Op.MIN))
 _MAX = tl.constexpr(float(Op.MAX))
 _COLUMNS = tl.constexpr(len(Segment._fields))
+_LARGEST = tl.constexpr(LARGEST)
 _HALF_PI = tl.constexpr(1.57079632679489661923)
 
 
@@ -73,6 +74,12 @@ def _curve_weight(curve, p, k, q):
 
 
 @triton.jit
+def _bounded(rate):
+    """The rate, or the largest number that there is: infinity times 0 would be NaN."""
+    return tl.where(rate > _LARGEST, _LARGEST, rate)
+
+
+@triton.jit
 def _layer_value(layer, t, mask):
     """The values of layers, to whose first rows the block `layer` points."""
     repeat_start = tl.load(layer + 2, mask=mask, other=0.0).to(tl.int64)
@@ -100,13 +107,13 @@ def _layer_value(layer, t, mask):
     is_sampled = mask & (curve == _SAMPLED)
     sampled = _sampled(layer + tl.where(is_sampled, k, 0.0).to(tl.int64), q, p, is_sampled)
     weight = tl.where(is_sampled, sampled, _curve_weight(curve, p, k, q))
-    return low + weight * (high - low)
+    return _bounded(low + weight * (high - low))
 
 
 @triton.jit
 def _folded(op, before, value):
-    folded = tl.where(op == _TIMES, before * value, value)
-    folded = tl.where(op == _PLUS, before + value, folded)
+    folded = tl.where(op == _TIMES, _bounded(before * value), value)
+    folded = tl.where(op == _PLUS, _bounded(before + value), folded)
     folded = tl.where((op == _MIN) & (value >= before), before, folded)
     return tl.where((op == _MAX) & (value <= before), before, folded)
 

@@ -24,7 +24,7 @@ from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
 from nexus.optim.parameters import is_trained, named_parameters
 from nexus.optim.saved import SAVED_NAMES, check_saved, has_codes, loaded, saved_state
-from nexus.optim.state import MOMENTS, check_unshared
+from nexus.optim.state import MOMENTS, check_unshared, scale_name
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
@@ -33,8 +33,11 @@ if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
 
 
-_FORMAT = 1
-"""What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number."""
+_FORMAT = 2
+"""What `"nexus_format"` says in a state dict. One that earlier releases would misread gets the next number.
+
+In 1, the scales of second moments in 8 bits were the largest moments; since then, they are the largest roots.
+"""
 
 _SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in SCHEDULABLE)
 
@@ -249,6 +252,12 @@ def _checked_groups(groups: list[ParamGroup], state_dict: dict[str, Any]) -> lis
             "not an optimizer's state dict: it needs 'param_groups' (a list) and 'state' (a dict), got the keys "
             f"{sorted(map(str, state_dict))}; pass {_nested(state_dict) or 'what state_dict() returned'}"
         )
+    for key, state in state_dict["state"].items():
+        if version == 1 and isinstance(state, dict) and scale_name("exp_avg_sq") in state:
+            raise ValueError(
+                f"state[{key!r}] of the loaded state dict has second moments in 8 bits as an earlier nexus stored "
+                "them: load it there, and save it without compact=True, which every version reads"
+            )
     saved_groups: list[dict[str, Any]] = state_dict["param_groups"]
     if len(saved_groups) != len(groups):
         raise ValueError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import weakref
 from collections.abc import Callable, Iterable
 from operator import is_
 from typing import Any
@@ -42,13 +43,14 @@ class ParamGroup(dict[str, Any]):
 
     outputs: dict[str, Tensor]  # the tensors that schedules write, by setting
     driver: str | None  # the class of the nexus scheduler that writes "lr"
+    taken_over: tuple[Schedule, weakref.ref[Any]] | None  # the schedule, and the scheduler of torch's that it was
 
     def __init__(self, group: dict[str, Any]) -> None:
         super().__init__(group)
         self.outputs = {}
         self._versions: dict[str, int] = {}  # of the outputs: kernels do not count, and whoever else writes does
         self._settled: tuple[Any, ...] = ()
-        self.driver = None
+        self.driver = self.taken_over = None
 
     def __reduce__(self) -> tuple[Any, ...]:  # not item by item, which would ask _refuse_scheduler
         return _restored, (dict(self), self.outputs, self.driver)
@@ -107,9 +109,16 @@ class ParamGroup(dict[str, Any]):
             if output is not None and output is self.get(name) and output._version != self._versions[name]:
                 raise RuntimeError(
                     f"group[{name!r}] was written in place (as by ReduceLROnPlateau, or `*=`) while {schedule!r} "
-                    "drives it, and the next step writes over it. To let something else drive it, give FusedAdamW a "
-                    f"float; to go on without the schedule, set group['{name}_schedule'] = None"
+                    f"drives it, and the next step writes over it.{self._origin(schedule)} To let something else "
+                    "drive it, give FusedAdamW a float; to go on without the schedule, set "
+                    f"group['{name}_schedule'] = None"
                 )
+
+    def _origin(self, schedule: Schedule) -> str:
+        scheduler = self.taken_over[1]() if self.taken_over and self.taken_over[0] is schedule else None
+        if scheduler is None:
+            return ""
+        return f" take_over made this schedule of the {type(scheduler).__name__}: leave out the step() of that one."
 
     def check_scale(self) -> None:
         """Refuse an `lr_scale` that would be ignored: no schedule drives the rate, here or in a nexus scheduler.
@@ -140,8 +149,9 @@ class ParamGroup(dict[str, Any]):
             return None
         if output is not None and value is not output and not isinstance(value, Schedule):
             raise RuntimeError(
-                f"group[{name!r}] was set to {shown(value)} while {schedule!r} drives it. To hold a fixed value, "
-                f"set group['{name}_schedule'] = None as well; to change the schedule, assign another Schedule."
+                f"group[{name!r}] was set to {shown(value)} while {schedule!r} drives it.{self._origin(schedule)} To "
+                f"hold a fixed value, set group['{name}_schedule'] = None as well; to change the schedule, assign "
+                "another Schedule."
             )
         if output is not None and output.device == device and value is output:
             return None

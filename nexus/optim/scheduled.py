@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 from torch._compile import _disable_dynamo
@@ -10,6 +11,7 @@ from nexus.arguments import shown
 from nexus.backends import reference
 from nexus.backends.interface import StepState
 from nexus.optim.engine import Engine, attributes_of, devices_of
+from nexus.optim.groups import ParamGroup
 from nexus.schedules import WSD, Schedule, from_torch
 from nexus.schedules.imports.torch_schedulers import step_of
 from nexus.schedules.table import ScheduleTable
@@ -19,7 +21,7 @@ class Scheduled:
     """The part of an optimizer that edits its schedules, on the device."""
 
     _engine: Engine
-    param_groups: list[dict[str, Any]]
+    param_groups: list[Any]  # of ParamGroup
 
     @_disable_dynamo
     def take_over(self, scheduler: Any, *, steps: int | None = None, exact: bool = False) -> list[Schedule]:
@@ -37,7 +39,7 @@ class Scheduled:
             The schedule of each group.
 
         Raises:
-            ValueError: the scheduler is over another optimizer.
+            ValueError: the scheduler is over another optimizer, or its schedules are in force already.
             NotImportable, ImportMismatch: as of `nexus.schedules.from_torch`. In each case nothing is changed.
 
         >>> import torch
@@ -54,12 +56,20 @@ class Scheduled:
         """
         if getattr(scheduler, "optimizer", None) is not self:
             raise ValueError(f"scheduler must be one of torch's over this optimizer, got {shown(scheduler)}")
-        schedules = from_torch(scheduler, steps=steps, exact=exact)
         completed = step_of(scheduler)
+        if any(_is_taken_over(group, scheduler) for group in self.param_groups):
+            raise ValueError(
+                f"take_over has put the schedules of this {type(scheduler).__name__} in force already, and would set "
+                f"the count of updates back to {completed}, where the scheduler stands; leave out the second call"
+            )
+        schedules = from_torch(scheduler, steps=steps, exact=exact)
         for group, schedule in zip(self.param_groups, schedules, strict=True):
             group["lr"] = schedule
+            group.taken_over = schedule, weakref.ref(scheduler)
         for device in devices_of(attributes_of(self)):
             self._engine.state_on(device).completed.fill_(completed)
+        # Now, not at the next step: a scheduler that is stepped on would make another schedule of one.
+        self._engine.settle(attributes_of(self))
         return schedules
 
     @_disable_dynamo
@@ -104,3 +114,9 @@ class Scheduled:
         if not chosen:
             raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or ask the WSDScheduler")
         return chosen
+
+
+def _is_taken_over(group: ParamGroup, scheduler: object) -> bool:
+    """Whether the rate of the group is driven by a schedule that `take_over` has made of the scheduler."""
+    schedule, taken = group.taken_over or (None, None)
+    return taken is not None and taken() is scheduler and group["lr_schedule"] is schedule

@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 
 _Self = TypeVar("_Self", bound="Schedule")
 
+MAX_DEPTH = 64  # so that what visits all parts, as repr, to_dict, copy and pickle, keeps to Python's stack
+TOO_DEEP = (
+    f"schedules within schedules more than {MAX_DEPTH} deep; a warmup of more steps, a cooldown, repeat(n), and "
+    "join([...], [...]) of any number of parts each take one level"
+)
+
 
 @dataclass(frozen=True)  # without slots: LambdaLR saves a callable's __dict__
 class Schedule(ABC):
@@ -33,6 +39,7 @@ class Schedule(ABC):
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
     _later: ClassVar[tuple[str, ...]] = ()  # fields that dicts of earlier versions lack
     _types: ClassVar[dict[str, type[Schedule]]] = {}
+    _depth: ClassVar[int] = 0  # of the schedules within schedules
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__
 
     def __init_subclass__(cls) -> None:
@@ -87,14 +94,17 @@ class Schedule(ABC):
         ends = [_end(layer) for layer in layers_of(self)]
         return None if None in ends else max(end for end in ends if end is not None)
 
+    def own_parts(self) -> list[Schedule]:
+        """The schedules that this one is made of."""
+        values = (getattr(self, each.name) for each in fields(self))
+        parts = (part for value in values for part in (value if isinstance(value, tuple) else (value,)))
+        return [part for part in parts if isinstance(part, Schedule)]
+
     def parts(self) -> Iterator[Schedule]:
         """The schedules that this one is made of, and theirs."""
-        for each in fields(self):
-            value = getattr(self, each.name)
-            for part in value if isinstance(value, tuple) else (value,):
-                if isinstance(part, Schedule):
-                    yield part
-                    yield from part.parts()
+        for part in self.own_parts():
+            yield part
+            yield from part.parts()
 
     def values(self, start: int, stop: int) -> list[float]:
         """The rates of updates `start` to `stop - 1`."""
@@ -143,7 +153,10 @@ class Schedule(ABC):
         problems = "; ".join(f"{what}: {', '.join(names)}" for what, names in wrong.items() if names)
         if problems:
             raise ValueError(f"{kind.__name__} has the fields {', '.join(expected)}; {problems}")
-        return kind(**{name: _restored(d[name]) for name in expected if name in d})
+        try:
+            return kind(**{name: restored(d[name]) for name in expected if name in d})
+        except RecursionError:
+            raise ValueError(f"{kind.__name__} holds {TOO_DEEP}") from None
 
     @staticmethod
     def later_fields(kind: str) -> dict[str, Any]:
@@ -294,7 +307,8 @@ def _plain(value: Any) -> Any:
     return [_plain(each) for each in value] if isinstance(value, tuple) else value
 
 
-def _restored(value: Any) -> Any:
+def restored(value: Any) -> Any:
+    """What a field of a dict stands for."""
     if isinstance(value, Mapping):
         return Schedule.from_dict(value)
-    return tuple(_restored(each) for each in value) if isinstance(value, (list, tuple)) else value
+    return tuple(restored(each) for each in value) if isinstance(value, (list, tuple)) else value

@@ -13,7 +13,7 @@ from itertools import pairwise
 from typing import TypeVar
 
 from nexus.arguments import MAX_STEP, check_choice, check_count, check_number, shown
-from nexus.schedules.base import Schedule, layers_of
+from nexus.schedules.base import MAX_DEPTH, TOO_DEEP, Schedule, layers_of
 from nexus.schedules.constant import Constant
 from nexus.schedules.curves import DECAYS, FOLDS, MAX_LAYERS, Curve, Layer, Op, Segment, level, segment, value_of
 from nexus.schedules.splice import endless, spliced
@@ -47,7 +47,7 @@ class Joined(Schedule):
                 raise ValueError(f"boundaries must ascend, but boundaries[{i + 1}]={after} is below {before}")
         parts = tuple(_checked(f"schedules[{i}]", each) for i, each in enumerate(self.schedules))
         self._set(schedules=parts, boundaries=checked)
-        layers_of(self)  # raises where there would be too many layers, rows or samples
+        _check_whole(self)
 
     def __call__(self, step: int) -> float:
         schedule, own = self._at(step)
@@ -91,7 +91,7 @@ class Repeated(Schedule):
         length = length_of(_checked("schedule", self.schedule), "repeat")
         if self.n is not None:
             self._set(n=check_count("n", self.n, low=1, high=MAX_STEP // length, also="None (for ever)"))
-        layers_of(self)
+        _check_whole(self)
 
     def __call__(self, step: int) -> float:
         return self.schedule(self._own(step))
@@ -144,7 +144,7 @@ class Warmup(Schedule):
         self._check_counts(steps=1)
         self._set(start=check_number("start", self.start), kind=check_choice("kind", self.kind, DECAYS))
         self._set(count=check_choice("count", self.count, COUNTS))
-        layers_of(self)
+        _check_whole(self)
 
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
@@ -194,7 +194,7 @@ class Cooldown(Schedule):
         length_of(_checked("schedule", self.schedule), "cooldown")
         self._check_counts(steps=1)
         self._set(to=check_number("to", self.to), kind=check_choice("kind", self.kind, DECAYS))
-        layers_of(self)
+        _check_whole(self)
 
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
@@ -249,6 +249,7 @@ class Fold(Schedule):
             )
         if sum(counts) > MAX_LAYERS:
             raise ValueError(f"{self!r} has {sum(counts)} layers; {MAX_LAYERS} are allowed; use fewer operations")
+        _check_whole(self)
 
     def __call__(self, step: int) -> float:
         return FOLDS[OPERATIONS[self.op]](self.left(step), self.right(step))
@@ -334,12 +335,13 @@ def length_of(schedule: Schedule, verb: str) -> int:
     Raises:
         ValueError: it has none, or no updates.
     """
-    if not schedule.length:
-        what = "never stays at one rate" if schedule.length is None else "stays at one rate from step 0 on"
+    length = schedule.length  # of a schedule that nests, each look asks all parts
+    if not length:
+        what = "never stays at one rate" if length is None else "stays at one rate from step 0 on"
         raise ValueError(
             f"{verb} needs a schedule with an end, but {schedule!r} {what}; join([...], [step]) takes any"
         )
-    return schedule.length
+    return length
 
 
 def _checked(name: str, value: object) -> Schedule:
@@ -348,6 +350,15 @@ def _checked(name: str, value: object) -> Schedule:
         remedy = "from_torch makes one of a torch scheduler" if is_torchs else "Constant(lr) makes one of a number"
         raise TypeError(f"{name} must be a nexus Schedule, got {shown(value)}; {remedy}")
     return value
+
+
+def _check_whole(schedule: Schedule) -> None:
+    """Raise where a schedule of schedules is too deep, or has too many layers, rows or samples."""
+    depth = 1 + max(part._depth for part in schedule.own_parts())
+    if depth > MAX_DEPTH:
+        raise ValueError(f"a {type(schedule).__name__} would hold {TOO_DEEP}")
+    schedule._set(_depth=depth)
+    layers_of(schedule)
 
 
 def _sum(steps: int, length: int | None) -> int | None:

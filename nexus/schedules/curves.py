@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from enum import IntEnum
@@ -14,6 +15,7 @@ NEVER = 2**62  # start of a segment that no step reaches; also the cap of a cycl
 MAX_SEGMENTS = 65_536  # rows of one layer
 MAX_LAYERS = 4
 MAX_SAMPLES = 2**20  # 8 MiB on the device
+LARGEST = sys.float_info.max  # the rate that stands for any higher one
 
 
 class Curve(IntEnum):
@@ -79,10 +81,16 @@ WEIGHTS: dict[Curve, Callable[[float, float, float], float]] = {
 }
 """The oracle of every evaluator's weight, in float64, of (p, k, q). SAMPLED needs the samples: see `sampled`."""
 
+
+def bounded(rate: float) -> float:
+    """The rate, or the largest number that there is: infinity times 0 would be NaN."""
+    return min(rate, LARGEST)
+
+
 FOLDS: dict[Op, Callable[[float, float], float]] = {
     Op.FIRST: lambda before, value: value,
-    Op.TIMES: lambda before, value: before * value,
-    Op.PLUS: lambda before, value: before + value,
+    Op.TIMES: lambda before, value: bounded(before * value),
+    Op.PLUS: lambda before, value: bounded(before + value),
     Op.MIN: lambda before, value: value if value < before else before,
     Op.MAX: lambda before, value: value if value > before else before,
 }
@@ -153,6 +161,14 @@ class Layer(NamedTuple):
     samples: tuple[float, ...] = ()
 
 
+def check_room(whose: str, layer: Layer) -> None:
+    """Raise where a layer has more rows or samples than its table may have."""
+    counts = {"rows": (len(layer.segments), MAX_SEGMENTS), "samples": (len(layer.samples), MAX_SAMPLES)}
+    for what, (count, most) in counts.items():
+        if count > most:
+            raise ValueError(f"{whose} {count:,} {what} in a layer; {most:,} are allowed")
+
+
 def sampled(samples: Sequence[float], first: int, count: int, p: float) -> float:
     """The value at place p of `count` samples, the last of which stays."""
     place = min(max(math.floor(p), 0), count - 1)
@@ -174,7 +190,7 @@ def value_of(layers: Sequence[Layer], step: int) -> float:
             weight = sampled(layer.samples, int(row.k), int(row.q), p)
         else:
             weight = WEIGHTS[row.curve](p, row.k, row.q)
-        value = FOLDS[layer.op](value, row.low + weight * (row.high - row.low))
+        value = FOLDS[layer.op](value, bounded(row.low + weight * (row.high - row.low)))
     return value
 
 

@@ -8,15 +8,20 @@ which the saved one differs, and the saved edits are made to it. `extended` is t
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from nexus.arguments import check_count, check_number, shown
 from nexus.schedules import WSD, Schedule
+from nexus.schedules.base import restored
 from nexus.schedules.curves import NEVER
 
 S = TypeVar("S", bound=Schedule)
+
+_SHORT = reprlib.Repr()  # of a schedule, both ends
+_SHORT.maxother = _SHORT.maxstring = 120
 
 _DECAY_EDITS = ("decay_start", "decay_from")
 
@@ -54,12 +59,23 @@ def checked_edits(schedule: Schedule, saved: Any, name: str) -> dict[str, Any]:
 def differences(name: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:
     """What a warning says of each field in which `before`, a saved schedule, is another one than `now`."""
     now, before = ({**Schedule.later_fields(each["type"]), **each} for each in (now, before))
-    return [
-        f"{name}.{field} was {before[field]!r} in the checkpoint and is {now[field]!r} now; the run goes on with the "
-        "latter"
-        for field in (now if now["type"] == before["type"] else ("type",))
-        if now[field] != before[field]
-    ]
+    found: list[str] = []
+    for field in now if now["type"] == before["type"] else ("type",):
+        for part, ours, theirs in _pairs(f"{name}.{field}", now[field], before[field]):
+            if isinstance(ours, Mapping) and ours["type"] == theirs["type"]:
+                found += differences(part, ours, theirs)
+            elif ours != theirs:
+                was, is_now = (_SHORT.repr(restored(each)) for each in (theirs, ours))
+                note = f"{part} was {was} in the checkpoint and is {is_now} now"
+                found.append(f"{note}; the run goes on with the latter")
+    return found
+
+
+def _pairs(name: str, ours: Any, theirs: Any) -> list[tuple[str, Any, Any]]:
+    """Two values of a field; where they are as many schedules, each of them beside the other."""
+    if isinstance(ours, list) and len(ours) == len(theirs) and all(isinstance(each, Mapping) for each in ours):
+        return [(f"{name}[{i}]", *pair) for i, pair in enumerate(zip(ours, theirs, strict=True))]
+    return [(name, ours, theirs)]
 
 
 def edited(schedule: S, edits: dict[str, Any]) -> S:

@@ -24,7 +24,7 @@ class Exponential(Schedule):
 
     Args:
         peak_lr: the rate at step 0, above 0.
-        gamma: :math:`\gamma`, above 0; above 1 the rate rises, in the end to infinity.
+        gamma: :math:`\gamma`, above 0; above 1 the rate rises, at most to the largest float.
         every: E, in updates, at least 1.
         min_lr: what the rate comes near to, from 0 to `peak_lr`.
 
@@ -41,8 +41,7 @@ class Exponential(Schedule):
     _rates = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:
-        self._set(**checked_rates(self.peak_lr, self.min_lr), gamma=check_number("gamma", self.gamma, positive=True))
-        self._check_counts(every=1)
+        _check_decay(self)
 
     def phase(self, step: int) -> str:
         """`"exponential"`, whatever the step."""
@@ -67,7 +66,7 @@ class StepDecay(Schedule):
 
     Args:
         peak_lr: the rate of the first stair, above 0.
-        gamma: :math:`\gamma`, above 0; above 1 the rate rises, in the end to infinity.
+        gamma: :math:`\gamma`, above 0; above 1 the rate rises, at most to the largest float.
         every: E, in updates, at least 1.
         min_lr: what the rate comes near to, from 0 to `peak_lr`.
 
@@ -84,8 +83,7 @@ class StepDecay(Schedule):
     _rates = ("peak_lr", "min_lr")
 
     def __post_init__(self) -> None:
-        self._set(**checked_rates(self.peak_lr, self.min_lr), gamma=check_number("gamma", self.gamma, positive=True))
-        self._check_counts(every=1)
+        _check_decay(self)
 
     def phase(self, step: int) -> str:
         """`"stairs"`, whatever the step."""
@@ -144,6 +142,12 @@ class MultiStep(Schedule):
             return self.peak_lr * self.gamma**passed
         except OverflowError:
             return float("inf")
+
+
+def _check_decay(schedule: Exponential | StepDecay) -> None:
+    schedule._set(**checked_rates(schedule.peak_lr, schedule.min_lr))
+    schedule._set(gamma=check_number("gamma", schedule.gamma, positive=True))
+    schedule._check_counts(every=1)
 
 
 def _decay(curve: Curve, schedule: Exponential | StepDecay) -> Segment:

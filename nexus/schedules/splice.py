@@ -12,13 +12,13 @@ from itertools import product
 from nexus.arguments import MAX_STEP
 from nexus.schedules.curves import (
     MAX_LAYERS,
-    MAX_SAMPLES,
     MAX_SEGMENTS,
     NEVER,
     Curve,
     Layer,
     Op,
     Segment,
+    check_room,
     level,
     start,
 )
@@ -101,11 +101,10 @@ def _one_layer(op: Op, parts: list[tuple[int, int, Layer]]) -> Layer:
             if begin + row.start <= MAX_STEP:
                 k = row.k + first if row.curve == Curve.SAMPLED else row.k
                 rows.append(row._replace(start=begin + row.start, k=k))
-    for what, count, most in (("rows", len(rows), MAX_SEGMENTS), ("samples", len(samples), MAX_SAMPLES)):
-        if count > most:
-            raise ValueError(f"the joined schedules have {count:,} {what} in a layer; {most:,} are allowed")
     begin, _, _ = parts[-1]
-    return Layer(tuple(rows), op, start(begin + layer.repeat_start), layer.repeat_length, samples)
+    joined = Layer(tuple(rows), op, start(begin + layer.repeat_start), layer.repeat_length, samples)
+    check_room("the joined schedules have", joined)
+    return joined
 
 
 def _shortest(layer: Layer) -> Layer:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from nexus.schedules import WSD, Schedule
-from nexus.schedules.curves import MAX_LAYERS, MAX_SAMPLES, MAX_SEGMENTS, Curve, Layer, Segment
+from nexus.schedules.curves import MAX_LAYERS, Curve, Layer, Segment, check_room
 
 _COLUMNS = len(Segment._fields)
 _START, _PERIOD, _HIGH = (Segment._fields.index(name) for name in ("start", "period", "high"))  # columns
@@ -48,9 +48,7 @@ def _rows(schedule: Schedule, layer: Layer) -> list[Sequence[float]]:
     if unknown:
         known = ", ".join(f"{curve:d} ({curve.name})" for curve in Curve)
         raise ValueError(f"{schedule!r} has a segment of an unknown curve, {unknown[0]!r}; it must be one of {known}")
-    for what, count, most in (("rows", len(segments), MAX_SEGMENTS), ("samples", len(samples), MAX_SAMPLES)):
-        if count > most:
-            raise ValueError(f"a layer of {type(schedule).__name__} has {count:,} {what}; {most:,} are allowed")
+    check_room(f"{type(schedule).__name__} has", layer)
     header = [layer.op, len(segments), layer.repeat_start, layer.repeat_length] + [0.0] * (_COLUMNS - 4)
     first = (1 + len(segments)) * _COLUMNS  # of the samples, in the layer's numbers
     placed = [row._replace(k=row.k + first) if row.curve == Curve.SAMPLED else row for row in segments]

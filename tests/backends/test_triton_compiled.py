@@ -20,7 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("triton_compiled")]  # o
 MOST_REGISTERS = {"float32": 56, "float32 amsgrad": 64}
 MOST_REGISTERS_OF_OTHERS = 96
 # State in fewer bits: 16 warps at 128, 12 at 168. The last has several at once.
-MOST_REGISTERS |= {"bfloat16 + 32, bfloat16": 112, "bfloat16 + 24, 8 bits": 152, "all by chance": 168}
+MOST_REGISTERS |= {"bfloat16 + 32, bfloat16": 112, "bfloat16 + 24, 8 bits": 128, "all by chance": 168}
 # Accesses of 128 bits in the aligned loop, of the parameter, the gradient and the moments: loads and stores.
 WIDE = {
     "float32": (4, 3),
@@ -36,10 +36,6 @@ WIDE = {
     "bfloat16 + 32, bfloat16": (5, 4),
     "all by chance": (2 + 4, 1 + 3),
 }
-# ptxas 13.1 saves 16 registers there at the price of a spill of two, whatever the order of the stores.
-SPILLED = {("float32, 8 bits", 100): 8}
-# Codes of 8 bits are decided by comparison, between two that a rough root yields.
-ROUGH = ("float32, 8 bits", "bfloat16 + 24, 8 bits", "all by chance")
 
 
 @pytest.fixture(scope="module")
@@ -76,9 +72,9 @@ def wide(accesses: list[str]) -> int:
 
 def test_no_register_is_spilled(found: dict[str, Any]) -> None:
     for name in ("update", "norm", "norm_total"):
-        most, spilled = (MOST_REGISTERS, SPILLED) if name == "update" else ({}, {})
+        most = MOST_REGISTERS if name == "update" else {}
         for what, kernel in kernels(found, name):
-            assert kernel["local_bytes"] == spilled.get((what, kernel["arch"]), 0), (what, kernel)
+            assert kernel["local_bytes"] == 0, (what, kernel)
             assert kernel["registers"] <= most.get(what, MOST_REGISTERS_OF_OTHERS), (what, kernel)
     for name in ("prologue", "evaluate"):  # where the cosine of a large number would need a table of its own
         for what, kernel in kernels(found, name):
@@ -88,7 +84,6 @@ def test_no_register_is_spilled(found: dict[str, Any]) -> None:
 def test_an_update_is_rounded_as_the_other_backends_round(found: dict[str, Any]) -> None:
     for what, kernel in kernels(found, "update"):
         bits = 64 if what == "float64" else 32
-        rough = ["sqrt.approx.ftz.f32"] if what in ROUGH else []
-        assert kernel["arithmetic"] == [f"div.rn.f{bits}", *rough, f"sqrt.rn.f{bits}"], (what, kernel)  # and no fma
+        assert kernel["arithmetic"] == [f"div.rn.f{bits}", f"sqrt.rn.f{bits}"], (what, kernel)  # and no fma
     for what, kernel in [*kernels(found, "prologue"), *kernels(found, "evaluate")]:
         assert kernel["arithmetic"] == ["div.rn.f64", "fma.rn.f64", "sqrt.rn.f64"], (what, kernel)  # fma: in cos

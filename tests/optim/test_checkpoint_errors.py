@@ -79,7 +79,7 @@ BAD: list[tuple[str, Any, str]] = [
     ("/param_groups", GONE, f"{NONE}.*'param_groups'"),
     ("/state", GONE, f"{NONE}.*'state'"),
     ("/param_groups", 3, NONE),
-    ("/nexus_format", 2, "'nexus_format' .* is 2 .*reads up to 1: a newer"),
+    ("/nexus_format", 3, "'nexus_format' .* is 3 .*reads up to 2: a newer"),
     ("/nexus_format", "1.5", "'nexus_format' .* is '1.5'"),
     ("", lambda saved: {"nexus_format": 99, "state": saved["param_groups"]}, "'nexus_format' .* 99 .*update nexus"),
     ("/param_groups/1", GONE, "has 1 parameter groups, this optimizer 2"),

@@ -131,23 +131,25 @@ def test_moments_equal_the_oracle(case: str, name: str, by_chance: bool) -> None
         assert same(codecs.decoded(codes, scale), decode(*expected))
 
 
-@pytest.mark.parametrize("largest", [0.0, 1e-27, 1e-12, 0.7, 1e3, 3e38])
 @pytest.mark.parametrize("name", SCALED)
-def test_what_is_decoded_is_encoded_to_the_same_codes(name: str, largest: float) -> None:
+def test_what_is_decoded_is_encoded_to_the_same_codes(name: str) -> None:
+    """Every code beside the largest one, under scales of every size; and beside none, under the smallest scale."""
     dtype, _, most = SCALED[name]
-    least = -most if name == "int8" else 2
-    codes = torch.randint(least, most + 1, (128 * 200 + 77,)).to(dtype)
-    codes[:: codecs.SCALE_BLOCK] = most  # of the block's largest
-    scale = (torch.rand(201) * 0.9 + 0.1) * largest
-    if largest == 0.0:
-        codes, scale = (
-            torch.full_like(codes, 0 if name == "int8" else 2),
-            torch.full_like(scale, float(oracle.SMALLEST_SCALE)),
-        )
+    smallest = torch.tensor(float(oracle.SMALLEST_SCALES[most]))
+    largest = torch.tensor(torch.finfo(torch.float32).max)
+    largest = largest if name == "int8" else largest.sqrt()
+    exponents = torch.empty(3_000).uniform_(float(smallest.log2()), float(largest.log2()))
+    every = torch.arange(-most if name == "int8" else 2, most + 1).repeat(2)[: 127 * 3].view(3, 127)
+    blocks = torch.cat([every, torch.full((3, 1), most)], dim=1)
+    codes = blocks.flatten().repeat(len(exponents) + 2)
+    scale = torch.cat([exponents.exp2().clamp(smallest, largest), torch.stack([smallest, largest])])
+    scale = scale.repeat_interleave(3)
+    few = every.clamp(-100, 100).flatten()[:300]
+    codes, scale = torch.cat([codes, few]).to(dtype), torch.cat([scale, smallest.expand(3)])
     again, scale_again = codecs.encoded(codecs.decoded(codes, scale), dtype)
     assert scale_again is not None
-    assert torch.equal(again, codes)
     assert torch.equal(scale_again, scale)
+    assert torch.equal(again, codes)
 
 
 def on_average(found: Tensor, expected: float, spacing: float) -> bool:

@@ -178,3 +178,13 @@ def test_state_dicts_that_are_refused(write: Callable[[dict[str, Any]], None], w
     with pytest.raises(ValueError, match=words):
         other.load_state_dict(saved)
     assert not other.state_dict()["state"]
+
+
+def test_codes_of_the_first_format_are_refused() -> None:
+    optimizer, params = trained(**SEVEN_BYTES)
+    other, _ = beside(params, **SEVEN_BYTES)
+    with pytest.raises(ValueError, match=r"state\[0\] .* as an earlier nexus stored them: load it there"):
+        other.load_state_dict(optimizer.state_dict(compact=True) | {"nexus_format": 1})
+    assert not other.state_dict()["state"]
+    other.load_state_dict(optimizer.state_dict() | {"nexus_format": 1})
+    assert_same(other.state_dict()["state"], optimizer.state_dict()["state"])

@@ -105,14 +105,60 @@ def test_a_wsd_within_another_schedule_is_not_edited(compose: Callable[[Schedule
             edit()
 
 
-def test_a_scheduler_that_is_stepped_on_is_refused() -> None:
+@pytest.mark.parametrize("done", [0, 1])
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "lambda"])
+def test_a_scheduler_that_is_stepped_on_is_refused_by_name(name: str, done: int) -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = SCHEDULERS[name](optimizer)
+    run(optimizer, 1, scheduler)
+    optimizer.take_over(scheduler)
+    run(optimizer, done)
+    scheduler.step()
+    words = rf"drives it, .* take_over made this schedule of the {type(scheduler).__name__}: leave out the step\(\)"
+    with pytest.raises(RuntimeError, match=words):
+        run(optimizer, 1)
+
+
+def test_a_rate_that_is_assigned_afterwards_is_refused_with_the_schedulers_name() -> None:
     optimizer = FusedAdamW(groups())
     scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
     optimizer.take_over(scheduler)
-    run(optimizer, 1)
-    scheduler.step()
-    with pytest.raises((RuntimeError, ValueError), match="schedule"):
+    optimizer.param_groups[0]["lr"] = 1e-3
+    with pytest.raises(RuntimeError, match=r"was set to 0.001 .* take_over made this schedule of the ExponentialLR"):
         run(optimizer, 1)
+
+
+def test_the_rate_of_the_next_update_is_shown_at_once() -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    run(optimizer, 2, scheduler)
+    optimizer.take_over(scheduler)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.25 * rate for rate in RATES]
+
+
+def test_a_second_take_over_does_not_set_the_run_back() -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = lr_scheduler.StepLR(optimizer, 30, 0.5)
+    run(optimizer, 2, scheduler)
+    schedules = optimizer.take_over(scheduler)
+    for steps in (0, 29):
+        run(optimizer, steps)
+        with pytest.raises(ValueError, match=r"of this StepLR in force already, .* back to 2, .* the second call"):
+            optimizer.take_over(scheduler)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [schedule(30) for schedule in schedules]
+
+
+def test_a_scheduler_that_drives_the_rates_again_is_taken_over_again() -> None:
+    optimizer = FusedAdamW(groups())
+    scheduler = lr_scheduler.ExponentialLR(optimizer, 0.5)
+    schedules = optimizer.take_over(scheduler)
+    run(optimizer, 3)
+    for group, rate in zip(optimizer.param_groups, RATES, strict=True):
+        group.update(lr=rate, lr_schedule=None)
+    run(optimizer, 1, scheduler)
+    assert optimizer.take_over(scheduler) == schedules
+    run(optimizer, 1)
+    assert [float(group["lr"]) for group in optimizer.param_groups] == [0.5 * rate for rate in RATES]
 
 
 @pytest.mark.parametrize(

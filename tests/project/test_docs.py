@@ -9,8 +9,10 @@ import torch
 from gpt.cli import main as gpt_main
 
 from benchmarks.__main__ import main as benchmarks_main
+from nexus import schedules
 from nexus.__main__ import COMMANDS, main
 from nexus.plot_command import KINDS
+from nexus.schedules import Schedule
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = ["README.md", "CONTRIBUTING.md", "benchmarks/README.md", "examples/README.md", "docs/**/*.md"]
@@ -80,6 +82,12 @@ def test_command(program, command, tmp_path, monkeypatch, capsys) -> None:
     assert stop.value.code == 0
     text = capsys.readouterr().out
     assert [word for word in arguments if word.startswith("-") and word not in text] == []
+
+
+def test_the_gallery_has_each_class() -> None:
+    found = {name: getattr(schedules, name) for name in schedules.__all__}
+    classes = [name for name, each in found.items() if isinstance(each, type) and issubclass(each, Schedule)]
+    assert [name for name in classes if f"`{name}(" not in TEXTS["docs/schedules/gallery.md"]] == ["Schedule"]
 
 
 @pytest.mark.parametrize("kind", KINDS)

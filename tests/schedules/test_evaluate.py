@@ -10,8 +10,31 @@ from references import BACKENDS
 from schedule_cases import CURVES, WHOLE, assert_equal_to_oracle, assert_within_rounding
 
 from nexus import backends
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Curve, Schedule, evaluate
-from nexus.schedules.curves import FOLDS, NEVER, Layer, Op, level, segment, value_of
+from nexus.schedules import (
+    MAX_STEP,
+    WSD,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Curve,
+    Exponential,
+    Linear,
+    Schedule,
+    StepDecay,
+    evaluate,
+)
+from nexus.schedules.curves import (
+    FOLDS,
+    LARGEST,
+    MAX_SAMPLES,
+    MAX_SEGMENTS,
+    NEVER,
+    Layer,
+    Op,
+    level,
+    segment,
+    value_of,
+)
 from nexus.schedules.table import lower
 from nexus.schedules.wsd import WSD_DECAYS as DECAYS
 
@@ -103,6 +126,22 @@ def test_an_unknown_curve_is_refused_and_evaluators_make_nan_of_one(
         evaluate(Constant(1.0), torch.tensor(1), backend=backend)
 
 
+@pytest.mark.parametrize(
+    ("layer", "words"),
+    [
+        (Layer((level(0, 1.0),) * (MAX_SEGMENTS + 1)), "Layered has 65,537 rows in a layer; 65,536 are allowed"),
+        (
+            Layer((level(0, 1.0),), samples=(0.5,) * (MAX_SAMPLES + 1)),
+            "Layered has 1,048,577 samples in a layer; 1,048,576 are allowed",
+        ),
+    ],
+    ids=["rows", "samples"],
+)
+def test_a_layer_that_no_table_has_room_for_is_refused(layer: Layer, words: str) -> None:
+    with pytest.raises(ValueError, match=f"^{words}$"):
+        lower(Layered((layer,)), torch.device("cpu"))
+
+
 @every_evaluator
 def test_samples_are_read_and_joined_by_lines(backend: str) -> None:
     samples = (0.5, 0.25, 1.0, 0.0625, 3.0)
@@ -135,6 +174,23 @@ def test_layers_are_folded_from_left_to_right_and_may_repeat(backend: str, op: O
     expected = [value(step) for step in range(40)]
     assert [value_of(layers, step) for step in range(40)] == expected
     assert evaluate(Layered(layers), torch.arange(40), backend=backend).tolist() == expected
+
+
+@every_evaluator
+def test_a_rate_without_bounds_is_the_largest_number_and_its_product_with_0_is_0(backend: str) -> None:
+    growth, stairs = Exponential(1.0, 2.0), StepDecay(1.0, 2.0, 1)
+    cases = {
+        growth: LARGEST,
+        growth * Linear(1.0, 0.0, 100): 0.0,
+        Linear(1.0, 0.0, 100) * growth: 0.0,
+        growth * stairs * Constant(0.0): 0.0,
+        growth + stairs: LARGEST,
+        (growth + stairs) * Constant(0.0): 0.0,
+        growth.clip(high=0.5) * Constant(0.5): 0.25,
+    }
+    for schedule, rate in cases.items():
+        assert [schedule(step) for step in (2000, MAX_STEP)] == [rate, rate]
+        assert evaluate(schedule, torch.tensor([2000, MAX_STEP]), backend=backend).tolist() == [rate, rate]
 
 
 def test_steps_of_any_shape_and_layout_are_evaluated_where_they_are(backend: str) -> None:

@@ -29,6 +29,7 @@ from nexus.schedules import (
     Tanh,
     evaluate,
 )
+from nexus.schedules.curves import LARGEST
 
 LENGTHS = [1, 2, 10, 113, 1000, 1001]
 PEAK, LOW = 1e-3, 1e-5
@@ -174,7 +175,7 @@ def test_every_step_equals_the_closed_form(name: str, length: int) -> None:
     steps = range(4 * length + 60)
     expected = [closed(step, length) for step in steps]
     assert [schedule(step) for step in steps] == pytest.approx(expected, rel=1e-12, abs=1e-18)
-    far = [step for step in boundaries(schedule) if schedule(step) < math.inf]  # but of growth without end
+    far = [step for step in boundaries(schedule) if schedule(step) < LARGEST]  # but of growth without end
     assert_equal_to_oracle(schedule, [*steps, *far])
 
 
@@ -226,8 +227,8 @@ def test_far_out_is_where_integers_have_it() -> None:
 
 
 @pytest.mark.parametrize("kind", [Exponential, StepDecay])
-def test_growth_goes_to_infinity_and_never_to_nan(kind: type[Exponential] | type[StepDecay]) -> None:
-    assert kind(1.0, 2.0, 1)(MAX_STEP) == math.inf
+def test_growth_goes_to_the_largest_number_and_never_to_nan(kind: type[Exponential] | type[StepDecay]) -> None:
+    assert kind(1.0, 2.0, 1)(MAX_STEP) == LARGEST
     assert kind(1.0, 2.0, 1, min_lr=1.0)(MAX_STEP) == 1.0
     assert kind(1.0, 2.0, 1, min_lr=0.5).values(0, 3) == [1.0, 1.5, 2.5]
 

@@ -1,4 +1,4 @@
-"""from_optax: tables of any callable; and of optax's own functions where optax is installed."""
+"""from_optax: tables of any callable; tests/peers has optax's own functions."""
 
 from __future__ import annotations
 
@@ -23,14 +23,3 @@ def test_bad_rates_name_the_step(bad):
 def test_what_is_no_callable():
     with pytest.raises(TypeError, match="fn must be a callable"):
         from_optax(0.1, steps=10)
-
-
-def test_optax_functions_at_every_step():
-    optax = pytest.importorskip("optax", reason="the functions are optax's own")
-    for fn in (
-        optax.warmup_cosine_decay_schedule(0.0, 1e-2, 13, 113, 1e-4),
-        optax.linear_schedule(1e-2, 0.0, 100),
-        optax.sgdr_schedule([{"init_value": 0.0, "peak_value": 1e-2, "warmup_steps": 3, "decay_steps": 50}] * 2),
-    ):
-        schedule = from_optax(fn, steps=130)
-        assert all(schedule(step) == float(fn(step)) for step in range(131))

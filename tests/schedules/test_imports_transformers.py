@@ -56,6 +56,28 @@ def test_each_name_at_every_step(name, kwargs, n, warmup):
         assert abs(schedule(step) - real) <= 1e-11 * real + 1e-17, (step, real, schedule(step), schedule)
 
 
+@pytest.mark.parametrize("warmup", [0, 1, 13])
+@pytest.mark.parametrize("n", [1, 2, 10, 113, 1000, 1001])
+@pytest.mark.parametrize(("name", "kwargs"), EACH)
+def test_two_groups_at_every_step(name, kwargs, n, warmup):
+    groups = [{"params": [torch.zeros(1)], "lr": 0.1}, {"params": [torch.zeros(1)], "lr": 3e-3}]
+    optimizer, steps = torch.optim.SGD(groups, lr=0.1), n + warmup + 30
+    if name == "warmup_stable_decay":
+        kwargs, n = {**kwargs, "num_stable_steps": n}, None
+    scheduler = transformers.get_scheduler(name, optimizer, warmup, n, dict(kwargs) or None)
+    if name == "polynomial" and n == warmup:
+        with pytest.raises(ZeroDivisionError):  # transformers' own
+            from_torch(scheduler, steps=steps)
+        return
+    schedules = from_torch(scheduler, steps=steps)
+    assert not any(isinstance(schedule, Sampled) for schedule in schedules)
+    for step in range(steps):
+        for schedule, group in zip(schedules, optimizer.param_groups, strict=True):
+            assert abs(schedule(step) - group["lr"]) <= 1e-11 * group["lr"] + 1e-16, (step, schedule, group["lr"])
+        optimizer.step()
+        scheduler.step()
+
+
 def test_the_names_are_all_of_them():
     names = {str(each.value) for each in transformers.SchedulerType}
     assert names - set(CASES) == {"reduce_lr_on_plateau", "greedy"}

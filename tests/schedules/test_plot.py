@@ -1,5 +1,6 @@
 """`python -m nexus plot`: the chart in the terminal, the PNG, and one line for every kind of nonsense."""
 
+import io
 import itertools
 import os
 import sys
@@ -178,7 +179,7 @@ def test_a_schedule_of_schedules_draws_itself(tmp_path) -> None:
 @needs_matplotlib
 @pytest.mark.parametrize("steps", [2, MAX_STEP])
 def test_png_of_extremes(steps, tmp_path) -> None:
-    growth, restarts = Exponential(1.0, 1.5), CosineRestarts(1e3, cycle_length=1)  # growth goes to infinity
+    growth, restarts = Exponential(1.0, 1.5), CosineRestarts(1e3, cycle_length=1)  # growth goes to 1.8e308
     for number, schedule in enumerate([growth, Constant(0), WSD(0, 0, 1, 1e-300), restarts]):
         plot.draw(schedule, tmp_path / f"{number}.png", steps)
         assert size_of_png(tmp_path / f"{number}.png") == (1200, 540)
@@ -212,6 +213,18 @@ def test_failed_write_leaves_the_old_picture(tmp_path, monkeypatch, capsys) -> N
 
 
 @needs_matplotlib
+@pytest.mark.parametrize("encoding", ["ascii", "utf-8"])
+def test_a_path_that_the_terminal_cannot_print_is_escaped(tmp_path, monkeypatch, encoding) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / {"ascii": "\u00e9.png", "utf-8": "\udce9.png"}[encoding]  # no UTF-8 name has the latter
+    terminal = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", terminal)
+    assert main(["plot", "constant", "-o", str(path)]) == 0
+    assert path.is_file()
+    printed = terminal.buffer.getvalue()  # type: ignore[attr-defined]
+    assert printed == f"{path}\n".encode(encoding, "backslashreplace")
+
+
 def test_unwritable_output(tmp_path, capsys) -> None:
     assert "No such file or directory" in refused(capsys, "plot", "wsd", "-o", str(tmp_path / "no" / "lr.png"))
     (tmp_path / "file").touch()

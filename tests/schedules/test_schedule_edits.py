@@ -10,7 +10,8 @@ from references import make_grads, make_params, set_grads
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
-from nexus.schedules import WSD
+from nexus.schedules import WSD, Constant, Linear, Piecewise, Schedule, join
+from nexus.schedules.edits import differences
 from nexus.schedules.wsd import WSD_DECAYS
 
 
@@ -153,3 +154,46 @@ def test_sharing_that_begins_with_a_change_of_settings_is_seen() -> None:
 def test_a_tensor_rate_out_of_range_is_refused(backend: str, rate: float) -> None:
     with pytest.raises(ValueError, match="lr must be a finite number"):
         FusedAdamW(make_params([(3,)]), lr=torch.tensor(rate, device="cpu"), backend=backend)
+
+
+UP, DOWN = Linear(0.0, 1.0, 4), Linear(1.0, 0.0, 4)
+LONG = Piecewise([(i, float(i)) for i in range(100)])
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "notes"),
+    [
+        (UP.warmup(3), UP.warmup(3), []),
+        (UP.warmup(3), UP.warmup(5), ["lr.steps was 5 in the checkpoint and is 3 now"]),
+        (UP.warmup(3), (2.0 * UP).warmup(3), ["lr.schedule.end_lr was 2.0 in the checkpoint and is 1.0 now"]),
+        (
+            Constant(1.0).warmup(3),
+            UP.warmup(3),
+            [f"lr.schedule was {UP!r} in the checkpoint and is Constant(lr=1.0) now"],
+        ),
+        (
+            join([UP, DOWN.repeat(3)], [4]),
+            join([UP, DOWN.repeat(2)], [3]),
+            [
+                "lr.schedules[1].n was 2 in the checkpoint and is 3 now",
+                "lr.boundaries was (3,) in the checkpoint and is (4,) now",
+            ],
+        ),
+        (
+            join([UP], []),
+            join([UP, DOWN], [4]),
+            [
+                f"lr.schedules was ({UP!r}, {DOWN!r}) in the checkpoint and is ({UP!r},) now",
+                "lr.boundaries was (4,) in the checkpoint and is () now",
+            ],
+        ),
+        (
+            LONG.warmup(3),
+            UP.warmup(3),
+            [f"lr.schedule was {UP!r} in the checkpoint and is {repr(LONG)[:58]}...{repr(LONG)[-59:]} now"],
+        ),
+    ],
+)
+def test_differences_of_compositions_are_told_as_code(now: Schedule, before: Schedule, notes: list[str]) -> None:
+    found = differences("lr", now.to_dict(), before.to_dict())
+    assert found == [f"{note}; the run goes on with the latter" for note in notes]

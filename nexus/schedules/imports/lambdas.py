@@ -108,8 +108,7 @@ def warmup_stable_decay(
         "1-sqrt": Arc("sqrt", lr, least, decay_span),
     }
     parts.append((num_decay_steps, decays[decay_type]))
-    ends = [sum(length for length, _ in parts[: i + 1]) for i in range(len(parts))]
-    return join([*(part for _, part in parts), Constant(least)], ends)
+    return _in_turn(parts, Constant(least))
 
 
 def constant_with_warmup(lr: float, num_warmup_steps: int) -> Schedule:
@@ -117,8 +116,41 @@ def constant_with_warmup(lr: float, num_warmup_steps: int) -> Schedule:
     return after_rise(lr, num_warmup_steps, Constant(lr))
 
 
+def torchtitan_decay(
+    lr: float,
+    warmup_steps: int,
+    stable_steps: int,
+    decay_steps: int,
+    lr_decay_type: str,
+    min_lr_factor: float,
+) -> Schedule:
+    """Torchtitan's function: a warm-up of (t + 1) / W, the peak, a decay of (t + 1) / D; and then the least rate."""
+    least = min_lr_factor * lr
+    parts: list[tuple[int, Schedule]] = []
+    if warmup_steps > 0:
+        parts.append((warmup_steps, Arc("rise", lr, 0.0, float(warmup_steps), shift=1.0)))
+    parts.append((stable_steps, Constant(lr)))
+    if decay_steps > 1:
+        parts.append((decay_steps - 1, Arc(lr_decay_type, lr, least, float(decay_steps), shift=1.0)))
+    return _in_turn(parts, Constant(least if decay_steps > 0 else lr))
+
+
+TORCHTITAN_ARGUMENTS = {"warmup_steps", "stable_steps", "decay_steps", "lr_decay_type", "min_lr_factor"}
+
+
+def last_step(fn: Callable[[int], float]) -> int | None:
+    """The last step that a known function is made for; torchtitan's leaves the least rate after it, or raises."""
+    arguments = _torchtitan_arguments(fn)
+    if arguments is None:
+        return None
+    return int(arguments["warmup_steps"] + arguments["stable_steps"] + arguments["decay_steps"]) - 1
+
+
 def schedule_of(fn: Callable[[int], float], lr: float) -> Schedule | None:
-    """The schedule of `lr` times a known function of transformers; None for any other."""
+    """The schedule of `lr` times a known function of transformers or torchtitan; None for any other."""
+    titan = _torchtitan_arguments(fn)
+    if titan is not None:
+        return torchtitan_decay(lr, **titan)
     inner = fn.func if isinstance(fn, partial) else fn
     if getattr(inner, "__module__", None) != "transformers.optimization":
         return None
@@ -141,6 +173,20 @@ KNOWN: dict[str, Callable[..., Schedule]] = {
     "_get_cosine_with_min_lr_schedule_with_warmup_lr_rate_lambda": cosine_with_late_peak,
     "_get_wsd_scheduler_lambda": warmup_stable_decay,
 }
+
+
+def _torchtitan_arguments(fn: Callable[[int], float]) -> dict[str, Any] | None:
+    """The arguments of a partial that is torchtitan's; None for any other, and for one with other arguments."""
+    if not isinstance(fn, partial) or not str(getattr(fn.func, "__module__", "")).startswith("torchtitan."):
+        return None
+    is_known = getattr(fn.func, "__name__", "") == "linear_warmup_stable_decay" and not fn.args
+    return dict(fn.keywords) if is_known and set(fn.keywords) == TORCHTITAN_ARGUMENTS else None
+
+
+def _in_turn(parts: list[tuple[int, Schedule]], last: Schedule) -> Schedule:
+    """Schedules of given lengths one after the other, and then the last."""
+    ends = [sum(length for length, _ in parts[: i + 1]) for i in range(len(parts))]
+    return join([*(part for _, part in parts), last], ends)
 
 
 def _wave(lr: float, steps: int, num_cycles: float, min_lr_rate: float, shift: float = 0.0) -> Schedule:

@@ -30,8 +30,8 @@ def from_timm(scheduler: Scheduler, *, steps: int | None = None, exact: bool = F
     timm's clock counts epochs, or updates with `t_in_epochs=False`; so does the step of the schedules here.
 
     Args:
-        scheduler: a `CosineLRScheduler`, `StepLRScheduler`, `MultiStepLRScheduler`, `TanhLRScheduler` or
-            `PolyLRScheduler`, new or in mid-run; it is left as it is.
+        scheduler: a `CosineLRScheduler`, `StepLRScheduler`, `MultiStepLRScheduler`, `TanhLRScheduler`,
+            `PolyLRScheduler` or `WSDLRScheduler`, new or in mid-run; it is left as it is.
         steps: how many steps to prove, and the length of a table; by default the schedule's length and a tenth.
         exact: follow the object, with its noise and rounding, by a table of its rates for `steps` steps.
 
@@ -79,11 +79,12 @@ def real_rates(scheduler: Scheduler, steps: int) -> Iterator[list[float]]:
 def _after_warmup(s: Scheduler, lr: float) -> Schedule:
     """The warm-up, a line, and what timm computes after it: on its own clock with `warmup_prefix`, else on t."""
     warmup = int(s.warmup_t)
-    gone = 0 if s.warmup_prefix else warmup
+    is_prefix = getattr(s, "warmup_prefix", True)  # which a WSDLRScheduler always has
+    gone = 0 if is_prefix else warmup
     body = BUILDERS[type(s).__name__](s, lr, gone)
     if warmup == 0:
         return body
-    is_met = type(s).__name__ == "TanhLRScheduler" and not s.warmup_prefix
+    is_met = type(s).__name__ == "TanhLRScheduler" and not is_prefix
     return join([Linear(s.warmup_lr_init, body(0) if is_met else lr, warmup), body], [warmup])
 
 
@@ -115,12 +116,37 @@ def _tanh(s: Scheduler, lr: float, gone: int) -> Schedule:
     )
 
 
+def _wsd(s: Scheduler, lr: float, gone: int) -> Schedule:
+    stable, least = int(s.t_initial) - int(s.decay_t), float(s.lr_min)
+    if callable(s.decay_fn) or (s.stable_fn != "constant" and least > 0.0):
+        unknown = "a decay_fn of your own" if callable(s.decay_fn) else f"stable_fn={s.stable_fn!r} and an lr_min"
+        raise NotImportable(f"WSDLRScheduler with {unknown} is imported by a table: give steps= and exact=True")
+    if s.stable_fn == "constant":
+        return join([Constant(lr), _wsd_decay(s, lr, least)], [stable])
+    power = 0.5 if s.stable_fn == "rsqrt" else s.stable_power
+    falling = Arc("inverse", lr, 0.0, float(s.stable_timescale), q=power)
+    return falling * join([Constant(1.0), _wsd_decay(s, 1.0, 0.0)], [stable])
+
+
+def _wsd_decay(s: Scheduler, high: float, low: float) -> Schedule:
+    curves = {
+        "linear": ("linear", 1.0, 1.0),
+        "cosine": ("cosine", 1.0, 1.0),
+        "1-sqrt": ("sqrt", 1.0, 1.0),
+        "power": ("power", s.decay_power, 1.0),
+        "exp": ("exponential", s.decay_ratio, s.decay_ratio),
+    }
+    curve, k, q = curves[s.decay_fn]
+    return join([Arc(curve, high, low, float(s.decay_t), k=k, q=q), Constant(low)], [int(s.decay_t)])
+
+
 BUILDERS: dict[str, Callable[[Scheduler, float, int], Schedule]] = {
     "CosineLRScheduler": _cosine,
     "StepLRScheduler": _step,
     "MultiStepLRScheduler": _multi_step,
     "TanhLRScheduler": _tanh,
     "PolyLRScheduler": _poly,
+    "WSDLRScheduler": _wsd,
 }
 
 

@@ -33,7 +33,8 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
     `schedules[i](scheduler.last_epoch)` is the present rate of group i. The scheduler is left as it is.
 
     Of `OneCycleLR` and `CyclicLR`, the rates are imported; the betas and momenta that these cycle are not yet.
-    A `LambdaLR` of transformers' functions is imported by what they are; of any other, by a table of its rates.
+    A `LambdaLR` of transformers' or torchtitan's functions is imported by what they are; of any other, by a table of
+    its rates.
 
     Args:
         scheduler: an object of exactly one of torch's classes.
@@ -282,5 +283,8 @@ def _last_step(scheduler: Scheduler) -> int:
         return int(scheduler.total_steps) - 1
     if type(scheduler) is theirs.SequentialLR:
         return int(([0, *scheduler._milestones])[-1]) + _last_step(scheduler._schedulers[-1])
+    if type(scheduler) is theirs.LambdaLR:
+        ends = [lambdas.last_step(fn) for fn in scheduler.lr_lambdas]
+        return min((end for end in ends if end is not None), default=2**53)
     inner: Sequence[Scheduler] = getattr(scheduler, "_schedulers", ())
     return min(map(_last_step, inner), default=2**53)

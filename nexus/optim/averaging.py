@@ -63,7 +63,8 @@ class Averaged:
         shown: list[_Shown] = []
         try:
             fully_sharded.reshard()
-            shown += map(_Shown, *zip(*pairs, strict=True)) if pairs else []
+            for param, average in pairs:
+                shown.append(_Shown(param, average))
             yield
         finally:
             for each in reversed(shown):

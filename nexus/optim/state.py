@@ -304,6 +304,6 @@ def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
     """Whether a parameter has no gradient, and it or its moments no memory here: offloading takes and brings it."""
     if param.grad is not None:
         return False
-    moments = [state[name] for name in MOMENTS if name in state]
+    moments = [state[name] for name in AVERAGES if name in state]
     elsewhere = any(each.shape != param.shape or each.device != param.device for each in moments)
     return elsewhere or any(local(each).untyped_storage().nbytes() == 0 for each in (param, *moments))

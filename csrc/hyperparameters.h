@@ -20,7 +20,8 @@ struct Row {
 
 NEXUS_FN double rate_at(const Rate& rate, int64_t t) {
   if (rate.table != nullptr) {
-    return rate.scale * evaluate_schedule(rate.table, rate.layers, rate.rows, t);
+    const int64_t at = rate.clock != nullptr ? *rate.clock : t;
+    return rate.scale * evaluate_schedule(rate.table, rate.layers, rate.rows, at);
   }
   if (rate.tensor != nullptr) {
     return rate.is_float64 != 0 ? *static_cast<const double*>(rate.tensor)

@@ -70,8 +70,9 @@ struct Rate {
   const double* table;  // a schedule (schedule.h) of `layers` layers of `rows` rows, evaluated at every step
   int64_t layers;
   int64_t rows;
-  double scale;  // multiplies the schedule
-  double* last;  // where a schedule's value is left for the reader, once used
+  const int64_t* clock;  // the count that the schedule is evaluated at; null: t, the completed updates
+  double scale;          // multiplies the schedule
+  double* last;          // where a schedule's value is left for the reader, once used
 };
 
 // What the user set for a parameter group.
@@ -174,7 +175,8 @@ NEXUS_RECORD(TensorRecord, {F(param),
                             F(exp_avg_sq_dtype),
                             F(master_low_dtype),
                             F(stochastic_rounding)});
-NEXUS_RECORD(Rate, {F(value), F(tensor), F(is_float64), F(table), F(layers), F(rows), F(scale), F(last)});
+NEXUS_RECORD(Rate,
+             {F(value), F(tensor), F(is_float64), F(table), F(layers), F(rows), F(clock), F(scale), F(last)});
 NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize),
                      F(average_decay)});
 NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import textwrap
 from functools import partial
@@ -13,11 +14,14 @@ from nexus.arguments import MAX_STEP, check_count
 from nexus.files import write_whole
 from nexus.schedules import WSD, CosineRestarts, Schedule
 from nexus.schedules.base import layers_of
+from nexus.schedules.clock import Clocked
 from nexus.schedules.curves import NEVER, Layer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
+
+    from nexus.training.range_test import RangeTest
 
 MAX_CYCLES = 12  # more are drawn as one phase
 MAX_POINTS = 4000
@@ -186,11 +190,40 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
     axes.set_ylim(0, 1.14 * (max(rates) or 1.0))
     name_phases(axes, schedule, steps)
     axes.set_title(title(schedule), fontsize=10, pad=10)
-    axes.set_xlabel("completed updates t")
+    axes.set_xlabel("count of the clock" if isinstance(schedule, Clocked) else "completed updates t")
     axes.set_ylabel("learning rate")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
     axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
+    axes.grid(alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+    save(figure, Path(path))
+
+
+def draw_range_test(test: RangeTest, path: str | os.PathLike[str]) -> None:
+    """Draws the losses of a range test over its rates, to a PNG of 1200 x 540 pixels.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        OSError: `path` cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(test.rates, test.losses, color="#4a90d9", alpha=0.5, linewidth=1.0, label="loss")
+    axes.plot(test.rates, test.smoothed, color="#1f2933", linewidth=1.8, label="smoothed")
+    if test.suggestion is not None:
+        axes.axvline(test.suggestion, color="#d9534a", linewidth=1.2, label=f"suggestion: {test.suggestion:.2g}")
+    shown = [loss for loss in test.smoothed if math.isfinite(loss)]
+    if shown:
+        least = min(loss for loss in (*shown, *test.losses) if math.isfinite(loss))
+        room = 0.1 * (max(shown) - least) or 1.0
+        axes.set_ylim(least - room, max(shown) + 4 * room)  # the last losses are often far above
+    axes.set_xscale("log")
+    axes.set_xlabel("learning rate")
+    axes.set_ylabel("loss")
+    axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
     save(figure, Path(path))

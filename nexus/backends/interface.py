@@ -34,6 +34,7 @@ class Rate:
     tensor: Tensor | None = None  # read at every step
     host: Tensor | None = None  # on the CPU, where the parameters are elsewhere: goes into `tensor` at every step
     table: Tensor | None = None  # float64 (layers, rows, 9): a schedule, evaluated at every step
+    clock: Tensor | None = None  # 0-dim int64: the count to evaluate it at; None: of completed updates
     scale: float = 1.0  # multiplies the schedule
     last: Tensor | None = None  # 0-dim float64: where a schedule's value is left once used
 

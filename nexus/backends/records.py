@@ -79,6 +79,7 @@ def group_values(group: GroupSettings) -> dict[str, Any]:
                 f"{name}.table": address(value.table),
                 f"{name}.layers": 0 if value.table is None else value.table.shape[0],
                 f"{name}.rows": 0 if value.table is None else value.table.shape[1],
+                f"{name}.clock": address(value.clock),
                 f"{name}.scale": value.scale,
                 f"{name}.last": address(value.last),
             }

@@ -206,7 +206,7 @@ def _record(ring: Ring, row: list[Tensor]) -> None:
 def _rate(rate: Rate, completed: Tensor) -> Tensor:
     """The rate of the update that comes after `completed` ones: 0-dim float64."""
     if rate.table is not None:
-        return rate.scale * evaluate(rate.table, completed)
+        return rate.scale * evaluate(rate.table, completed if rate.clock is None else rate.clock)
     if rate.tensor is not None:
         tensor = rate.tensor if rate.host is None else rate.host
         return sharding.brought(tensor, completed.device).double().reshape(())

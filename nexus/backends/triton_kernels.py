@@ -43,6 +43,7 @@ _IS_FLOAT64 = word("Rate", "is_float64")
 _TABLE = word("Rate", "table")
 _LAYERS = word("Rate", "layers")
 _ROWS = word("Rate", "rows")
+_CLOCK = word("Rate", "clock")
 _SCALE = word("Rate", "scale")
 _LAST = word("Rate", "last")
 _HISTORY_COLUMNS = tl.constexpr(HISTORY_COLUMNS)
@@ -66,7 +67,9 @@ def _rates(words, t, mask):
     wide = tl.load(tensor.to(tl.pointer_type(tl.float64)), mask=given & is_float64, other=0.0)
     rate = tl.where(given, tl.where(is_float64, wide, narrow.to(tl.float64)), _float64(words + _VALUE, mask))
     scheduled = table != 0
-    steps = tl.zeros_like(rows) + t
+    clock = tl.load(words + _CLOCK, mask=mask, other=0)
+    steps = tl.load(clock.to(tl.pointer_type(tl.int64)), mask=clock != 0, other=0)
+    steps = tl.where(clock != 0, steps, t)
     value = evaluate_schedule(table.to(tl.pointer_type(tl.float64)), layers, rows, steps, scheduled)
     return tl.where(scheduled, _float64(words + _SCALE, mask) * value, rate)
 

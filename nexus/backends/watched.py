@@ -162,7 +162,8 @@ class WatchedRunner(Runner):
             (rate.tensor, rate.host) for rate in rates if rate.tensor is not None and rate.host is not None
         ]
         written = {id(rate.last) for rate in rates}
-        of_rates = [tensor for rate in rates for tensor in (rate.tensor, rate.table, rate.last) if tensor is not None]
+        every = [tensor for rate in rates for tensor in (rate.tensor, rate.table, rate.clock, rate.last)]
+        of_rates = [tensor for tensor in every if tensor is not None]
         watched = {id(tensor): tensor for tensor in of_rates}  # groups share the table of a schedule
         for key, tensor in watched.items():
             self.records.watch_setting_tensor(tensor, key in written)

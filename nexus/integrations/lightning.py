@@ -75,7 +75,6 @@ def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
     engine = engine_of(optimizer)
     engine.settle(attributes_of(optimizer))  # a Schedule may have been assigned since the last step
     device = devices_of(attributes_of(optimizer))[0]
-    completed = engine.state_on(device).completed
     values: dict[Schedule, float] = {}
     groups: list[dict[str, Any]] = []
     for group in optimizer.param_groups:
@@ -85,7 +84,8 @@ def _coming(optimizer: FusedAdamW, names: list[str]) -> list[dict[str, Any]]:
                 continue
             if schedule not in values:
                 rows = engine.table(schedule, device).rows
-                values[schedule] = optimizer.evaluator.evaluate(rows, completed).item()
+                now = engine.clock_of(schedule, device)
+                values[schedule] = optimizer.evaluator.evaluate(rows, now).item()
             groups[-1][name] = values[schedule] * (group["lr_scale"] if name == "lr" else 1.0)
     return groups
 

@@ -143,7 +143,7 @@ def _from_dict(name: str, value: Mapping[str, Any]) -> Average:
     if kind is None or not isinstance(getattr(torch, dtype, None), torch.dtype):
         raise ValueError(f"{name} must be an EMA, a Mean or None, got {shown(value)}")
     if isinstance(values.get("decay"), Mapping):
-        values["decay"] = Schedule.from_dict(values["decay"])
+        values["decay"] = Schedule.from_dict({key: each for key, each in values["decay"].items() if key != "step"})
     average: Average = kind(**values, dtype=getattr(torch, dtype))
     return average
 

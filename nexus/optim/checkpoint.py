@@ -28,6 +28,7 @@ from nexus.optim.state import MOMENTS, check_unshared, scale_name
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
+from nexus.schedules.clock import Clock, Clocked, unclocked
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -90,7 +91,7 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
     for name in STORAGE_DEFAULTS:
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
-    saved["average"] = saved_average(group["average"])
+    saved["average"] = _saved_average(engine, group)
     if saved["average"] is None:
         del saved["average"]  # which checkpoints of earlier versions lack
     for name in SCHEDULABLE:
@@ -103,9 +104,18 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
             device = group.outputs[name].device
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
-                "step": int(engine.state_on(device).completed),
+                "step": int(engine.clock_of(schedule, device)),
                 "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
             }
+    return saved
+
+
+def _saved_average(engine: Engine, group: ParamGroup) -> dict[str, Any] | None:
+    average = group["average"]
+    saved = saved_average(average)
+    if saved is not None and "decay" in saved and average.schedule is not None:
+        device = next((param.device for param in group["params"] if not param.is_meta), torch.device("cpu"))
+        saved["decay"]["step"] = int(engine.clock_of(average.schedule, device))
     return saved
 
 
@@ -138,6 +148,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
         _warn_of_averages(group, saved, states, index)
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
+    counts = _clock_counts(pairs)
 
     in_place = engine.runner is not None and engine.runner.has_captured()
     _load_states(optimizer, params, states, storages, in_place=in_place)
@@ -150,7 +161,10 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     for (schedule, _), table in engine.tables.items():
         table.restore(edits_of.get(schedule, {}))
     for device in devices_of(attributes_of(optimizer)):
-        engine.state_on(device).completed.fill_(completed)
+        state = engine.state_on(device)
+        state.completed.fill_(completed)
+        for clock, count in counts.items():
+            engine.clocks.on(clock, state).start_at(count, state)
     engine.forget_plan()
     for post_hook in optimizer._optimizer_load_state_dict_post_hooks.values():
         post_hook(optimizer)
@@ -232,8 +246,32 @@ def _completed(pairs: list[tuple[ParamGroup, dict[str, Any]]], states: list[Any]
     """The saved count of updates: the largest there is, since torch's AdamW counts on in the parameters alone."""
     counts = [int(float(state["step"])) for state in states if state]
     for _, saved in pairs:
-        counts += [int(saved[key]["step"]) for key in _SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
+        found = [saved[key] for key in _SCHEDULE_KEYS if isinstance(saved.get(key), dict)]
+        counts += [int(schedule["step"]) for schedule in found if schedule.get("type") != "Clocked"]
     return max(counts, default=0)
+
+
+def _clock_counts(pairs: list[tuple[ParamGroup, dict[str, Any]]]) -> dict[Clock, int]:
+    """The saved counts of the clocks that the schedules are at; warns where there is none."""
+    counts: dict[Clock, int] = {}
+    clocked: dict[Clock, str] = {}
+    for index, (group, saved) in enumerate(pairs):
+        for name, schedule in group.schedules():
+            if not isinstance(schedule, Clocked):
+                continue
+            clock, before = schedule.clock, saved.get(f"{name}_schedule")
+            if name == "average_decay" and isinstance(saved.get("average"), dict):
+                before = saved["average"].get("decay")
+            clocked.setdefault(clock, f"param_groups[{index}]['{name}_schedule']")
+            if isinstance(before, dict) and before.get("type") == "Clocked":
+                counts[clock] = max(counts.get(clock, 0), int(before["step"]))
+    for clock in clocked.keys() - counts.keys():
+        warnings.warn(
+            f"the loaded state dict has no count of the clock of {clocked[clock]}, which stays at {clock.count}; "
+            "optimizer.advance(clock, n) brings it to where the run is",
+            stacklevel=4,
+        )
+    return counts
 
 
 # What of a state dict fits an optimizer, asked before anything of it is loaded: whatever does not is named.
@@ -408,7 +446,7 @@ def _warn_of_averages(group: ParamGroup, saved: dict[str, Any], states: dict[Any
     """Say where averages that were saved are not gone on with, or in another way."""
     now = group["average"]
     before = check_average(f"average of param_groups[{index}] of the loaded state dict", saved.get("average"))
-    if now is not None and before is not None and now != before:
+    if now is not None and before is not None and saved_average(now) != saved_average(before):
         warnings.warn(
             f"group {index} averages its parameters by {now}, and the checkpoint did by {before}: what was saved "
             "goes on by the former",
@@ -433,5 +471,7 @@ def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str,
         raise ValueError(f"{name}['type'] must be one of {known}, got {shown(kind)}")
     if now is None or now.to_dict()["type"] != kind:
         return None  # a partial load has left fields of this optimizer's schedule in it
-    Schedule.from_dict({key: value for key, value in before.items() if key not in ("step", "edits")})
+    saved = Schedule.from_dict({key: value for key, value in before.items() if key not in ("step", "edits")})
+    if type(unclocked(saved)) is not type(unclocked(now)):
+        return None
     return schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']")

@@ -18,6 +18,7 @@ from nexus.backends.interface import Backend, Change, DevicePlan, Glance, Plan, 
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
+from nexus.optim.clocks import Clocks
 from nexus.optim.groups import (
     NEWER_SETTINGS,
     SCHEDULABLE,
@@ -31,6 +32,7 @@ from nexus.optim.history import History
 from nexus.optim.state import check_streams, complete_states, is_complete, is_idle, make_entry
 from nexus.optim.storage import STORAGE_DEFAULTS, storage_of
 from nexus.schedules import Schedule
+from nexus.schedules.clock import Clocked, unclocked
 from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
@@ -70,6 +72,7 @@ class Engine:
         self.first_ordinal = 0  # of its parameters, in the optimizer
         self.states: dict[torch.device, StepState] = {}
         self.tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
+        self.clocks = Clocks()
         self.history: History | None = None
         self.plan: Plan | None = None
         self.runner: Runner | None = None
@@ -216,6 +219,7 @@ class Engine:
             self.history.attach(next(iter(devices.values())))
         self.states = {device: self.state_on(device) for device in devices}  # what was left behind goes stale
         self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
+        self.clocks.keep(list(devices))
         entries: dict[Tensor, TensorEntry] = {}
         used = [each for each in named if is_complete(states.get(each[1])) and not is_idle(each[1], states[each[1]])]
         for _, param, name in used:
@@ -255,7 +259,21 @@ class Engine:
             source = written.get(id(rate.tensor))
             if source is not None:  # what the step itself writes, and would be read before that or after it
                 settings[name] = Rate(table=source.table, scale=source.scale)
+        self._set_clocks(plan, groups, device)
         plan.measures_norm = self.measures_norm(groups)
+
+    def _set_clocks(self, plan: DevicePlan, groups: list[ParamGroup], device: torch.device) -> None:
+        """Let each rate know the count that its schedule is evaluated at, if that is a clock's."""
+        schedules = {schedule for group in groups for _, schedule in group.schedules()}
+        clocks = {
+            id(self.table(each, device).rows): self.clock_of(each, device)
+            for each in schedules
+            if isinstance(each, Clocked)
+        }
+        for settings in plan.groups:
+            for rate in settings.values():
+                if isinstance(rate, Rate):
+                    rate.clock = clocks.get(id(rate.table))
 
     @torch.inference_mode(False)  # as above
     def settle(self, attributes: Attributes) -> None:
@@ -309,7 +327,7 @@ class Engine:
         """Let a group show the rate of the next update, where no update has shown one yet."""
         output = group.outputs[name]
         rows = self.table(schedule, output.device).rows
-        now = reference.evaluate(rows, self.state_on(output.device).completed)
+        now = reference.evaluate(rows, self.clock_of(schedule, output.device))
         group.show(name, now * group["lr_scale"] if name == "lr" else now)
 
     # Device memory: made once for each device, and followed when the parameters move.
@@ -328,11 +346,16 @@ class Engine:
     def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
         """A schedule's table on a device."""
         if (schedule, device) not in self.tables:
-            table = ScheduleTable(schedule, device)
+            table = ScheduleTable(unclocked(schedule), device)
             for source in self._tables_of(schedule)[:1]:
                 table.rows.copy_(source.rows)
             self.tables[schedule, device] = table
         return self.tables[schedule, device]
+
+    def clock_of(self, schedule: Schedule, device: torch.device) -> Tensor:
+        """The count that a schedule is evaluated at: int64 on a device, its clock's or that of completed updates."""
+        state = self.state_on(device)
+        return self.clocks.on(schedule.clock, state).count if isinstance(schedule, Clocked) else state.completed
 
     def _tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
         """Of one schedule, those on each device."""

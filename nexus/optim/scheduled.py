@@ -5,19 +5,20 @@ from __future__ import annotations
 import weakref
 from typing import Any
 
+from torch import Tensor
 from torch._compile import _disable_dynamo
 
 from nexus.arguments import shown
 from nexus.backends import reference
-from nexus.backends.interface import StepState
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup
+from nexus.optim.timed import Timed
 from nexus.schedules import WSD, Schedule, from_torch
 from nexus.schedules.imports.torch_schedulers import step_of
 from nexus.schedules.table import ScheduleTable
 
 
-class Scheduled:
+class Scheduled(Timed):
     """The part of an optimizer that edits its schedules, on the device."""
 
     _engine: Engine
@@ -82,8 +83,8 @@ class Scheduled:
         Raises:
             RuntimeError: no group has a WSD schedule.
         """
-        for table, state in self._wsd_tables():
-            table.begin_decay(state.completed, reference.evaluate(table.rows, state.completed))
+        for table, now in self._wsd_tables():
+            table.begin_decay(now, reference.evaluate(table.rows, now))
 
     @_disable_dynamo
     def extend_stable(self, n: int) -> None:
@@ -98,17 +99,17 @@ class Scheduled:
         tables = self._wsd_tables()
         for table, _ in tables:
             table.check_extend_stable(n)
-        for table, state in tables:
-            table.extend_stable(n, state.completed)
+        for table, now in tables:
+            table.extend_stable(n, now)
 
-    def _wsd_tables(self) -> list[tuple[ScheduleTable, StepState]]:
+    def _wsd_tables(self) -> list[tuple[ScheduleTable, Tensor]]:
         self._engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
         chosen = [
-            (table, self._engine.state_on(device))
+            (table, self._engine.clock_of(schedule, device))
             for (schedule, device), table in self._engine.tables.items()
-            if isinstance(schedule, WSD)
+            if isinstance(table.schedule, WSD)
         ]
-        for schedule, _ in self._engine.tables:
+        for schedule in (table.schedule for table in self._engine.tables.values()):
             if not isinstance(schedule, WSD) and any(isinstance(part, WSD) for part in schedule.parts()):
                 raise RuntimeError(f"a WSD that is part of another schedule cannot be edited: {schedule!r}")
         if not chosen:

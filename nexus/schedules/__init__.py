@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from nexus.arguments import MAX_STEP
 from nexus.schedules.arc import Arc
 from nexus.schedules.base import Schedule
+from nexus.schedules.clock import Clock
 from nexus.schedules.compose import join, maximum, minimum
 from nexus.schedules.constant import Constant
 from nexus.schedules.cosine import Cosine, CosineRestarts
@@ -38,6 +39,7 @@ __all__ = [
     "WSD",
     "WSDS",
     "Arc",
+    "Clock",
     "Constant",
     "Cosine",
     "CosineRestarts",

@@ -15,6 +15,7 @@ from nexus.arguments import check_count, check_number, shown
 from nexus.schedules.curves import NEVER, Curve, Layer, Segment, value_of
 
 if TYPE_CHECKING:
+    from nexus.schedules.clock import Clock, Clocked
     from nexus.schedules.compose import Cooldown, Fold, Joined, Repeated, Warmup
     from nexus.schedules.sampled import Sampled
 
@@ -244,6 +245,20 @@ class Schedule(ABC):
         from nexus.schedules.compose import clipped
 
         return clipped(self, low, high)
+
+    def at(self, clock: Clock) -> Clocked:
+        """This schedule, evaluated at the count of a clock in place of the completed updates.
+
+        It is the last thing to be done to a schedule: what is at a clock can be part of no other. As a value, it is
+        called with the count.
+
+        >>> from nexus.schedules import Clock, Linear
+        >>> Linear(1.0, 0.0, 1_000_000).at(Clock())(750_000)
+        0.25
+        """
+        from nexus.schedules.clock import Clocked
+
+        return Clocked(self, clock)
 
     def __add__(self, other: Schedule) -> Fold:
         from nexus.schedules.compose import Fold

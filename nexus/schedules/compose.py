@@ -14,6 +14,7 @@ from typing import TypeVar
 
 from nexus.arguments import MAX_STEP, check_choice, check_count, check_number, shown
 from nexus.schedules.base import MAX_DEPTH, TOO_DEEP, Schedule, layers_of
+from nexus.schedules.clock import Clocked
 from nexus.schedules.constant import Constant
 from nexus.schedules.curves import DECAYS, FOLDS, MAX_LAYERS, Curve, Layer, Op, Segment, level, segment, value_of
 from nexus.schedules.splice import endless, spliced
@@ -349,6 +350,8 @@ def _checked(name: str, value: object) -> Schedule:
         is_torchs = hasattr(value, "get_last_lr")
         remedy = "from_torch makes one of a torch scheduler" if is_torchs else "Constant(lr) makes one of a number"
         raise TypeError(f"{name} must be a nexus Schedule, got {shown(value)}; {remedy}")
+    if isinstance(value, Clocked):
+        raise TypeError(f"{name} must be at no clock, got {value!r}; put the whole at its clock: (...).at(clock)")
     return value
 
 

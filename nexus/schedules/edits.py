@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from nexus.arguments import check_count, check_number, shown
 from nexus.schedules import WSD, Schedule
 from nexus.schedules.base import restored
+from nexus.schedules.clock import unclocked
 from nexus.schedules.curves import NEVER
 
 S = TypeVar("S", bound=Schedule)
@@ -28,7 +29,7 @@ _DECAY_EDITS = ("decay_start", "decay_from")
 
 def edit_names(schedule: Schedule) -> tuple[str, ...]:
     """What can be edited of a schedule. All are saved: torch.distributed.checkpoint loads no entry that is new."""
-    return ("extended", *_DECAY_EDITS) if isinstance(schedule, WSD) else ()
+    return ("extended", *_DECAY_EDITS) if isinstance(unclocked(schedule), WSD) else ()
 
 
 def saved_form(schedule: Schedule, edits: dict[str, Any]) -> dict[str, Any]:

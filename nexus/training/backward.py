@@ -240,6 +240,9 @@ class _OneParameter(Engine):
     def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
         return engine_of(self._owner).table(schedule, device)
 
+    def clock_of(self, schedule: Schedule, device: torch.device) -> Tensor:
+        return engine_of(self._owner).clock_of(schedule, device)
+
     def named_parameters(self, groups: list[ParamGroup]) -> Iterator[tuple[int, Tensor, str]]:
         yield 0, self._param, self.name
 

@@ -30,6 +30,7 @@ from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, engine_of
 from nexus.optim.groups import OWN_SCHEDULE
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
+from nexus.schedules.clock import Clocked
 from nexus.schedules.edits import edited, resumed, saved_form
 from nexus.training.device_rates import DeviceRates
 
@@ -64,6 +65,8 @@ class ScheduleLR(LRScheduler, Generic[S]):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
         if not isinstance(schedule, Schedule):
             raise TypeError(f"schedule must be a nexus Schedule, as WSD or Cosine, got {shown(schedule)}")
+        if isinstance(schedule, Clocked):
+            raise TypeError(f"a scheduler counts its own steps, got {schedule!r}; give it to FusedAdamW as lr")
         if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
             raise ValueError(f"last_epoch must be an int from -1, got {shown(last_epoch)}")
         self.schedule = self._given = schedule

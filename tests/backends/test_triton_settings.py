@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from clock_cases import train_by_tokens
 from references import (
     Float64AdamW,
     assert_same_run,
@@ -191,3 +192,8 @@ def test_found_inf_and_grad_scale_are_read_on_the_device(shape: tuple[int, ...],
             torch.testing.assert_close(optimizer.grad_norm, reference.grad_norm, rtol=1e-12, atol=0.0)
     assert int(optimizer.skipped_steps) == 2
     assert_same_run(optimizer, reference)
+
+
+@pytest.mark.parametrize("tensors", [False, True], ids=["numbers", "tensors"])
+def test_rates_follow_a_clock(tensors: bool) -> None:
+    train_by_tokens("triton", tensors)

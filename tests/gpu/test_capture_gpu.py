@@ -16,8 +16,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from nexus.backends import cuda, triton
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, CosineRestarts
-from nexus.training import capture_train_step
+from nexus.schedules import WSD, Clock, CosineRestarts
+from nexus.training import capture_train_step, find_lr
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
@@ -73,6 +73,41 @@ def test_ten_thousand_replays_have_the_rates_of_the_oracle(backend: str, schedul
     assert rows.step.tolist() == list(range(10_000))
     expected = torch.tensor(schedule.values(0, 10_000), dtype=torch.float64)
     assert torch.equal(rows.lr[:, 0].float(), expected.float())
+
+
+def test_a_clock_in_a_graph_counts_what_is_on_the_device(
+    backend: str, sync_debug_mode: Callable[[str], None]
+) -> None:
+    ends = []
+    for captures in (False, True):
+        torch.manual_seed(0)
+        clock, schedule = Clock(), WSD(300, 500, 400, 1e-2)
+        weight = torch.nn.Parameter(torch.ones(1000, device=DEVICE))
+        optimizer = FusedAdamW([weight], lr=schedule.at(clock), skip_nonfinite=True, backend=backend)
+
+        def train_step(
+            x: Tensor, weight: Tensor = weight, optimizer: FusedAdamW = optimizer, clock: Clock = clock
+        ) -> Tensor:
+            optimizer.zero_grad()
+            loss = (weight * x).square().sum()
+            loss.backward()
+            optimizer.step()
+            optimizer.advance(clock, (x > 0).sum() // 10)
+            return loss
+
+        step = capture_train_step(train_step, optimizer) if captures else train_step
+        inputs = torch.randn(20, 1000, device=DEVICE)
+        inputs[12, 5] = torch.inf
+        for index in range(20):
+            x = inputs[index]
+            sync_debug_mode("error" if index > 5 else "default")
+            step(x)
+        sync_debug_mode("default")
+        found = find_lr(step, optimizer, inputs, steps=20)
+        assert len(found.losses) >= 5
+        step(inputs[0])
+        ends.append((weight.detach().clone(), torch.tensor(clock.count), optimizer.param_groups[0]["lr"].clone()))
+    assert same_bits(*ends)
 
 
 @pytest.mark.parametrize("source", ["cpu", "pinned", "device"])

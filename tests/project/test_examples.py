@@ -78,6 +78,16 @@ def test_longer_decays_of_one_stable_phase_end_lower(capsys: pytest.CaptureFixtu
     assert_prints(capsys.readouterr().out.splitlines(), "branch_decays")
 
 
+def test_longer_decays_by_tokens_end_lower(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("token_clock")
+    losses = list(found["results"].values())
+    assert len(losses) == 5
+    assert losses == sorted(losses, reverse=True)
+    assert losses[-1] < 0.98 * losses[0]
+    assert found["clock"].count - found["saved_at"] == pytest.approx(400_000, rel=0.01)
+    assert_prints(capsys.readouterr().out.splitlines(), "token_clock")
+
+
 def test_the_ensemble_beats_its_members(capsys: pytest.CaptureFixture[str]) -> None:
     found = run("snapshot_ensemble")
     (accuracy, loss), members = found["ensemble"], found["scores"]

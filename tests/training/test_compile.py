@@ -15,7 +15,7 @@ from references import same_bits, snapshot
 from torch import Tensor, nn
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD
+from nexus.schedules import WSD, Clock
 from nexus.training import step_in_backward
 from nexus.training.schedulers import WSDScheduler
 
@@ -127,6 +127,23 @@ def assert_compiled_is_eager(*args: Any, **options: Any) -> None:
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 def test_a_training_step_is_compiled_once(backend: str, options: dict[str, Any]) -> None:
     assert_compiled_is_eager(backend=backend, **options)
+
+
+def by_tokens(model: nn.Module, optimizer: FusedAdamW) -> Step:
+    clock = optimizer.param_groups[0]["lr_schedule"].clock
+    step = plain(model, optimizer)
+
+    def train_step(x: Tensor) -> Tensor:
+        loss = step(x)
+        optimizer.advance(clock, (x < 0.7).sum())
+        return loss
+
+    return train_step
+
+
+def test_a_clock_is_advanced_in_a_compiled_step(backend: str) -> None:
+    lr = WSD(100, 200, 100, peak_lr=1e-2).at(Clock())
+    assert_compiled_is_eager(by_tokens, backend=backend, lr=lr, skip_nonfinite=True, overflow=True)
 
 
 @pytest.mark.slow

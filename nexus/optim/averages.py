@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -135,6 +136,33 @@ def saved_average(average: Average | None) -> dict[str, Any] | None:
     if isinstance(average, Mean):
         return saved | {"start": average.start}
     return saved | {"decay": average.decay.to_dict() if isinstance(average.decay, Schedule) else average.decay}
+
+
+def warn_of_difference(now: Average | None, saved: dict[str, Any], states: list[Any], index: int) -> None:
+    """Say where averages that were saved are not gone on with, or in another way. To be called by `load_state_dict`.
+
+    Args:
+        now: what group `index` asks for.
+        saved: the saved group.
+        states: those of its parameters.
+        index: of the group.
+
+    Raises:
+        TypeError, ValueError: `saved` has an average that is none.
+    """
+    before = check_average(f"average of param_groups[{index}] of the loaded state dict", saved.get("average"))
+    if now is not None and before is not None and saved_average(now) != saved_average(before):
+        warnings.warn(
+            f"group {index} averages its parameters by {now}, and the checkpoint did by {before}: what was saved "
+            "goes on by the former",
+            stacklevel=4,
+        )
+    if now is None and any(isinstance(state, dict) and "average" in state for state in states):
+        warnings.warn(
+            f"the checkpoint has averages of the parameters of group {index}, which keeps none here: they are left "
+            f"out. Give the constructor average={before or 'EMA(...)'} to go on with them",
+            stacklevel=4,
+        )
 
 
 def _from_dict(name: str, value: Mapping[str, Any]) -> Average:

@@ -2,15 +2,16 @@
 
 Everything is checked before anything is written. A load gives the parameters new moments, so that state dicts which
 were taken before keep theirs; where a graph has captured a step, or other processes share them, it writes in place.
-A group's schedule is saved under `lr_schedule` in plain types, with `step`, its counter, and `edits`, what
-`begin_decay` and `extend_stable` have changed.
+A group's schedule is saved under `lr_schedule` in plain types, with `step`, its counter, `edits`, what
+`begin_decay` and `extend_stable` have changed of a WSD, `pieces`, what any edit has put in force since, and of a
+`ReduceOnPlateau` `reports`, what it has heard.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -18,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import check_count, shown
 from nexus.backends.sharding import is_spread
-from nexus.optim.averages import check_average, saved_average
+from nexus.optim.averages import saved_average, warn_of_difference
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
@@ -29,6 +30,8 @@ from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
 from nexus.schedules.clock import Clock, Clocked, unclocked
+from nexus.schedules.reports import NAMES
+from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -41,6 +44,11 @@ In 1, the scales of second moments in 8 bits were the largest moments; since the
 """
 
 _SCHEDULE_KEYS = tuple(f"{name}_schedule" for name in SCHEDULABLE)
+
+_BESIDE = ("step", "edits", "pieces", "reports")
+"""What a group's saved schedule has besides its own fields."""
+
+_Edits: TypeAlias = tuple[dict[str, Any], list[tuple[int, Schedule, bool]], list[float] | None]
 
 _TORCH_OPTIONS = ("foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay")
 
@@ -102,11 +110,17 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
         schedule = group[f"{name}_schedule"]
         if schedule is not None:
             device = group.outputs[name].device
+            completed, table = int(engine.state_on(device).completed), engine.table(schedule, device)
             saved[f"{name}_schedule"] = {
                 **schedule.to_dict(),
                 "step": int(engine.clock_of(schedule, device)),
-                "edits": schedule_edits.saved_form(schedule, engine.table(schedule, device).edits()),
+                "edits": schedule_edits.saved_form(schedule, table.edits()),
+                "pieces": table.saved_pieces(),
             }
+            heard = table.reports()
+            if heard is not None:
+                saved[f"{name}_schedule"]["reports"] = heard
+                _warn_of_silence(table, completed, heard)
     return saved
 
 
@@ -117,6 +131,17 @@ def _saved_average(engine: Engine, group: ParamGroup) -> dict[str, Any] | None:
         device = next((param.device for param in group["params"] if not param.is_meta), torch.device("cpu"))
         saved["decay"]["step"] = int(engine.clock_of(average.schedule, device))
     return saved
+
+
+def _warn_of_silence(table: ScheduleTable, completed: int, heard: list[float]) -> None:
+    """Once, where a plateau has been trained with and has heard nothing."""
+    if completed > 0 and heard[NAMES.index("reports")] == 0.0 and not table.has_warned:
+        table.has_warned = True
+        warnings.warn(
+            f"{type(table.schedule).__name__} has heard no metric in {completed:,} updates, and lowers no rate "
+            "without: call optimizer.report(metric), after each evaluation or in each step",
+            stacklevel=5,
+        )
 
 
 def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
@@ -145,21 +170,26 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
-        _warn_of_averages(group, saved, states, index)
+        warn_of_difference(group["average"], saved, [states.get(key) for key in saved["params"]], index)
+        for name, schedule in group.schedules():
+            if name in edits[-1]:
+                table = engine.table(schedule, group.outputs[name].device)
+                for _, piece, _ in edits[-1][name][1]:
+                    table.check_edit(piece)
     extras = [_extra_entries(group, saved) for group, saved in pairs]
     completed = _completed(pairs, [states.get(key) for key in params])
     counts = _clock_counts(pairs)
 
     in_place = engine.runner is not None and engine.runner.has_captured()
     _load_states(optimizer, params, states, storages, in_place=in_place)
-    edits_of: dict[Schedule, dict[str, Any]] = {}  # groups with the same schedule share its table
+    edits_of: dict[Schedule, _Edits] = {}  # groups with the same schedule share its table
     for (group, saved), extra, found in zip(pairs, extras, edits, strict=True):
         _load_group(group, saved, extra)
         for name, schedule in group.schedules():
             if name in found:
                 edits_of.setdefault(schedule, found[name])
     for (schedule, _), table in engine.tables.items():
-        table.restore(edits_of.get(schedule, {}))
+        table.restore(*edits_of.get(schedule, ({}, (), None)))
     for device in devices_of(attributes_of(optimizer)):
         state = engine.state_on(device)
         state.completed.fill_(completed)
@@ -413,9 +443,9 @@ def _settings(saved: dict[str, Any]) -> dict[str, Any]:
     return chosen
 
 
-def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, dict[str, Any]]:
+def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict[str, _Edits]:
     """The saved edits of each schedule of the group; warns where the saved schedule is another one."""
-    edits: dict[str, dict[str, Any]] = {}
+    edits: dict[str, _Edits] = {}
     for name in SCHEDULABLE:
         now, before = group[f"{name}_schedule"], saved.get(f"{name}_schedule")
         if before is None:
@@ -442,25 +472,7 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
     return edits
 
 
-def _warn_of_averages(group: ParamGroup, saved: dict[str, Any], states: dict[Any, Any], index: int) -> None:
-    """Say where averages that were saved are not gone on with, or in another way."""
-    now = group["average"]
-    before = check_average(f"average of param_groups[{index}] of the loaded state dict", saved.get("average"))
-    if now is not None and before is not None and saved_average(now) != saved_average(before):
-        warnings.warn(
-            f"group {index} averages its parameters by {now}, and the checkpoint did by {before}: what was saved "
-            "goes on by the former",
-            stacklevel=4,
-        )
-    if now is None and any(isinstance(states.get(key), dict) and "average" in states[key] for key in saved["params"]):
-        warnings.warn(
-            f"the checkpoint has averages of the parameters of group {index}, which keeps none here: they are left "
-            f"out. Give the constructor average={before or 'EMA(...)'} to go on with them",
-            stacklevel=4,
-        )
-
-
-def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str, Any] | None:
+def _checked_schedule(now: Schedule | None, before: Any, name: str) -> _Edits | None:
     """The saved edits, where the saved schedule is of the type of the present one."""
     if not isinstance(before, dict):
         raise ValueError(f"{name} must be a dict, got {shown(before)}")
@@ -471,7 +483,11 @@ def _checked_schedule(now: Schedule | None, before: Any, name: str) -> dict[str,
         raise ValueError(f"{name}['type'] must be one of {known}, got {shown(kind)}")
     if now is None or now.to_dict()["type"] != kind:
         return None  # a partial load has left fields of this optimizer's schedule in it
-    saved = Schedule.from_dict({key: value for key, value in before.items() if key not in ("step", "edits")})
+    saved = Schedule.from_dict({key: value for key, value in before.items() if key not in _BESIDE})
     if type(unclocked(saved)) is not type(unclocked(now)):
         return None
-    return schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']")
+    return (
+        schedule_edits.checked_edits(now, before.get("edits"), f"{name}['edits']"),
+        schedule_edits.checked_pieces(before.get("pieces"), f"{name}['pieces']"),
+        schedule_edits.checked_reports(before.get("reports"), f"{name}['reports']"),
+    )

@@ -72,6 +72,7 @@ class Engine:
         self.first_ordinal = 0  # of its parameters, in the optimizer
         self.states: dict[torch.device, StepState] = {}
         self.tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
+        self.renewed = 0  # how often tables have come to have more layers
         self.clocks = Clocks()
         self.history: History | None = None
         self.plan: Plan | None = None
@@ -309,7 +310,7 @@ class Engine:
                 continue
             users[before] -= before is not None
             if assigned and not users[schedule]:
-                for table in self._tables_of(schedule):
+                for table in self.tables_of(schedule):
                     table.restore({})  # an equal one, whose decay may have begun, was assigned before
             users[schedule] += 1
             self._show_rate(group, name, schedule)
@@ -347,8 +348,8 @@ class Engine:
         """A schedule's table on a device."""
         if (schedule, device) not in self.tables:
             table = ScheduleTable(unclocked(schedule), device)
-            for source in self._tables_of(schedule)[:1]:
-                table.rows.copy_(source.rows)
+            for source in self.tables_of(schedule)[:1]:
+                table.follow(source)
             self.tables[schedule, device] = table
         return self.tables[schedule, device]
 
@@ -357,7 +358,12 @@ class Engine:
         state = self.state_on(device)
         return self.clocks.on(schedule.clock, state).count if isinstance(schedule, Clocked) else state.completed
 
-    def _tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
+    def renew_tables(self) -> None:
+        """Let the next step see that a table has more layers than it had."""
+        self.renewed += 1
+        self.forget_plan()
+
+    def tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
         """Of one schedule, those on each device."""
         return [self.tables[schedule, device] for device in self.states if (schedule, device) in self.tables]
 

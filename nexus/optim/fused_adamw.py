@@ -23,6 +23,7 @@ from nexus.optim.averaging import Averaged
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
 from nexus.optim.history import History
+from nexus.optim.listening import Listening
 from nexus.optim.scheduled import Scheduled
 from nexus.optim.storage import average_bytes, check_seed, trained_storages
 from nexus.schedules import Schedule
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedAdamW(Scheduled, Averaged, Optimizer):
+class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for `torch.optim.AdamW`.
 
     With :math:`\eta_t` the rate, :math:`\lambda_t` the weight decay and :math:`g_t` the gradient, clipped to

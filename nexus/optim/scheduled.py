@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from nexus.arguments import shown
-from nexus.backends import reference
+from nexus.arguments import check_choice, check_count, check_number, shown
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup
 from nexus.optim.timed import Timed
-from nexus.schedules import WSD, Schedule, from_torch
+from nexus.schedules import WSD, ReduceOnPlateau, Schedule, from_torch
+from nexus.schedules.clock import Clocked
+from nexus.schedules.compose import checked_part
+from nexus.schedules.curves import DECAYS
+from nexus.schedules.imports.plateaus import heard_by
 from nexus.schedules.imports.torch_schedulers import step_of
+from nexus.schedules.pieces import FromRate, decay_of, highest
 from nexus.schedules.table import ScheduleTable
 
 
@@ -29,7 +36,8 @@ class Scheduled(Timed):
         """Compute the rates of one of torch's schedulers on the device from here on: each group gets its schedule.
 
         The count of updates becomes the scheduler's, which is not to be stepped any more; a schedule of the weight
-        decay goes on at that count, too.
+        decay goes on at that count, too. A `ReduceLROnPlateau` counts no updates: the count stays, and `report()`
+        goes on from the best metric, the bad ones and the cooldown of the scheduler.
 
         Args:
             scheduler: of `torch.optim.lr_scheduler`, over this optimizer, new or in mid-run, stepped once an update.
@@ -67,33 +75,89 @@ class Scheduled(Timed):
         for group, schedule in zip(self.param_groups, schedules, strict=True):
             group["lr"] = schedule
             group.taken_over = schedule, weakref.ref(scheduler)
-        for device in devices_of(attributes_of(self)):
+        is_plateau = isinstance(scheduler, ReduceLROnPlateau)  # whose count is that of its reports
+        for device in [] if is_plateau else devices_of(attributes_of(self)):
             self._engine.state_on(device).completed.fill_(completed)
         # Now, not at the next step: a scheduler that is stepped on would make another schedule of one.
         self._engine.settle(attributes_of(self))
+        for schedule in schedules if is_plateau else []:
+            for table in self._engine.tables_of(schedule):
+                table.set_reports(heard_by(scheduler, cast(ReduceOnPlateau, schedule)))
         return schedules
 
+    @property
     @_disable_dynamo
-    def begin_decay(self) -> None:
-        """Let the decay of every WSD schedule of this optimizer begin with the next step.
+    def schedules(self) -> list[Schedule | None]:
+        """The schedule of each group's rate with all that was edited of it; None of a group that has none.
 
-        It starts from the rate of this moment, whatever that is: from 0, it stays 0. A decay that has begun goes
-        on. Reads nothing back from the device.
+        Reads the device. Of a `ReduceOnPlateau`, the reductions are not in it.
+        """
+        standing: dict[Schedule, Schedule] = {}
+        for schedule, table, _ in self._tables_of_rates():
+            whole = table.standing()
+            standing[schedule] = whole.at(schedule.clock) if isinstance(schedule, Clocked) else whole
+        return [standing.get(group["lr_schedule"]) for group in self.param_groups]
+
+    @property
+    def schedule(self) -> Schedule:
+        """The schedule that the rates of all groups share, with all that was edited of it. Reads the device.
 
         Raises:
-            RuntimeError: no group has a WSD schedule.
+            RuntimeError: they share none.
         """
-        for table, now in self._wsd_tables():
-            table.begin_decay(now, reference.evaluate(table.rows, now))
+        schedules = self.schedules
+        if schedules[0] is None or any(each != schedules[0] for each in schedules):
+            raise RuntimeError(f"the groups share no schedule: see optimizer.schedules, one a group: {schedules!r}")
+        return schedules[0]
 
     @_disable_dynamo
+    @torch.no_grad()
+    def begin_decay(self, steps: int | None = None, kind: str = "linear", to: float = 0.0) -> None:
+        """Let the rate decay from now on, from what it is at this moment. Reads nothing back from the device.
+
+        Without `steps`, the decay of every WSD schedule of this optimizer begins with the next step, also of a weight
+        decay; one that has begun goes on. With `steps`, every schedule that is a group's `lr` is left for a decay of
+        so many updates, also one that decays already.
+
+        Call this, as all edits, between steps, not in a step that is captured; graphs that have captured a step see
+        it. What the schedules have become, `schedules` tells.
+
+        Args:
+            steps: updates, at least 1.
+            kind: `"linear"`, `"cosine"` or `"sqrt"`.
+            to: the rate after the decay, which stays.
+
+        Raises:
+            RuntimeError: no group has a WSD schedule, or with `steps` a schedule.
+            TypeError, ValueError: naming the argument; nothing is changed.
+        """
+        if steps is not None:
+            curve = DECAYS[check_choice("kind", kind, DECAYS)].name.lower()
+            piece = FromRate(curve, check_number("to", to), check_count("steps", steps, low=1))
+            self._edit(lambda table: piece)
+            return
+        if kind != "linear" or to != 0.0:
+            raise ValueError("kind and to are of a decay with steps: give steps, or leave them to the WSD schedule")
+        late: list[tuple[ScheduleTable, Tensor, Schedule | FromRate]] = []
+        for table, now in self._wsd_tables():
+            if not table.pieces:
+                table.begin_decay(now, self._rate(table, now))
+                continue
+            decay = decay_of(cast(WSD, table.given))
+            last = table.pieces[-1].piece
+            if last != decay and not (isinstance(last, Schedule) and decay.has_made(last)):
+                late.append((table, now, decay))
+        self._put(late)
+
+    @_disable_dynamo
+    @torch.no_grad()
     def extend_stable(self, n: int) -> None:
         """Make the stable phase of every WSD schedule of this optimizer `n` updates longer.
 
         A decay that has begun goes on. Reads nothing back from the device.
 
         Raises:
-            RuntimeError: no group has a WSD schedule.
+            RuntimeError: no group has a WSD schedule, or one was edited otherwise.
             TypeError, ValueError: `n` is no count, or a stable phase is open-ended.
         """
         tables = self._wsd_tables()
@@ -102,19 +166,114 @@ class Scheduled(Timed):
         for table, now in tables:
             table.extend_stable(n, now)
 
+    @_disable_dynamo
+    def hold(self) -> None:
+        """Keep the rate of this moment from now on, in every group whose `lr` is a schedule. See `begin_decay`.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> from nexus.schedules import Linear
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = FusedAdamW([weight], lr=Linear(1.0, 0.0, 4))
+        >>> rates = []
+        >>> for step in range(4):
+        ...     if step == 2:
+        ...         optimizer.hold()
+        ...     weight.grad = torch.ones(2)
+        ...     optimizer.step()
+        ...     rates.append(float(optimizer.param_groups[0]["lr"]))
+        >>> rates
+        [1.0, 0.75, 0.5, 0.5]
+        """
+        self._edit(lambda table: FromRate())
+
+    @_disable_dynamo
+    def rewarm(self, steps: int, to: float | None = None) -> None:
+        """Let the rate rise on a straight line from what it is at this moment, and stay. See `begin_decay`.
+
+        Args:
+            steps: updates of the rise, at least 1.
+            to: the rate after it; by default the highest of the schedule that was given last.
+        """
+        steps = check_count("steps", steps, low=1)
+        high = None if to is None else check_number("to", to)
+        self._edit(lambda table: FromRate("linear", highest(table.given) if high is None else high, steps))
+
+    @_disable_dynamo
+    def replace(self, schedule: Schedule) -> None:
+        """Put another schedule in force from now on, at its own step 0, for every schedule that is a group's `lr`.
+
+        See `begin_decay`. A `ReduceOnPlateau` keeps what it has heard and its reductions: the schedule inside of it
+        is replaced.
+
+        Raises:
+            RuntimeError: no group has a schedule.
+            TypeError: `schedule` is none, or a `ReduceOnPlateau`.
+            ValueError: it does not fit in the memory of a schedule, which stays since graphs may read it. There is
+                room for 16 rows, or as many as the first schedule needed, in four layers, or three of a plateau.
+        """
+        checked = checked_part("schedule", schedule)
+        self._edit(lambda table: checked)
+
+    @torch.no_grad()
+    def _edit(self, piece_of: Callable[[ScheduleTable], Schedule | FromRate]) -> None:
+        """Put a piece in force in every table of a rate."""
+        tables = self._tables_of_rates()
+        if not tables:
+            raise RuntimeError("no parameter group has a schedule as lr: there is none to edit; write group['lr']")
+        self._put([(table, now, piece_of(table)) for _, table, now in tables])
+
+    def _put(self, edits: list[tuple[ScheduleTable, Tensor, Schedule | FromRate]]) -> None:
+        for table, _, piece in edits:
+            table.check_edit(piece)
+        for table, now, piece in edits:
+            if table.edit(piece, now, self._rate(table, now)):
+                self._engine.renew_tables()
+
+    def _rate(self, table: ScheduleTable, now: Tensor) -> Tensor:
+        """The rate of this moment, without a plateau's factor."""
+        return self._engine.backend.evaluate(table.of_schedule, now)
+
+    def _tables_of_rates(self) -> list[tuple[Schedule, ScheduleTable, Tensor]]:
+        """Of each schedule that is a group's rate, on each device; and its count."""
+        tables = self._tables()
+        rates = {group["lr_schedule"] for group in self.param_groups}
+        return [each for each in tables if each[0] in rates]
+
     def _wsd_tables(self) -> list[tuple[ScheduleTable, Tensor]]:
-        self._engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
-        chosen = [
-            (table, self._engine.clock_of(schedule, device))
-            for (schedule, device), table in self._engine.tables.items()
-            if isinstance(table.schedule, WSD)
-        ]
-        for schedule in (table.schedule for table in self._engine.tables.values()):
-            if not isinstance(schedule, WSD) and any(isinstance(part, WSD) for part in schedule.parts()):
-                raise RuntimeError(f"a WSD that is part of another schedule cannot be edited: {schedule!r}")
+        tables = self._tables()
+        chosen = [(table, now) for _, table, now in tables if isinstance(table.given, WSD)]
+        for _, table, _ in tables:
+            given = table.given
+            if not isinstance(given, WSD) and any(isinstance(part, WSD) for part in given.parts()):
+                raise RuntimeError(
+                    f"a WSD that is part of another schedule cannot be edited: {given!r}; begin_decay(steps) lets "
+                    "any rate decay"
+                )
         if not chosen:
-            raise RuntimeError("no parameter group has a WSD schedule; give one as lr, or ask the WSDScheduler")
+            raise RuntimeError(
+                "no parameter group has a WSD schedule; give one as lr, or ask the WSDScheduler; or say how long the "
+                "decay is, begin_decay(steps)"
+            )
         return chosen
+
+    def _tables(self) -> list[tuple[Schedule, ScheduleTable, Tensor]]:
+        """Of every schedule, on each device; and the count that it is evaluated at."""
+        engine = self._engine
+        engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
+        found = []
+        for (schedule, device), table in engine.tables.items():
+            _refuse_capture(device)
+            found.append((schedule, table, engine.clock_of(schedule, device)))
+        return found
+
+
+def _refuse_capture(device: torch.device) -> None:
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a step is being captured, and its graph would edit the schedule anew in each replay: call this between "
+            "steps, and the graph follows"
+        )
 
 
 def _is_taken_over(group: ParamGroup, scheduler: object) -> bool:

@@ -24,6 +24,7 @@ from nexus.schedules.curves import Curve, Segment
 from nexus.schedules.cyclic import Cyclic, OneCycle
 from nexus.schedules.exponential import Exponential, MultiStep, StepDecay
 from nexus.schedules.linear import Linear, Piecewise
+from nexus.schedules.plateau import ReduceOnPlateau
 from nexus.schedules.powers import InverseSqrt, Polynomial, Tanh
 from nexus.schedules.sampled import Sampled
 from nexus.schedules.wsd import WSD
@@ -52,6 +53,7 @@ __all__ = [
     "OneCycle",
     "Piecewise",
     "Polynomial",
+    "ReduceOnPlateau",
     "Sampled",
     "Schedule",
     "Segment",

@@ -40,6 +40,7 @@ class Schedule(ABC):
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
     _later: ClassVar[tuple[str, ...]] = ()  # fields that dicts of earlier versions lack
     _types: ClassVar[dict[str, type[Schedule]]] = {}
+    is_outermost: ClassVar[bool] = False  # whether it can be a part of no other schedule
     _depth: ClassVar[int] = 0  # of the schedules within schedules
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__
 

@@ -46,9 +46,9 @@ class Joined(Schedule):
         for i, (before, after) in enumerate(pairwise(checked)):
             if after < before:
                 raise ValueError(f"boundaries must ascend, but boundaries[{i + 1}]={after} is below {before}")
-        parts = tuple(_checked(f"schedules[{i}]", each) for i, each in enumerate(self.schedules))
+        parts = tuple(checked_part(f"schedules[{i}]", each) for i, each in enumerate(self.schedules))
         self._set(schedules=parts, boundaries=checked)
-        _check_whole(self)
+        check_whole(self)
 
     def __call__(self, step: int) -> float:
         schedule, own = self._at(step)
@@ -89,10 +89,10 @@ class Repeated(Schedule):
     n: int | None = None
 
     def __post_init__(self) -> None:
-        length = length_of(_checked("schedule", self.schedule), "repeat")
+        length = length_of(checked_part("schedule", self.schedule), "repeat")
         if self.n is not None:
             self._set(n=check_count("n", self.n, low=1, high=MAX_STEP // length, also="None (for ever)"))
-        _check_whole(self)
+        check_whole(self)
 
     def __call__(self, step: int) -> float:
         return self.schedule(self._own(step))
@@ -141,11 +141,11 @@ class Warmup(Schedule):
     count: str = "t/W"
 
     def __post_init__(self) -> None:
-        _checked("schedule", self.schedule)
+        checked_part("schedule", self.schedule)
         self._check_counts(steps=1)
         self._set(start=check_number("start", self.start), kind=check_choice("kind", self.kind, DECAYS))
         self._set(count=check_choice("count", self.count, COUNTS))
-        _check_whole(self)
+        check_whole(self)
 
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
@@ -192,10 +192,10 @@ class Cooldown(Schedule):
     kind: str = "linear"
 
     def __post_init__(self) -> None:
-        length_of(_checked("schedule", self.schedule), "cooldown")
+        length_of(checked_part("schedule", self.schedule), "cooldown")
         self._check_counts(steps=1)
         self._set(to=check_number("to", self.to), kind=check_choice("kind", self.kind, DECAYS))
-        _check_whole(self)
+        check_whole(self)
 
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
@@ -242,7 +242,7 @@ class Fold(Schedule):
 
     def __post_init__(self) -> None:
         self._set(op=check_choice("op", self.op, OPERATIONS))
-        counts = [len(layers_of(_checked(name, getattr(self, name)))) for name in ("left", "right")]
+        counts = [len(layers_of(checked_part(name, getattr(self, name)))) for name in ("left", "right")]
         if min(counts) > 1:
             raise ValueError(
                 f"{self.op} takes at most one operand of several layers, as they are folded from left to right, got "
@@ -250,7 +250,7 @@ class Fold(Schedule):
             )
         if sum(counts) > MAX_LAYERS:
             raise ValueError(f"{self!r} has {sum(counts)} layers; {MAX_LAYERS} are allowed; use fewer operations")
-        _check_whole(self)
+        check_whole(self)
 
     def __call__(self, step: int) -> float:
         return FOLDS[OPERATIONS[self.op]](self.left(step), self.right(step))
@@ -345,17 +345,27 @@ def length_of(schedule: Schedule, verb: str) -> int:
     return length
 
 
-def _checked(name: str, value: object) -> Schedule:
+def checked_part(name: str, value: object) -> Schedule:
+    """What is to be a part of another schedule.
+
+    Raises:
+        TypeError: it is no schedule, or one that is a part of none.
+    """
     if not isinstance(value, Schedule):
         is_torchs = hasattr(value, "get_last_lr")
         remedy = "from_torch makes one of a torch scheduler" if is_torchs else "Constant(lr) makes one of a number"
         raise TypeError(f"{name} must be a nexus Schedule, got {shown(value)}; {remedy}")
     if isinstance(value, Clocked):
         raise TypeError(f"{name} must be at no clock, got {value!r}; put the whole at its clock: (...).at(clock)")
+    if value.is_outermost:
+        kind = type(value).__name__
+        raise TypeError(
+            f"{name} must not be a {kind}, which is the outermost: make {kind}(...) of the composed schedule"
+        )
     return value
 
 
-def _check_whole(schedule: Schedule) -> None:
+def check_whole(schedule: Schedule) -> None:
     """Raise where a schedule of schedules is too deep, or has too many layers, rows or samples."""
     depth = 1 + max(part._depth for part in schedule.own_parts())
     if depth > MAX_DEPTH:

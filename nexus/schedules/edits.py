@@ -8,16 +8,19 @@ which the saved one differs, and the saved edits are made to it. `extended` is t
 
 from __future__ import annotations
 
+import json
+import math
 import reprlib
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
 from nexus.arguments import check_count, check_number, shown
-from nexus.schedules import WSD, Schedule
+from nexus.schedules import WSD, Schedule, reports
 from nexus.schedules.base import restored
 from nexus.schedules.clock import unclocked
 from nexus.schedules.curves import NEVER
+from nexus.schedules.plateau import inner_of
 
 S = TypeVar("S", bound=Schedule)
 
@@ -29,7 +32,7 @@ _DECAY_EDITS = ("decay_start", "decay_from")
 
 def edit_names(schedule: Schedule) -> tuple[str, ...]:
     """What can be edited of a schedule. All are saved: torch.distributed.checkpoint loads no entry that is new."""
-    return ("extended", *_DECAY_EDITS) if isinstance(unclocked(schedule), WSD) else ()
+    return ("extended", *_DECAY_EDITS) if isinstance(inner_of(unclocked(schedule)), WSD) else ()
 
 
 def saved_form(schedule: Schedule, edits: dict[str, Any]) -> dict[str, Any]:
@@ -55,6 +58,38 @@ def checked_edits(schedule: Schedule, saved: Any, name: str) -> dict[str, Any]:
         else:
             edits[edit] = check_count(f"{edit} in {name}", value, high=NEVER)
     return edits
+
+
+def checked_pieces(saved: Any, name: str) -> list[tuple[int, Schedule, bool]]:
+    """What `ScheduleTable.saved_pieces` wrote.
+
+    Raises:
+        TypeError, ValueError: naming it, what was given and what is allowed.
+    """
+    if saved is None:
+        return []
+    try:
+        found = json.loads(saved)
+        return [(check_count("step", step), Schedule.from_dict(piece), bool(own)) for step, piece, own in found]
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name} must be None or JSON of [step, schedule, whether it was given], {error}") from None
+
+
+def checked_reports(saved: Any, name: str) -> list[float] | None:
+    """What `ScheduleTable.reports` wrote; None where a schedule has none.
+
+    Raises:
+        ValueError: naming it, what was given and what is allowed.
+    """
+    if saved is None:
+        return None
+    is_right = isinstance(saved, (list, tuple)) and len(saved) == len(reports.NAMES)
+    if is_right and all(isinstance(each, (int, float)) for each in saved):
+        _, bad, cooldown, _, waiting, factor, count, base = map(float, saved)
+        counts = (bad, cooldown, waiting, count)
+        if all(each >= 0 and each.is_integer() for each in counts) and 0.0 <= factor < math.inf and base > 0.0:
+            return [float(each) for each in saved]
+    raise ValueError(f"{name} must be the numbers {', '.join(reports.NAMES)}, got {shown(saved)}")
 
 
 def differences(name: str, now: Mapping[str, Any], before: Mapping[str, Any]) -> list[str]:

@@ -202,7 +202,9 @@ class _OneParameter(Engine):
         self._follow()
         device = self._param.device
         came_back = self.states.get(device) is not self.state_on(device)  # from another device
-        if came_back or (self._last_write is not None and self._last_write is not LAST_WRITE[0]):
+        owner = engine_of(self._owner)
+        renewed, self.renewed = self.renewed != owner.renewed, owner.renewed
+        if came_back or renewed or (self._last_write is not None and self._last_write is not LAST_WRITE[0]):
             self.forget_plan()
         if self.runner is not None:
             self.runner.take_prologue(engine_of(self._owner).runner if shares_prologue else None, self._param)

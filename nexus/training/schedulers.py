@@ -31,6 +31,7 @@ from nexus.optim.engine import attributes_of, engine_of
 from nexus.optim.groups import OWN_SCHEDULE
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 from nexus.schedules.clock import Clocked
+from nexus.schedules.compose import checked_part
 from nexus.schedules.edits import edited, resumed, saved_form
 from nexus.training.device_rates import DeviceRates
 
@@ -67,6 +68,7 @@ class ScheduleLR(LRScheduler, Generic[S]):
             raise TypeError(f"schedule must be a nexus Schedule, as WSD or Cosine, got {shown(schedule)}")
         if isinstance(schedule, Clocked):
             raise TypeError(f"a scheduler counts its own steps, got {schedule!r}; give it to FusedAdamW as lr")
+        checked_part("schedule", schedule)
         if isinstance(last_epoch, bool) or not isinstance(last_epoch, int) or last_epoch < -1:
             raise ValueError(f"last_epoch must be an int from -1, got {shown(last_epoch)}")
         self.schedule = self._given = schedule

@@ -22,7 +22,7 @@ from references import (
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, Cosine
+from nexus.schedules import WSD, Constant, Cosine, ReduceOnPlateau
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 SHAPES = [(3,), (16_385,), (), (64, 65)]
@@ -60,6 +60,28 @@ def test_no_step_waits_for_the_device(name: str, sync_debug_mode: Callable[[str]
         optimizer.found_inf = torch.zeros(1, device="cuda")
         optimizer.step()
         sync_debug_mode("error")  # once the schedules' tables are there
+
+
+def test_reports_and_edits_wait_for_nothing(name: str, sync_debug_mode: Callable[[str], None]) -> None:
+    weight = torch.nn.Parameter(torch.zeros(5, device="cuda"))
+    schedule = ReduceOnPlateau(Cosine(0.5, 9), factor=0.5, patience=0)
+    optimizer = FusedAdamW([weight], lr=schedule, backend=name)
+    edits: list[Callable[[], None]] = [
+        lambda: optimizer.report(1.0),
+        lambda: optimizer.report(torch.ones((), device="cuda")),
+        optimizer.hold,
+        lambda: optimizer.begin_decay(4),
+        lambda: optimizer.rewarm(4),
+        lambda: optimizer.replace(Cosine(0.5, 9) * Constant(0.5)),
+    ]
+    for edit in edits:
+        weight.grad = torch.ones_like(weight)
+        optimizer.step()
+        sync_debug_mode("error")  # once the schedule's table is there
+        edit()
+    sync_debug_mode("default")
+    assert optimizer.schedule(len(edits)) == 0.25
+    assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["reports"][-3] == 0.5
 
 
 def test_a_step_follows_the_callers_stream(name: str) -> None:

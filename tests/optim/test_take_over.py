@@ -167,7 +167,8 @@ def test_a_scheduler_that_drives_the_rates_again_is_taken_over_again() -> None:
         (lambda o: None, "scheduler must be one of torch's over this optimizer, got None"),
         (lambda o: Constant(1.0), "scheduler must be one of torch's over this optimizer, got Constant"),
         (lambda o: lr_scheduler.StepLR(FusedAdamW(groups()), 3), "over this optimizer, got .*StepLR"),
-        (lambda o: lr_scheduler.ReduceLROnPlateau(o), "ReduceLROnPlateau"),
+        (lambda o: lr_scheduler.ReduceLROnPlateau(FusedAdamW(groups())), "over this optimizer, got .*ReduceLROnPl"),
+        (lambda o: lr_scheduler.ReduceLROnPlateau(o, threshold=-0.1), "threshold must be a finite number >= 0"),
         (lambda o: lr_scheduler.LambdaLR(o, lambda t: 1.0), "steps="),
     ],
 )

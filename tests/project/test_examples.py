@@ -1,6 +1,7 @@
 """The examples run, show what they say that they show, and their README shows what they print."""
 
 import difflib
+import math
 import re
 import runpy
 import warnings
@@ -105,6 +106,20 @@ def test_seven_bytes_learn_as_well_as_sixteen(capsys: pytest.CaptureFixture[str]
     assert (bytes_each, fewer_bytes) == pytest.approx((16.0, 7.1), abs=0.01)
     assert fewer_megabytes / megabytes == pytest.approx(fewer_bytes / bytes_each, rel=1e-3)  # added up, and predicted
     assert_prints(capsys.readouterr().out.splitlines(), "low_memory")
+
+
+def test_a_rate_is_halved_where_the_loss_stays(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run("plateau")
+    losses, rates = found["losses"], found["rates"]
+    assert rates == sorted(rates, reverse=True)
+    assert all(math.log2(rates[0] / rate).is_integer() for rate in rates)
+    assert rates[-1] < rates[0] / 16
+    assert losses[-1] < losses[0] / 2
+    lines = capsys.readouterr().out.splitlines()
+    of_numbers = re.compile(r"\d+\.\d+")  # which depend on when a loss is just better, or just not
+    assert [of_numbers.sub("", each) for each in lines] == [
+        of_numbers.sub("", each) for each in shown("", "python examples/plateau.py")
+    ]
 
 
 @pytest.mark.parametrize("name", NAMES)

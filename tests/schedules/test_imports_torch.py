@@ -165,11 +165,6 @@ def test_a_rate_that_was_changed_by_hand_is_found():
         from_torch(scheduler)
 
 
-def test_metric_driven_schedulers_are_refused():
-    with pytest.raises(NotImportable, match="metric-driven"):
-        from_torch(theirs.ReduceLROnPlateau(two_groups()))
-
-
 def test_other_classes_are_refused_with_the_remedy():
     class Mine(theirs.StepLR):
         pass

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from nexus.schedules import Constant, Sampled, from_torch, from_transformers
+from nexus.schedules import Constant, ReduceOnPlateau, Sampled, from_torch, from_transformers
 from nexus.schedules.imports import NotImportable
 
 transformers = pytest.importorskip("transformers", reason="the real objects are transformers' own")
@@ -83,10 +83,14 @@ def test_the_names_are_all_of_them():
     assert names - set(CASES) == {"reduce_lr_on_plateau", "greedy"}
 
 
-@pytest.mark.parametrize("name", ["reduce_lr_on_plateau", "greedy"])
-def test_metric_driven_names_are_refused(name):
-    with pytest.raises(NotImportable, match=f"'{name}' is metric-driven"):
-        from_transformers(name, 1e-2)
+def test_a_metric_driven_name_is_refused():
+    with pytest.raises(NotImportable, match="'greedy' is metric-driven"):
+        from_transformers("greedy", 1e-2)
+
+
+def test_a_plateau_is_one():
+    expected = ReduceOnPlateau(Constant(1e-2), factor=0.5, patience=3)
+    assert from_transformers("reduce_lr_on_plateau", 1e-2, factor=0.5, patience=3) == expected
 
 
 def test_an_unknown_name_is_transformers_error():

@@ -26,7 +26,8 @@ def metric_driven(name: str) -> NotImportable:
     """The error for a scheduler whose rate depends on a metric."""
     return NotImportable(
         f"{name} is metric-driven: its rate depends on the numbers that it is given while training, so that no "
-        "schedule of steps has the same rates; keep it, and assign the group's 'lr' a number after each of its steps"
+        "schedule of steps has the same rates; give FusedAdamW lr=ReduceOnPlateau(schedule, ...) and report() the "
+        "metric, or keep it, and assign the group's 'lr' a number after each of its steps"
     )
 
 

@@ -18,7 +18,7 @@ from nexus.schedules.cosine import CosineRestarts
 from nexus.schedules.curves import MAX_SAMPLES
 from nexus.schedules.cyclic import Cyclic, OneCycle
 from nexus.schedules.exponential import Exponential, MultiStep, StepDecay
-from nexus.schedules.imports import lambdas
+from nexus.schedules.imports import lambdas, plateaus
 from nexus.schedules.imports.proof import NotImportable, followed, metric_driven, prove, steps_to_prove
 from nexus.schedules.linear import Linear
 from nexus.schedules.powers import Polynomial
@@ -33,6 +33,8 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
     `schedules[i](scheduler.last_epoch)` is the present rate of group i. The scheduler is left as it is.
 
     Of `OneCycleLR` and `CyclicLR`, the rates are imported; the betas and momenta that these cycle are not yet.
+    Of a `ReduceLROnPlateau`, each schedule is a `ReduceOnPlateau` over the present rate, which has heard nothing;
+    `FusedAdamW.take_over` goes on from what the scheduler has heard.
     A `LambdaLR` of transformers' or torchtitan's functions is imported by what they are; of any other, by a table of
     its rates.
 
@@ -43,7 +45,7 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
         exact: follow the object, with its rounding, by a table of its rates for `steps` steps.
 
     Raises:
-        NotImportable: a metric-driven scheduler, an unknown class, or a table without `steps`.
+        NotImportable: a metric-driven part of a scheduler, an unknown class, or a table without `steps`.
         TypeError, ValueError: a number that no schedule takes, such as a `gamma` of 0.
         ImportMismatch: some rate differs by more than 1e-11 relative plus 1e-15 of the peak.
 
@@ -52,6 +54,8 @@ def from_torch(scheduler: Scheduler, *, steps: int | None = None, exact: bool = 
     [StepDecay(peak_lr=1.0, gamma=0.5, every=10, min_lr=0.0)]
     """
     name = type(scheduler).__name__
+    if type(scheduler) is theirs.ReduceLROnPlateau:
+        return [*plateaus.plateaus_of(scheduler, exact=exact)]
     if steps is not None:
         steps = check_count("steps", steps, low=1, high=MAX_SAMPLES - 1)
     if _is_opaque(scheduler) or exact:

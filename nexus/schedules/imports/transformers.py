@@ -30,8 +30,8 @@ def from_transformers(
 
     Args:
         name: `"linear"`, `"cosine"`, `"cosine_with_restarts"`, `"polynomial"`, `"constant"`, `"inverse_sqrt"`,
-            `"constant_with_warmup"`, `"cosine_with_min_lr"`, `"cosine_warmup_with_min_lr"` or
-            `"warmup_stable_decay"`.
+            `"constant_with_warmup"`, `"cosine_with_min_lr"`, `"cosine_warmup_with_min_lr"`,
+            `"warmup_stable_decay"` or `"reduce_lr_on_plateau"`, a `ReduceOnPlateau`.
         lr: the optimizer's rate, 0 or above.
         num_warmup_steps: as of `get_scheduler`.
         num_training_steps: as of `get_scheduler`.
@@ -40,14 +40,14 @@ def from_transformers(
         kwargs: what `get_scheduler` calls `scheduler_specific_kwargs`.
 
     Raises:
-        NotImportable: `"reduce_lr_on_plateau"` and `"greedy"`, which are metric-driven.
+        NotImportable: `"greedy"`, which is metric-driven.
         ImportMismatch: some rate differs by more than 1e-11 relative plus 1e-15 of the peak.
         ValueError: an unknown name, or a number that the name needs is missing: transformers' own error.
     """
     from transformers import get_scheduler
 
     given = getattr(name, "value", name)
-    if given in ("reduce_lr_on_plateau", "greedy"):
+    if given == "greedy":
         raise metric_driven(f"{given!r}")
     if check_number("lr", lr) == 0.0:
         return Constant(0.0)

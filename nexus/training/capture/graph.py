@@ -58,6 +58,7 @@ class CapturedGraph:
         self._fused = optimizer if isinstance(optimizer, FusedAdamW) else None
         self._runner = None if self._fused is None else engine_of(self._fused).runner  # whose memory the graph reads
         self._glance = None if self._fused is None else engine_of(self._fused).glance()
+        self._renewed = self._tables_renewed()
 
     def replay(self, inputs: list[Tensor]) -> Outputs:
         """Run the step once, on these inputs. Enqueues work; reads nothing back.
@@ -70,6 +71,7 @@ class CapturedGraph:
         if fused is not None:
             engine_of(fused).check_shows_parameters("a captured step")
         is_as_seen = fused is not None and glance is not None and glance.same(attributes_of(fused))
+        is_as_seen = is_as_seen and self._renewed == self._tables_renewed()
         if not is_as_seen:
             self._check_parameters()
             self._check_options()
@@ -109,6 +111,8 @@ class CapturedGraph:
         is_same = len(options) == len(self._options) and all(
             now[2] is then[2] for now, then in zip(options, self._options, strict=True)
         )
+        renewed = self._tables_renewed()
+        is_same = is_same and self._renewed == renewed
         if self._fused is not None:
             for group in self._fused.param_groups:
                 group.check_outputs()
@@ -118,6 +122,11 @@ class CapturedGraph:
         elif not is_same:
             _refuse_changes(self._options, options)
         self._options = options
+        self._renewed = renewed
+
+    def _tables_renewed(self) -> int:
+        """How often the tables of schedules have come to have more layers."""
+        return 0 if self._fused is None else engine_of(self._fused).renewed
 
 
 def _addresses(params: list[Tensor]) -> list[int]:

@@ -73,13 +73,12 @@ def _update_block(
         max_exp_avg_sq = load_moment(max_exp_avg_sqs, place, T, ALIGNED)
     average = param
     if AVERAGED:
-        average = load(averages, i, count, T, ALIGNED)
+        average = load_moment(averages, place, T, ALIGNED)
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = adamw(
         param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRAD
     )
     words = 0
-    narrow_average = AVERAGED and averages.dtype.element_ty == tl.bfloat16
-    if STOCHASTIC or _bits(exp_avgs) == 8 or _bits(exp_avg_sqs) < 32 or narrow_average:
+    if STOCHASTIC or _bits(exp_avgs) == 8 or _bits(exp_avg_sqs) < 32 or (AVERAGED and _bits(averages) < 32):
         words = random_words(chance, place)
     store_param(params, lows, place, param, words, HAS_MASTER, STOCHASTIC, ALIGNED)
     # To nearest, a second moment would freeze: what a step adds is less than half a unit.
@@ -88,7 +87,7 @@ def _update_block(
     if AMSGRAD:
         store_moment(max_exp_avg_sqs, place, max_exp_avg_sq, words, True, ALIGNED)
     if AVERAGED:
-        store_moment((averages, averages), place, averaged(average, param, coefficients), words, True, ALIGNED)
+        store_moment(averages, place, averaged(average, param, coefficients), words, True, ALIGNED)
 
 
 @triton.jit
@@ -131,7 +130,7 @@ def _update_chunk(
         _moment(exp_avg_address, record + _EXP_AVG_SCALE, begin, EXP_AVG),
         _moment(exp_avg_sq_address, record + _EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
         _moment(max_address, record + _MAX_EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
-        stream_at(average_address, begin, DTYPES[AVERAGE]),
+        _moment(average_address, record + _EXP_AVG_SCALE, begin, DTYPES[AVERAGE]),  # it has no scales
     )
     # Chunks begin at multiples of 16 elements: a stream is aligned where its tensor is.
     addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address | max_address | average_address

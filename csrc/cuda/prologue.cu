@@ -82,7 +82,7 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
     const Row& row = table.rows[tensor->group];
     const BetaProducts products = beta_products(row, tensor->beta_products, count);
     table.coefficients[i].products = products;
-    return coefficients(row, products);
+    return coefficients(row, products, count);
   };
   if (tensor != nullptr && !has_products && shared.is_first()) {
     shared.put(own());

@@ -38,7 +38,7 @@ class Rate:
     last: Tensor | None = None  # 0-dim float64: where a schedule's value is left once used
 
 
-RATES = ("lr", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "lr_scale")
+RATES = ("lr", "weight_decay", "beta1", "beta2", "eps", "max_grad_norm", "lr_scale", "average_decay")
 """The hyperparameters of a parameter group that may move while graphs are replayed, in the order of the extension's
 record `Group` (csrc/record.h)."""
 
@@ -56,6 +56,7 @@ STATE_NAMES = (
     "exp_avg",
     "exp_avg_sq",
     "max_exp_avg_sq",
+    "average",
     "exp_avg_scale",
     "exp_avg_sq_scale",
     "max_exp_avg_sq_scale",
@@ -75,9 +76,8 @@ class StateStreams(NamedTuple):
     exp_avg_sq_scale: Tensor | None
     max_exp_avg_sq_scale: Tensor | None
     master_low: Tensor | None  # the low bits of a float32 master weight: int16 (all), or uint8 (the upper half)
-    beta_products: (
-        Tensor | None
-    )  # float64 (3,): the products of beta1 and beta2 over this many updates; None: beta**t
+    average: Tensor | None  # of the parameter over its updates: of the arithmetic's dtype, or bfloat16
+    beta_products: Tensor | None  # float64 (3,): of the beta1 and of the beta2 of this many updates; None: beta**t
     step: Tensor  # 0-dim float64: this parameter's own count of updates, which it holds exactly up to 2**53
 
 

@@ -259,7 +259,13 @@ def _update(
     weight = streams.weight(dtype)
     # Not (1 - decay) * weight: rounded to float32, that factor is off the same way in every step.
     decayed = torch.where(weight.isfinite(), decay * weight, 0.0)  # an infinite parameter stays what it is
-    streams.put_weight(weight - (decayed + step_size * m / denominator))
+    weight = weight - (decayed + step_size * m / denominator)
+    streams.put_weight(weight)
+    if state.average is not None:
+        # A parameter's first update copies it, as torch.optim.swa_utils.AveragedModel does.
+        share = torch.where(t == 1.0, 1.0, 1.0 - rates["average_decay"]).to(dtype)
+        average = streams.moment("average")
+        streams.put_moment("average", torch.where(share == 1.0, weight, average + share * (weight - average)))
     streams.put_moment("exp_avg", m)
     streams.put_moment("exp_avg_sq", v)
     state.step.add_(1 if skip is None else ~skip)
@@ -287,7 +293,7 @@ class _Streams:
         self._stochastic = entry.stochastic_rounding
 
     def moment(self, name: str) -> Tensor:
-        return codecs.decoded(codecs.flat(self._state[name]), self._state[f"{name}_scale"])
+        return codecs.decoded(codecs.flat(self._state[name]), self._state.get(f"{name}_scale"))
 
     def put_moment(self, name: str, value: Tensor) -> None:
         stored = codecs.flat(self._state[name])

@@ -78,7 +78,7 @@ def _rates(group, t, mask):
     A loop, so that what evaluates a schedule is compiled once.
     """
     lr = tl.zeros_like(group.to(tl.int64)).to(tl.float64)
-    weight_decay, beta1, beta2, eps, limit, scale = lr, lr, lr, lr, lr, lr
+    weight_decay, beta1, beta2, eps, limit, scale, decay = lr, lr, lr, lr, lr, lr, lr
     for k in range(_RATES):
         rate = _rate(group + k * _RATE_WORDS, t, mask)
         lr = tl.where(k == 0, rate, lr)
@@ -88,8 +88,9 @@ def _rates(group, t, mask):
         eps = tl.where(k == 4, rate, eps)
         limit = tl.where(k == 5, rate, limit)
         scale = tl.where(k == 6, rate, scale)
+        decay = tl.where(k == 7, rate, decay)
     is_scheduled = tl.load(group + _TABLE, mask=mask, other=0) != 0
-    return tl.where(is_scheduled, scale * lr, lr), weight_decay, beta1, beta2, eps, limit
+    return tl.where(is_scheduled, scale * lr, lr), weight_decay, beta1, beta2, eps, limit, decay
 
 
 @triton.jit
@@ -142,7 +143,7 @@ def norm(chunks, records, partial_sums, KINDS: tl.constexpr):
     kind = tl.load(record + GROUP_AND_KIND_WORD) >> 32
     for j in tl.static_range(len(KINDS)):
         if kind == j:
-            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, DTYPES[KINDS[j][1]], 2 * KINDS[j][7])
+            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, DTYPES[KINDS[j][1]], 2 * KINDS[j][8])
 
 
 @triton.jit(do_not_specialize=["partial_sums", "count", "sum_of_squares"])
@@ -225,7 +226,7 @@ def prologue(
             i = offset + lanes
             mask = i < group_count
             group = groups + i * _GROUP_WORDS
-            lr, weight_decay, _, _, _, limit = _rates(group, t, mask)
+            lr, weight_decay, _, _, _, limit, _ = _rates(group, t, mask)
             if skips == 0:
                 _leave(group, lr, mask)
                 _leave(group + _WEIGHT_DECAY, weight_decay, mask)
@@ -240,7 +241,7 @@ def prologue(
         record = records + i * RECORD_WORDS
         mask = (i < record_count) & (tl.load(record + STEP_WORD, mask=i < record_count, other=0) != 0)
         group = groups + (tl.load(record + GROUP_AND_KIND_WORD, mask=mask, other=0) & 0xFFFFFFFF) * _GROUP_WORDS
-        lr, weight_decay, beta1, beta2, eps, limit = _rates(group, t, mask)
+        lr, weight_decay, beta1, beta2, eps, limit, decay = _rates(group, t, mask)
         multiplier = 1.0 / (tl.zeros_like(lr) + scale.to(tl.float64))
         multiplier *= _clip(limit, total_norm)
         multiplier = tl.where(tl.load(group + _MAXIMIZE, mask=mask, other=0) != 0, -multiplier, multiplier)
@@ -259,9 +260,10 @@ def prologue(
         tl.store(row + 5, lr / (1.0 - product1), mask=mask)
         tl.store(row + 6, 1.0 / tl.sqrt(1.0 - product2), mask=mask)
         tl.store(row + 7, eps, mask=mask)
-        tl.store(row + 8, count, mask=mask)
-        tl.store(row + 9, product1, mask=mask)
-        tl.store(row + 10, product2, mask=mask)
+        tl.store(row + 8, tl.where(count == 1.0, 1.0, 1.0 - decay), mask=mask)
+        tl.store(row + 9, count, mask=mask)
+        tl.store(row + 10, product1, mask=mask)
+        tl.store(row + 11, product2, mask=mask)
 
 
 @triton.jit(do_not_specialize=["table", "layers", "rows", "steps", "count", "out"])

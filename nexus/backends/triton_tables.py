@@ -29,6 +29,7 @@ COEFFICIENTS = (
     "step_size",
     "inv_sqrt_bias2",
     "eps",
+    "average_weight",
     "count",  # of the tensor's updates, this one included
     "product1",  # of the beta1 of all of them
     "product2",
@@ -66,6 +67,7 @@ class Kind(NamedTuple):
     master_low: int
     amsgrad: bool
     stochastic_rounding: bool
+    average: int
     elements: int  # at once
 
 
@@ -82,6 +84,7 @@ def kind_of(entry: TensorEntry, block_elements: int) -> Kind:
         -1 if state.master_low is None else DTYPE_INDEX[state.master_low.dtype],
         state.max_exp_avg_sq is not None,
         entry.stochastic_rounding,
+        -1 if state.average is None else DTYPE_INDEX[state.average.dtype],
         block_elements,
     )
 

@@ -20,6 +20,7 @@ from torch.utils._pytree import tree_map_only
 from nexus.arguments import check_count, shown
 from nexus.backends.interface import RATES
 from nexus.backends.sharding import is_spread
+from nexus.optim.averages import saved_average, warn_of_difference
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import BETAS, SCHEDULABLE, SETTINGS, ParamGroup, shown_name
@@ -51,6 +52,7 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
     engine = engine_of(optimizer)
+    engine.check_shows_parameters("state_dict()")
     engine.settle(attributes_of(optimizer))
     indices: dict[int, int] = {}
     for index, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
@@ -90,6 +92,9 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int], dev
     for name in STORAGE_DEFAULTS:
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
+    saved["average"] = _saved_average(engine, group)
+    if saved["average"] is None:
+        del saved["average"]  # which checkpoints of earlier versions lack
     for name in RATES:
         _save_rate(engine, group, name, saved, device)
     return saved
@@ -98,7 +103,7 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int], dev
 def _save_rate(engine: Engine, group: ParamGroup, name: str, saved: dict[str, Any], device: torch.device) -> None:
     """Put one of `RATES` into a saved group: as a float, which torch loads, and its schedule, if it has one."""
     value, schedule = group.given(name), group.schedule(name)
-    if schedule is None and not isinstance(value, Tensor):
+    if (schedule is None and not isinstance(value, Tensor)) or name == "average_decay":  # see _saved_average
         return
     device = _device_of(group, name, device)
     number = float(value) if isinstance(value, Tensor) else float(engine.coming(group, name, device))
@@ -128,6 +133,15 @@ def _device_of(group: ParamGroup, name: str, device: torch.device) -> torch.devi
     return group.outputs[name].device if name in group.outputs else device
 
 
+def _saved_average(engine: Engine, group: ParamGroup) -> dict[str, Any] | None:
+    average = group["average"]
+    saved = saved_average(average)
+    if saved is not None and "decay" in saved and average.schedule is not None:
+        device = next((param.device for param in group["params"] if not param.is_meta), torch.device("cpu"))
+        saved["decay"]["step"] = int(engine.clock_of(average.schedule, device))
+    return saved
+
+
 def _warn_of_silence(table: ScheduleTable, completed: int, heard: list[float]) -> None:
     """Once, where a plateau has been trained with and has heard nothing."""
     if completed > 0 and heard[NAMES.index("reports")] == 0.0 and not table.has_warned:
@@ -150,6 +164,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
 
     state_dict = as_torch_saves(state_dict)
     engine = engine_of(optimizer)
+    engine.check_shows_parameters("load_state_dict()")
     engine.settle(attributes_of(optimizer))
     pairs = list(zip(optimizer.param_groups, checked_groups(optimizer.param_groups, state_dict), strict=True))
     states, params = state_dict["state"], {}
@@ -164,6 +179,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     edits, device = [], devices_of(attributes_of(optimizer))[0]
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
+        warn_of_difference(group["average"], saved, [states.get(key) for key in saved["params"]], index)
         for name, schedule in group.schedules():
             if name in edits[-1]:
                 table = engine.table(schedule, _device_of(group, name, device))
@@ -294,6 +310,8 @@ def _clock_counts(pairs: list[tuple[ParamGroup, dict[str, Any]]]) -> dict[Clock,
             if not isinstance(schedule, Clocked):
                 continue
             clock, before = schedule.clock, saved.get(f"{name}_schedule")
+            if name == "average_decay" and isinstance(saved.get("average"), dict):
+                before = saved["average"].get("decay")
             clocked.setdefault(clock, f"param_groups[{index}]['{name}_schedule']")
             if isinstance(before, dict) and before.get("type") == "Clocked":
                 counts[clock] = max(counts.get(clock, 0), int(before["step"]))

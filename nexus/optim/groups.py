@@ -18,6 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nexus.arguments import as_real, check_number, shown
 from nexus.arguments import check_choice as argument_choice
 from nexus.backends.interface import LAST_WRITE, RATES, GroupSettings, Rate
+from nexus.optim.averages import check_average
 from nexus.optim.storage import BIAS_CORRECTIONS, STORAGE_DEFAULTS, check_choice
 from nexus.optim.torch_options import refuse_differentiable
 from nexus.schedules import Schedule
@@ -81,6 +82,9 @@ class ParamGroup(dict[str, Any]):
 
     def given(self, name: str) -> Any:
         """One of `RATES`, as it stands in the group."""
+        if name == "average_decay":
+            average = self.get("average")
+            return 0.0 if average is None else average.decay
         return self["betas"][BETAS.index(name)] if name in BETAS else self[name]
 
     def schedule(self, name: str) -> Schedule | None:
@@ -339,6 +343,7 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "exp_avg_dtype": check_choice,
     "exp_avg_sq_dtype": check_choice,
     "stochastic_rounding": _flag,
+    "average": check_average,
 }
 """The keys of a group whose values a step uses. Each has a check, which returns what was given as a number of
 Python's: in an array or a tensor, a change would go unnoticed."""

@@ -11,10 +11,11 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from nexus.arguments import check_count, check_fraction, check_number, shown
+from nexus.arguments import MAX_STEP, check_count, check_fraction, check_number, shown
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, devices_of, engine_of
-from nexus.schedules import Clock, Exponential
+from nexus.schedules import Clock, Exponential, ReduceOnPlateau
+from nexus.schedules.clock import unclocked
 from nexus.training.rewind import rewinding
 
 B = TypeVar("B")
@@ -143,7 +144,8 @@ def _swept(
     """The losses of the sweep, as far as it came."""
     engine, clock = engine_of(optimizer), Clock()
     for group in optimizer.param_groups:
-        group["lr"] = sweep.at(clock)
+        hears = isinstance(unclocked(group["lr_schedule"]), ReduceOnPlateau)  # what the train step may report
+        group["lr"] = (ReduceOnPlateau(sweep, patience=MAX_STEP) if hears else sweep).at(clock)
     engine.settle(attributes_of(optimizer))
     optimizer.sync_hyperparameters()
     devices = devices_of(attributes_of(optimizer))

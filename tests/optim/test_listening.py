@@ -17,7 +17,7 @@ from nexus.optim import FusedAdamW, listening
 from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Cosine, ReduceOnPlateau, Schedule
 from nexus.schedules.table import ScheduleTable
-from nexus.training import capture_train_step
+from nexus.training import capture_train_step, find_lr
 
 LOSSES = [3.0, 2.0, 2.0, 1.9999, math.nan, 2.5, 1.0, 1.0, 1.5, 1.0, 0.99999, 1.0, math.inf, 1.0, 1.0, 1.0]
 
@@ -195,6 +195,29 @@ def test_a_wrong_metric_changes_nothing(metric: Any, error: type[Exception], wor
     with pytest.raises(error, match=words):
         optimizer.report(metric)
     assert all(map(torch.equal, before, [table.rows for table in engine_of(optimizer).tables.values()]))
+
+
+def test_a_range_test_sweeps_over_a_step_that_reports(backend: str) -> None:
+    found = []
+    for schedule in (Constant(0.5), ReduceOnPlateau(Constant(0.5), patience=0)):
+        torch.manual_seed(0)
+        optimizer = make(schedule, backend)
+        (param,) = optimizer.param_groups[0]["params"]
+
+        def train_step(x: torch.Tensor, param: Any = param, optimizer: Any = optimizer, hears: bool = bool(found)):
+            optimizer.zero_grad()
+            loss = (param - x).square().mean()
+            loss.backward()
+            optimizer.step()
+            if hears:
+                optimizer.report(loss)
+            return loss
+
+        found.append(find_lr(train_step, optimizer, [torch.ones(3)] * 20, low=1e-3, high=10.0, steps=20))
+    assert found[0].losses == found[1].losses
+    optimizer.report(1.0)
+    optimizer.report(1.0)
+    assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["reports"][5:7] == [0.05, 2.0]
 
 
 @pytest.mark.parametrize("metric", [0.5, torch.zeros((), device="cpu")], ids=["number", "tensor"])

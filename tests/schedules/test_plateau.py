@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 from typing import Any
@@ -40,24 +41,30 @@ def metrics(choose: random.Random) -> list[float]:
     return [choose.choice(pool) if choose.random() < 0.7 else choose.random() for _ in range(REPORTS)]
 
 
-def test_ten_thousand_streams_of_metrics_are_torchs_bit_for_bit() -> None:
+def test_ten_thousand_streams_of_metrics_are_torchs_bit_for_bit(graphs: Any) -> None:
+    """By operations that are launched, and by those that a graph repeats."""
     choose = random.Random(0)
     reduced = 0
     for _ in range(SETS):
         given, lr = options(choose), choose.choice([1.0, 0.1, 3e-4])
         schedule = ReduceOnPlateau(Constant(lr), **given)
         table = ScheduleTable(schedule, torch.device("cpu"))
-        layer = table.rows[-1, ..., None].expand(-1, -1, STREAMS).clone()
+        eager, captured = (table.rows[-1, :2, :, None].expand(-1, -1, STREAMS).clone() for _ in range(2))
         streams = [metrics(choose) for _ in range(STREAMS)]
         theirs = [torchs(lr, given) for _ in streams]
+        metric, rate = torch.zeros(STREAMS, dtype=torch.float64), torch.ones(STREAMS, dtype=torch.float64)
+        graph, _ = graphs.capture(functools.partial(reports.report, captured, schedule, metric, rate))
         for each in torch.tensor(streams, dtype=torch.float64).T:
-            reports.report(layer, schedule, each, torch.ones(STREAMS, dtype=torch.float64))
-            for scheduler, metric in zip(theirs, each.tolist(), strict=True):
-                scheduler.step(metric)
-            assert layer[1, reports._FACTOR].tolist() == [s.optimizer.param_groups[0]["lr"] for s in theirs]
-        assert layer[0, 4].tolist() == [s.best for s in theirs]
-        assert layer[0, 5].tolist() == [s.num_bad_epochs for s in theirs]
-        assert layer[0, 6].tolist() == [s.cooldown_counter for s in theirs]
+            metric.copy_(each)
+            reports.report(eager, schedule, metric, rate)
+            graph.replay()
+            for scheduler, number in zip(theirs, each.tolist(), strict=True):
+                scheduler.step(number)
+            assert eager[1, reports._FACTOR].tolist() == [s.optimizer.param_groups[0]["lr"] for s in theirs]
+        assert torch.equal(captured, eager)
+        assert eager[0, 4].tolist() == [s.best for s in theirs]
+        assert eager[0, 5].tolist() == [s.num_bad_epochs for s in theirs]
+        assert eager[0, 6].tolist() == [s.cooldown_counter for s in theirs]
         reduced += sum(s.optimizer.param_groups[0]["lr"] < lr for s in theirs)
     assert SETS * STREAMS // 2 < reduced < SETS * STREAMS
 

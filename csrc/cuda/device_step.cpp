@@ -20,6 +20,7 @@ DeviceStep::DeviceStep(const Records& records, const Part& part, std::unique_ptr
     // One at least: the first chunk's block counts the tensor's steps.
     contents_.chunk_count += tensor.numel == 0 ? 1 : chunk_count(tensor.numel);
     contents_.kinds.add(tensor);
+    contents_.keeps_products = contents_.keeps_products || tensor.beta_products != nullptr;
   }
   table_->forget();
   read_groups();

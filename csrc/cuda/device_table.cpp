@@ -79,6 +79,7 @@ void DeviceTable::lay_out(const Contents& now, cudaStream_t stream) {
   table_.group_count = static_cast<int64_t>(now.groups.size());
   table_.chunk_count = now.chunk_count;
   table_.kinds = now.kinds;
+  table_.keeps_products = now.keeps_products;
 }
 
 void DeviceTable::write(const Contents& now, cudaStream_t stream) {

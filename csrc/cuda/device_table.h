@@ -39,6 +39,7 @@ struct Contents {
   int64_t chunk_count = 0;
   bool measures_norm = false;
   Kinds kinds;
+  bool keeps_products = false;
 };
 
 class DeviceTable {

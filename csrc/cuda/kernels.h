@@ -26,6 +26,9 @@ void sum_of_squares(const Table& table, double* out, cudaStream_t stream);
 // Decides whether to skip, and evaluates the schedules and everything that depends on them alone.
 void prologue(const Table& table, const StepState& state, cudaStream_t stream);
 
+// Leaves the products of betas in the records of the tensors that have them, and are about to be updated.
+void keep_products(const Table& table, cudaStream_t stream);
+
 // Updates every tensor, in a launch for each kind, of which the last advances the counters. No other launch
 // changes the optimizer.
 void update(const Table& table, const StepState& state, cudaStream_t stream);

@@ -100,6 +100,18 @@ __global__ void __launch_bounds__(kThreads) prepare(Table table, StepState state
   }
 }
 
+// A thread for each tensor. The kernels of the update have no register left for this.
+__global__ void __launch_bounds__(kThreads) keep_each(Table table) {
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
+  if (table.header->skip != 0 || i >= table.tensor_count || pointers_of(table, i).grad == nullptr) {
+    return;
+  }
+  const TensorRecord& tensor = table.tensors[i];
+  if (tensor.beta_products != nullptr) {
+    keep(table.coefficients[i].products, *tensor.step + 1.0, tensor.beta_products);
+  }
+}
+
 __global__ void __launch_bounds__(kThreads) evaluate_at(const double* table, int64_t layers, int64_t rows,
                                                         const int64_t* steps, int64_t count, double* out) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
@@ -112,12 +124,18 @@ __global__ void __launch_bounds__(kThreads) evaluate_at(const double* table, int
 
 cudaError_t load_prologue() {
   cudaFuncAttributes attributes;
-  return cudaFuncGetAttributes(&attributes, prepare);
+  const cudaError_t error = cudaFuncGetAttributes(&attributes, prepare);
+  return error != cudaSuccess ? error : cudaFuncGetAttributes(&attributes, keep_each);
 }
 
 void prologue(const Table& table, const StepState& state, cudaStream_t stream) {
   launch("the prologue of a step", prepare, (table.tensor_count + kThreads - 1) / kThreads, stream, table,
          state);
+}
+
+void keep_products(const Table& table, cudaStream_t stream) {
+  launch("keeping the products of betas", keep_each, (table.tensor_count + kThreads - 1) / kThreads, stream,
+         table);
 }
 
 void evaluate(const double* table, int64_t layers, int64_t rows, const int64_t* steps, int64_t count,

@@ -47,6 +47,7 @@ struct Table {
   double* partial_sums;          // one a chunk
   Header* header;
   Kinds kinds;
+  bool keeps_products;  // whether some tensor has products of betas
 };
 
 NEXUS_FN TensorPointers pointers_of(const Table& table, int64_t tensor) {

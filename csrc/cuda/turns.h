@@ -29,12 +29,9 @@ struct Work {
 };
 
 // Counts the update of a tensor, by the block that has its first chunk.
-__device__ inline void count_update(const Table& table, const Work& work) {
+__device__ inline void count_update(const Work& work) {
   if (work.chunk.begin == 0 && threadIdx.x == 0) {
-    const double count = *global(work.record.step) += 1.0;
-    if (work.record.beta_products != nullptr) {
-      keep(table.coefficients[work.chunk.tensor].products, count, global(work.record.beta_products));
-    }
+    *global(work.record.step) += 1.0;
   }
 }
 

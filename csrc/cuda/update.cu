@@ -128,7 +128,7 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
   if (pointers.grad == nullptr || kind_of(record) != kind) {
     return;
   }
-  count_update(table, work);
+  count_update(work);
   const Coefficients<T> c = of_type(table.coefficients[chunk.tensor], T());
   Streams<P, G, T> streams = {global(static_cast<P*>(pointers.param) + chunk.begin),
                               global(static_cast<const G*>(pointers.grad) + chunk.begin),
@@ -157,6 +157,9 @@ UpdateKernel kernel_of(int kind) { return kind < kPlainKinds ? plain_kernel(kind
 }  // namespace
 
 void update(const Table& table, const StepState& state, cudaStream_t stream) {
+  if (table.keeps_products) {
+    keep_products(table, stream);
+  }
   table.kinds.for_each([&](int kind, bool is_last) {
     launch("the update", kernel_of(kind), table.chunk_count, stream, table, state, kind,
            is_last && state.advances != 0);

@@ -372,7 +372,7 @@ __global__ void __launch_bounds__(kThreads, How::kBlocks)
   if (work.pointers.grad == nullptr || !How::takes(work)) {
     return;
   }
-  count_update(table, work);
+  count_update(work);
   const FloatRow& row = table.coefficients[work.chunk.tensor].as_float;
   const EncodedStreams<How> streams(work, chance_of(work.record, state.seed, row.step), table);
   const Coefficients<float> c = row.coefficients;

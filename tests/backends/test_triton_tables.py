@@ -204,7 +204,14 @@ def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
         values = upload.memory.view(torch.float64)[: group.words]
         assert float(values[0]) == 0.25
         rates = {name: float(values[group.offset(f"{name}.value") // 8]) for name in RATES[2:]}
-        assert rates == {"beta1": 0.1, "beta2": 0.2, "eps": 1e-8, "max_grad_norm": 3.0, "lr_scale": 1.0}
+        assert rates == {
+            "beta1": 0.1,
+            "beta2": 0.2,
+            "eps": 1e-8,
+            "max_grad_norm": 3.0,
+            "lr_scale": 1.0,
+            "average_decay": 0.0,
+        }
 
 
 def test_a_graph_cannot_begin_with_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from nexus.optim import EMA
 from nexus.optim.storage import MODES, bytes_table
 
 STEP = "step"
@@ -22,6 +23,7 @@ FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"  # ways to run torch.o
 CAPTURABLE = "fused, capturable"  # and a rate that is a tensor
 NEXUS_TRITON = "nexus in Triton"
 OPTIMI, TORCHAO, APEX = "torch-optimi", "torchao", "apex"
+NO_AVERAGE, SEPARATE_AVERAGE = "nexus, no average", "nexus and _foreach_lerp_"
 NEXUS_FLOAT32, FUSED_FLOAT32 = "nexus in float32", "fused, float32"
 OPTIMI_KAHAN, TORCHAO_8_BIT, BITSANDBYTES = "torch-optimi, Kahan", "torchao, 8 bit", "bitsandbytes, 8 bit"
 DEEPSPEED, DEEPSPEED_BFLOAT16 = "DeepSpeed", "DeepSpeed, bfloat16"  # of the latter the moments, too
@@ -31,6 +33,7 @@ NEXUS_EAGER = "nexus, not captured"
 
 CPU, CUDA = "cpu", "cuda"
 FLOAT32, BFLOAT16 = "float32", "bfloat16"  # of parameters and gradients; the moments are float32
+AVERAGE_DECAY = 0.999
 ITEM_SIZES = {FLOAT32: 4, BFLOAT16: 2}
 
 Shape = tuple[int, ...]
@@ -52,10 +55,13 @@ class Case:
     dtype: str = FLOAT32
     devices: tuple[str, ...] = (CPU, CUDA)
     mode: str = ""  # how nexus stores state: a name of nexus.optim.storage.MODES
+    average: bool = False  # of the parameters, which nexus keeps
 
     @property
     def options(self) -> dict[str, Any]:
         """Of nexus's optimizer."""
+        if self.average:
+            return {"average": EMA(AVERAGE_DECAY)}
         return {} if not self.mode else next(options for name, _, options in MODES if name == self.mode)
 
     @property
@@ -66,7 +72,7 @@ class Case:
     @property
     def by_default(self) -> tuple[str, ...]:
         """The devices on which it is timed without being asked for."""
-        return () if self.mode else self.devices
+        return () if self.mode or self.average else self.devices
 
     @property
     def tolerance(self) -> float:
@@ -83,21 +89,22 @@ class Case:
                 yield job, peer
 
     def bytes_needed(self, device: str) -> int:
-        """At most: parameter, gradient and two moments of two optimizers, and three temporaries of foreach.
+        """At most: parameter, gradient, two moments and average of two optimizers, and three temporaries of foreach.
 
         On a GPU three more, those of a captured graph.
         """
-        return self.elements * 4 * (2 * 4 + (6 if device == CUDA else 3))
+        return self.elements * 4 * (2 * (4 + self.average) + (6 if device == CUDA else 3))
 
     def bytes_moved(self, job: str) -> int:
         """The fewest that nexus's step can load and store: each input read once, each output written once.
 
-        Parameter in and out, gradient in, two float32 moments in and out; clipping reads the gradient once more.
+        Parameter in and out, gradient in, two float32 moments and an average in and out; clipping reads the gradient
+        once more.
         """
         if self.mode:
             return int(self.elements * next(moved for name, _, moved in bytes_table() if name == self.mode))
         item = ITEM_SIZES[self.dtype]
-        return self.elements * (3 * item + 4 * 4 + (item if job == CLIP_STEP_SCHEDULE else 0))
+        return self.elements * (3 * item + 4 * 4 + 2 * 4 * self.average + (item if job == CLIP_STEP_SCHEDULE else 0))
 
 
 MLP, DEMO_GPT, GPT2 = "mlp", "demo gpt", "gpt-2"  # models
@@ -187,6 +194,17 @@ CASES = {
         Case("gpt", "byte-level GPT: 3 layers, width 128", _GPT, 500, 40),
         Case("deep", "byte-level GPT: 12 layers, width 64", _DEEP, 500, 40),
         Case("gpt2", "GPT-2 124M", _GPT2, 20, 4, peers=(FUSED, FOREACH, COPY), cuda_peers=_THIRD_PARTY),
+        Case(
+            "gpt2-average",
+            "GPT-2 124M, with an average",
+            _GPT2,
+            30,
+            4,
+            jobs=(STEP,),
+            peers=(NO_AVERAGE, SEPARATE_AVERAGE),
+            cuda_peers=(NO_AVERAGE, SEPARATE_AVERAGE),
+            average=True,
+        ),
         Case(
             "groups",
             "100 groups, each with its own rate",

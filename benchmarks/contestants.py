@@ -12,12 +12,15 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
 from benchmarks.cases import (
+    AVERAGE_DECAY,
     BFLOAT16,
     CLIP_STEP_SCHEDULE,
     COPY,
     FLOAT32,
     NEXUS_FLOAT32,
     NEXUS_TRITON,
+    NO_AVERAGE,
+    SEPARATE_AVERAGE,
     STEP,
     Case,
     Shape,
@@ -114,12 +117,28 @@ def nexus(case: Case, job: str, device: Device = PROCESSOR, backend: str = "auto
     return Contestant(optimizer.step, params, optimizer.step, optimizer=optimizer, is_noisy=bool(case.mode))
 
 
+def averaging(contestant: Contestant) -> Contestant:
+    """One that averages its parameters in a pass of its own after each step, as torch's `AveragedModel` does."""
+    step, params = contestant.call, contestant.params
+    averages = [param.clone() for param in params]
+
+    def step_and_average() -> None:
+        step()
+        torch._foreach_lerp_(averages, params, 1.0 - AVERAGE_DECAY)
+
+    return replace(contestant, call=step_and_average, in_graph=step_and_average)
+
+
 def peer(case: Case, job: str, name: str, device: Device = PROCESSOR) -> Contestant:
     """The optimizer that `name` stands for, with what the usual training loop calls around it; or a copy."""
     if name == NEXUS_TRITON:
         return nexus(case, job, device, "triton")
     if name == NEXUS_FLOAT32:
         return nexus(replace(case, mode="", dtype=FLOAT32), job, device)
+    if name == NO_AVERAGE:
+        return nexus(replace(case, average=False), job, device)
+    if name == SEPARATE_AVERAGE:
+        return averaging(nexus(replace(case, average=False), job, device))
     if name == COPY:
         copies = copy(case, job, device)
         return Contestant(copies, in_graph=copies)

@@ -20,14 +20,22 @@ struct Coefficients {
   T step_size;       // lr / (1 - beta1^t)
   T inv_sqrt_bias2;  // 1 / sqrt(1 - beta2^t)
   T eps;
+  T average_weight;  // of the new parameter in its average: 1 in a parameter's first update
 };
 
 // `t` counts this update: 1 for a parameter's first.
 NEXUS_FN Coefficients<double> coefficients(const Row& row, double t) {
   const double bias1 = 1.0 - pow(row.beta1, t);
   const double bias2 = 1.0 - pow(row.beta2, t);
-  return {row.grad_multiplier, row.lr * row.weight_decay, 1.0 - row.beta1, row.beta2, 1.0 - row.beta2,
-          row.lr / bias1,      1.0 / sqrt(bias2),         row.eps};
+  return {row.grad_multiplier,
+          row.lr * row.weight_decay,
+          1.0 - row.beta1,
+          row.beta2,
+          1.0 - row.beta2,
+          row.lr / bias1,
+          1.0 / sqrt(bias2),
+          row.eps,
+          t == 1.0 ? 1.0 : row.average_weight};
 }
 
 template <class T>
@@ -35,7 +43,8 @@ NEXUS_FN Coefficients<T> rounded(const Coefficients<double>& c) {
   return {static_cast<T>(c.grad_multiplier), static_cast<T>(c.decay),
           static_cast<T>(c.one_minus_beta1), static_cast<T>(c.beta2),
           static_cast<T>(c.one_minus_beta2), static_cast<T>(c.step_size),
-          static_cast<T>(c.inv_sqrt_bias2),  static_cast<T>(c.eps)};
+          static_cast<T>(c.inv_sqrt_bias2),  static_cast<T>(c.eps),
+          static_cast<T>(c.average_weight)};
 }
 
 NEXUS_FN float root(float x) { return sqrtf(x); }
@@ -60,6 +69,13 @@ NEXUS_FN void adamw(T& param, T grad, T& exp_avg, T& exp_avg_sq, T& max_exp_avg_
   param -= decayed + c.step_size * m / denominator;
   exp_avg = m;
   exp_avg_sq = v;
+}
+
+// The average of a parameter's values, once there is another. A weight of 1 copies, to the bit.
+template <class T>
+NEXUS_FN T averaged(T average, T param, T weight) {
+  const T moved = average + weight * (param - average);
+  return weight == T(1) ? param : moved;
 }
 
 }  // namespace nexus

@@ -15,6 +15,7 @@ struct Row {
   double eps;
   double clip;             // what the gradients are multiplied by to keep to the group's max_grad_norm
   double grad_multiplier;  // clip / gradient scale; negative to maximize
+  double average_weight;   // of the new parameter in its average
 };
 
 NEXUS_FN double rate_at(const Rate& rate, int64_t t) {
@@ -62,6 +63,7 @@ NEXUS_FN Row row_at(const Group& group, int64_t t, double grad_norm, double grad
   if (group.maximize != 0) {
     row.grad_multiplier = -row.grad_multiplier;
   }
+  row.average_weight = 1.0 - rate_at(group.average_decay, t);
   return row;
 }
 

@@ -38,10 +38,12 @@ struct TensorRecord {
   float* exp_avg_scale;  // one for each kScaleBlock elements, of a moment in 8 bits; null for any other
   float* exp_avg_sq_scale;
   float* max_exp_avg_sq_scale;
-  double* step;  // the parameter's own count of updates, a whole number up to 2^53
+  void* average;  // of the parameter's values after its updates, or null
+  double* step;   // the parameter's own count of updates, a whole number up to 2^53
   int64_t numel;
-  int64_t first;    // where element 0 is in the whole tensor, of which this may be a shard
-  int64_t ordinal;  // of the parameter in the optimizer
+  int64_t first;           // where element 0 is in the whole tensor, of which this may be a shard
+  int64_t ordinal;         // of the parameter in the optimizer
+  int64_t narrow_average;  // 1: `average` is stored as bfloat16, rounded by chance; 0: as it is computed
   int32_t group;
   int32_t place;  // the device's own: the tensor's first chunk, or for Triton the kind of its update
   DType param_dtype;
@@ -51,6 +53,11 @@ struct TensorRecord {
   DType master_low_dtype;       // kInt16: 16 bits, kUInt8: 8 bits, kOther: no master weight
   int32_t stochastic_rounding;  // 0: what is stored with fewer bits is rounded to nearest
 };
+
+NEXUS_FN DType average_dtype(const TensorRecord& tensor) {
+  const bool is_double = tensor.param_dtype == DType::kFloat64;
+  return tensor.narrow_average != 0 ? DType::kBFloat16 : is_double ? DType::kFloat64 : DType::kFloat32;
+}
 
 // Elements of a stream in 8 bits that share a scale. A tensor's last block may have fewer.
 constexpr int64_t kScaleBlock = 128;
@@ -77,6 +84,7 @@ struct Group {
   double eps;
   double max_grad_norm;  // infinite: no clipping
   int64_t maximize;
+  Rate average_decay;  // of the averages of the parameters: what an update leaves of one
 };
 
 // A ring in device memory in which each step leaves a row: what a training curve is drawn from. A row is
@@ -153,10 +161,12 @@ NEXUS_RECORD(TensorRecord, {F(param),
                             F(exp_avg_scale),
                             F(exp_avg_sq_scale),
                             F(max_exp_avg_sq_scale),
+                            F(average),
                             F(step),
                             F(numel),
                             F(first),
                             F(ordinal),
+                            F(narrow_average),
                             F(group),
                             F(place),
                             F(param_dtype),
@@ -167,7 +177,8 @@ NEXUS_RECORD(TensorRecord, {F(param),
                             F(stochastic_rounding)});
 NEXUS_RECORD(Rate,
              {F(value), F(tensor), F(is_float64), F(table), F(layers), F(rows), F(clock), F(scale), F(last)});
-NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize)});
+NEXUS_RECORD(Group, {F(lr), F(weight_decay), F(beta1), F(beta2), F(eps), F(max_grad_norm), F(maximize),
+                     F(average_decay)});
 NEXUS_RECORD(History, {F(count), F(rows), F(slots), F(width)});
 NEXUS_RECORD(StepState, {F(completed), F(skipped), F(sum_of_squares), F(grad_norm), F(grad_scale),
                          F(found_inf), F(skip_nonfinite), F(seed), F(advances), F(history)});

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -178,6 +179,7 @@ class Mode:
     exp_avg_dtype: torch.dtype | None = None
     exp_avg_sq_dtype: torch.dtype | None = None
     stochastic_rounding: bool = False
+    average: Any = None  # an EMA or a Mean
 
     def options(self) -> dict[str, object]:
         """For `FusedAdamW`."""
@@ -195,6 +197,7 @@ class Settings:
     amsgrad: bool = False
     maximize: bool = False
     grad_multiplier: float = 1.0
+    average_decay: float = 0.0
 
     def coefficients(self, t: int) -> tuple[np.float32, ...]:
         """Computed in float64 and rounded once; `t` counts this update."""
@@ -255,6 +258,7 @@ class Parameter:
     step_count: int = 0
     low: Array | None = None
     moments: list[Moment] = field(default_factory=list)
+    average: Moment | None = None
 
     def __post_init__(self) -> None:
         mode, numel = self.mode, self.values.numel()
@@ -270,6 +274,10 @@ class Parameter:
             by_chance = mode.stochastic_rounding or dtype.itemsize == 1 or (not is_first and dtype.itemsize == 2)
             self.moments.append(Moment(dtype, by_chance, np.zeros(numel, dtype=F)))
             self.moments[-1].store(np.zeros(numel, dtype=F), self.chance())
+        if mode.average is not None:
+            narrow = mode.average.dtype == torch.bfloat16 and not few
+            self.average = Moment(torch.bfloat16 if narrow else torch.float32, True, np.zeros(numel, dtype=F))
+            self.average.store(np.zeros(numel, dtype=F), self.chance())
 
     def chance(self) -> Chance:
         return Chance(self.seed, self.ordinal, self.step_count, self.first, len(self.param))
@@ -297,7 +305,12 @@ class Parameter:
             max_exp_avg_sq.store(largest, chance)
         denominator = np.sqrt(largest) * inverse_root + eps
         decayed = np.where(np.isfinite(param), decay * param, F(0.0))
-        self.store(param - (decayed + step_size * m / denominator), chance)
+        param = param - (decayed + step_size * m / denominator)
+        self.store(param, chance)
+        if self.average is not None:
+            weight = F(1.0 if self.step_count == 1 else 1.0 - settings.average_decay)
+            average = self.average.value()
+            self.average.store(param if weight == 1 else average + weight * (param - average), chance)
         exp_avg.store(m, chance)
         exp_avg_sq.store(v, chance)
 
@@ -317,6 +330,7 @@ class Parameter:
         for name, moment in zip(MOMENTS, self.moments, strict=True):
             if amsgrad or name != "max_exp_avg_sq":
                 found |= {name: moment.stored, f"{name}_scale": moment.scale}
+        found["average"] = None if self.average is None else self.average.stored
         return {name: each for name, each in found.items() if each is not None}
 
 

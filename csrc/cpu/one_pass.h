@@ -75,8 +75,8 @@ inline bool update_in_one_pass(const TensorRecord& tensor, const Chance& chance,
   const bool is_narrow = tensor.param_dtype == DType::kBFloat16;
   const bool has_low = tensor.master_low_dtype == DType::kInt16;
   const bool has_narrow_moments = tensor.exp_avg_dtype == DType::kBFloat16;
-  if (tensor.max_exp_avg_sq != nullptr || tensor.grad_dtype != tensor.param_dtype ||
-      tensor.exp_avg_sq_dtype != tensor.exp_avg_dtype ||
+  if (tensor.max_exp_avg_sq != nullptr || tensor.average != nullptr ||
+      tensor.grad_dtype != tensor.param_dtype || tensor.exp_avg_sq_dtype != tensor.exp_avg_dtype ||
       !(is_narrow || tensor.param_dtype == DType::kFloat32) ||
       !(has_low || tensor.master_low_dtype == DType::kOther) ||
       !(has_narrow_moments || tensor.exp_avg_dtype == DType::kFloat32)) {

@@ -101,6 +101,9 @@ void Step::fetch_ahead(const Chunk& chunk) const {
   if (tensor.master_low != nullptr) {
     fetch(tensor.master_low, item_size(tensor.master_low_dtype));
   }
+  if (tensor.average != nullptr) {
+    fetch(tensor.average, item_size(average_dtype(tensor)));
+  }
 }
 
 bool Step::prepare() {

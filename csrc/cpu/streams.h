@@ -153,7 +153,7 @@ template <class T>
 bool is_plain(const TensorRecord& tensor) {
   const bool by_chance = tensor.stochastic_rounding != 0 && tensor.param_dtype == DType::kBFloat16;
   return is_arithmetic<T>(tensor.exp_avg_dtype) && is_arithmetic<T>(tensor.exp_avg_sq_dtype) &&
-         tensor.master_low_dtype == DType::kOther && !by_chance;
+         tensor.master_low_dtype == DType::kOther && tensor.narrow_average == 0 && !by_chance;
 }
 
 template <class T>
@@ -165,13 +165,15 @@ class Streams {
         by_chance_(tensor.stochastic_rounding != 0),
         exp_avg_{tensor.exp_avg, tensor.exp_avg_dtype, tensor.exp_avg_scale, by_chance_},
         exp_avg_sq_(second_moment(tensor.exp_avg_sq, tensor.exp_avg_sq_scale)),
-        max_exp_avg_sq_(second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale)) {}
+        max_exp_avg_sq_(second_moment(tensor.max_exp_avg_sq, tensor.max_exp_avg_sq_scale)),
+        average_{tensor.average, average_dtype(tensor), nullptr, true} {}
 
   T* param;
   const T* grad;
   T* exp_avg;
   T* exp_avg_sq;
   T* max_exp_avg_sq;  // null without amsgrad
+  T* average;         // null without one
 
   void decode(int64_t begin, int64_t n) {
     param = const_cast<T*>(decode_param(begin, n));
@@ -181,6 +183,7 @@ class Streams {
     max_exp_avg_sq = tensor_.max_exp_avg_sq == nullptr
                          ? nullptr
                          : NEXUS_ISA::decode(max_exp_avg_sq_, begin, n, max_exp_avg_sq_buffer_);
+    average = tensor_.average == nullptr ? nullptr : NEXUS_ISA::decode(average_, begin, n, average_buffer_);
   }
 
   // Lets memory bring the elements that come next while these are worked on in the first-level cache.
@@ -192,6 +195,9 @@ class Streams {
     if (tensor_.master_low != nullptr) {
       fetch(tensor_.master_low, tensor_.master_low_dtype, begin, n);
     }
+    if (tensor_.average != nullptr) {
+      fetch(tensor_.average, average_dtype(tensor_), begin, n);
+    }
   }
 
   void encode(int64_t begin, int64_t n) const {
@@ -202,6 +208,9 @@ class Streams {
       NEXUS_ISA::encode(exp_avg_sq, exp_avg_sq_, numbers, begin, n);
       if (max_exp_avg_sq != nullptr) {
         NEXUS_ISA::encode(max_exp_avg_sq, max_exp_avg_sq_, numbers, begin, n);
+      }
+      if (average != nullptr) {
+        NEXUS_ISA::encode(average, average_, numbers, begin, n);
       }
     }
   }
@@ -246,6 +255,7 @@ class Streams {
   Moment exp_avg_;
   Moment exp_avg_sq_;
   Moment max_exp_avg_sq_;
+  Moment average_;
   // Longer than a block: were they 4096 bytes apart, the processor would take loads from one for loads of
   // what it is storing to another.
   static constexpr int64_t kBuffer = kBlock + 48;
@@ -254,6 +264,7 @@ class Streams {
   alignas(64) T exp_avg_buffer_[kBuffer];
   alignas(64) T exp_avg_sq_buffer_[kBuffer];
   alignas(64) T max_exp_avg_sq_buffer_[kBuffer];
+  alignas(64) T average_buffer_[kBuffer];
 };
 
 }  // namespace

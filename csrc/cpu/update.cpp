@@ -8,16 +8,19 @@ namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
 // `kLeavesRoots`: the second moments' roots are in their place, to be encoded in 8 bits.
-template <bool kAmsgrad, bool kLeavesRoots, class T>
+template <bool kAmsgrad, bool kAveraged, bool kLeavesRoots, class T>
 void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
-                 T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, int64_t n,
-                 const Coefficients<T> c) {
+                 T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, T* __restrict__ average,
+                 int64_t n, const Coefficients<T> c) {
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kAmsgrad) {
       adamw<true>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i], c);
     } else {
       T unused = 0;
       adamw<false>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], unused, c);
+    }
+    if constexpr (kAveraged) {
+      average[i] = averaged(average[i], param[i], c.average_weight);
     }
     if constexpr (kLeavesRoots) {
       exp_avg_sq[i] = root(exp_avg_sq[i]);
@@ -29,13 +32,17 @@ void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restric
 }
 
 template <bool kLeavesRoots, class T>
-void update_block(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, int64_t n,
-                  const Coefficients<T>& c) {
-  if (max_exp_avg_sq != nullptr) {
-    update_each<true, kLeavesRoots>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
-  } else {
-    update_each<false, kLeavesRoots>(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, n, c);
-  }
+void update_block(T* param, const T* grad, T* exp_avg, T* exp_avg_sq, T* max_exp_avg_sq, T* average,
+                  int64_t n, const Coefficients<T>& c) {
+  const auto update = [=, &c](auto amsgrad, auto is_averaged) {
+    update_each<amsgrad.value, is_averaged.value, kLeavesRoots>(param, grad, exp_avg, exp_avg_sq,
+                                                                max_exp_avg_sq, average, n, c);
+  };
+  const auto update_averaged = [=](auto is_averaged) {
+    max_exp_avg_sq != nullptr ? update(std::true_type(), is_averaged)
+                              : update(std::false_type(), is_averaged);
+  };
+  average != nullptr ? update_averaged(std::true_type()) : update_averaged(std::false_type());
 }
 
 // Where the moments are as they are computed, and the parameter is rounded to nearest. By way of Streams,
@@ -52,7 +59,9 @@ void update_plain(const TensorRecord& tensor, const Coefficients<T>& c, int64_t 
     T* param = const_cast<T*>(decode(tensor.param, tensor.param_dtype, begin, n, param_buffer));
     const T* grad = decode(tensor.grad, tensor.grad_dtype, begin, n, grad_buffer);
     T* max_exp_avg_sq = tensor.max_exp_avg_sq == nullptr ? nullptr : moment(tensor.max_exp_avg_sq);
-    update_block<false>(param, grad, moment(tensor.exp_avg), moment(tensor.exp_avg_sq), max_exp_avg_sq, n, c);
+    T* average = tensor.average == nullptr ? nullptr : moment(tensor.average);
+    update_block<false>(param, grad, moment(tensor.exp_avg), moment(tensor.exp_avg_sq), max_exp_avg_sq,
+                        average, n, c);
     encode(param, tensor.param, tensor.param_dtype, begin, n);
     begin += n;
   }
@@ -77,7 +86,7 @@ void update(const TensorRecord& tensor, const Chance& chance, const Coefficients
     const int64_t n = end - begin < kBlock ? end - begin : kBlock;
     s.decode(begin, n);
     s.fetch(begin + n, end - begin - n < kBlock ? end - begin - n : kBlock);
-    apply(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, n, c);
+    apply(s.param, s.grad, s.exp_avg, s.exp_avg_sq, s.max_exp_avg_sq, s.average, n, c);
     s.encode(begin, n);
     begin += n;
   }

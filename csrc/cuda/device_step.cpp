@@ -19,7 +19,7 @@ DeviceStep::DeviceStep(const Records& records, const Part& part, std::unique_ptr
     tensor.place = static_cast<int32_t>(contents_.chunk_count);
     // One at least: the first chunk's block counts the tensor's steps.
     contents_.chunk_count += tensor.numel == 0 ? 1 : chunk_count(tensor.numel);
-    contents_.kinds.add(kind_of(tensor));
+    contents_.kinds.add(tensor);
   }
   table_->forget();
   read_groups();

@@ -32,6 +32,7 @@ using EncodingIndices = std::make_index_sequence<sizeof(kEncodings) / sizeof(Enc
 // Kinds: pairs of a parameter's and its gradient's dtype, where nothing has fewer bits; then the encodings.
 constexpr int kPlainKinds = kFloatTypes * kFloatTypes;
 constexpr int kAnyEncoding = kPlainKinds + static_cast<int>(EncodingIndices::size());
+constexpr int kAnyAveraged = kAnyEncoding + 1;  // the same kind, of tensors with an average
 
 NEXUS_FN constexpr int plain_kind(DType param, DType grad) {
   return static_cast<int>(param) * kFloatTypes + static_cast<int>(grad);
@@ -61,19 +62,23 @@ NEXUS_FN int kind_of(const TensorRecord& tensor) {
   const DType arithmetic = is_double ? DType::kFloat64 : DType::kFloat32;
   const bool by_chance = tensor.param_dtype == DType::kBFloat16 && tensor.stochastic_rounding != 0;
   if (tensor.exp_avg_dtype == arithmetic && tensor.exp_avg_sq_dtype == arithmetic &&
-      tensor.master_low_dtype == DType::kOther && !by_chance) {
+      tensor.master_low_dtype == DType::kOther && tensor.narrow_average == 0 && !by_chance) {
     return plain_kind(tensor.param_dtype, tensor.grad_dtype);
   }
-  return tensor.max_exp_avg_sq == nullptr ? encoding_of(tensor, EncodingIndices()) : kAnyEncoding;
+  const bool has_own = tensor.max_exp_avg_sq == nullptr && tensor.narrow_average == 0;
+  return has_own ? encoding_of(tensor, EncodingIndices()) : kAnyEncoding;
 }
 
 // Which kinds the tensors of a table have.
 class Kinds {
  public:
-  void add(int kind) {
-    kinds_ |= 1u << kind;
-    if (kind >= kPlainKinds) {
-      kinds_ |= 1u << kAnyEncoding;  // what does not fill whole turns
+  void add(const TensorRecord& tensor) {
+    const int kind = kind_of(tensor);
+    if (kind != kAnyEncoding) {
+      kinds_ |= 1u << kind;
+    }
+    if (kind >= kPlainKinds) {  // of a known encoding, what does not fill whole turns
+      kinds_ |= 1u << (tensor.average == nullptr ? kAnyEncoding : kAnyAveraged);
     }
   }
 
@@ -91,6 +96,6 @@ class Kinds {
  private:
   uint32_t kinds_ = 0;
 };
-static_assert(kAnyEncoding < 32, "a bit for each kind");
+static_assert(kAnyAveraged < 32, "a bit for each kind");
 
 }  // namespace nexus::cuda

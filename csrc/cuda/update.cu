@@ -16,10 +16,11 @@ struct Streams {
   T* exp_avg;
   T* exp_avg_sq;
   T* max_exp_avg_sq;  // null without amsgrad
+  T* average;         // null without one
 };
 
 // Adjacent elements of every stream, as they are stored.
-template <bool kAmsgrad, int kElements, class P, class G, class T>
+template <bool kAmsgrad, bool kAveraged, int kElements, class P, class G, class T>
 struct Elements {
   static constexpr int kCount = kElements;
 
@@ -28,6 +29,7 @@ struct Elements {
   Pack<T, kCount> exp_avg;
   Pack<T, kCount> exp_avg_sq;
   Pack<T, kAmsgrad ? kCount : 1> max_exp_avg_sq;
+  Pack<T, kAveraged ? kCount : 1> average;
 
   __device__ void fetch(const Streams<P, G, T>& s, int32_t i) {
     param = cuda::fetch<kCount>(s.param + i);
@@ -36,6 +38,9 @@ struct Elements {
     exp_avg_sq = cuda::fetch<kCount>(s.exp_avg_sq + i);
     if constexpr (kAmsgrad) {
       max_exp_avg_sq = cuda::fetch<kCount>(s.max_exp_avg_sq + i);
+    }
+    if constexpr (kAveraged) {
+      average = cuda::fetch<kCount>(s.average + i);
     }
   }
 
@@ -51,6 +56,9 @@ struct Elements {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       adamw<kAmsgrad>(p[k], g[k], m[k], v[k], largest_v[k], c);
+      if constexpr (kAveraged) {
+        average.elements[k] = averaged(average.elements[k], p[k], c.average_weight);
+      }
     }
     store(p, param.elements, kCount);
     store(m, exp_avg.elements, kCount);
@@ -67,18 +75,33 @@ struct Elements {
     if constexpr (kAmsgrad) {
       cuda::put(max_exp_avg_sq, s.max_exp_avg_sq + i);
     }
+    if constexpr (kAveraged) {
+      cuda::put(average, s.average + i);
+    }
   }
 };
 
-template <bool kAmsgrad, class P, class G, class T>
+template <bool kAmsgrad, bool kAveraged, class P, class G, class T>
 __device__ void update_chunk(const Streams<P, G, T>& s, int32_t count, const Coefficients<T>& c) {
   constexpr int kCount = 16 / sizeof(T);  // of the moments, 16 bytes
   const bool aligned = is_aligned<kCount>(s.param) && is_aligned<kCount>(s.grad) &&
                        is_aligned<kCount>(s.exp_avg) && is_aligned<kCount>(s.exp_avg_sq) &&
-                       is_aligned<kCount>(s.max_exp_avg_sq);
+                       is_aligned<kCount>(s.max_exp_avg_sq) && is_aligned<kCount>(s.average);
   const int32_t whole = aligned ? count / kCount * kCount : 0;
-  update_range<2, Elements<kAmsgrad, kCount, P, G, T>>(s, 0, whole, c);
-  update_range<4, Elements<kAmsgrad, 1, P, G, T>>(s, whole, count, c);
+  constexpr int kTurns = kAmsgrad && kAveraged ? 1 : 2;  // as many as the registers hold
+  update_range<kTurns, Elements<kAmsgrad, kAveraged, kCount, P, G, T>>(s, 0, whole, c);
+  update_range<4, Elements<kAmsgrad, kAveraged, 1, P, G, T>>(s, whole, count, c);
+}
+
+// And that of the average, where there is one.
+template <bool kAmsgrad, class P, class G, class T>
+__device__ void update_chunk(Streams<P, G, T>& s, const Work& work, const Coefficients<T>& c) {
+  if (work.record.average != nullptr) {
+    s.average = global(static_cast<T*>(work.record.average) + work.chunk.begin);
+    update_chunk<kAmsgrad, true>(s, work.chunk.count, c);
+  } else {
+    update_chunk<kAmsgrad, false>(s, work.chunk.count, c);
+  }
 }
 
 __device__ const Coefficients<float>& of_type(const CoefficientRow& row, float) {
@@ -110,12 +133,14 @@ __global__ void __launch_bounds__(kThreads, kBlocks<P, G>)
   Streams<P, G, T> streams = {global(static_cast<P*>(pointers.param) + chunk.begin),
                               global(static_cast<const G*>(pointers.grad) + chunk.begin),
                               global(static_cast<T*>(record.exp_avg) + chunk.begin),
-                              global(static_cast<T*>(record.exp_avg_sq) + chunk.begin), nullptr};
+                              global(static_cast<T*>(record.exp_avg_sq) + chunk.begin),
+                              nullptr,
+                              nullptr};
   if (record.max_exp_avg_sq != nullptr) {
     streams.max_exp_avg_sq = global(static_cast<T*>(record.max_exp_avg_sq) + chunk.begin);
-    update_chunk<true>(streams, chunk.count, c);
+    update_chunk<true>(streams, work, c);
   } else {
-    update_chunk<false>(streams, chunk.count, c);
+    update_chunk<false>(streams, work, c);
   }
 }
 

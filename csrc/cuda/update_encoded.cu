@@ -12,7 +12,8 @@ __device__ bool is_aligned(const Work& work) {
   const auto addresses =
       reinterpret_cast<uintptr_t>(work.pointers.param) | reinterpret_cast<uintptr_t>(work.pointers.grad) |
       reinterpret_cast<uintptr_t>(record.master_low) | reinterpret_cast<uintptr_t>(record.exp_avg) |
-      reinterpret_cast<uintptr_t>(record.exp_avg_sq) | reinterpret_cast<uintptr_t>(record.max_exp_avg_sq);
+      reinterpret_cast<uintptr_t>(record.exp_avg_sq) | reinterpret_cast<uintptr_t>(record.max_exp_avg_sq) |
+      reinterpret_cast<uintptr_t>(record.average);
   return addresses % 16 == 0;
 }
 
@@ -30,6 +31,8 @@ struct Known {
   static constexpr DType master_low_dtype = kEncoding.master_low;
   static constexpr DType exp_avg_dtype = kEncoding.exp_avg;
   static constexpr DType exp_avg_sq_dtype = kEncoding.exp_avg_sq;
+  static constexpr DType average_dtype = DType::kFloat32;
+  static constexpr bool kAverages = true;
   static constexpr bool kHasFloats =
       kEncoding.param == DType::kFloat32 || kEncoding.exp_avg == DType::kFloat32;
   static constexpr int kCount = kHasFloats ? 4 : 8;  // of a turn: at most 16 bytes of any stream
@@ -49,8 +52,9 @@ struct Known {
   __device__ static int left(int32_t) { return kCount; }
 };
 
-// An encoding that the record tells, of a chunk of any size and place.
+// An encoding that the record tells, of a chunk of any size and place; without an average of the parameter.
 struct Told {
+  static constexpr bool kAverages = false;
   static constexpr int kCount = 4;
   static constexpr int kTurns = 1;
   static constexpr int kBlocks = 2;
@@ -60,6 +64,7 @@ struct Told {
   DType master_low_dtype;
   DType exp_avg_dtype;
   DType exp_avg_sq_dtype;
+  DType average_dtype;
   bool amsgrad;
   bool aligned;
 
@@ -69,19 +74,33 @@ struct Told {
         master_low_dtype(work.record.master_low_dtype),
         exp_avg_dtype(work.record.exp_avg_dtype),
         exp_avg_sq_dtype(work.record.exp_avg_sq_dtype),
+        average_dtype(nexus::average_dtype(work.record)),
         amsgrad(work.record.max_exp_avg_sq != nullptr),
         aligned(is_aligned(work)),
         count_(work.chunk.count) {}
 
-  __device__ static bool takes(const Work& work) {
+  __device__ static bool takes(const Work& work) { return work.record.average == nullptr && is_left(work); }
+
+  __device__ int left(int32_t i) const { return count_ - i; }
+
+ protected:
+  // Whether no known encoding takes it.
+  __device__ static bool is_left(const Work& work) {
     const int kind = kind_of(work.record);
     return kind == kAnyEncoding || (kind >= kPlainKinds && !has_whole_turns(work));
   }
 
-  __device__ int left(int32_t i) const { return count_ - i; }
-
  private:
   int32_t count_;
+};
+
+// The same with an average, which takes more registers.
+struct ToldAveraged : Told {
+  static constexpr bool kAverages = true;
+  static constexpr int kBlocks = 1;
+  using Told::Told;
+
+  __device__ static bool takes(const Work& work) { return work.record.average != nullptr && is_left(work); }
 };
 
 template <class How>
@@ -92,12 +111,16 @@ struct EncodedStreams : How {
   MomentStream exp_avg;
   MomentStream exp_avg_sq;
   MomentStream max_exp_avg_sq;
+  const Table& table;
+  char* average;
+  bool averages;  // whether there is one
   bool by_chance;
   Chance chance;
   uint64_t first;  // where the chunk begins in the whole tensor
 
-  __device__ EncodedStreams(const Work& work, const Chance& drawn)
+  __device__ EncodedStreams(const Work& work, const Chance& drawn, const Table& t)
       : How(work),
+        table(t),
         param(part(work.pointers.param, How::param_dtype, work)),
         grad(part(work.pointers.grad, How::grad_dtype, work)),
         master_low(part(work.record.master_low, How::master_low_dtype, work)),
@@ -106,13 +129,16 @@ struct EncodedStreams : How {
                    scales(work.record.exp_avg_sq_scale, work)},
         max_exp_avg_sq{part(work.record.max_exp_avg_sq, How::exp_avg_sq_dtype, work),
                        scales(work.record.max_exp_avg_sq_scale, work)},
+        average(part(work.record.average, How::average_dtype, work)),
+        averages(How::kAverages && work.record.average != nullptr),
         by_chance(work.record.stochastic_rounding != 0),
         chance(drawn),
         first(static_cast<uint64_t>(work.record.first + work.chunk.begin)) {}
 
   // Whether anything is rounded by chance. It always is where a moment has 8 bits, or the second one 16.
   __device__ bool draws() const {
-    return by_chance || bytes_of(How::exp_avg_dtype) == 1 || bytes_of(How::exp_avg_sq_dtype) <= 2;
+    return by_chance || bytes_of(How::exp_avg_dtype) == 1 || bytes_of(How::exp_avg_sq_dtype) <= 2 ||
+           (averages && How::average_dtype == DType::kBFloat16);
   }
 
  private:
@@ -138,6 +164,9 @@ struct EncodedElements {
   Moment<kCount> exp_avg;
   Moment<kCount> exp_avg_sq;
   Moment<kCount> max_exp_avg_sq;
+  // With the others, unless a turn of it would be more than 16 bytes, and take more registers than there are.
+  static constexpr bool kFetchesAverage = kCount == 4;
+  Words<kCount> average;
 
   __device__ void fetch(const Streams& s, int32_t i) {
     const int n = s.left(i);
@@ -154,6 +183,9 @@ struct EncodedElements {
     exp_avg_sq.fetch(s.exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
     if (s.amsgrad) {
       max_exp_avg_sq.fetch(s.max_exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
+    }
+    if (kFetchesAverage && s.averages) {
+      average = fetch_words<kCount>(s.average, s.average_dtype, i, n, s.aligned);
     }
   }
 
@@ -176,11 +208,17 @@ struct EncodedElements {
         largest_v[k] = root(largest_v[k]);
       }
     }
+    if (!kFetchesAverage && s.averages) {
+      update_average(s.table, i, p);
+    }
     Numbers<kCount> drawn = {};
     if (s.draws()) {
       drawn = Numbers<kCount>::template of<How::kInTurn>(s.chance, s.first + static_cast<uint64_t>(i));
     }
     const int n = s.left(i);
+    if (kFetchesAverage && s.averages) {
+      update_average(s, p, c, drawn);
+    }
     encode_param(s, p, drawn);
     exp_avg.encode(s.exp_avg_dtype, m, n, s.by_chance, drawn);
     // To nearest, a second moment in bfloat16 would freeze: what a step adds is less than half a unit.
@@ -201,6 +239,9 @@ struct EncodedElements {
     exp_avg_sq.put(s.exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
     if (s.amsgrad) {
       max_exp_avg_sq.put(s.max_exp_avg_sq, s.exp_avg_sq_dtype, i, n, s.aligned);
+    }
+    if (kFetchesAverage && s.averages) {
+      put_words(average, s.average, s.average_dtype, i, n, s.aligned);
     }
   }
 
@@ -228,6 +269,46 @@ struct EncodedElements {
 #pragma unroll
     for (int k = 0; k < kCount; ++k) {
       adamw<kAmsgrad>(p[k], g[k], m[k], v[k], largest_v[k], c);
+    }
+  }
+
+  // Where it is. Its place and weight are looked up again: registers are
+  // short.
+  __device__ static void update_average(const Table& table, int32_t i, const float* p) {
+    const Work work(table);
+    float* stream = global(static_cast<float*>(work.record.average)) + work.chunk.begin + i;
+    const float weight = table.coefficients[work.chunk.tensor].as_float.coefficients.average_weight;
+    Pack<float, 4> fours[kCount / 4];
+#pragma unroll
+    for (int k = 0; k < kCount / 4; ++k) {
+      fours[k] = cuda::fetch<4>(stream + 4 * k);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      float& average = fours[k / 4].elements[k % 4];
+      average = averaged(average, p[k], weight);
+    }
+#pragma unroll
+    for (int k = 0; k < kCount / 4; ++k) {
+      cuda::put(fours[k], stream + 4 * k);
+    }
+  }
+
+  // In bfloat16, always by chance.
+  __device__ void update_average(const Streams& s, const float* p, const Coefficients<float>& c,
+                                 const Numbers<kCount>& drawn) {
+    float a[kCount];
+    decode(average, s.average_dtype, a);
+#pragma unroll
+    for (int k = 0; k < kCount; ++k) {
+      a[k] = averaged(a[k], p[k], c.average_weight);
+      if (s.average_dtype == DType::kBFloat16) {
+        BFloat16 out;
+        encode(a[k], drawn[k], out);
+        average.set(k, out);
+      } else {
+        average.set(k, a[k]);
+      }
     }
   }
 
@@ -293,7 +374,7 @@ __global__ void __launch_bounds__(kThreads, How::kBlocks)
   }
   count_update(work);
   const FloatRow& row = table.coefficients[work.chunk.tensor].as_float;
-  const EncodedStreams<How> streams(work, chance_of(work.record, state.seed, row.step));
+  const EncodedStreams<How> streams(work, chance_of(work.record, state.seed, row.step), table);
   const Coefficients<float> c = row.coefficients;
   // The lanes of a warp stay together: blocks of a scale are whole, but for elements that are not there.
   const auto end = static_cast<int32_t>((work.chunk.count + kScaleBlock - 1) / kScaleBlock * kScaleBlock);
@@ -302,7 +383,8 @@ __global__ void __launch_bounds__(kThreads, How::kBlocks)
 
 template <size_t... kIndex>
 UpdateKernel kernel_at(int index, std::index_sequence<kIndex...>) {
-  UpdateKernel found = update_encoded<Told>;
+  UpdateKernel found =
+      kPlainKinds + index == kAnyAveraged ? update_encoded<ToldAveraged> : update_encoded<Told>;
   ((index == static_cast<int>(kIndex) ? void(found = update_encoded<Known<kIndex>>) : void()), ...);
   return found;
 }

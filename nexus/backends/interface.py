@@ -53,6 +53,7 @@ STATE_NAMES = (
     "exp_avg",
     "exp_avg_sq",
     "max_exp_avg_sq",
+    "average",
     "exp_avg_scale",
     "exp_avg_sq_scale",
     "max_exp_avg_sq_scale",
@@ -71,6 +72,7 @@ class StateStreams(NamedTuple):
     exp_avg_sq_scale: Tensor | None
     max_exp_avg_sq_scale: Tensor | None
     master_low: Tensor | None  # the low bits of a float32 master weight: int16 (all), or uint8 (the upper half)
+    average: Tensor | None  # of the parameter over its updates: of the arithmetic's dtype, or bfloat16
     step: Tensor  # 0-dim float64: this parameter's own count of updates, which it holds exactly up to 2**53
 
 

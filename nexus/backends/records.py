@@ -107,6 +107,7 @@ def tensor_values(entry: TensorEntry) -> dict[str, int]:
         "exp_avg_sq_dtype": DTYPE_INDEX[state.exp_avg_sq.dtype],
         "master_low_dtype": -1 if state.master_low is None else DTYPE_INDEX[state.master_low.dtype],
         "stochastic_rounding": entry.stochastic_rounding,
+        "narrow_average": state.average is not None and state.average.dtype == torch.bfloat16,
     }
 
 

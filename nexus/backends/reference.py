@@ -181,7 +181,8 @@ def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor 
             clip = torch.clamp(group["max_grad_norm"] / (state.grad_norm + 1e-6), max=1.0)
         recorded += [lr, clip]
         multiplier = 1.0 / scale * clip
-        rows.append((group, lr, weight_decay, -multiplier if group["maximize"] else multiplier))
+        average_weight = 1.0 - _rate(group["average_decay"], state.completed)
+        rows.append((group, lr, weight_decay, -multiplier if group["maximize"] else multiplier, average_weight))
     for entry in plan.entries:
         grad = entry.grad
         if grad is not None:
@@ -223,6 +224,7 @@ def _update(
     lr: Tensor,
     weight_decay: Tensor,
     multiplier: Tensor,
+    average_weight: Tensor,
     skip: Tensor | None,
     seed: int,
 ) -> None:
@@ -253,7 +255,13 @@ def _update(
     weight = streams.weight(dtype)
     # Not (1 - decay) * weight: rounded to float32, that factor is off the same way in every step.
     decayed = torch.where(weight.isfinite(), decay * weight, 0.0)  # an infinite parameter stays what it is
-    streams.put_weight(weight - (decayed + step_size * m / denominator))
+    weight = weight - (decayed + step_size * m / denominator)
+    streams.put_weight(weight)
+    if state.average is not None:
+        # A parameter's first update copies it, as torch.optim.swa_utils.AveragedModel does.
+        share = torch.where(t == 1.0, 1.0, average_weight).to(dtype)
+        average = streams.moment("average")
+        streams.put_moment("average", torch.where(share == 1.0, weight, average + share * (weight - average)))
     streams.put_moment("exp_avg", m)
     streams.put_moment("exp_avg_sq", v)
     state.step.add_(1 if skip is None else ~skip)
@@ -271,7 +279,7 @@ class _Streams:
         self._stochastic = entry.stochastic_rounding
 
     def moment(self, name: str) -> Tensor:
-        return codecs.decoded(codecs.flat(self._state[name]), self._state[f"{name}_scale"])
+        return codecs.decoded(codecs.flat(self._state[name]), self._state.get(f"{name}_scale"))
 
     def put_moment(self, name: str, value: Tensor) -> None:
         stored = codecs.flat(self._state[name])

@@ -36,6 +36,7 @@ _BETA2 = word("Group", "beta2")
 _EPS = word("Group", "eps")
 _MAX_GRAD_NORM = word("Group", "max_grad_norm")
 _MAXIMIZE = word("Group", "maximize")
+_AVERAGE_DECAY = word("Group", "average_decay.value")
 _VALUE = word("Rate", "value")
 _TENSOR = word("Rate", "tensor")
 _IS_FLOAT64 = word("Rate", "is_float64")
@@ -123,7 +124,7 @@ def norm(chunks, records, partial_sums, KINDS: tl.constexpr):
     kind = tl.load(record + GROUP_AND_KIND_WORD) >> 32
     for j in tl.static_range(len(KINDS)):
         if kind == j:
-            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, DTYPES[KINDS[j][1]], 2 * KINDS[j][7])
+            _sum_chunk(grad, tl.load(chunk), count, partial_sums + index, DTYPES[KINDS[j][1]], 2 * KINDS[j][8])
 
 
 @triton.jit(do_not_specialize=["partial_sums", "count", "sum_of_squares"])
@@ -239,7 +240,9 @@ def prologue(
         tl.store(row + 5, lr / bias_correction(beta1, count), mask=mask)
         tl.store(row + 6, 1.0 / tl.sqrt(bias_correction(beta2, count)), mask=mask)
         tl.store(row + 7, _float64(group + _EPS, mask), mask=mask)
-        tl.store(row + 8, count, mask=mask)
+        average_weight = 1.0 - _rates(group + _AVERAGE_DECAY, t, mask)
+        tl.store(row + 8, tl.where(count == 1.0, 1.0, average_weight), mask=mask)
+        tl.store(row + 9, count, mask=mask)
 
 
 @triton.jit(do_not_specialize=["table", "layers", "rows", "steps", "count", "out"])

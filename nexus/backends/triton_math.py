@@ -168,7 +168,7 @@ def adamw(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRA
 
     Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; AMSGrad: Reddi et al. 2018, arXiv:1904.09237.
     """
-    grad_multiplier, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps = coefficients
+    grad_multiplier, decay, one_minus_beta1, beta2, one_minus_beta2, step_size, inv_sqrt_bias2, eps, _ = coefficients
     g = grad_multiplier * grad
     m = exp_avg + one_minus_beta1 * (g - exp_avg)
     v = beta2 * exp_avg_sq + one_minus_beta2 * g * g
@@ -180,3 +180,10 @@ def adamw(param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRA
     # Not (1 - decay) * param, a factor that is off the same way in every step. Infinity stays what it is.
     decayed = tl.where(param - param == 0.0, decay * param, 0.0)
     return param - (decayed + _quotient(step_size * m, denominator)), m, v, largest_v
+
+
+@triton.jit
+def averaged(average, param, coefficients):
+    """The average of a parameter's values, once there is another. A weight of 1 copies, to the bit."""
+    _, _, _, _, _, _, _, _, weight = coefficients
+    return tl.where(weight == 1.0, param, average + weight * (param - average))

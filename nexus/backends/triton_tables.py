@@ -29,6 +29,7 @@ COEFFICIENTS = (
     "step_size",
     "inv_sqrt_bias2",
     "eps",
+    "average_weight",
     "count",  # of the tensor's updates, this one included
 )
 
@@ -64,6 +65,7 @@ class Kind(NamedTuple):
     master_low: int
     amsgrad: bool
     stochastic_rounding: bool
+    average: int
     elements: int  # at once
 
 
@@ -80,6 +82,7 @@ def kind_of(entry: TensorEntry, block_elements: int) -> Kind:
         -1 if state.master_low is None else DTYPE_INDEX[state.master_low.dtype],
         state.max_exp_avg_sq is not None,
         entry.stochastic_rounding,
+        -1 if state.average is None else DTYPE_INDEX[state.average.dtype],
         block_elements,
     )
 

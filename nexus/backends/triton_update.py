@@ -17,7 +17,7 @@ from nexus.backends.triton_codecs import (
     store_param,
     stream_at,
 )
-from nexus.backends.triton_math import adamw
+from nexus.backends.triton_math import adamw, averaged
 from nexus.backends.triton_words import (
     CHUNK_WORDS,
     COEFFICIENT_WORDS,
@@ -33,6 +33,7 @@ _PARAM = word("TensorRecord", "param")
 _EXP_AVG = word("TensorRecord", "exp_avg")
 _EXP_AVG_SQ = word("TensorRecord", "exp_avg_sq")
 _MAX_EXP_AVG_SQ = word("TensorRecord", "max_exp_avg_sq")
+_AVERAGE = word("TensorRecord", "average")
 _MASTER_LOW = word("TensorRecord", "master_low")
 _EXP_AVG_SCALE = word("TensorRecord", "exp_avg_scale")
 _EXP_AVG_SQ_SCALE = word("TensorRecord", "exp_avg_sq_scale")
@@ -58,9 +59,10 @@ def _update_block(
     HAS_MASTER: tl.constexpr,
     AMSGRAD: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    AVERAGED: tl.constexpr,
     ALIGNED: tl.constexpr,
 ):
-    params, lows, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs = streams
+    params, lows, grads, exp_avgs, exp_avg_sqs, max_exp_avg_sqs, averages = streams
     _, i, count = place
     param = load_param(params, lows, place, T, HAS_MASTER, ALIGNED)
     grad = load(grads, i, count, T, ALIGNED)
@@ -69,11 +71,14 @@ def _update_block(
     max_exp_avg_sq = exp_avg_sq
     if AMSGRAD:
         max_exp_avg_sq = load_moment(max_exp_avg_sqs, place, T, ALIGNED)
+    average = param
+    if AVERAGED:
+        average = load_moment(averages, place, T, ALIGNED)
     param, exp_avg, exp_avg_sq, max_exp_avg_sq = adamw(
         param, grad, exp_avg, exp_avg_sq, max_exp_avg_sq, coefficients, AMSGRAD
     )
     words = 0
-    if STOCHASTIC or _bits(exp_avgs) == 8 or _bits(exp_avg_sqs) < 32:
+    if STOCHASTIC or _bits(exp_avgs) == 8 or _bits(exp_avg_sqs) < 32 or (AVERAGED and _bits(averages) < 32):
         words = random_words(chance, place)
     store_param(params, lows, place, param, words, HAS_MASTER, STOCHASTIC, ALIGNED)
     # To nearest, a second moment would freeze: what a step adds is less than half a unit.
@@ -81,6 +86,8 @@ def _update_block(
     store_moment(exp_avgs, place, exp_avg, words, STOCHASTIC, ALIGNED)
     if AMSGRAD:
         store_moment(max_exp_avg_sqs, place, max_exp_avg_sq, words, True, ALIGNED)
+    if AVERAGED:
+        store_moment(averages, place, averaged(average, param, coefficients), words, True, ALIGNED)
 
 
 @triton.jit
@@ -103,16 +110,19 @@ def _update_chunk(
     MASTER_LOW: tl.constexpr,
     AMSGRAD: tl.constexpr,
     STOCHASTIC: tl.constexpr,
+    AVERAGE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     T: tl.constexpr = PARAM if tl.float64 == PARAM else tl.float32
     HAS_MASTER: tl.constexpr = MASTER_LOW >= 0
+    AVERAGED: tl.constexpr = AVERAGE >= 0
     param_address = tl.load(record + _PARAM)
     low_address = tl.load(record + _MASTER_LOW)
     grad_address = tl.load(record + GRAD_WORD)
     exp_avg_address = tl.load(record + _EXP_AVG)
     exp_avg_sq_address = tl.load(record + _EXP_AVG_SQ)
     max_address = tl.load(record + _MAX_EXP_AVG_SQ)
+    average_address = tl.load(record + _AVERAGE)
     streams = (
         stream_at(param_address, begin, PARAM),
         stream_at(low_address, begin, DTYPES[MASTER_LOW]),
@@ -120,9 +130,10 @@ def _update_chunk(
         _moment(exp_avg_address, record + _EXP_AVG_SCALE, begin, EXP_AVG),
         _moment(exp_avg_sq_address, record + _EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
         _moment(max_address, record + _MAX_EXP_AVG_SQ_SCALE, begin, EXP_AVG_SQ),
+        _moment(average_address, record + _EXP_AVG_SCALE, begin, DTYPES[AVERAGE]),  # it has no scales
     )
     # Chunks begin at multiples of 16 elements: a stream is aligned where its tensor is.
-    addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address | max_address
+    addresses = param_address | grad_address | exp_avg_address | exp_avg_sq_address | max_address | average_address
     if HAS_MASTER:
         addresses |= low_address
     full = tl.where(addresses % 16 == 0, count // BLOCK * BLOCK, 0)
@@ -135,14 +146,24 @@ def _update_chunk(
         tl.load(row + 5).to(T),
         tl.load(row + 6).to(T),
         tl.load(row + 7).to(T),
+        tl.load(row + 8).to(T),
     )
     ordinal = tl.load(record + _ORDINAL).to(tl.uint32)
-    chance = (seed, ordinal, tl.load(row + 8).to(tl.int64).to(tl.uint32), tl.load(record + _FIRST) + begin)
+    chance = (seed, ordinal, tl.load(row + 9).to(tl.int64).to(tl.uint32), tl.load(record + _FIRST) + begin)
     offsets = tl.arange(0, BLOCK)
     offset = tl.zeros_like(count)
     while offset < full:
         _update_block(
-            streams, (offset, offset + offsets, count), coefficients, chance, T, HAS_MASTER, AMSGRAD, STOCHASTIC, True
+            streams,
+            (offset, offset + offsets, count),
+            coefficients,
+            chance,
+            T,
+            HAS_MASTER,
+            AMSGRAD,
+            STOCHASTIC,
+            AVERAGED,
+            True,
         )
         offset += BLOCK
     while offset < count:
@@ -155,6 +176,7 @@ def _update_chunk(
             HAS_MASTER,
             AMSGRAD,
             STOCHASTIC,
+            AVERAGED,
             False,
         )
         offset += BLOCK
@@ -227,4 +249,5 @@ def update(
                         KINDS[j][5],
                         KINDS[j][6],
                         KINDS[j][7],
+                        KINDS[j][8],
                     )

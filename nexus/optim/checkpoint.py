@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from nexus.arguments import check_count, shown
 from nexus.backends.sharding import is_spread
+from nexus.optim.averages import saved_average, warn_of_difference
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
 from nexus.optim.groups import OF_ALL, SCHEDULABLE, SETTINGS, ParamGroup, checked_settings
@@ -59,6 +60,7 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
     for pre_hook in optimizer._optimizer_state_dict_pre_hooks.values():
         pre_hook(optimizer)
     engine = engine_of(optimizer)
+    engine.check_shows_parameters("state_dict()")
     engine.settle(attributes_of(optimizer))
     indices: dict[int, int] = {}
     for index, param in enumerate(param for group in optimizer.param_groups for param in group["params"]):
@@ -97,6 +99,9 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
     for name in STORAGE_DEFAULTS:
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
+    saved["average"] = _saved_average(engine, group)
+    if saved["average"] is None:
+        del saved["average"]  # which checkpoints of earlier versions lack
     for name in SCHEDULABLE:
         if type(group[name]) is float:
             continue
@@ -116,6 +121,15 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
             if heard is not None:
                 saved[f"{name}_schedule"]["reports"] = heard
                 _warn_of_silence(table, completed, heard)
+    return saved
+
+
+def _saved_average(engine: Engine, group: ParamGroup) -> dict[str, Any] | None:
+    average = group["average"]
+    saved = saved_average(average)
+    if saved is not None and "decay" in saved and average.schedule is not None:
+        device = next((param.device for param in group["params"] if not param.is_meta), torch.device("cpu"))
+        saved["decay"]["step"] = int(engine.clock_of(average.schedule, device))
     return saved
 
 
@@ -141,6 +155,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
 
     state_dict = as_torch_saves(state_dict)
     engine = engine_of(optimizer)
+    engine.check_shows_parameters("load_state_dict()")
     engine.settle(attributes_of(optimizer))
     pairs = list(zip(optimizer.param_groups, _checked_groups(optimizer.param_groups, state_dict), strict=True))
     states, params = state_dict["state"], {}
@@ -155,6 +170,7 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     edits = []
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
+        warn_of_difference(group["average"], saved, [states.get(key) for key in saved["params"]], index)
         for name, schedule in group.schedules():
             if name in edits[-1]:
                 table = engine.table(schedule, group.outputs[name].device)
@@ -274,6 +290,8 @@ def _clock_counts(pairs: list[tuple[ParamGroup, dict[str, Any]]]) -> dict[Clock,
             if not isinstance(schedule, Clocked):
                 continue
             clock, before = schedule.clock, saved.get(f"{name}_schedule")
+            if name == "average_decay" and isinstance(saved.get("average"), dict):
+                before = saved["average"].get("decay")
             clocked.setdefault(clock, f"param_groups[{index}]['{name}_schedule']")
             if isinstance(before, dict) and before.get("type") == "Clocked":
                 counts[clock] = max(counts.get(clock, 0), int(before["step"]))

@@ -60,6 +60,7 @@ class Engine:
 
     backend: Backend
     advances = True  # whether a step moves the counters
+    shows_averages = False  # whether averages stand in the place of the parameters
 
     def __init__(
         self, backend: str, *, skip_nonfinite: bool = False, norm_group: ProcessGroup | None = None, seed: int = 0
@@ -78,7 +79,9 @@ class Engine:
         self.runner: Runner | None = None
         self._planned_options: list[tuple[Any, ...]] = []
 
-    def __getstate__(self) -> dict[str, Any]:  # a copy makes a plan of its own, and has no history
+    def __getstate__(self) -> dict[str, Any]:
+        self.check_shows_parameters("a copy of the optimizer")
+        # A copy makes a plan of its own, and has no history.
         return {**self.__dict__, "history": None, "plan": None, "runner": None, "backend": None}
 
     def select_backend(self, attributes: Attributes) -> None:
@@ -87,6 +90,8 @@ class Engine:
 
     def step(self, attributes: Attributes, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update every parameter that has a gradient, once."""
+        if self.shows_averages:
+            self.check_shows_parameters("step()")
         runner = self.runner
         if self.backend is not reference:
             onlookers.refuse_traces()
@@ -98,6 +103,17 @@ class Engine:
                 return
             runner = self.prepare(attributes, change)
         runner.step(grad_scale, found_inf)
+
+    def check_shows_parameters(self, what: str) -> None:
+        """Refuse what needs the parameters where `averaged()` has put their averages.
+
+        Raises:
+            RuntimeError: `what` is called inside of it.
+        """
+        if self.shows_averages:
+            raise RuntimeError(
+                f"{what} within `with optimizer.averaged():`, where the parameters are their averages: leave it first"
+            )
 
     def update_captured(self, attributes: Attributes) -> None:
         """Let graphs that have captured a step see what has changed since."""

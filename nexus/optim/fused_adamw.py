@@ -18,6 +18,8 @@ from nexus import backends
 from nexus.arguments import shown
 from nexus.backends.interface import Backend, StepState
 from nexus.optim import checkpoint, master, onlookers, parameters
+from nexus.optim.averages import Average
+from nexus.optim.averaging import Averaged
 from nexus.optim.engine import Engine, attributes_of, devices_of
 from nexus.optim.groups import ParamGroup, check_torch_options, checked_settings, listed_parameters
 from nexus.optim.history import History
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 
-class FusedAdamW(Scheduled, Listening, Optimizer):
+class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
     r"""AdamW (Loshchilov & Hutter 2019, arXiv:1711.05101), a drop-in for `torch.optim.AdamW`.
 
     With :math:`\eta_t` the rate, :math:`\lambda_t` the weight decay and :math:`g_t` the gradient, clipped to
@@ -71,6 +73,7 @@ class FusedAdamW(Scheduled, Listening, Optimizer):
             of fewer than 4,096 elements have float32 moments in any case.
         stochastic_rounding: what is stored with fewer bits than it is computed in is rounded up or down by chance,
             in proportion: bfloat16 parameters and first moments. The other moments in fewer bits always are.
+        average: an `EMA` or a `Mean` of the parameters, which the same pass updates; see `averaged`. None: none.
         seed: of that chance, an int in [0, 2**63). The same seed gives the same bits, on any device, by any number
             of threads or processes.
 
@@ -118,6 +121,7 @@ class FusedAdamW(Scheduled, Listening, Optimizer):
         exp_avg_dtype: torch.dtype | None = None,
         exp_avg_sq_dtype: torch.dtype | None = None,
         stochastic_rounding: bool = False,
+        average: Average | None = None,
         seed: int = 0,
     ) -> None:
         check_torch_options(
@@ -135,6 +139,7 @@ class FusedAdamW(Scheduled, Listening, Optimizer):
             "exp_avg_dtype": exp_avg_dtype,
             "exp_avg_sq_dtype": exp_avg_sq_dtype,
             "stochastic_rounding": stochastic_rounding,
+            "average": average,
             "lr_scale": 1.0,
             "lr_schedule": None,
             "weight_decay_schedule": None,
@@ -327,6 +332,7 @@ class FusedAdamW(Scheduled, Listening, Optimizer):
         >>> optimizer = FusedAdamW(model.bfloat16().named_parameters(), lr=1e-3, master_weight_bits=32)
         >>> optimizer.load_master(weights)
         """
+        self._engine.check_shows_parameters("load_master()")
         master.load_master(self, weights)
 
     @_disable_dynamo

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import as_real, check_number, shown
 from nexus.backends.interface import LAST_WRITE, GroupSettings, Rate
+from nexus.optim.averages import check_average
 from nexus.optim.storage import STORAGE_DEFAULTS, check_choice
 from nexus.schedules import Schedule
 
@@ -74,7 +75,9 @@ class ParamGroup(dict[str, Any]):
 
     def schedules(self) -> list[tuple[str, Schedule]]:
         """The settings that a schedule drives, and their schedules."""
-        return [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
+        shown = [(name, self[f"{name}_schedule"]) for name in SCHEDULABLE if self[f"{name}_schedule"] is not None]
+        average = self.get("average")
+        return shown if average is None or average.schedule is None else [*shown, ("average_decay", average.schedule)]
 
     def watched(self) -> tuple[Any, ...]:
         """The values of the settings, and of what else is looked at again when it is another object."""
@@ -103,7 +106,7 @@ class ParamGroup(dict[str, Any]):
         """
         for name, schedule in self.schedules():
             output = self.outputs.get(name)
-            if output is not None and output is self[name] and output._version != self._versions[name]:
+            if output is not None and output is self.get(name) and output._version != self._versions[name]:
                 raise RuntimeError(
                     f"group[{name!r}] was written in place (as by ReduceLROnPlateau, or `*=`) while {schedule!r} "
                     f"drives it, and the next step writes over it.{self._origin(schedule)} To let something else "
@@ -286,6 +289,7 @@ SETTINGS: dict[str, Callable[[str, Any], Any]] = {
     "exp_avg_dtype": check_choice,
     "exp_avg_sq_dtype": check_choice,
     "stochastic_rounding": _flag,
+    "average": check_average,
 }
 """The keys of a group whose values a step uses. Each has a check, which returns what was given as a number of
 Python's: in an array or a tensor, a change would go unnoticed."""
@@ -406,4 +410,7 @@ def settings_of(group: ParamGroup, tables: dict[str, Tensor], device: torch.devi
     settings["eps"] = float(group["eps"])
     settings["max_grad_norm"] = math.inf if limit is None else float(limit)
     settings["maximize"] = group["maximize"]
+    settings["average_decay"] = Rate(table=tables.get("average_decay"))
+    if group["average"] is not None and group["average"].schedule is None:
+        settings["average_decay"] = Rate(value=group["average"].decay)
     return settings

@@ -14,6 +14,7 @@ from nexus.backends.interface import STATE_NAMES
 from nexus.backends.sharding import local, respread
 from nexus.optim.parameters import has_memory, is_freed
 from nexus.optim.state import (
+    AVERAGES,
     CODES,
     MOMENTS,
     REQUIRED,
@@ -24,6 +25,7 @@ from nexus.optim.state import (
     scale_name,
     split_master,
     value_of,
+    weight_of,
 )
 from nexus.optim.storage import Storage, moment_dtype
 
@@ -32,13 +34,13 @@ SAVED_NAMES = (*STATE_NAMES, "master_param")
 
 def has_codes(state: object) -> bool:
     """Whether this is a state of which something is stored in a way that no other optimizer reads."""
-    return is_complete(state) and any(name in state for name in STATE_NAMES[4:])  # type: ignore[operator]
+    return is_complete(state) and any(name in state for name in STATE_NAMES[5:])  # type: ignore[operator]
 
 
 def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
     """A parameter's state as it is saved: with moments in the type of the arithmetic, and a whole master weight."""
     scaled = [
-        name for name in MOMENTS if isinstance(state.get(name), Tensor) and state[name].dtype != moment_dtype(param)
+        name for name in AVERAGES if isinstance(state.get(name), Tensor) and state[name].dtype != moment_dtype(param)
     ]
     if not scaled and "master_low" not in state:
         return state
@@ -52,7 +54,7 @@ def saved_state(param: Tensor, state: dict[str, Any]) -> dict[str, Any]:
             "memory or another shape than it had. Bring back what was offloaded before state_dict(), or "
             "`del optimizer.state[p]`"
         )
-    saved = {name: value for name, value in state.items() if name not in STATE_NAMES[4:]}
+    saved = {name: value for name, value in state.items() if name not in STATE_NAMES[5:]}
     for name in scaled:
         saved[name] = value_of(state[name], state.get(scale_name(name)))
         saved[name] = saved[name].to(moment_dtype(param))
@@ -85,12 +87,13 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
             f" must have {', '.join(names)}, got {given}; was it another optimizer's? Put in what is missing "
             f"({missing}) if there are these numbers"
         )
-    for name in names[1:]:
+    averages = ("average",) if storage.average is not None and present.get("average") is not None else ()
+    for name in (*names[1:], *averages):
         moment = state[name]
         if not isinstance(moment, Tensor) or moment.shape != param.shape:
             given = str(tuple(moment.shape)) if isinstance(moment, Tensor) else type(moment).__name__
             raise refusal(f": {name} must be of shape {tuple(param.shape)}, got {given}; another model's, perhaps")
-        is_code = moment.dtype == CODES[name]
+        is_code = moment.dtype == CODES.get(name)
         if moment.layout != torch.strided or not (is_code or moment.is_floating_point()) or moment.is_meta:
             raise refusal(
                 f": {name} must be dense, of floating point and not on meta, got {moment.dtype}, {moment.layout} on "
@@ -105,7 +108,7 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
                 raise refusal(f": {scale_name(name)} is negative somewhere, which no largest magnitude is")
             continue
         wide = local(moment) if moment.dtype.itemsize > 1 else local(moment).float()  # float8 has no comparison
-        if name != "exp_avg" and bool((wide < 0).any()):
+        if name not in ("exp_avg", "average") and bool((wide < 0).any()):
             raise refusal(f": {name} is negative somewhere, which no average of squares is")
     check_master(state, param, storage, where)
     step = state["step"]
@@ -124,11 +127,9 @@ def check_saved(state: Any, param: Tensor, key: Any, storage: Storage) -> None:
 @torch.no_grad()
 def saved_master(saved: dict[str, Any], param: Tensor) -> Tensor | None:
     """The part here of a saved float32 master weight; None where there is none."""
-    low, weight = saved.get("master_low"), saved.get("master_param")
-    if low is not None:  # of a compact state dict
-        part = local(param).detach()
-        upper = torch.empty_like(local(low), dtype=part.dtype).copy_(part)
-        return codecs.master(flat(upper), flat(local(low))).as_strided(upper.shape, upper.stride())
+    weight = saved.get("master_param")
+    if saved.get("master_low") is not None:  # of a compact state dict
+        return weight_of(param, saved)
     return None if weight is None else respread(weight.detach(), param).to(local(param).device)
 
 
@@ -181,13 +182,16 @@ def loaded(
     if not saved:
         for value in kept.values():
             local(value).zero_()  # as if it had never had a gradient
+        if "average" in kept:
+            local(kept["average"]).copy_(weight_of(param, kept))
         return kept or None
     if any(kept[name].shape != param.shape for name in MOMENTS if name in kept):
         kept = {}  # of the shape that the parameter had before
     del present  # what is not kept is freed before its successor is made
     complete_states([(kept, param, where, storage._replace(amsgrad="max_exp_avg_sq" in saved))])
     kept["step"].fill_(float(saved["step"]))
-    for name in MOMENTS:
+    averages = ("average",) if "average" in kept and saved.get("average") is not None else ()
+    for name in (*MOMENTS, *averages):
         if name not in saved:
             kept.pop(name, None)  # of an amsgrad that is over
             kept.pop(scale_name(name), None)
@@ -208,4 +212,6 @@ def loaded(
         low.zero_()
         if master is not None:
             split_master(low, param, master)
+    if "average" in kept and not averages:  # it begins as the parameter is
+        local(kept["average"]).copy_(weight_of(param, kept))
     return kept

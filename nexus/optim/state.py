@@ -18,6 +18,7 @@ from nexus.optim.storage import Storage, moment_dtype
 
 REQUIRED = STATE_NAMES[:3]  # without one of these, there is no state yet
 MOMENTS = STATE_NAMES[1:4]
+AVERAGES = STATE_NAMES[1:5]  # with that of the parameter
 CODES = {name: torch.int8 if name == "exp_avg" else torch.uint8 for name in MOMENTS}
 
 
@@ -35,7 +36,9 @@ def make_entry(param: Tensor, state: dict[str, Any], group: int, ordinal: int, s
     target = local(param).detach()
     param_buffer = None if is_dense(target) else torch.empty(target.shape, dtype=param.dtype, device=param.device)
     target = target if param_buffer is None else param_buffer
-    for name in MOMENTS:
+    if storage.average is None:
+        state.pop("average", None)
+    for name in AVERAGES:
         if name in state:
             _fit_moment(state, name, storage, param, target)
     fit_master(state, storage, param, target)
@@ -43,7 +46,7 @@ def make_entry(param: Tensor, state: dict[str, Any], group: int, ordinal: int, s
     if grad is not None and not (_is_readable(grad, param) and same_layout(local(grad), target)):
         grad_buffer = torch.empty_like(target, dtype=grad.dtype)
     has_scales = any(scale_name(name) in state for name in MOMENTS)
-    by_chance = has_scales or storage.stochastic_rounding or storage.exp_avg_sq == torch.bfloat16
+    by_chance = has_scales or storage.stochastic_rounding or torch.bfloat16 in (storage.exp_avg_sq, storage.average)
     first = sharding.first_element(param) if by_chance else 0
     if by_chance and not sharding.begins_a_block(param, first, SCALE_BLOCK if has_scales else 1):
         say_once(
@@ -104,11 +107,13 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
             count = step.detach() if isinstance(step, Tensor) else float(step)  # never of torch's default types
             state["step"] = torch.as_tensor(count, dtype=torch.float64, device=param.device).reshape(())
         _check_memory(state["step"], f"{where}: state 'step'")
-    for name in (*MOMENTS, "master_low"):  # one after the other: a step goes through each in the parameters' order
+    # One after the other: a step goes through each in the parameters' order. An average begins as the weight is.
+    for name in (*MOMENTS, "master_low", "average"):
         lacking = []
         for state, param, _, storage in states:
             dtype = storage.streams().get(name)
-            if dtype is not None and state.get(name) is None:
+            is_there = name != "average" or not is_freed(local(param))  # what it begins as
+            if dtype is not None and is_there and state.get(name) is None:
                 stream = torch.empty(0, dtype=dtype, device=local(param).device)
                 lacking.append((state, param, stream))
         # Their memory comes once all tensors are made, so that it lies together: 1,000 small ones step 10% faster.
@@ -120,6 +125,8 @@ def complete_states(states: list[tuple[dict[str, Any], Tensor, str, Storage]]) -
                 weight = state.pop("master_param", None)
                 if isinstance(weight, Tensor) and weight.shape == param.shape:  # loaded while it was frozen
                     split_master(stream, param, respread(weight.detach(), param))
+            if name == "average":
+                stream.copy_(weight_of(param, state))
             if name in MOMENTS and stream.dtype in SCALED:
                 count = codecs.scale_count(part.numel())
                 state[scale_name(name)] = torch.zeros(count, dtype=torch.float32, device=part.device)
@@ -142,7 +149,7 @@ def check_unshared(state: object, param: Tensor, where: str) -> None:
     step = state.get("step")
     if isinstance(step, Tensor) and (step.dtype != torch.float64 or step.numel() != 1):
         _check_unshared(step, f"{where}: state 'step'", "of torch.float64 and one element")
-    for name in MOMENTS:
+    for name in AVERAGES:
         moment = state.get(name)
         if isinstance(moment, Tensor) and moment.shape != param.shape:
             _check_unshared(moment, f"{where}: state {name!r}", _like(moment_dtype(param)))
@@ -172,8 +179,8 @@ def _dense_stride(param: Tensor) -> tuple[int, ...]:
 def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where: str) -> None:
     """Raise where moments or low bits in a complete state can not be brought into the form that `storage` says."""
     part = local(param).detach()
-    for name in MOMENTS:
-        if name not in state:
+    for name in AVERAGES:
+        if name not in state or (name == "average" and storage.average is None):
             continue
         moment, scale, what = state[name], state.get(scale_name(name)), f"{where}: state {name!r}"
         if not isinstance(moment, Tensor) or moment.shape != param.shape or moment.device != part.device:
@@ -182,10 +189,11 @@ def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where:
             )
             raise ValueError(f"{what} must be of shape {tuple(param.shape)} on {part.device}, got {given}")
         _check_memory(moment, what)
-        if moment.dtype in SCALED and moment.dtype != CODES[name]:
-            raise ValueError(f"{what} may be of {CODES[name]} or float32, got {moment.dtype}, which are other codes")
+        if moment.dtype in SCALED and moment.dtype != CODES.get(name):
+            allowed = f"{CODES.get(name, torch.bfloat16)} or float32"
+            raise ValueError(f"{what} may be of {allowed}, got {moment.dtype}, which are other codes")
         check_scale(moment, scale, what)
-        dtype = _moment_dtype(name, storage)
+        dtype = storage.streams().get(name, storage.exp_avg_sq)
         if not _fits(moment, dtype, param):
             for each in (moment, scale):
                 _check_unshared(each, what, _like(dtype))
@@ -206,10 +214,6 @@ def check_streams(state: dict[str, Any], storage: Storage, param: Tensor, where:
             _check_unshared(low, f"{where}: state 'master_low'", _like(storage.master_low))
 
 
-def _moment_dtype(name: str, storage: Storage) -> torch.dtype:
-    return storage.exp_avg if name == "exp_avg" else storage.exp_avg_sq
-
-
 def _fits(stored: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
     """Whether a stream is stored as `dtype`, spread as the parameter, and laid out as a kernel wants it."""
     if not sharding.same_spread(stored, param):
@@ -222,7 +226,8 @@ def _fits(stored: Tensor, dtype: torch.dtype, param: Tensor) -> bool:
 
 def _fit_moment(state: dict[str, Any], name: str, storage: Storage, param: Tensor, target: Tensor) -> None:
     """See to it that a moment, which is checked, is stored as `storage` says, and laid out as `target`."""
-    moment, scale, dtype = state[name], state.get(scale_name(name)), _moment_dtype(name, storage)
+    moment, scale = state[name], state.get(scale_name(name))
+    dtype = storage.streams().get(name, storage.exp_avg_sq)  # of a maximum that nobody wants any more, too
     if _fits(moment, dtype, param):
         if dtype not in SCALED:
             state.pop(scale_name(name), None)
@@ -279,6 +284,15 @@ def fit_master(state: dict[str, Any], storage: Storage, param: Tensor, target: T
     state["master_low"] = sharding.spread_like(param, stored.as_strided(target.shape, fitting.stride()))
 
 
+def weight_of(param: Tensor, state: dict[str, Any]) -> Tensor:
+    """The part here of a parameter as the arithmetic has it: its master weight, or itself."""
+    part, low = local(param).detach(), state.get("master_low")
+    if low is None:
+        return part
+    upper = torch.empty_like(local(low), dtype=part.dtype).copy_(part)
+    return codecs.master(flat(upper), flat(local(low))).as_strided(upper.shape, upper.stride())
+
+
 def split_master(low: Tensor, param: Tensor, master: Tensor) -> None:
     """Fill in the low bits with which a parameter is nearest to a master weight, where it is that one rounded."""
     upper = torch.empty_like(low, dtype=param.dtype).copy_(local(param).detach())
@@ -290,6 +304,6 @@ def is_idle(param: Tensor, state: dict[str, Any]) -> bool:
     """Whether a parameter has no gradient, and it or its moments no memory here: offloading takes and brings it."""
     if param.grad is not None:
         return False
-    moments = [state[name] for name in MOMENTS if name in state]
+    moments = [state[name] for name in AVERAGES if name in state]
     elsewhere = any(each.shape != param.shape or each.device != param.device for each in moments)
     return elsewhere or any(local(each).untyped_storage().nbytes() == 0 for each in (param, *moments))

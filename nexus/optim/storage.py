@@ -17,6 +17,7 @@ STORAGE_DEFAULTS: dict[str, Any] = {
     "exp_avg_dtype": None,
     "exp_avg_sq_dtype": None,
     "stochastic_rounding": False,
+    "average": None,
 }
 """The options of a group that say how state is stored, and what each is where nothing is asked for."""
 
@@ -38,6 +39,7 @@ class Storage(NamedTuple):
     amsgrad: bool
     master_low: torch.dtype | None = None
     stochastic_rounding: bool = False
+    average: torch.dtype | None = None
 
     def moments(self) -> dict[str, torch.dtype]:
         """By their names in the state."""
@@ -45,8 +47,9 @@ class Storage(NamedTuple):
         return moments | {"max_exp_avg_sq": self.exp_avg_sq} if self.amsgrad else moments
 
     def streams(self) -> dict[str, torch.dtype]:
-        """By their names in the state, with the low bits of a master weight."""
-        return self.moments() | ({} if self.master_low is None else {"master_low": self.master_low})
+        """By their names in the state, with the low bits of a master weight and an average."""
+        others = {"master_low": self.master_low, "average": self.average}
+        return self.moments() | {name: dtype for name, dtype in others.items() if dtype is not None}
 
 
 def moment_dtype(param: Tensor) -> torch.dtype:
@@ -97,7 +100,8 @@ def storage_of(param: Tensor, group: dict[str, Any], where: str) -> Storage:
     bits = asked["master_weight_bits"]
     remedy = "give such parameters a group of their own, without it"
     for name, value in asked.items():
-        if param.dtype == torch.float64 and value != STORAGE_DEFAULTS[name]:
+        narrow = value != STORAGE_DEFAULTS[name] and (name != "average" or value.is_narrow)
+        if param.dtype == torch.float64 and narrow:
             raise ValueError(f"{where} is of float64, for which there is no {name}={value}: {remedy}")
     if bits is not None and param.dtype == torch.float16:
         raise ValueError(
@@ -111,21 +115,22 @@ def storage_of(param: Tensor, group: dict[str, Any], where: str) -> Storage:
         )
     if asked["stochastic_rounding"] and param.dtype == torch.float16:
         raise ValueError(f"{where} is of float16, which is not rounded by chance: use bfloat16, or {remedy}")
-    small = param.numel() < SMALL
+    wide, average = moment_dtype(param), asked["average"]
+    chosen = dict.fromkeys(asked) if param.numel() < SMALL else asked
     return Storage(
-        exp_avg=torch.float32 if small else asked["exp_avg_dtype"] or torch.float32,
-        exp_avg_sq=torch.float32 if small else asked["exp_avg_sq_dtype"] or torch.float32,
+        exp_avg=chosen["exp_avg_dtype"] or wide,
+        exp_avg_sq=chosen["exp_avg_sq_dtype"] or wide,
         amsgrad=amsgrad,
         master_low=LOW_DTYPES[bits] if bits is not None and param.dtype == torch.bfloat16 else None,
         stochastic_rounding=asked["stochastic_rounding"],
+        average=None if average is None else torch.bfloat16 if chosen["average"] and average.is_narrow else wide,
     )
 
 
 def bytes_of(param: Tensor, storage: Storage, *, gradient: torch.dtype | None) -> float:
     """Bytes that each element of a parameter takes: its own, those of its state, and of a gradient if it has one."""
-    total = param.dtype.itemsize + (0 if gradient is None else gradient.itemsize)
-    total += 0 if storage.master_low is None else storage.master_low.itemsize
-    return total + sum(
+    single = (param.dtype, gradient, storage.master_low, storage.average)
+    return sum(dtype.itemsize for dtype in single if dtype is not None) + sum(
         dtype.itemsize + (4 / SCALE_BLOCK if dtype in SCALED else 0) for dtype in storage.moments().values()
     )
 

@@ -132,6 +132,7 @@ class StepInBackward:
     def _step(self, param: Tensor) -> None:
         """Update a parameter whose gradient has just been completed."""
         with self._lock:
+            engine_of(self._optimizer).check_shows_parameters("a backward pass that updates")
             if not self._stepped:  # the first of an update
                 _check_options(self._optimizer)
                 self._find_parameters()

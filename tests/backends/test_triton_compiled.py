@@ -21,6 +21,7 @@ MOST_REGISTERS = {"float32": 56, "float32 amsgrad": 64}
 MOST_REGISTERS_OF_OTHERS = 96
 # State in fewer bits: 16 warps at 128, 12 at 168. The last has several at once.
 MOST_REGISTERS |= {"bfloat16 + 32, bfloat16": 112, "bfloat16 + 24, 8 bits": 128, "all by chance": 168}
+MOST_REGISTERS |= {"averaged": 64, "averaged, bfloat16": 128}
 # Accesses of 128 bits in the aligned loop, of the parameter, the gradient and the moments: loads and stores.
 WIDE = {
     "float32": (4, 3),
@@ -34,6 +35,8 @@ WIDE = {
     "float32, 8 bits": (2, 1),
     "bfloat16 + 24, 8 bits": (2, 1),
     "bfloat16 + 32, bfloat16": (5, 4),
+    "averaged": (5, 4),
+    "averaged, bfloat16": (6, 5),
     "all by chance": (2 + 4, 1 + 3),
 }
 

@@ -24,7 +24,7 @@ from triton.runtime.jit import create_function_from_signature
 
 from nexus.backends import triton as backend
 from nexus.backends import triton_kernels
-from nexus.optim import FusedAdamW
+from nexus.optim import EMA, FusedAdamW
 from nexus.optim.storage import SMALL
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, evaluate
 
@@ -47,6 +47,10 @@ COMPILED: dict[str, list[Kind]] = {
     "float32, 8 bits": [(torch.float32, torch.float32, BITS_8)],
     "bfloat16 + 32, bfloat16": [(torch.bfloat16, torch.bfloat16, {"master_weight_bits": 32, **BITS_16})],
     "bfloat16 + 24, 8 bits": [(torch.bfloat16, torch.bfloat16, {"master_weight_bits": 24, **BITS_8})],
+    "averaged": [(torch.float32, torch.float32, {"average": EMA()})],
+    "averaged, bfloat16": [
+        (torch.bfloat16, torch.bfloat16, {"master_weight_bits": 32, "average": EMA(dtype=torch.bfloat16), **BITS_16})
+    ],
     "all by chance": [
         (torch.bfloat16, torch.bfloat16, {"stochastic_rounding": True, **BITS_8, "amsgrad": True}),
         (torch.bfloat16, torch.bfloat16, {"stochastic_rounding": True, "master_weight_bits": 24, **BITS_16}),

@@ -17,7 +17,20 @@ from fake_gpu import quick_benchmark  # noqa: F401  # a fixture
 from benchmarks import __main__ as command
 from benchmarks import contestants, host, report
 from benchmarks.__main__ import main
-from benchmarks.cases import CASES, CLIP_STEP_SCHEDULE, COPY, CPU, CUDA, FOR_LOOP, FOREACH, FUSED, STEP, Case
+from benchmarks.cases import (
+    CASES,
+    CLIP_STEP_SCHEDULE,
+    COPY,
+    CPU,
+    CUDA,
+    FOR_LOOP,
+    FOREACH,
+    FUSED,
+    NO_AVERAGE,
+    SEPARATE_AVERAGE,
+    STEP,
+    Case,
+)
 from benchmarks.contestants import factors, rate_scale
 from benchmarks.measure import measure
 from benchmarks.peers import MAX_GRAD_NORM, PEAK_LR, SCHEDULE
@@ -60,6 +73,18 @@ def test_which_cases_run() -> None:
     assert on_cpu == [*steps, "many", *training]
     assert on_cuda == ["billion", "billion-bf16", "many", *training, "ten", "ten-thousand", *steps, "train-gpt2"]
     assert [case.name for case in command._cases(["train-gpt2", "tiny", "host"], CPU)] == ["train-gpt2", "tiny"]
+
+
+def test_an_average_costs_its_bytes_and_is_set_beside_a_pass_of_its_own() -> None:
+    assert CASES["gpt2-average"].bytes_moved(STEP) == CASES["gpt2"].elements * 36
+    case = replace(SMALL, jobs=(STEP,), peers=CASES["gpt2-average"].peers, average=True)
+    rows = list(measure(case, repeats=3))
+    assert [row.peer for row in rows] == [NO_AVERAGE, SEPARATE_AVERAGE]
+    assert all(row.difference < 1e-3 for row in rows)
+    separate = contestants.peer(case, STEP, SEPARATE_AVERAGE)
+    separate.call()
+    assert separate.optimizer is not None
+    assert not separate.optimizer.param_groups[0]["average"]
 
 
 @pytest.mark.parametrize("case", [SMALL, GROUPS], ids=lambda case: case.name)

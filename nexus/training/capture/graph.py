@@ -68,6 +68,8 @@ class CapturedGraph:
                 graph, or a gradient is there that the graph cannot see. Nothing is run.
         """
         fused, glance = self._fused, self._glance
+        if fused is not None:
+            engine_of(fused).check_shows_parameters("a captured step")
         is_as_seen = fused is not None and glance is not None and glance.same(attributes_of(fused))
         is_as_seen = is_as_seen and self._renewed == self._tables_renewed()
         if not is_as_seen:

@@ -100,8 +100,6 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int]) -> 
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
     saved["average"] = _saved_average(engine, group)
-    if saved["average"] is None:
-        del saved["average"]  # which checkpoints of earlier versions lack
     for name in SCHEDULABLE:
         if type(group[name]) is float:
             continue

@@ -93,8 +93,6 @@ def _saved_group(engine: Engine, group: ParamGroup, indices: dict[int, int], dev
         if isinstance(group[name], torch.dtype):
             saved[name] = str(group[name])  # torch.distributed.checkpoint refuses all but plain types
     saved["average"] = _saved_average(engine, group)
-    if saved["average"] is None:
-        del saved["average"]  # which checkpoints of earlier versions lack
     for name in RATES:
         _save_rate(engine, group, name, saved, device)
     return saved

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
@@ -33,7 +34,6 @@ from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
 from nexus.schedules.clock import Clock, Clocked, unclocked
 from nexus.schedules.reports import NAMES
-from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
     from nexus.optim.fused_adamw import FusedAdamW
@@ -75,6 +75,8 @@ def state_dict(optimizer: FusedAdamW, *, compact: bool = False) -> dict[str, Any
                 "more. To save the optimizer without it, `del optimizer.state[p]`; or put p back into a group"
             )
     device = devices_of(attributes_of(optimizer))[0]
+    for silence in _silences(engine):
+        warnings.warn(silence, stacklevel=5)
     saved: dict[str, Any] = {
         "state": states,
         "param_groups": [_saved_group(engine, group, indices, device) for group in optimizer.param_groups],
@@ -113,7 +115,7 @@ def _save_rate(engine: Engine, group: ParamGroup, name: str, saved: dict[str, An
         saved[name] = number
     if schedule is None:
         return
-    completed, table = int(engine.state_on(device).completed), engine.table(schedule, device)
+    table = engine.table(schedule, device)
     saved[f"{name}_schedule"] = {
         **schedule.to_dict(),
         "step": int(engine.clock_of(schedule, device)),
@@ -123,7 +125,6 @@ def _save_rate(engine: Engine, group: ParamGroup, name: str, saved: dict[str, An
     heard = table.reports()
     if heard is not None:
         saved[f"{name}_schedule"]["reports"] = heard
-        _warn_of_silence(table, completed, heard)
 
 
 def _device_of(group: ParamGroup, name: str, device: torch.device) -> torch.device:
@@ -140,15 +141,25 @@ def _saved_average(engine: Engine, group: ParamGroup) -> dict[str, Any] | None:
     return saved
 
 
-def _warn_of_silence(table: ScheduleTable, completed: int, heard: list[float]) -> None:
-    """Once, where a plateau has been trained with and has heard nothing."""
-    if completed > 0 and heard[NAMES.index("reports")] == 0.0 and not table.has_warned:
-        table.has_warned = True
-        warnings.warn(
-            f"{type(table.schedule).__name__} has heard no metric in {completed:,} updates, and lowers no rate "
-            "without: call optimizer.report(metric), after each evaluation or in each step",
-            stacklevel=6,
-        )
+def _silences(engine: Engine) -> Iterator[str]:
+    """What to warn of, once: a plateau that was trained with and has heard nothing, a clock that was never moved."""
+    for (schedule, device), table in engine.tables.items():
+        completed = int(engine.state_on(device).completed)
+        if completed == 0 or table.has_warned:
+            continue
+        heard = table.reports()
+        if heard is not None and heard[NAMES.index("reports")] == 0.0:
+            table.has_warned = True
+            yield (
+                f"{type(table.schedule).__name__} has heard no metric in {completed:,} updates, and lowers no rate "
+                "without: call optimizer.report(metric), after each evaluation or in each step"
+            )
+        elif isinstance(schedule, Clocked) and int(engine.clock_of(schedule, device)) == 0:
+            table.has_warned = True
+            yield (
+                f"{shown(schedule)} is at a clock that stands at 0 after {completed:,} updates: call "
+                "optimizer.advance(clock, n) after each"
+            )
 
 
 def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:

@@ -1,4 +1,4 @@
-"""What the steps of an optimizer need besides it: memory on each device, a plan, and a backend that runs it."""
+"""What the steps of an optimizer need besides it: settled groups, a plan, and a backend that runs it."""
 
 from __future__ import annotations
 
@@ -24,13 +24,12 @@ from nexus.backends.interface import (
     Plan,
     Rate,
     Runner,
-    StepState,
     TensorEntry,
 )
 from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
-from nexus.optim.clocks import Clocks
+from nexus.optim.device_memory import DeviceMemory
 from nexus.optim.groups import (
     NEWER_SETTINGS,
     SCHEDULABLE,
@@ -44,8 +43,7 @@ from nexus.optim.history import History
 from nexus.optim.state import check_streams, complete_states, is_complete, is_idle, make_entry
 from nexus.optim.storage import STORAGE_DEFAULTS, keeps_products, storage_of
 from nexus.schedules import Schedule
-from nexus.schedules.clock import Clocked, unclocked
-from nexus.schedules.table import ScheduleTable
+from nexus.schedules.clock import Clocked
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,7 +54,7 @@ Attributes: TypeAlias = dict[str, Any]
 """An optimizer's `__dict__`, of which an engine reads `param_groups`, `state` and `defaults`."""
 
 
-class Engine:
+class Engine(DeviceMemory):
     """Settles the groups of an optimizer, plans its steps and runs them.
 
     An engine does not refer to its optimizer, which owns it, and is freed when its user lets go of it. So what is
@@ -77,15 +75,11 @@ class Engine:
     def __init__(
         self, backend: str, *, skip_nonfinite: bool = False, norm_group: ProcessGroup | None = None, seed: int = 0
     ) -> None:
+        super().__init__(skip_nonfinite=skip_nonfinite, seed=seed)
         self.requested_backend = backend
-        self.skip_nonfinite = skip_nonfinite
         self.norm_group = norm_group
-        self.seed = seed
         self.first_ordinal = 0  # of its parameters, in the optimizer
-        self.states: dict[torch.device, StepState] = {}
-        self.tables: dict[tuple[Schedule, torch.device], ScheduleTable] = {}
         self.renewed = 0  # how often tables have come to have more layers
-        self.clocks = Clocks()
         self.history: History | None = None
         self.plan: Plan | None = None
         self.runner: Runner | None = None
@@ -230,9 +224,7 @@ class Engine:
             self.fill_settings(devices[device], groups, device)
         if self.history is not None:
             self.history.attach(next(iter(devices.values())))
-        self.states = {device: self.state_on(device) for device in devices}  # what was left behind goes stale
-        self.tables = {key: table for key, table in self.tables.items() if key[1] in devices}
-        self.clocks.keep(list(devices))
+        self.keep(list(devices))
         entries: dict[Tensor, TensorEntry] = {}
         used = [each for each in named if is_complete(states.get(each[1])) and not is_idle(each[1], states[each[1]])]
         for _, param, name in used:
@@ -339,50 +331,10 @@ class Engine:
         """Let a group show the rate of the next update, where no update has shown one yet."""
         group.show(name, self.coming(group, name, group.outputs[name].device))
 
-    def coming(self, group: ParamGroup, name: str, device: torch.device) -> Any:
-        """One of `RATES` of a settled group, as the coming update uses it: a number, or a tensor of one element."""
-        schedule = group.schedule(name)
-        if schedule is None:
-            value = group.given(name)
-            return value.detach().reshape(()) if isinstance(value, Tensor) else value
-        now = reference.evaluate(self.table(schedule, device).rows, self.clock_of(schedule, device))
-        return now * self.coming(group, "lr_scale", device) if name == "lr" else now
-
-    # Device memory: made once for each device, and followed when the parameters move.
-
-    def state_on(self, device: torch.device) -> StepState:
-        """The counters on a device."""
-        if device not in self.states:
-            state = StepState(device, self.skip_nonfinite, self.seed)
-            for other in self.states.values():
-                state.completed.copy_(other.completed)
-                state.skipped.copy_(other.skipped)
-                break
-            self.states[device] = state
-        return self.states[device]
-
-    def table(self, schedule: Schedule, device: torch.device) -> ScheduleTable:
-        """A schedule's table on a device."""
-        if (schedule, device) not in self.tables:
-            table = ScheduleTable(unclocked(schedule), device)
-            for source in self.tables_of(schedule)[:1]:
-                table.follow(source)
-            self.tables[schedule, device] = table
-        return self.tables[schedule, device]
-
-    def clock_of(self, schedule: Schedule, device: torch.device) -> Tensor:
-        """The count that a schedule is evaluated at: int64 on a device, its clock's or that of completed updates."""
-        state = self.state_on(device)
-        return self.clocks.on(schedule.clock, state).count if isinstance(schedule, Clocked) else state.completed
-
     def renew_tables(self) -> None:
         """Let the next step see that a table has more layers than it had."""
         self.renewed += 1
         self.forget_plan()
-
-    def tables_of(self, schedule: Schedule) -> list[ScheduleTable]:
-        """Of one schedule, those on each device."""
-        return [self.tables[schedule, device] for device in self.states if (schedule, device) in self.tables]
 
     def measures_norm(self, groups: list[ParamGroup]) -> bool:
         """Whether a step takes the norm of the gradients."""

@@ -45,8 +45,9 @@ def param_groups(
     Args:
         model: of which parameters with `requires_grad=False` are left out.
         weight_decay: of all parameters but those that `no_decay` names.
-        no_decay: any of `"bias"` (parameters named `bias`), `"norm"` (those of a module whose class has "Norm" in its
-            name) and `"embedding"` (those of `nn.Embedding`), which get a weight decay of 0.
+        no_decay: any of `"bias"` (parameters of one dimension with "bias" in their name), `"norm"` (those of a module
+            whose class has "Norm" in its name) and `"embedding"` (those of `nn.Embedding`), which get a weight decay
+            of 0.
         lr: the rate of the top layer, where it is a float. A `Schedule` is the optimizer's: leave this out, and each
             group gets an `lr_scale`, which multiplies it.
         layer_decay: with :math:`d` this number, and :math:`L` blocks, the rate of block :math:`i` (from 1) is
@@ -92,6 +93,9 @@ def param_groups(
     if isinstance(no_decay, str) or not set(no_decay) <= set(NO_DECAY):
         raise ValueError(f"no_decay must be a tuple of some of {NO_DECAY}, got {shown(no_decay)}")
     overrides = {} if overrides is None else overrides
+    if not isinstance(overrides, Mapping) or not all(isinstance(own, Mapping) for own in overrides.values()):
+        example = {"head.*": {"lr_scale": 10.0}}
+        raise TypeError(f"overrides must be a dict of dicts, as in {example}, got {shown(overrides)}")
     trained = [(name, param) for name, param in model.named_parameters() if param.requires_grad]
     if not trained:
         raise ValueError("model has no parameter with requires_grad=True, so there is nothing to optimize")
@@ -101,11 +105,10 @@ def param_groups(
                 f"overrides has {pattern!r}, which no trained parameter matches; one is {trained[0][0]!r}"
             )
     spared = _spared(model, no_decay)
-    depths = _depths(model) if layer_decay != 1.0 else {}
-    top = max(depths.values(), default=0)
+    powers = _powers(model) if layer_decay != 1.0 else {}
     groups: dict[tuple[tuple[str, Any], ...], list[tuple[str, Tensor]]] = {}
     for name, param in trained:
-        scale = layer_decay ** (top - depths[param]) if depths else 1.0
+        scale = layer_decay ** powers.get(param, 0)
         options: dict[str, Any] = {"weight_decay": 0.0 if param in spared else weight_decay}
         if lr is not None:
             options["lr"] = lr * scale
@@ -126,27 +129,26 @@ def _spared(model: nn.Module, no_decay: tuple[str, ...]) -> set[Tensor]:
             "embedding" in no_decay and isinstance(module, (nn.Embedding, nn.EmbeddingBag))
         )
         for name, param in module.named_parameters(recurse=False):
-            if is_spared or ("bias" in no_decay and name == "bias"):
+            if is_spared or ("bias" in no_decay and "bias" in name and param.dim() < 2):
                 spared.add(param)
     return spared
 
 
-def _depths(model: nn.Module) -> dict[Tensor, int]:
-    """The depth of each parameter: 0 before the first block, i in and after the i-th, one more after the last."""
-    depths: dict[Tensor, int] = {}
+def _powers(model: nn.Module) -> dict[Tensor, int]:
+    """How often the rate of each parameter is multiplied: once for each block from its own on."""
+    powers: dict[Tensor, int] = {}
     blocks = _blocks(model)
     if not blocks:
         raise ValueError(
             "layer_decay needs blocks: an nn.ModuleList or nn.Sequential of two or more modules of one class; this "
             f"{type(model).__name__} has none. Give overrides={{pattern: {{'lr_scale': ...}}}} in its place"
         )
-    inside = {param: place for place, block in enumerate(blocks, 1) for param in block.parameters()}
-    depth = 0
+    inside = {param: len(blocks) - place for place, block in enumerate(blocks) for param in block.parameters()}
+    power = len(blocks) + 1
     for param in model.parameters():
-        depth = inside.get(param, depth)
-        depths.setdefault(param, depth)
-    last = [param for param in depths if depths[param] == len(blocks)]
-    return depths | {param: len(blocks) + 1 for param in last if param not in inside}
+        power = inside.get(param, power)
+        powers.setdefault(param, power)
+    return powers | {param: 0 for param, power in powers.items() if power == 1 and param not in inside}
 
 
 def _blocks(module: nn.Module, *, within: bool = False) -> list[nn.Module]:

@@ -279,7 +279,9 @@ def _betas(name: str, value: Any) -> tuple[Any, Any]:
     try:
         first, second = [] if isinstance(value, (str, bytes, dict, set, frozenset)) else list(value)
     except (TypeError, ValueError):
-        raise TypeError(f"{name} must be a pair of numbers in [0, 1), got {shown(value)}") from None
+        raise TypeError(
+            f"{name} must be a pair, each a number in [0, 1), a one-element tensor or a Schedule, got {shown(value)}"
+        ) from None
     pair = _beta(f"{name}[0]", first), _beta(f"{name}[1]", second)
     return value if type(value) is tuple and all(map(is_, pair, value)) else pair
 

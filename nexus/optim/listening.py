@@ -25,7 +25,7 @@ class Listening:
 
     @_disable_dynamo
     @torch.no_grad()
-    def report(self, metric: Tensor | float, process_group: ProcessGroup | None = None) -> None:
+    def report(self, metric: Tensor | float, *, process_group: ProcessGroup | None = None) -> None:
         """Tell every `ReduceOnPlateau` of this optimizer a metric, such as the loss of a validation.
 
         The decision is made on the device, in a captured step too: nothing is read back. Where

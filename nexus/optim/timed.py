@@ -23,7 +23,7 @@ class Timed:
     _engine: Engine
 
     @_disable_dynamo
-    def advance(self, clock: Clock, n: int | Tensor, process_group: ProcessGroup | None = None) -> None:
+    def advance(self, clock: Clock, n: int | Tensor, *, process_group: ProcessGroup | None = None) -> None:
         """Add `n` to a clock's count, after `step()`: the next update uses the rates of the new count.
 
         Where all steps since the last `advance` were skipped, as by `skip_nonfinite` or a `GradScaler`, the clock

@@ -117,7 +117,7 @@ class ScheduleTable:
         self.schedule = schedule
         self.pieces: list[Edit] = []
         self._before: Tensor | None = None  # the first layer, when the first of these was made
-        self.has_warned = False  # that no report has come
+        self.has_warned = False  # that nothing moves it
         layers = _layers(schedule)
         height = max(1 + CAPACITY, *map(_height, layers))
         # A plateau's layer is the last one there can be: graphs that have captured a report write to it.

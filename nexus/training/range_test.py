@@ -87,8 +87,8 @@ def find_lr(
         Rates, losses and a suggestion; `plot(path)` draws them.
 
     Raises:
-        TypeError, ValueError: an argument that is not allowed, too few batches, or a loss that is no 0-dim tensor:
-            named. Everything is put back.
+        TypeError, ValueError: an argument that is not allowed, too few batches, a loss that is no 0-dim tensor, or a
+            train step that does not step the optimizer: named. Everything is put back.
 
     Source: Smith 2017, arXiv:1506.01186, section 3.3. The suggestion is that of fastai's `steep`; a schedule's
     highest rate is often chosen near to it.
@@ -149,6 +149,7 @@ def _swept(
     engine.settle(attributes_of(optimizer))
     optimizer.sync_hyperparameters()
     devices = devices_of(attributes_of(optimizer))
+    started = _steps_of(optimizer)
     found: list[float] = []
     means: list[float] = []
     unread: list[Tensor] = []
@@ -166,11 +167,19 @@ def _swept(
         if len(unread) == _tenth(steps) or step == steps - 1:
             losses = _read(unread)
             unread.clear()
+            if _steps_of(optimizer) == started:
+                raise ValueError("train_step must step the optimizer that find_lr was given, and has not")
             found += losses
             means.append(sum(losses) / len(losses))
             if not math.isfinite(means[-1]) or (min(means) > 0.0 and means[-1] > DIVERGED * min(means)):
                 break
     return found
+
+
+def _steps_of(optimizer: FusedAdamW) -> int:
+    """How many there were, skipped ones included. Reads the device."""
+    state = engine_of(optimizer).state_on(devices_of(attributes_of(optimizer))[0])
+    return int(state.completed) + int(state.skipped)
 
 
 def _tenth(steps: int) -> int:

@@ -439,3 +439,12 @@ def test_a_scheduler_takes_no_schedule_at_a_clock() -> None:
     optimizer = torch.optim.SGD(make_params([(2,)]), lr=1.0)
     with pytest.raises(TypeError, match=r"a scheduler counts its own steps, got .*; give it to FusedAdamW as lr"):
         ScheduleLR(optimizer, Cosine(1.0, 10).at(Clock()))
+
+
+def test_a_clock_that_was_never_moved_is_warned_of() -> None:
+    weight = torch.nn.Parameter(torch.zeros(2))
+    optimizer = FusedAdamW([weight], lr=WSD(5, None, 5, peak_lr=1.0).at(Clock()))
+    weight.grad = torch.ones(2)
+    optimizer.step()
+    with pytest.warns(UserWarning, match=r"at a clock that stands at 0 after 1 updates: call optimizer\.advance"):
+        optimizer.state_dict()

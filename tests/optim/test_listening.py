@@ -170,8 +170,11 @@ def test_a_run_without_reports_is_warned_of_once(backend: str) -> None:
         warnings.simplefilter("error")
         optimizer.state_dict()  # before any update
     step(optimizer)
-    with pytest.warns(UserWarning, match="ReduceOnPlateau has heard no metric in 1 updates.*optimizer.report"):
+    with pytest.warns(
+        UserWarning, match="ReduceOnPlateau has heard no metric in 1 updates.*optimizer.report"
+    ) as said:
         optimizer.state_dict()
+    assert said[0].filename == __file__
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         optimizer.state_dict()

@@ -195,3 +195,21 @@ def test_what_is_no_model_or_has_nothing_to_train_is_refused() -> None:
         param_groups(list(nn.Linear(2, 2).parameters()))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="nothing to optimize"):
         param_groups(nn.Linear(2, 2).requires_grad_(False))
+
+
+def test_biases_are_those_that_are_called_so() -> None:
+    found = options_of(param_groups(nn.TransformerEncoderLayer(8, 2, 16), weight_decay=0.1))
+    assert found["self_attn.in_proj_bias"]["weight_decay"] == 0.0
+    assert found["self_attn.in_proj_weight"]["weight_decay"] == 0.1
+    assert options_of(param_groups(nn.LSTM(2, 3), weight_decay=0.1))["bias_hh_l0"]["weight_decay"] == 0.0
+
+
+def test_the_last_block_has_a_lower_rate_than_a_head_that_is_not_there() -> None:
+    found = options_of(param_groups(nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)), layer_decay=0.5))
+    assert [found[name]["lr_scale"] for name in ("0.weight", "1.weight")] == [0.25, 0.5]
+
+
+@pytest.mark.parametrize("overrides", [[("0.*", {})], {"*": 2.0}])
+def test_overrides_are_dicts_of_dicts(overrides: Any) -> None:
+    with pytest.raises(TypeError, match="overrides must be a dict of dicts"):
+        param_groups(nn.Linear(2, 2), overrides=overrides)

@@ -378,6 +378,15 @@ def test_a_loss_that_is_none_is_refused(returned: Callable[[Tensor], Any], words
     assert (optimizer.param_groups[0]["lr"], len(optimizer.state)) == (0.5, 0)
 
 
+def test_a_step_of_another_optimizer_is_refused() -> None:
+    param = torch.nn.Parameter(torch.ones(3))
+    optimizer, other = FusedAdamW([param], lr=0.5), torch.optim.SGD([param], lr=0.1)
+    with pytest.raises(ValueError, match="train_step must step the optimizer that find_lr was given, and has not"):
+        find_lr(quadratic(other, param), optimizer, [1.0] * 10, steps=10)
+    assert torch.equal(param, torch.ones(3))
+    assert optimizer.param_groups[0]["lr"] == 0.5
+
+
 def test_a_step_that_fails_leaves_no_trace(graphs: Graphs) -> None:
     run = Run(NAME, captured=True)
     torch.manual_seed(1)

@@ -11,7 +11,7 @@ import torch
 
 from nexus.arguments import as_real, check_count, shown
 from nexus.schedules import Schedule
-from nexus.schedules.base import layers_of
+from nexus.schedules.bounds import bounds_of
 from nexus.schedules.curves import NEVER, Curve, Segment, level, segment
 
 DTYPES = (torch.float32, torch.bfloat16)
@@ -178,9 +178,9 @@ def _from_dict(name: str, value: Mapping[str, Any]) -> Average:
 
 def _checked_decay(decay: Any) -> float | Schedule:
     if isinstance(decay, Schedule):
-        for step in _ends(decay):
-            if not 0.0 <= decay(step) <= 1.0:
-                raise ValueError(f"decay must be a Schedule of values from 0 to 1, got {decay(step)} at step {step}")
+        for value, step in bounds_of(decay):
+            if not 0.0 <= value <= 1.0:
+                raise ValueError(f"decay must be a Schedule of values from 0 to 1, got {value} at step {step}")
         return decay
     number = as_real(decay)
     if number is None:
@@ -188,12 +188,6 @@ def _checked_decay(decay: Any) -> float | Schedule:
     if not 0.0 <= number < 1.0:
         raise ValueError(f"decay must be a number from 0 to less than 1 or a Schedule, got {shown(decay)}")
     return float(number) + 0.0
-
-
-def _ends(schedule: Schedule) -> set[int]:
-    """The steps at which rows of a schedule begin or end."""
-    starts = {row.start for layer in layers_of(schedule) for row in layer.segments if row.start < NEVER}
-    return {int(step) for start in starts for step in (start - 1, start) if step >= 0}
 
 
 def _check_dtype(dtype: Any) -> None:

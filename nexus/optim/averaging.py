@@ -150,6 +150,12 @@ class Averaged:
             raise TypeError(f"averaged must be a torch.optim.swa_utils.AveragedModel, got {shown(averaged)}")
         if not isinstance(model, nn.Module):
             raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
+        means = {group["average"].start for group in self.param_groups if isinstance(group["average"], Mean)}
+        if len(means) > 1:
+            raise ValueError(
+                f"groups have means from several updates on, {sorted(means)}, and an AveragedModel has one "
+                "n_averaged: exchange the averages group by group, as optimizer.state[p]['average']"
+            )
         theirs = dict(averaged.module.named_parameters())
         mine = dict(model.named_parameters())
         if mine.keys() != theirs.keys() or any(mine[name].shape != theirs[name].shape for name in mine):
@@ -183,7 +189,7 @@ class _Shown:
 
     @torch.no_grad()
     def __init__(self, param: Tensor, average: Tensor) -> None:
-        self._part, self._average = local(param).detach(), local(average).detach()
+        self._param, self._part, self._average = param, local(param).detach(), local(average).detach()
         self._kept: Tensor | None = self._part.clone()
         self._part.copy_(self._average)
         if self._part.dtype == self._average.dtype:
@@ -198,3 +204,6 @@ class _Shown:
             self._average.copy_(average)
         else:
             self._part.copy_(self._kept)
+        now = local(self._param).detach()
+        if now.data_ptr() != self._part.data_ptr() or now.dtype != self._part.dtype:
+            now.copy_(self._part)  # the model was converted meanwhile, and has other memory

@@ -37,6 +37,7 @@ from nexus.optim.groups import (
     WATCHED_NAMES,
     ParamGroup,
     checked_settings,
+    in_state,
     settings_of,
 )
 from nexus.optim.history import History
@@ -44,6 +45,7 @@ from nexus.optim.state import check_streams, complete_states, is_complete, is_id
 from nexus.optim.storage import STORAGE_DEFAULTS, keeps_products, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules.clock import Clocked
+from nexus.schedules.table import ScheduleTable
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -84,11 +86,12 @@ class Engine(DeviceMemory):
         self.plan: Plan | None = None
         self.runner: Runner | None = None
         self._planned_options: list[tuple[Any, ...]] = []
+        self._in_graphs: list[ScheduleTable] = []  # of plateaus that others have replaced
 
     def __getstate__(self) -> dict[str, Any]:
         self.check_shows_parameters("a copy of the optimizer")
         # A copy makes a plan of its own, and has no history.
-        return {**self.__dict__, "history": None, "plan": None, "runner": None, "backend": None}
+        return {**self.__dict__, "history": None, "plan": None, "runner": None, "backend": None, "_in_graphs": []}
 
     def select_backend(self, attributes: Attributes) -> None:
         """Choose the backend for the devices on which the parameters are; raises where there is none."""
@@ -189,7 +192,7 @@ class Engine(DeviceMemory):
             self.runner = backend.runner(WATCHED_NAMES)
         self.settle(attributes)
         _check_scales(groups)
-        options = [(*(group[name] for name in STATE_OPTIONS), keeps_products(group)) for group in groups]
+        options = [(*(in_state(group[name]) for name in STATE_OPTIONS), keeps_products(group)) for group in groups]
         if self.plan is not None and change == Change.SETTINGS and options == self._planned_options:
             for device, device_plan in self.plan.devices.items():
                 self.fill_settings(device_plan, groups, device)
@@ -295,11 +298,19 @@ class Engine(DeviceMemory):
         if not changed and not scheduled:
             return
         users = Counter(schedule for group in groups for _, schedule in group.schedules())
-        device = devices_of(attributes)[0]
+        users.subtract(before for group in changed for before in group.replaced())
+        devices = devices_of(attributes)
         for group in [*changed, *(group for group in scheduled if group.is_settled())]:
-            self._settle_group(group, users, device)
+            self._settle_group(group, users, devices[0])
             group.mark_settled()
+        if self.runner is not None and self.runner.has_captured():  # a graph may hold a report to one
+            self._in_graphs += [table for key, table in self.tables.items() if table.is_plateau and not users[key[0]]]
         self.tables = {key: table for key, table in self.tables.items() if users[key[0]]}
+        for device in devices:  # so that a graph, or who puts everything back, finds what it will find later
+            self.state_on(device)
+            for schedule in {schedule for group in groups for _, schedule in group.schedules()}:
+                self.table(schedule, device)
+                self.clock_of(schedule, device)
 
     def _settle_group(self, group: ParamGroup, users: Counter[Schedule], device: torch.device) -> None:
         """Settle one group. `users` counts how many settings each schedule drives; `device` is for an empty group."""
@@ -307,15 +318,14 @@ class Engine(DeviceMemory):
         on = (param.device for param in group["params"] if parameters.is_trained(param) and not param.is_meta)
         device = next(on, device)
         for name in SCHEDULABLE:
-            assigned, before = isinstance(group[name], Schedule), group[f"{name}_schedule"]
+            assigned = isinstance(group[name], Schedule)
             schedule = group.settle(name, device)
             if schedule is None:
                 continue
-            users[before] -= before is not None
             if assigned and not users[schedule]:
                 for table in self.tables_of(schedule):
                     table.restore({})  # an equal one, whose decay may have begun, was assigned before
-            users[schedule] += 1
+            users[schedule] += assigned
             self._show_rate(group, name)
 
     def _check_once(self, groups: list[ParamGroup]) -> None:

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from nexus.arguments import as_real, check_number, shown
 from nexus.arguments import check_choice as argument_choice
 from nexus.backends.interface import LAST_WRITE, RATES, GroupSettings, Rate
-from nexus.optim.averages import check_average
+from nexus.optim.averages import Average, check_average
 from nexus.optim.storage import BIAS_CORRECTIONS, STORAGE_DEFAULTS, check_choice
 from nexus.optim.torch_options import refuse_differentiable
 from nexus.schedules import Schedule
@@ -96,6 +96,11 @@ class ParamGroup(dict[str, Any]):
         """Those of `RATES` that a schedule drives, and their schedules."""
         found = [(name, self.schedule(name)) for name in RATES]
         return [(name, schedule) for name, schedule in found if schedule is not None]
+
+    def replaced(self) -> list[Schedule]:
+        """The schedules in the place of which another one, or the same anew, was assigned since the last step."""
+        assigned = [name for name in SCHEDULABLE if isinstance(self[name], Schedule)]
+        return [self[f"{name}_schedule"] for name in assigned if self[f"{name}_schedule"] is not None]
 
     def watched(self) -> tuple[Any, ...]:
         """The values of the settings, and of what else is looked at again when it is another object."""
@@ -230,7 +235,7 @@ def _rate(name: str, value: Any, *, below: float = math.inf, positive: bool = Fa
             number = float(value.detach())
             if not (positive and number == math.inf):
                 check_number(name, number, positive=positive)
-            if number >= below:
+            if number >= below and below < math.inf:
                 raise ValueError(f"{name} must be a number in [0, {below:g}), got {shown(number)}")
         return value
     if isinstance(value, Schedule):
@@ -355,6 +360,12 @@ NEWER_SETTINGS: dict[str, Any] = {"lr_scale": 1.0, "bias_correction": "product",
 
 STATE_OPTIONS = ("amsgrad", *STORAGE_DEFAULTS)
 """The settings on which it depends what the state of a parameter has, beside `keeps_products`."""
+
+
+def in_state(value: Any) -> Any:
+    """What of one of `STATE_OPTIONS` the state depends on: of an average, how it is stored."""
+    return value.dtype if isinstance(value, Average) else value
+
 
 WATCHED_NAMES = (*SETTINGS, "differentiable", *OF_ALL)
 """The keys of a group that are looked at again when their value is another object."""

@@ -12,6 +12,7 @@ from torch._compile import _disable_dynamo
 from nexus.arguments import as_real, shown
 from nexus.backends.sharding import brought
 from nexus.optim.engine import Engine, attributes_of
+from nexus.optim.groups import ParamGroup
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -56,7 +57,8 @@ class Listening:
         """
         _check_metric(metric)
         engine = self._engine
-        engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
+        if not all(isinstance(group, ParamGroup) and group.is_settled() for group in self.param_groups):
+            engine.settle(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
         tables = {key: table for key, table in engine.tables.items() if table.is_plateau}
         if not tables:
             raise RuntimeError(

@@ -227,7 +227,18 @@ class Scheduled(Timed):
         tables = self._tables_of_rates()
         if not tables:
             raise RuntimeError("no parameter group has a schedule as lr: there is none to edit; write group['lr']")
+        self._check_apart({schedule for schedule, _, _ in tables})
         self._put([(table, now, piece_of(table)) for _, table, now in tables])
+
+    def _check_apart(self, rates: set[Schedule]) -> None:
+        """Refuse to edit a schedule that drives more than rates: equal ones share their memory."""
+        for index, group in enumerate(self.param_groups):
+            for name, schedule in group.schedules():
+                if name != "lr" and schedule in rates:
+                    raise RuntimeError(
+                        f"group {index} has {shown(schedule)} as {name}, too, which an edit of the rate would "
+                        f"change: give {name} a schedule that differs in some argument"
+                    )
 
     def _put(self, edits: list[tuple[ScheduleTable, Tensor, Schedule | FromRate]]) -> None:
         for table, _, piece in edits:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 from collections.abc import Callable, Iterable, Sized
@@ -124,8 +125,9 @@ def find_lr(
     smoothing = check_fraction("smoothing", smoothing, positive=True)
     if not isinstance(batches, Iterable):
         raise TypeError(f"batches must be iterable, got {shown(batches)}")
-    if isinstance(batches, Sized) and len(batches) < steps:
-        raise ValueError(_too_few(len(batches), steps))
+    with contextlib.suppress(TypeError):  # a DataLoader has a length, and over an IterableDataset has none
+        if isinstance(batches, Sized) and len(batches) < steps:
+            raise ValueError(_too_few(len(batches), steps))
     sweep = Exponential(low, gamma=high / low, every=steps - 1)
     with rewinding(optimizer, model):
         losses = _swept(train_step, optimizer, batches, sweep, steps)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import engine_of
-from nexus.schedules import WSD, Clock, Constant, Exponential
+from nexus.schedules import WSD, Clock, Constant, Exponential, Linear
 from nexus.training import RangeTest, find_lr, step_in_backward
 from nexus.training.range_test import _smoothed, _suggested
 from nexus.training.schedulers import WSDScheduler
@@ -122,6 +122,35 @@ def test_graphs_go_on_as_if_nothing_had_happened(graphs: Graphs, done: int) -> N
     assert same_bits(run.state(), undisturbed.state())
     assert graphs.events.count("capture") == 1
     assert run.clock.count == 30 * (done + 6)
+
+
+def test_a_graph_that_is_captured_in_the_sweep_goes_on(graphs: Graphs) -> None:
+    """Nothing is on the device before: what the graph counts in has to outlive the sweep."""
+    betas = Linear(0.9, 0.99, 100)
+    worlds = [World(NAME, captured, lr=0.01, betas=(0.9, betas.at(Clock()))) for captured in (True, False)]
+    for world in worlds:
+
+        def train_step(x: Tensor, y: Tensor, world: World = world) -> Tensor:
+            world.optimizer.zero_grad()
+            loss = world.loss(x, y)
+            loss.backward()
+            world.optimizer.step()
+            world.optimizer.advance(world.optimizer.param_groups[0]["betas"][1].clock, 10)
+            return loss
+
+        step = world.step(train_step)
+        if world is worlds[0]:
+            batches = [world.batch(index) for index in range(100)]
+            find_lr(lambda batch, step=step: step(*batch), world.optimizer, batches, high=0.1, model=world.model)
+        torch.manual_seed(3)
+        for group in world.optimizer.param_groups:
+            group["lr"] = Linear(0.0, 1.0, 100)
+        for index in range(5):
+            step(*world.batch(index))
+        assert world.optimizer.param_groups[0]["lr"].item() == 0.04
+        assert world.optimizer.state_dict()["param_groups"][0]["lr_schedule"]["step"] == 5
+    assert same_bits(worlds[0].state(), worlds[1].state())
+    assert graphs.events.count("capture") == 1
 
 
 @pytest.mark.parametrize("captured", [False, True])

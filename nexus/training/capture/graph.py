@@ -13,7 +13,7 @@ from nexus.arguments import shown
 from nexus.backends.sharding import local
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, engine_of
-from nexus.optim.groups import STATE_OPTIONS
+from nexus.optim.groups import STATE_OPTIONS, in_state
 from nexus.optim.parameters import named_parameters
 from nexus.training.capture.device import Graph
 from nexus.training.capture.gradients import Gradients
@@ -148,6 +148,7 @@ def _refuse_changes(
         old = before.get((index, key))
         if only is not None and key not in only:
             continue
+        value, old = (in_state(value), in_state(old)) if only is not None else (value, old)
         if value is not old and (isinstance(value, Tensor) or isinstance(old, Tensor) or value != old):
             raise RuntimeError(
                 f"group {index}'s {key!r} was changed from {shown(old)} to {shown(value)}, and the graph holds what "

@@ -1,0 +1,157 @@
+"""Edits, plateaus, averages and clocks beside each other: what one must not do to another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from capture_worlds import World
+from cuda_on_cpu import NAME
+from graphs_on_cpu import Graphs
+from references import same_bits
+from torch import Tensor
+
+from nexus.optim import EMA, FusedAdamW, Mean
+from nexus.schedules import Clock, Constant, Exponential, Linear, ReduceOnPlateau, Schedule
+from nexus.training import find_lr
+
+
+def made(count: int = 1, **options: Any) -> tuple[list[torch.nn.Parameter], FusedAdamW]:
+    params = [torch.nn.Parameter(torch.ones(4)) for _ in range(count)]
+    return params, FusedAdamW([{"params": [param]} for param in params], **options)
+
+
+def steps(optimizer: FusedAdamW, count: int = 1) -> None:
+    for _ in range(count):
+        for group in optimizer.param_groups:
+            for param in group["params"]:
+                param.grad = torch.full_like(param, 0.5)
+        optimizer.step()
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        ("beta1", {"betas": (Constant(0.5), 0.999)}),
+        ("average_decay", {"average": EMA(Constant(0.5))}),
+        ("weight_decay", {"weight_decay": Constant(0.5)}),
+    ],
+)
+def test_an_edit_of_the_rate_changes_nothing_else(name: str, options: dict[str, Any]) -> None:
+    _, optimizer = made(lr=Constant(0.5), **options)
+    steps(optimizer)
+    with pytest.raises(
+        RuntimeError, match=rf"group 0 has Constant.* as {name}, too, which an edit of the rate would"
+    ):
+        optimizer.replace(Constant(2.0))
+    assert optimizer.schedules == [Constant(0.5)]
+
+
+@pytest.mark.parametrize("count", [1, 3])
+@pytest.mark.parametrize("again", [Linear(1.0, 0.0, 10), ReduceOnPlateau(Linear(1.0, 0.0, 10), patience=0)])
+def test_an_equal_schedule_that_all_groups_are_given_begins_anew(count: int, again: Schedule) -> None:
+    _, optimizer = made(count, lr=again)
+    steps(optimizer, 2)
+    optimizer.hold()
+    if isinstance(again, ReduceOnPlateau):
+        optimizer.report(1.0)
+        optimizer.report(2.0)
+    for group in optimizer.param_groups:
+        group["lr"] = again
+    steps(optimizer)
+    assert [group["lr"].item() for group in optimizer.param_groups] == [pytest.approx(0.8)] * count
+
+
+@pytest.mark.parametrize(
+    "decay", [Exponential(0.9, gamma=1.01), Schedule.from_function(lambda t: 1.5 if t == 5 else 0.9, 10)]
+)
+def test_a_decay_that_leaves_its_bounds_is_refused(decay: Schedule) -> None:
+    with pytest.raises(ValueError, match="decay must be a Schedule of values from 0 to 1, got"):
+        EMA(decay)
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.bfloat16(), lambda m: m.double()])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_is_converted_while_averages_are_shown_has_its_weights_again(
+    convert: Callable[[torch.nn.Module], Any], dtype: torch.dtype
+) -> None:
+    model = torch.nn.Linear(96, 96)
+    optimizer = FusedAdamW(model.parameters(), lr=0.1, average=EMA(0.9, dtype=dtype))
+    steps(optimizer, 3)
+    before = [param.detach().clone() for param in model.parameters()]
+    with optimizer.averaged():
+        convert(model)
+        model.float()
+    for param, weight in zip(model.parameters(), before, strict=True):
+        assert torch.equal(param, weight)
+
+
+def test_means_of_several_beginnings_are_no_averaged_model() -> None:
+    first, second = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    model = torch.nn.Sequential(first, second)
+    groups = [{"params": each.parameters(), "average": Mean(start)} for start, each in ((1, first), (4, second))]
+    optimizer = FusedAdamW(groups, lr=0.1)
+    steps(optimizer, 6)
+    averaged = torch.optim.swa_utils.AveragedModel(model)
+    with pytest.raises(ValueError, match=r"means from several updates on, \[1, 4\], and an AveragedModel has one"):
+        optimizer.store_average(model, averaged)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_another_decay_of_an_average_reaches_a_captured_step(graphs: Graphs, captured: bool) -> None:
+    worlds = [World(NAME, each, lr=1e-2, average=EMA(0.9)) for each in (captured, False)]
+    for world in worlds:
+
+        def train_step(x: Tensor, y: Tensor, world: World = world) -> Tensor:
+            world.optimizer.zero_grad()
+            loss = world.loss(x, y)
+            loss.backward()
+            world.optimizer.step()
+            return loss
+
+        step = world.step(train_step)
+        torch.manual_seed(3)
+        for index in range(12):
+            if index == 8:
+                world.optimizer.param_groups[0]["average"] = EMA(0.5)
+            step(*world.batch(index))
+    assert same_bits(worlds[0].state(), worlds[1].state())
+    averages = [[state["average"] for state in world.optimizer.state.values()] for world in worlds]
+    assert same_bits(*averages)
+    assert graphs.events.count("capture") == captured
+
+
+def test_what_only_other_settings_have_is_there_before_the_first_step() -> None:
+    clock = Clock()
+    _, optimizer = made(lr=0.1, betas=(0.9, Linear(0.9, 0.99, 100).at(clock)), eps=ReduceOnPlateau(Constant(1e-8)))
+    optimizer.advance(clock, 5)
+    optimizer.report(1.0)
+    assert clock.count == 5
+
+
+def test_a_limit_of_the_norm_may_be_infinite_as_a_tensor() -> None:
+    _, optimizer = made(lr=0.1, max_grad_norm=torch.tensor(float("inf")))
+    steps(optimizer)
+    assert optimizer.grad_norm == 1.0
+
+
+class Endless(torch.utils.data.IterableDataset[Tensor]):
+    def __iter__(self) -> Any:
+        while True:
+            yield torch.ones(4)
+
+
+def test_a_range_test_takes_a_loader_without_a_length() -> None:
+    (param,), optimizer = made(lr=0.1)
+
+    def train_step(batch: Tensor) -> Tensor:
+        optimizer.zero_grad()
+        loss = (param * batch).square().sum()
+        loss.backward()
+        optimizer.step()
+        return loss
+
+    found = find_lr(train_step, optimizer, torch.utils.data.DataLoader(Endless()), high=1e-2, steps=10)
+    assert len(found.losses) == 10

@@ -29,7 +29,7 @@ from nexus.optim.parameters import is_trained, named_parameters
 from nexus.optim.saved import SAVED_NAMES, check_saved, has_codes, loaded, saved_state
 from nexus.optim.saved_groups import FORMAT, SCHEDULE_KEYS, checked_groups, loaded_settings, saved_rate
 from nexus.optim.state import check_unshared
-from nexus.optim.storage import STORAGE_DEFAULTS, Storage, storage_of
+from nexus.optim.storage import STORAGE_DEFAULTS, Storage, keeps_products, storage_of
 from nexus.schedules import Schedule
 from nexus.schedules import edits as schedule_edits
 from nexus.schedules.clock import Clock, Clocked, unclocked
@@ -188,6 +188,13 @@ def load_state_dict(optimizer: FusedAdamW, state_dict: dict[str, Any]) -> None:
     edits, device = [], devices_of(attributes_of(optimizer))[0]
     for index, (group, saved) in enumerate(pairs):  # no comprehension: its frame would shift the stack level
         edits.append(_checked_edits(group, saved, index))
+        form = group["bias_correction"]
+        if keeps_products({**group, "bias_correction": "product"}) and saved.get("bias_correction", form) != form:
+            warnings.warn(
+                f"group {index} was saved with bias_correction={saved['bias_correction']!r}, and goes on with "
+                f"{form!r}",
+                stacklevel=3,
+            )
         warn_of_difference(group["average"], saved, [states.get(key) for key in saved["params"]], index)
         for name, schedule in group.schedules():
             if name in edits[-1]:

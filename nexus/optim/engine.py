@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
@@ -192,18 +192,26 @@ class Engine(DeviceMemory):
             self.runner = backend.runner(WATCHED_NAMES)
         self.settle(attributes)
         _check_scales(groups)
-        options = [(*(in_state(group[name]) for name in STATE_OPTIONS), keeps_products(group)) for group in groups]
+        options = _planned(groups)
         if self.plan is not None and change == Change.SETTINGS and options == self._planned_options:
             for device, device_plan in self.plan.devices.items():
                 self.fill_settings(device_plan, groups, device)
             self.runner.update_settings()
         else:
-            if self._planned_options and self.runner.has_captured():
-                _check_kept(options, self._planned_options)
+            self.check_kept(groups)
             self.plan = self.make_plan(attributes)
             self._planned_options = options
             self.runner.bind(self.plan, attributes)
         return self.runner
+
+    def check_kept(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Refuse settings with which state would be stored otherwise where graphs write to it as it is.
+
+        Raises:
+            RuntimeError: with the remedy.
+        """
+        if self._planned_options and self.runner is not None and self.runner.has_captured():
+            _check_kept(_planned(groups), self._planned_options)
 
     def make_plan(self, attributes: Attributes) -> Plan:
         """A plan of settled groups, once all that a step works on is there and fits."""
@@ -386,6 +394,11 @@ def _tidy(attributes: Attributes) -> None:
             group = groups[index] = ParamGroup({**attributes["defaults"], **group})
         if not isinstance(group["params"], list):
             group["params"] = [group["params"]] if isinstance(group["params"], Tensor) else list(group["params"])
+
+
+def _planned(groups: Iterable[Mapping[str, Any]]) -> list[tuple[Any, ...]]:
+    """What of each group a plan is made for."""
+    return [(*(in_state(group[name]) for name in STATE_OPTIONS), keeps_products(group)) for group in groups]
 
 
 def _check_kept(options: list[tuple[Any, ...]], captured: list[tuple[Any, ...]]) -> None:

@@ -77,6 +77,8 @@ class Scheduled(Timed):
         betas = betas_from_torch(scheduler, steps=steps, exact=exact)
         for group, pair in zip(self.param_groups, betas, strict=True):
             checked_settings({**group, "betas": pair})
+        pairs = zip(self.param_groups, betas, strict=True)
+        self._engine.check_kept({**group, "betas": pair} for group, pair in pairs)
         for group, schedule, pair in zip(self.param_groups, schedules, betas, strict=True):
             group["lr"] = schedule
             group["betas"] = pair

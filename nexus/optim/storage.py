@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -134,7 +134,7 @@ def storage_of(param: Tensor, group: dict[str, Any], where: str) -> Storage:
     )
 
 
-def keeps_products(group: dict[str, Any]) -> bool:
+def keeps_products(group: Mapping[str, Any]) -> bool:
     """Whether state keeps the products of a group's betas, since one of them may move."""
     moves = any(isinstance(beta, (Tensor, Schedule)) for beta in group.get("betas", ()))
     return moves and group["bias_correction"] == "product"

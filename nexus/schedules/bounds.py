@@ -7,8 +7,9 @@ from collections.abc import Iterator
 
 from nexus.arguments import MAX_STEP
 from nexus.schedules.base import Schedule, layers_of
-from nexus.schedules.curves import Curve, Layer
+from nexus.schedules.curves import MAX_SAMPLES, Curve, Layer
 
+GRID = 4096  # steps at which several layers are looked at, evenly spread
 Extreme = tuple[float, int]
 """A rate, and the first of the steps looked at that has it."""
 
@@ -18,8 +19,9 @@ _found: dict[int, tuple[weakref.ref[Schedule], tuple[Extreme, Extreme]]] = {}
 def bounds_of(schedule: Schedule) -> tuple[Extreme, Extreme]:
     """The lowest and the highest rate, each with a step that has it.
 
-    Every curve is monotonic between the ends of its piece, so that these are the bounds of what is one layer; a
-    product or a sum of layers may go beyond them between the ends of its pieces. Looked for once a schedule.
+    Every curve is monotonic between the ends of its piece, so that these are the bounds of what is one layer. Of a
+    product or a sum of layers, a grid of steps is looked at, too; between them it may go beyond. Looked for once a
+    schedule.
 
     >>> from nexus.schedules import WSD
     >>> bounds_of(WSD(warmup_steps=2, stable_steps=10, decay_steps=5, peak_lr=0.5))
@@ -29,7 +31,10 @@ def bounds_of(schedule: Schedule) -> tuple[Extreme, Extreme]:
     found = _found.get(key)
     if found is not None and found[0]() is schedule:
         return found[1]
-    steps = sorted({0, MAX_STEP, *(step for layer in layers_of(schedule) for step in _ends(layer))})
+    layers = layers_of(schedule)
+    last = (schedule.length or MAX_SAMPLES) if len(layers) > 1 else 0
+    grid = range(0, last + 1, max(1, last // GRID))
+    steps = sorted({*grid, MAX_STEP, *(step for layer in layers for step in _ends(layer))})
     rates = [(schedule(step), step) for step in steps if 0 <= step <= MAX_STEP]
     bounds = min(rates), max(rates, key=lambda rate: (rate[0], -rate[1]))
     _found[key] = weakref.ref(schedule, lambda _: _found.pop(key, None)), bounds

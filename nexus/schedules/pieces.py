@@ -6,12 +6,11 @@ from typing import NamedTuple
 
 from nexus.schedules.arc import ENDING, Arc
 from nexus.schedules.base import Schedule, layers_of
+from nexus.schedules.bounds import GRID
 from nexus.schedules.compose import join
 from nexus.schedules.constant import Constant
 from nexus.schedules.curves import MAX_SAMPLES, Curve, Layer, value_of
 from nexus.schedules.wsd import WSD, WSD_DECAYS, decay_numbers
-
-_GRID = 4096  # steps at which a fold of several layers is looked at
 
 
 class FromRate(NamedTuple):
@@ -52,7 +51,7 @@ def highest(schedule: Schedule) -> float:
         return max(map(max, _ends(layers[0])))
     edges = {row.start + more for layer in layers for row in layer.segments for more in (-1, 0, row.period - 1)}
     last = schedule.length or MAX_SAMPLES
-    steps = {*range(0, last + 1, max(1, last // _GRID)), *(edge for edge in edges if 0 <= edge <= last)}
+    steps = {*range(0, last + 1, max(1, last // GRID)), *(edge for edge in edges if 0 <= edge <= last)}
     return max(value_of(layers, step) for step in steps)
 
 

@@ -155,3 +155,42 @@ def test_a_range_test_takes_a_loader_without_a_length() -> None:
 
     found = find_lr(train_step, optimizer, torch.utils.data.DataLoader(Endless()), high=1e-2, steps=10)
     assert len(found.losses) == 10
+
+
+def test_a_beta_that_reaches_1_between_the_ends_of_its_pieces_is_refused() -> None:
+    with pytest.raises(ValueError, match="betas"):
+        made(lr=0.1, betas=(0.9, Linear(0.0, 2.0, 10) * Linear(2.0, 0.0, 10)))
+
+
+def test_a_scheduler_that_graphs_cannot_follow_is_not_taken_over(graphs: Graphs) -> None:
+    world = World(NAME, True, lr=torch.tensor(0.01, dtype=torch.float64))
+
+    def train_step(x: Tensor, y: Tensor) -> Tensor:
+        world.optimizer.zero_grad()
+        loss = world.loss(x, y)
+        loss.backward()
+        world.optimizer.step()
+        return loss
+
+    step = world.step(train_step)
+    scheduler = torch.optim.lr_scheduler.OneCycleLR(world.optimizer, max_lr=0.1, total_steps=100)
+    for index in range(6):
+        step(*world.batch(index))
+    assert graphs.events.count("capture") == 1
+    before = [dict(group) for group in world.optimizer.param_groups]
+    with pytest.raises(RuntimeError, match="betas or bias_correction were changed"):
+        world.optimizer.take_over(scheduler)
+    for now, then in zip(world.optimizer.param_groups, before, strict=True):
+        assert all(now[key] is then[key] for key in then)
+    step(*world.batch(6))
+
+
+def test_another_form_of_the_bias_correction_is_said_at_a_load() -> None:
+    betas = (0.9, Linear(0.9, 0.99, 10))
+    _, saved = made(lr=0.1, betas=betas, bias_correction="power")
+    _, optimizer = made(lr=0.1, betas=betas)
+    steps(saved)
+    with pytest.warns(
+        UserWarning, match="group 0 was saved with bias_correction='power', and goes on with 'product'"
+    ):
+        optimizer.load_state_dict(saved.state_dict())

@@ -14,8 +14,8 @@ import torch
 from references import same_bits, snapshot
 from torch import Tensor, nn
 
-from nexus.optim import FusedAdamW
-from nexus.schedules import WSD, Clock
+from nexus.optim import EMA, FusedAdamW
+from nexus.schedules import WSD, Clock, Linear, ReduceOnPlateau
 from nexus.training import step_in_backward
 from nexus.training.schedulers import WSDScheduler
 
@@ -144,6 +144,30 @@ def by_tokens(model: nn.Module, optimizer: FusedAdamW) -> Step:
 def test_a_clock_is_advanced_in_a_compiled_step(backend: str) -> None:
     lr = WSD(100, 200, 100, peak_lr=1e-2).at(Clock())
     assert_compiled_is_eager(by_tokens, backend=backend, lr=lr, skip_nonfinite=True, overflow=True)
+
+
+def reporting(model: nn.Module, optimizer: FusedAdamW) -> Step:
+    step = plain(model, optimizer)
+
+    def train_step(x: Tensor) -> Tensor:
+        loss = step(x)
+        optimizer.report(loss.detach())
+        return loss
+
+    return train_step
+
+
+def edits_and_averages(step: int, optimizer: FusedAdamW) -> None:
+    if step == 4:
+        optimizer.hold()
+    with optimizer.averaged():
+        assert any(param.grad is not None for group in optimizer.param_groups for param in group["params"])
+
+
+def test_a_compiled_step_reports_averages_and_is_edited(backend: str) -> None:
+    lr = ReduceOnPlateau(WSD(3, None, 3, peak_lr=1e-2), factor=0.5, patience=1)
+    betas = (0.9, Linear(0.9, 0.99, 10))
+    assert_compiled_is_eager(reporting, edits_and_averages, backend=backend, lr=lr, betas=betas, average=EMA(0.9))
 
 
 @pytest.mark.slow

@@ -141,7 +141,8 @@ class Averaged:
                 "optimizer.param_groups[0]['average'] = EMA(decay=0.999), and make steps"
             )
         named = named_parameters(self.param_groups)
-        return [each for each in named if isinstance(self.state.get(each[1], {}).get("average"), Tensor)]
+        kept = [each for each in named if self.param_groups[each[0]]["average"] is not None]
+        return [each for each in kept if isinstance(self.state.get(each[1], {}).get("average"), Tensor)]
 
     def _exchanged(self, model: nn.Module, averaged: AveragedModel) -> list[tuple[Tensor, Tensor]]:
         """The parameters of a model that have averages here, and what torch's `AveragedModel` has of them."""

@@ -202,6 +202,9 @@ class Scheduled(Timed):
         Args:
             steps: updates of the rise, at least 1.
             to: the rate after it; by default the highest of the schedule that was given last.
+
+        Raises:
+            ValueError: `to` is left out, and that schedule grows without end. Nothing is changed.
         """
         steps = check_count("steps", steps, low=1)
         high = None if to is None else check_number("to", to)

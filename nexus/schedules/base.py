@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 import weakref
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from nexus.schedules.sampled import Sampled
 
 _Self = TypeVar("_Self", bound="Schedule")
+T = TypeVar("T")
 
 MAX_DEPTH = 64  # so that what visits all parts, as repr, to_dict, copy and pickle, keeps to Python's stack
 TOO_DEEP = (
@@ -296,18 +298,27 @@ class Schedule(ABC):
             self._set(**{name: check_count(name, getattr(self, name), low=low)})
 
 
-_lowered: dict[int, tuple[weakref.ref[Schedule], tuple[Layer, ...]]] = {}
+def once(function: Callable[[Schedule], T]) -> Callable[[Schedule], T]:
+    """Remember what a function gives of a schedule, by its identity: a table of a million rates takes long to hash."""
+    kept: dict[int, tuple[weakref.ref[Schedule], T]] = {}
+
+    @functools.wraps(function)
+    def remembered(schedule: Schedule) -> T:
+        key = id(schedule)
+        found = kept.get(key)
+        if found is not None and found[0]() is schedule:
+            return found[1]
+        result = function(schedule)
+        kept[key] = weakref.ref(schedule, lambda _: kept.pop(key, None)), result
+        return result
+
+    return remembered
 
 
+@once
 def layers_of(schedule: Schedule) -> tuple[Layer, ...]:
-    """The schedule's layers, lowered once. By its identity: a table of a million rates takes long to hash."""
-    key = id(schedule)
-    found = _lowered.get(key)
-    if found is not None and found[0]() is schedule:
-        return found[1]
-    layers = schedule.layers()
-    _lowered[key] = weakref.ref(schedule, lambda _: _lowered.pop(key, None)), layers
-    return layers
+    """The schedule's layers, lowered once."""
+    return schedule.layers()
 
 
 def _end(layer: Layer) -> int | None:

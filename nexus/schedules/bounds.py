@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterator
 
 from nexus.arguments import MAX_STEP
-from nexus.schedules.base import Schedule, layers_of
+from nexus.schedules.base import Schedule, layers_of, once
 from nexus.schedules.curves import MAX_SAMPLES, Curve, Layer
 
-GRID = 4096  # steps at which several layers are looked at, evenly spread
+_GRID = 4096  # steps at which several layers are looked at, evenly spread
 Extreme = tuple[float, int]
 """A rate, and the first of the steps looked at that has it."""
 
-_found: dict[int, tuple[weakref.ref[Schedule], tuple[Extreme, Extreme]]] = {}
 
-
+@once
 def bounds_of(schedule: Schedule) -> tuple[Extreme, Extreme]:
     """The lowest and the highest rate, each with a step that has it.
 
@@ -27,18 +25,12 @@ def bounds_of(schedule: Schedule) -> tuple[Extreme, Extreme]:
     >>> bounds_of(WSD(warmup_steps=2, stable_steps=10, decay_steps=5, peak_lr=0.5))
     ((0.0, 0), (0.5, 2))
     """
-    key = id(schedule)
-    found = _found.get(key)
-    if found is not None and found[0]() is schedule:
-        return found[1]
     layers = layers_of(schedule)
     last = (schedule.length or MAX_SAMPLES) if len(layers) > 1 else 0
-    grid = range(0, last + 1, max(1, last // GRID))
+    grid = range(0, last + 1, max(1, last // _GRID))
     steps = sorted({*grid, MAX_STEP, *(step for layer in layers for step in _ends(layer))})
     rates = [(schedule(step), step) for step in steps if 0 <= step <= MAX_STEP]
-    bounds = min(rates), max(rates, key=lambda rate: (rate[0], -rate[1]))
-    _found[key] = weakref.ref(schedule, lambda _: _found.pop(key, None)), bounds
-    return bounds
+    return min(rates), max(rates, key=lambda rate: (rate[0], -rate[1]))
 
 
 def _ends(layer: Layer) -> Iterator[int]:

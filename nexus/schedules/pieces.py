@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+from nexus.arguments import MAX_STEP, shown
 from nexus.schedules.arc import ENDING, Arc
 from nexus.schedules.base import Schedule, layers_of
-from nexus.schedules.bounds import GRID
+from nexus.schedules.bounds import bounds_of
 from nexus.schedules.compose import join
 from nexus.schedules.constant import Constant
-from nexus.schedules.curves import MAX_SAMPLES, Curve, Layer, value_of
 from nexus.schedules.wsd import WSD, WSD_DECAYS, decay_numbers
 
 
@@ -45,28 +45,12 @@ def decay_of(schedule: WSD) -> FromRate:
 
 
 def highest(schedule: Schedule) -> float:
-    """The highest rate of a schedule; of several layers, at the ends of their rows and on a grid of 4096 steps."""
-    layers = layers_of(schedule)
-    if len(layers) == 1:
-        return max(map(max, _ends(layers[0])))
-    edges = {row.start + more for layer in layers for row in layer.segments for more in (-1, 0, row.period - 1)}
-    last = schedule.length or MAX_SAMPLES
-    steps = {*range(0, last + 1, max(1, last // GRID)), *(edge for edge in edges if 0 <= edge <= last)}
-    return max(value_of(layers, step) for step in steps)
+    """The highest rate of a schedule.
 
-
-def _ends(layer: Layer) -> list[tuple[float, ...]]:
-    """The rates between which each row goes, or all samples of one that has samples."""
-    starts = [row.start for row in layer.segments[1:]] + [None]
-    found: list[tuple[float, ...]] = []
-    for row, after in zip(layer.segments, starts, strict=True):
-        if row.start == after:
-            continue  # never in force
-        if row.curve == Curve.SAMPLED:
-            samples = layer.samples[int(row.k) : int(row.k) + int(row.q)]
-            found.append(tuple(row.low + each * (row.high - row.low) for each in samples))
-        elif row.curve == Curve.LOG or row.span < 1.0:
-            found.append((value_of([layer], row.start),))
-        else:
-            found.append((row.high,) if row.curve == Curve.CONSTANT else (row.high, row.low))
-    return found
+    Raises:
+        ValueError: it grows without end.
+    """
+    _, (rate, step) = bounds_of(schedule)
+    if step >= MAX_STEP - 1:  # the last ones that are looked at
+        raise ValueError(f"{shown(schedule)} grows without end, and has no highest rate: give rewarm(to=...)")
+    return rate

@@ -194,3 +194,24 @@ def test_another_form_of_the_bias_correction_is_said_at_a_load() -> None:
         UserWarning, match="group 0 was saved with bias_correction='power', and goes on with 'product'"
     ):
         optimizer.load_state_dict(saved.state_dict())
+
+
+def test_a_rise_to_the_highest_rate_of_what_grows_without_end_is_refused() -> None:
+    _, optimizer = made(lr=Exponential(0.1, gamma=1.1))
+    steps(optimizer)
+    with pytest.raises(ValueError, match=r"grows without end, and has no highest rate: give rewarm\(to=\.\.\.\)"):
+        optimizer.rewarm(5)
+    assert optimizer.schedule == Exponential(0.1, gamma=1.1)
+    optimizer.rewarm(5, to=1.0)
+    steps(optimizer, 6)
+    assert optimizer.param_groups[0]["lr"] == 1.0
+
+
+def test_only_averages_that_a_group_still_keeps_are_shown() -> None:
+    (first, second), optimizer = made(2, lr=0.1, average=EMA(0.5))
+    steps(optimizer, 3)
+    optimizer.param_groups[1]["average"] = None
+    before = first.detach().clone(), second.detach().clone()
+    with optimizer.averaged():
+        assert not torch.equal(first, before[0])
+        assert torch.equal(second, before[1])

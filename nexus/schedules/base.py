@@ -299,7 +299,7 @@ class Schedule(ABC):
 
 
 def once(function: Callable[[Schedule], T]) -> Callable[[Schedule], T]:
-    """Remember what a function gives of a schedule, by its identity: a table of a million rates takes long to hash."""
+    """Remember what a function gives of a schedule, by its identity: tables of a million rates take long to hash."""
     kept: dict[int, tuple[weakref.ref[Schedule], T]] = {}
 
     @functools.wraps(function)

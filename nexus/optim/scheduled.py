@@ -120,7 +120,7 @@ class Scheduled(Timed):
 
     @_disable_dynamo
     @torch.no_grad()
-    def begin_decay(self, steps: int | None = None, kind: str = "linear", to: float = 0.0) -> None:
+    def begin_decay(self, steps: int | None = None, *, kind: str = "linear", to: float = 0.0) -> None:
         """Let the rate decay from now on, from what it is at this moment. Reads nothing back from the device.
 
         Without `steps`, the decay of every WSD schedule of this optimizer begins with the next step, also of a weight
@@ -182,7 +182,7 @@ class Scheduled(Timed):
         >>> from nexus.optim import FusedAdamW
         >>> from nexus.schedules import Linear
         >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> optimizer = FusedAdamW([weight], lr=Linear(1.0, 0.0, 4))
+        >>> optimizer = FusedAdamW([weight], lr=Linear(start_lr=1.0, end_lr=0.0, total_steps=4))
         >>> rates = []
         >>> for step in range(4):
         ...     if step == 2:
@@ -196,7 +196,7 @@ class Scheduled(Timed):
         self._edit(lambda table: FromRate())
 
     @_disable_dynamo
-    def rewarm(self, steps: int, to: float | None = None) -> None:
+    def rewarm(self, steps: int, *, to: float | None = None) -> None:
         """Let the rate rise on a straight line from what it is at this moment, and stay. See `begin_decay`.
 
         Args:

@@ -119,6 +119,31 @@ class Scheduled(Timed):
         return schedules[0]
 
     @_disable_dynamo
+    def next_lr(self) -> list[float]:
+        """The rate that the coming update will use, one a group, whatever drives it. For logs: reads the device.
+
+        With a `Schedule`, `param_groups[i]["lr"]` is the rate that the last update has used.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> from nexus.schedules import Linear
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = FusedAdamW([weight], lr=Linear(start_lr=1.0, end_lr=0.0, total_steps=4))
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> float(optimizer.param_groups[0]["lr"]), optimizer.next_lr(), optimizer.completed_steps
+        (1.0, [0.75], 1)
+        """
+        return self._engine.next_lr(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
+
+    @property
+    @_disable_dynamo
+    def completed_steps(self) -> int:
+        """How many updates have been completed: skipped ones do not count. Reads the device."""
+        device = devices_of(attributes_of(self))[0]  # type: ignore[arg-type]
+        return int(self._engine.state_on(device).completed)
+
+    @_disable_dynamo
     @torch.no_grad()
     def begin_decay(self, steps: int | None = None, *, kind: str = "linear", to: float = 0.0) -> None:
         """Let the rate decay from now on, from what it is at this moment. Reads nothing back from the device.

@@ -62,7 +62,11 @@ def test_code(name, tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     variables: dict[str, object] = {"__name__": "__main__"}
     for code in (GIVEN.get(name, ""), *blocks(TEXTS[name], "python")):
-        exec(compile(code, name, "exec"), variables)
+        try:
+            exec(compile(code, name, "exec"), variables)
+        except ModuleNotFoundError as error:
+            assert error.name in ("accelerate", "lightning", "transformers")
+            pytest.skip(f"{error.name} is not installed")
 
 
 @pytest.mark.parametrize(("program", "command"), dict.fromkeys(SHOWN))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import io
 import math
 import numbers
@@ -44,6 +46,37 @@ def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP,
                 raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
             return count
     raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
+
+
+def refuse_unnamed(kind: type, arguments: Sequence[object]) -> None:
+    """Refuse arguments without a name that a class takes by name alone; the error shows the call as it is to be.
+
+    >>> class Line:
+    ...     def __init__(self, *, slope: float, start: float = 0.0) -> None: ...
+    >>> refuse_unnamed(Line, [1.0])
+    Traceback (most recent call last):
+    TypeError: Line takes its arguments by name, as they are easy to swap: Line(slope=..., start=0.0), got Line(1.0)
+    """
+    if not arguments:
+        return
+    most, call = _call(kind)
+    if len(arguments) > most:
+        given = ", ".join(map(reprlib.repr, arguments))
+        name = kind.__name__
+        raise TypeError(f"{name} takes its arguments by name, as they are easy to swap: {call}, got {name}({given})")
+
+
+@functools.cache
+def _call(kind: type) -> tuple[int, str]:
+    """How many arguments of a class need no name, and a call of it with the names of all others."""
+    _, *parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
+        return sys.maxsize, ""
+    unnamed = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY]
+    named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
+    values = ("..." if each.default is each.empty else repr(each.default) for each in named)
+    shown_named = [f"{each.name}={value}" for each, value in zip(named, values, strict=True)]
+    return len(unnamed), f"{kind.__name__}({', '.join([*unnamed, *shown_named])})"
 
 
 def as_real(value: object) -> float | None:

@@ -349,6 +349,18 @@ class Engine(DeviceMemory):
         """Let a group show the rate of the next update, where no update has shown one yet."""
         group.show(name, self.coming(group, name, group.outputs[name].device))
 
+    def next_lr(self, attributes: Attributes) -> list[float]:
+        """See `FusedAdamW.next_lr`."""
+        self.settle(attributes)
+        groups, first = attributes["param_groups"], devices_of(attributes)[0]
+        written = {id(output): (group, name) for group in groups for name, output in group.outputs.items()}
+        rates = []
+        for group in groups:
+            source, name = written.get(id(group["lr"]), (group, "lr"))  # another group's schedule may write it
+            device = source.outputs[name].device if name in source.outputs else first
+            rates.append(float(self.coming(source, name, device, self.backend.evaluate)))
+        return rates
+
     def renew_tables(self) -> None:
         """Let the next step see that a table has more layers than it had."""
         self.renewed += 1

@@ -19,7 +19,7 @@ def decay_numbers(decay_type: str, decay_power: float = 2.0) -> tuple[float, flo
     return (1.0, decay_power) if decay_type == "polynomial" else (1.0, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WSD(Schedule):
     r"""Warmup-Stable-Decay.
 
@@ -111,6 +111,7 @@ class WSD(Schedule):
     def from_fractions(
         cls,
         total_steps: int,
+        *,
         warmup: float,
         decay: float,
         peak_lr: float,
@@ -142,7 +143,15 @@ class WSD(Schedule):
         decay_steps = max(1, round(decay * total_steps))
         warmup_steps = min(round(warmup * total_steps), total_steps - decay_steps)
         stable_steps = total_steps - warmup_steps - decay_steps
-        return cls(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type, decay_power)
+        return cls(
+            warmup_steps=warmup_steps,
+            stable_steps=stable_steps,
+            decay_steps=decay_steps,
+            peak_lr=peak_lr,
+            min_lr=min_lr,
+            decay_type=decay_type,
+            decay_power=decay_power,
+        )
 
     def extend_stable(self, n: int) -> WSD:
         """The schedule whose stable phase is `n` updates longer.
@@ -163,7 +172,7 @@ class WSD(Schedule):
         Raises:
             ValueError: the rate at `step` is 0, so there is nothing to decay from.
 
-        >>> WSD(4, None, 8, peak_lr=1.0).begin_decay(10).stable_steps
+        >>> WSD(warmup_steps=4, stable_steps=None, decay_steps=8, peak_lr=1.0).begin_decay(10).stable_steps
         6
         """
         step = check_count("step", step)

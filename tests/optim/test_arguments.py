@@ -49,7 +49,12 @@ BAD: Bad = [
     ("betas", (("0.9", 0.9),), TypeError, rf"betas\[0\] {NUMBER}"),
     ("betas", ((torch.zeros(2), torch.zeros(2)),), ValueError, rf"betas\[0\] {RATE_TENSOR} \(2,\)"),
     ("betas", ((torch.tensor(0.5), torch.tensor(1.0)),), ValueError, rf"betas\[1\] {BETA} 1.0"),
-    ("betas", ((0.9, Linear(0.9, 1.0, 10)),), ValueError, r"betas\[1\] must stay in \[0, 1\), .* is 1.0 at step 10"),
+    (
+        "betas",
+        ((0.9, Linear(start_lr=0.9, end_lr=1.0, total_steps=10)),),
+        ValueError,
+        r"betas\[1\] must stay in \[0, 1\), .* is 1.0 at step 10",
+    ),
     ("bias_correction", ("none",), ValueError, r"bias_correction must be one of \('product', 'power'\), got 'none'"),
     ("bias_correction", (True, None), TypeError, r"bias_correction must be one of \('product', 'power'\)"),
     ("eps", (-1e-8, math.nan, math.inf), ValueError, f"eps {NUMBER}"),
@@ -59,7 +64,12 @@ BAD: Bad = [
     ("maximize", ("yes",), TypeError, f"maximize {BOOL}"),
     ("max_grad_norm", (0, -1.0, math.nan, -math.inf), ValueError, f"max_grad_norm {LIMIT}"),
     ("max_grad_norm", ("1", True), TypeError, f"max_grad_norm {LIMIT}"),
-    ("max_grad_norm", (Linear(0.0, 1.0, 10),), ValueError, "max_grad_norm must stay above 0, .* is 0.0 at step 0"),
+    (
+        "max_grad_norm",
+        (Linear(start_lr=0.0, end_lr=1.0, total_steps=10),),
+        ValueError,
+        "max_grad_norm must stay above 0, .* is 0.0 at step 0",
+    ),
     ("max_grad_norm", (torch.zeros(()),), ValueError, "max_grad_norm must be a finite number > 0"),
     ("eps", (torch.tensor(-1.0),), ValueError, f"eps {NUMBER}"),
 ]

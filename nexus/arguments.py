@@ -29,8 +29,13 @@ def shown(value: object) -> str:
         return f"a very large {type(value).__name__}"
 
 
-def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP, also: str = "") -> int:
-    """`value` as an int from `low` to `high`; `also` names what else the caller allows, such as `"None"`."""
+def check_count(
+    name: str, value: object, *, low: int = 0, high: int = MAX_STEP, also: str = "", ratios: str = ""
+) -> int:
+    """`value` as an int from `low` to `high`; `also` names what else the caller allows, such as `"None"`.
+
+    `ratios` says what takes the ratio that a number below 1 may be.
+    """
     top = "2**53" if high == MAX_STEP else str(high)
     allowed = f"an int from {low} to {top}{f' or {also}' if also else ''}"
     remedy = ""
@@ -39,8 +44,9 @@ def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP,
             count = int(operator.index(value))  # type: ignore[arg-type]
         except TypeError:
             if isinstance(value, numbers.Real) and math.isfinite(value):
-                is_whole = value == math.floor(value)
-                remedy = f"; write int({value})" if is_whole else "; of a share, give int(share * total)"
+                is_ratio = 0.0 < float(value) < 1.0
+                ratio = f"; of a ratio of the run, give int({value} * total_steps){ratios}"
+                remedy = ratio if is_ratio else f"; write int({value})"
         else:
             if not low <= count <= high:
                 raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
@@ -59,24 +65,28 @@ def refuse_unnamed(kind: type, arguments: Sequence[object]) -> None:
     """
     if not arguments:
         return
-    most, call = _call(kind)
-    if len(arguments) > most:
-        given = ", ".join(map(reprlib.repr, arguments))
-        name = kind.__name__
-        raise TypeError(f"{name} takes its arguments by name, as they are easy to swap: {call}, got {name}({given})")
+    parameters = _parameters(kind)
+    most = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
+    if len(arguments) > most and all(each.kind is not each.VAR_POSITIONAL for each in parameters):
+        given = f"{kind.__name__}({', '.join(map(reprlib.repr, arguments))})"
+        raise TypeError(
+            f"{kind.__name__} takes its arguments by name, as they are easy to swap: {call_of(kind)}, got {given}"
+        )
+
+
+def call_of(kind: type) -> str:
+    """A call of a class, with the names and the defaults of the arguments that it takes by name."""
+    given = []
+    for each in _parameters(kind):
+        default = "..." if each.default is each.empty else repr(each.default)
+        given.append(f"{each.name}={default}" if each.kind is each.KEYWORD_ONLY else each.name)
+    return f"{kind.__name__}({', '.join(given)})"
 
 
 @functools.cache
-def _call(kind: type) -> tuple[int, str]:
-    """How many arguments of a class need no name, and a call of it with the names of all others."""
+def _parameters(kind: type) -> tuple[inspect.Parameter, ...]:
     _, *parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
-    if any(each.kind is each.VAR_POSITIONAL for each in parameters):
-        return sys.maxsize, ""
-    unnamed = [each.name for each in parameters if each.kind is not each.KEYWORD_ONLY]
-    named = [each for each in parameters if each.kind is each.KEYWORD_ONLY]
-    values = ("..." if each.default is each.empty else repr(each.default) for each in named)
-    shown_named = [f"{each.name}={value}" for each, value in zip(named, values, strict=True)]
-    return len(unnamed), f"{kind.__name__}({', '.join([*unnamed, *shown_named])})"
+    return tuple(parameters)
 
 
 def as_real(value: object) -> float | None:

@@ -38,6 +38,7 @@ from nexus.optim.groups import (
     ParamGroup,
     checked_settings,
     in_state,
+    is_limited,
     settings_of,
 )
 from nexus.optim.history import History
@@ -368,7 +369,7 @@ class Engine(DeviceMemory):
 
     def measures_norm(self, groups: list[ParamGroup]) -> bool:
         """Whether a step takes the norm of the gradients."""
-        return self.skip_nonfinite or any(group["max_grad_norm"] is not None for group in groups)
+        return self.skip_nonfinite or any(is_limited(group) for group in groups)
 
     def named_parameters(self, groups: list[ParamGroup]) -> Iterator[tuple[int, Tensor, str]]:
         """See `nexus.optim.parameters.named_parameters`."""

@@ -42,6 +42,7 @@ class Schedule(ABC):
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
     _later: ClassVar[tuple[str, ...]] = ()  # fields that dicts of earlier versions lack
     _types: ClassVar[dict[str, type[Schedule]]] = {}
+    _ratios: ClassVar[str] = ""  # in an error, what takes a ratio in the place of a count
     is_outermost: ClassVar[bool] = False  # whether it can be a part of no other schedule
     _depth: ClassVar[int] = 0  # of the schedules within schedules
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__
@@ -299,7 +300,7 @@ class Schedule(ABC):
 
     def _check_counts(self, **lowest: int) -> None:
         for name, low in lowest.items():
-            self._set(**{name: check_count(name, getattr(self, name), low=low)})
+            self._set(**{name: check_count(name, getattr(self, name), low=low, ratios=self._ratios)})
 
 
 def once(function: Callable[[Schedule], T]) -> Callable[[Schedule], T]:

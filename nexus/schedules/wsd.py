@@ -63,11 +63,16 @@ class WSD(Schedule):
     decay_power: float = 2.0
     _rates = ("peak_lr", "min_lr")
     _later = ("decay_power",)
+    _ratios = ", or write WSD.from_fractions(total_steps, warmup=..., decay=..., peak_lr=...)"
 
     def __post_init__(self) -> None:
         self._check_counts(warmup_steps=0, decay_steps=1)
         if self.stable_steps is not None:
-            self._set(stable_steps=check_count("stable_steps", self.stable_steps, also="None (open-ended)"))
+            self._set(
+                stable_steps=check_count(
+                    "stable_steps", self.stable_steps, also="None (open-ended)", ratios=self._ratios
+                )
+            )
         self._set(**checked_rates(self.peak_lr, self.min_lr))
         self._set(decay_type=check_choice("decay_type", self.decay_type, WSD_DECAYS))
         self._set(decay_power=check_number("decay_power", self.decay_power, positive=True))

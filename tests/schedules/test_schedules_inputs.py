@@ -6,7 +6,7 @@ import pickle
 import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError, dataclass
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import numpy as np
 import pytest
@@ -278,7 +278,15 @@ def test_oracle_does_without_torch() -> None:
 
 
 def test_a_rate_or_a_share_where_a_count_belongs() -> None:
-    with pytest.raises(TypeError, match=r"total_steps must be an int .*; of a share, give int\(share \* total\)"):
+    with pytest.raises(
+        TypeError, match=r"total_steps must be an int .*; of a ratio of the run, give int\(0.001 \* t"
+    ):
         Cosine(peak_lr=1000, total_steps=1e-3)  # type: ignore[arg-type]
+    for name, share in (("warmup_steps", 0.1), ("stable_steps", 0.5), ("decay_steps", 0.25)):
+        words = (
+            rf"{name} .*give int\({share} \* total_steps\), or write WSD.from_fractions\(total_steps, warmup=\.\.\."
+        )
+        with pytest.raises(TypeError, match=words):
+            replace(SHORT, **{name: share})
     with pytest.raises(TypeError, match=r"steps must be an int .*; write int\(10.0\)"):
         Constant(1.0).warmup(10.0)  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ export NEXUS_REQUIRE_NATIVE := 1
 export NEXUS_CUDA_ARCHS ?= sm_90
 
 .DEFAULT_GOAL := help
-.PHONY: help build trainers test fuzz parity lint format bench gpu demo clean
+.PHONY: help build trainers test fuzz parity lint format bench gpu docs demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -75,6 +75,9 @@ bench: build .venv/.demo ## time nexus beside torch
 
 gpu: ## all that needs a GPU, with GPU_PYTHON: no network, no .venv, under ten minutes
 	$(GPU_PYTHON) -m benchmarks.gpu
+
+docs: .venv/.docs ## build the documentation's site in build/site; stops at the first warning
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
 demo: build .venv/.demo ## train a small GPT and draw its loss and rate
 	$(BIN)/python examples/gpt --out build/demo $(ARGS)

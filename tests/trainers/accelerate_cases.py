@@ -53,13 +53,13 @@ def make_optimizer(
     if driver == "inside":
         return FusedAdamW(model.parameters(), lr=SCHEDULE, weight_decay=DECAY, **options), None
     optimizer = FusedAdamW(model.parameters(), lr=1.0, weight_decay=DECAY, **options)
-    phases = [lengthened * steps for steps in (SCHEDULE.warmup_steps, SCHEDULE.stable_steps, SCHEDULE.decay_steps)]
+    phases = {name: lengthened * getattr(SCHEDULE, name) for name in ("warmup_steps", "stable_steps", "decay_steps")}
     make: Any = {
-        "nothing": lambda *_: None,
+        "nothing": lambda *_, **__: None,
         "nexus": WSDScheduler,
-        "torch": lambda optimizer, *arguments: LambdaLR(optimizer, WSD(*arguments)),
+        "torch": lambda optimizer, **arguments: LambdaLR(optimizer, WSD(**arguments)),
     }[driver]
-    return optimizer, make(optimizer, *phases, SCHEDULE.peak_lr, SCHEDULE.min_lr)
+    return optimizer, make(optimizer, **phases, peak_lr=SCHEDULE.peak_lr, min_lr=SCHEDULE.min_lr)
 
 
 def accelerator_with_a_scaler(**options: Any) -> Accelerator:

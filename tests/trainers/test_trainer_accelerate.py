@@ -75,7 +75,14 @@ def test_a_prepared_loop_trains_as_float64_torch(driver: str, accumulated: int, 
 
 def test_a_scheduler_over_the_prepared_optimizer_works_too() -> None:
     run = Run(Accelerator(cpu=True), "nothing", torch.float64)
-    scheduler = WSDScheduler(run.optimizer, 5, 10, 15, SCHEDULE.peak_lr, SCHEDULE.min_lr)
+    scheduler = WSDScheduler(
+        run.optimizer,
+        warmup_steps=5,
+        stable_steps=10,
+        decay_steps=15,
+        peak_lr=SCHEDULE.peak_lr,
+        min_lr=SCHEDULE.min_lr,
+    )
     run.scheduler = run.accelerator.prepare(scheduler)
     assert run.train() == RATES
     assert_trained(run.model)

@@ -141,7 +141,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help=f"{HELP[field.name]} (default: {_written(getattr(schedule, field.name))})",
             )
         options.add_argument("--steps", type=int, help="updates to draw (default: the whole schedule)")
-        options.add_argument("-o", "--output", help="the PNG to write; without it the terminal gets a chart")
+        options.add_argument(
+            "-o", "--output", help="the PNG, SVG or PDF to write; by default a chart in the terminal"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -151,8 +153,6 @@ def run(args: argparse.Namespace) -> int:
         schedule = kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
         steps = default_steps(schedule) if args.steps is None else check_count("steps", args.steps, low=2)
         if args.output is not None:
-            if not args.output.lower().endswith(".png"):
-                raise ValueError(f"output must be a path that ends in .png, got {args.output!r}")
             draw(schedule, args.output, steps)
     except ValueError as error:
         reason = str(error)
@@ -164,7 +164,7 @@ def run(args: argparse.Namespace) -> int:
         width = shutil.get_terminal_size().columns
         print(args.output or f"{schedule!r}\n{chart(schedule, steps, width=width, blocks=_prints_blocks())}")
         return 0
-    print(f"python -m nexus plot: {reason}", file=sys.stderr)
+    print(f"{args.program}: {reason}", file=sys.stderr)
     return 2
 
 

@@ -117,7 +117,7 @@ class Schedule(ABC):
         return [self(step) for step in range(start, stop)]
 
     def plot(self, path: str | os.PathLike[str], steps: int | None = None) -> None:
-        """Draw the rates and the phases of the first `steps` updates to a PNG: see `nexus.plot.draw`."""
+        """Draw the rates and the phases of the first `steps` updates to a PNG, SVG or PDF: see `nexus.plot.draw`."""
         from nexus.plot import draw
 
         draw(self, path, steps)

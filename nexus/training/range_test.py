@@ -45,7 +45,7 @@ class RangeTest:
     suggestion: float | None
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw losses over rates, and the suggestion, to a PNG: see `nexus.plot.draw_range_test`."""
+        """Draw losses over rates, and the suggestion, to a PNG, SVG or PDF: see `nexus.plot.draw_range_test`."""
         from nexus.plot import draw_range_test
 
         draw_range_test(self, path)

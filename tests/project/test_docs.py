@@ -65,7 +65,8 @@ def test_code(name, tmp_path, monkeypatch) -> None:
         try:
             exec(compile(code, name, "exec"), variables)
         except ModuleNotFoundError as error:
-            assert error.name in ("accelerate", "lightning", "transformers")
+            if error.name not in ("accelerate", "lightning", "transformers"):
+                raise
             pytest.skip(f"{error.name} is not installed")
 
 

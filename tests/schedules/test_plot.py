@@ -177,6 +177,18 @@ def test_a_schedule_of_schedules_draws_itself(tmp_path) -> None:
 
 
 @needs_matplotlib
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("SVG", b"<?xml"), ("pdf", b"%PDF-")])
+def test_other_formats(suffix, start, tmp_path) -> None:
+    paths = [tmp_path / f"{number}.{suffix}" for number in range(2)]
+    for path in paths:
+        assert main(["plot", "wsd", "-o", str(path)]) == 0
+    pictures = [path.read_bytes() for path in paths]
+    assert pictures[0].startswith(start)
+    assert pictures[0] == pictures[1]
+    assert (b"<!-- learning rate -->" in pictures[0]) == (suffix.lower() == "svg")
+
+
+@needs_matplotlib
 @pytest.mark.parametrize("steps", [2, MAX_STEP])
 def test_png_of_extremes(steps, tmp_path) -> None:
     growth, restarts = Exponential(1.0, 1.5), CosineRestarts(1e3, cycle_length=1)  # growth goes to 1.8e308
@@ -258,12 +270,18 @@ def test_matplotlib_missing(tmp_path, capsys, monkeypatch) -> None:
         ("plot sgdr --cycle-mult 1.0001", "cycle_mult must be 1.0"),
         ("plot constant --steps 1", "steps must be an int from 2 to 2**53, got 1"),
         ("plot constant --steps 9007199254740993", "steps must be"),
-        ("plot wsd -o lr.svg", "ends in .png, got 'lr.svg'"),
-        ("plot wsd --output=", "ends in .png, got ''"),
+        ("plot wsd -o lr.jpg", "must end in .png, .svg, .pdf, got 'lr.jpg'"),
+        ("plot wsd --output=", "must end in .png, .svg, .pdf, got ''"),
     ],
 )
 def test_nonsense(argv: str, said: str, capsys) -> None:
     assert said in refused(capsys, *argv.split())
+
+
+def test_the_command_has_the_name_it_was_called_by(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/nexus"])
+    assert main(["plot", "wsd", "--min-lr", "3"]) == 2
+    assert capsys.readouterr().err.startswith("nexus plot: min_lr must be")
 
 
 def test_help_and_version(capsys) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from distributed_cases import SCHEDULE, batch, loss_of, make_net, train_alone, whole
@@ -35,6 +36,14 @@ def fresh_accelerate(**environment: str) -> Iterator[None]:
             GradientState._reset_state()
             if when == 0:
                 yield
+
+
+@contextlib.contextmanager
+def in_this_world() -> Iterator[None]:
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    with fresh_accelerate(**names, OMP_NUM_THREADS="1"):
+        yield
 
 
 def make_optimizer(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -39,6 +38,7 @@ from accelerate_cases import (
     accelerator_with_a_scaler,
     assert_trained,
     fresh_accelerate,
+    in_this_world,
     make_optimizer,
 )
 
@@ -265,14 +265,6 @@ def test_low_memory_state_is_resumed_bit_for_bit(dtype: torch.dtype, options: di
 
 
 # Two processes.
-
-
-@contextlib.contextmanager
-def in_this_world() -> Iterator[None]:
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    with fresh_accelerate(**names, OMP_NUM_THREADS="1"):
-        yield
 
 
 @pytest.mark.parametrize(

@@ -282,6 +282,17 @@ def test_a_module_is_no_parameter(params: Callable[[torch.nn.Sequential], Any]) 
         optimizer.add_param_group({"params": model})
 
 
+def test_what_is_nearly_parameters_has_a_remedy() -> None:
+    model: Any = torch.nn.Linear(2, 2)
+    for wrong, words in (
+        (model.parameters, r"got the method parameters: call it, parameters\(\)"),
+        (model.state_dict(), r"got a OrderedDict: give model.parameters\(\)"),
+        ({"params": model.parameters()}, r"got a dict: give a list of groups: \[{'params'"),
+    ):
+        with pytest.raises(TypeError, match=f"params must be parameters, {words}"):
+            FusedAdamW(wrong)
+
+
 @pytest.mark.parametrize("off", [0, 0.0, -0.0, None, numpy.float32(0.0)])
 def test_a_limit_of_the_norm_of_0_is_none(backend: str, off: float | None) -> None:
     params = make_params([(3,), (5,)])

@@ -8,7 +8,7 @@ ARGS ?=
 BIN := .venv/bin
 STAMP := .venv/.installed
 PEERS := tests/peers/requirements.txt
-CSRC := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc tests/cuda_shim tests/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Here a missing extension is a mistake; only a user's install may go on without it.
 export NEXUS_REQUIRE_NATIVE := 1

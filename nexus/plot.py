@@ -135,7 +135,8 @@ def sample(schedule: Schedule, steps: int) -> list[int]:
 def chart(schedule: Schedule, steps: int, *, width: int = 80, height: int = 10, blocks: bool = True) -> str:
     """The first `steps` updates as text, `width` columns wide; `blocks=False` keeps to ASCII.
 
-    >>> print(chart(WSD(8, 8, 8, peak_lr=0.5), 24, width=36, height=3, blocks=False))
+    >>> schedule = WSD(warmup_steps=8, stable_steps=8, decay_steps=8, peak_lr=0.5)
+    >>> print(chart(schedule, 24, width=36, height=3, blocks=False))
            0.5 |       ###########
                |    #################
              0 |  #####################
@@ -238,7 +239,7 @@ def draw_range_test(test: RangeTest, path: str | os.PathLike[str]) -> None:
 def title(schedule: Schedule) -> str:
     """The schedule's repr in lines that fit a picture; of a longer one, as of a table, the beginning.
 
-    >>> print(title(WSD(8, None, 8, peak_lr=0.5)))
+    >>> print(title(WSD(warmup_steps=8, stable_steps=None, decay_steps=8, peak_lr=0.5)))
     WSD(warmup_steps=8, stable_steps=None, decay_steps=8, peak_lr=0.5, min_lr=0.0, decay_type='linear',
     decay_power=2.0)
     """

@@ -23,7 +23,7 @@ from nexus.schedules.curves import (
 from nexus.schedules.cycles import cycle_runs, run_at
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CosineRestarts(Schedule):
     r"""Cosine annealing with warm restarts (SGDR), after a linear warm-up.
 
@@ -145,7 +145,7 @@ class CosineRestarts(Schedule):
         return tuple(rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
     r"""One half-cosine from the peak to the minimum, after a linear warm-up.
 

@@ -19,7 +19,7 @@ def decay_numbers(decay_type: str, decay_power: float = 2.0) -> tuple[float, flo
     return (1.0, decay_power) if decay_type == "polynomial" else (1.0, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WSD(Schedule):
     r"""Warmup-Stable-Decay.
 
@@ -63,11 +63,16 @@ class WSD(Schedule):
     decay_power: float = 2.0
     _rates = ("peak_lr", "min_lr")
     _later = ("decay_power",)
+    _ratios = ", or write WSD.from_fractions(total_steps, warmup=..., decay=..., peak_lr=...)"
 
     def __post_init__(self) -> None:
         self._check_counts(warmup_steps=0, decay_steps=1)
         if self.stable_steps is not None:
-            self._set(stable_steps=check_count("stable_steps", self.stable_steps, also="None (open-ended)"))
+            self._set(
+                stable_steps=check_count(
+                    "stable_steps", self.stable_steps, also="None (open-ended)", ratios=self._ratios
+                )
+            )
         self._set(**checked_rates(self.peak_lr, self.min_lr))
         self._set(decay_type=check_choice("decay_type", self.decay_type, WSD_DECAYS))
         self._set(decay_power=check_number("decay_power", self.decay_power, positive=True))
@@ -111,6 +116,7 @@ class WSD(Schedule):
     def from_fractions(
         cls,
         total_steps: int,
+        *,
         warmup: float,
         decay: float,
         peak_lr: float,
@@ -142,7 +148,15 @@ class WSD(Schedule):
         decay_steps = max(1, round(decay * total_steps))
         warmup_steps = min(round(warmup * total_steps), total_steps - decay_steps)
         stable_steps = total_steps - warmup_steps - decay_steps
-        return cls(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type, decay_power)
+        return cls(
+            warmup_steps=warmup_steps,
+            stable_steps=stable_steps,
+            decay_steps=decay_steps,
+            peak_lr=peak_lr,
+            min_lr=min_lr,
+            decay_type=decay_type,
+            decay_power=decay_power,
+        )
 
     def extend_stable(self, n: int) -> WSD:
         """The schedule whose stable phase is `n` updates longer.
@@ -163,7 +177,7 @@ class WSD(Schedule):
         Raises:
             ValueError: the rate at `step` is 0, so there is nothing to decay from.
 
-        >>> WSD(4, None, 8, peak_lr=1.0).begin_decay(10).stable_steps
+        >>> WSD(warmup_steps=4, stable_steps=None, decay_steps=8, peak_lr=1.0).begin_decay(10).stable_steps
         6
         """
         step = check_count("step", step)

@@ -12,7 +12,7 @@ from nexus.schedules.wsd import WSD_DECAYS, decay_numbers
 MAX_CYCLES = (MAX_SEGMENTS - 2) // 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WSDS(Schedule):
     r"""Warmup-Stable-Decay, simplified: cycles that stay at the peak and decay at their ends.
 

@@ -128,7 +128,7 @@ def find_lr(
     with contextlib.suppress(TypeError):  # a DataLoader has a length, and over an IterableDataset has none
         if isinstance(batches, Sized) and len(batches) < steps:
             raise ValueError(_too_few(len(batches), steps))
-    sweep = Exponential(low, gamma=high / low, every=steps - 1)
+    sweep = Exponential(peak_lr=low, gamma=high / low, every=steps - 1)
     with rewinding(optimizer, model):
         losses = _swept(train_step, optimizer, batches, sweep, steps)
     rates = tuple(sweep.values(0, len(losses)))

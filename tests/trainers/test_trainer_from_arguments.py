@@ -9,7 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from distributed_cases import same_on_all_ranks
 from references import same_bits, snapshot
+from torch.nn.parallel import DistributedDataParallel
+from worlds import in_processes
 
 from nexus.optim import FusedAdamW, param_groups
 from nexus.schedules import WSD
@@ -19,6 +22,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # read when it is imported
 pytest.importorskip("transformers")
 
 import transformers
+from accelerate_cases import in_this_world
 from transformers import SchedulerType, TrainingArguments
 from transformers_cases import (
     STEPS,
@@ -184,6 +188,31 @@ def test_a_model_that_is_made_anew_gets_an_optimizer_of_its_own(tmp_path: Path) 
         for kind in (Trainer, transformers.Trainer)
     )
     assert_same_runs(found, expected)
+
+
+@in_processes(2)
+@in_this_world()
+def test_two_processes_train_as_in_transformers(tmp_path: Path) -> None:
+    options = {**EPOCHS, "gradient_accumulation_steps": 1, "ddp_find_unused_parameters": False}
+    found, expected = (train(make(kind, tmp_path, **options)) for kind in (Trainer, transformers.Trainer))
+    assert isinstance(found.model_wrapped, DistributedDataParallel)
+    assert_same_runs(found, expected)
+    assert same_on_all_ranks(unwrapped(found).grad_norm, *found.model.parameters())
+
+
+def test_it_comes_before_another_subclass(tmp_path: Path) -> None:
+    class Other(transformers.Trainer):
+        def create_optimizer(self, model: Any = None) -> Any:
+            made.append(super().create_optimizer(model))
+            return made[-1]
+
+    class Both(Trainer, Other):
+        pass
+
+    made: list[Any] = []
+    found = train(make(Both, tmp_path))
+    assert unwrapped(found) is made[0]
+    assert_same_runs(found, train(make(transformers.Trainer, tmp_path)))
 
 
 # What else is given.

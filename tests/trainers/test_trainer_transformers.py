@@ -40,8 +40,8 @@ from transformers_cases import (
     unwrapped,
 )
 
-SCHEDULE = WSD(3, 6, 4, peak_lr=1e-2, min_lr=1e-4, decay_type="sqrt")
-COSINE = Cosine(1e-2, 12, min_lr=1e-4, warmup_steps=3)
+SCHEDULE = WSD(warmup_steps=3, stable_steps=6, decay_steps=4, peak_lr=1e-2, min_lr=1e-4, decay_type="sqrt")
+COSINE = Cosine(peak_lr=1e-2, total_steps=12, min_lr=1e-4, warmup_steps=3)
 
 
 def make_trainer(
@@ -88,7 +88,7 @@ def make_trainer(
 make_wsd = functools.partial(
     WSDScheduler, warmup_steps=3, stable_steps=6, decay_steps=4, peak_lr=1e-2, min_lr=1e-4, decay_type="sqrt"
 )
-make_cosine = functools.partial(CosineAnnealingScheduler, warmup_steps=3, max_steps=12, peak_lr=1e-2, min_lr=1e-4)
+make_cosine = functools.partial(CosineAnnealingScheduler, warmup_steps=3, total_steps=12, peak_lr=1e-2, min_lr=1e-4)
 
 # The rate given to FusedAdamW, what makes its scheduler, and the oracle; None for Trainer's own scheduler.
 WAYS: dict[str, tuple[float | Schedule, Callable[[Any], Any] | None, Schedule | None]] = {
@@ -236,7 +236,7 @@ def test_trainers_own_scheduler_is_refused_with_the_remedy(tmp_path: Path) -> No
 
 
 def test_a_decay_that_a_callback_begins_is_logged(tmp_path: Path) -> None:
-    schedule = WSD(3, None, 4, peak_lr=1e-2)
+    schedule = WSD(warmup_steps=3, stable_steps=None, decay_steps=4, peak_lr=1e-2)
 
     class Decay(TrainerCallback):
         def on_step_end(self, args: Any, state: Any, *_: Any, optimizer: Any, **__: Any) -> None:

@@ -193,7 +193,7 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
 def test_what_is_no_model_or_has_nothing_to_train_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         param_groups(list(nn.Linear(2, 2).parameters()))  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="lr must be a number or None, .*give the Schedule to FusedAdamW, as lr"):
+    with pytest.raises(TypeError, match=r"lr must be a number or None, .*give the Schedule to FusedAdamW, as lr"):
         param_groups(nn.Linear(2, 2), lr=Constant(1e-3))
     with pytest.raises(ValueError, match="nothing to optimize"):
         param_groups(nn.Linear(2, 2).requires_grad_(False))

@@ -69,9 +69,14 @@ BAD: Bad = [
         "max_grad_norm",
         (Linear(start_lr=0.0, end_lr=1.0, total_steps=10),),
         ValueError,
-        "max_grad_norm must stay above 0, .* is 0.0 at step 0",
+        "max_grad_norm must stay above 0, .* is 0.0 at step 0.*; the number 0, or None, does not clip",
     ),
-    ("max_grad_norm", (torch.zeros(()),), ValueError, "max_grad_norm must be a finite number > 0"),
+    (
+        "max_grad_norm",
+        (torch.zeros(()),),
+        ValueError,
+        "max_grad_norm must be a finite number > 0.*; the number 0, or None",
+    ),
     ("eps", (torch.tensor(-1.0),), ValueError, f"eps {NUMBER}"),
 ]
 OF_THE_CONSTRUCTOR: Bad = [

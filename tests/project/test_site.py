@@ -36,6 +36,13 @@ def test_each_page_is_in_the_navigation() -> None:
     assert len(listed) == len(set(listed))
 
 
+def test_the_address_is_that_of_the_package() -> None:
+    metadata = (ROOT / "pyproject.toml").read_text("utf-8")
+    urls = dict(re.findall(r'^(Source|Documentation) = "(.*)"$', metadata, re.MULTILINE))
+    assert f"repo_url: {urls['Source']}\n" in CONFIG
+    assert f"site_url: {urls['Documentation']}\n" in CONFIG
+
+
 @pytest.mark.parametrize("name", MODULES)
 def test_the_reference_has_each_public_name(name: str) -> None:
     module: Any = importlib.import_module(name)

@@ -3,6 +3,7 @@
 PYTHON ?= python3
 JOBS ?= 2
 GPU_PYTHON ?= python3
+PYTHONS ?= .venv/bin/python
 ARGS ?=
 
 BIN := .venv/bin
@@ -11,7 +12,7 @@ NEXUS := .venv/.nexus
 PEERS := tests/peers/requirements.txt
 # In CI no test is skipped because a package is missing: tests/conftest.py sees to it.
 TESTS := .venv/.test $(if $(CI),.venv/.trainers .venv/.peers)
-CSRC := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc tests/cuda_shim tests/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Here a missing extension is a mistake; only a user's install may go on without it.
 export NEXUS_REQUIRE_NATIVE := 1
@@ -19,7 +20,7 @@ export NEXUS_REQUIRE_NATIVE := 1
 export NEXUS_CUDA_ARCHS ?= sm_90
 
 .DEFAULT_GOAL := help
-.PHONY: help build trainers test fuzz parity lint format bench gpu docs demo clean
+.PHONY: help build trainers test fuzz parity lint format bench gpu docs package wheels demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -78,6 +79,18 @@ gpu: ## all that needs a GPU, with GPU_PYTHON: no network, no .venv, under ten m
 
 docs: .venv/.docs ## build the documentation's site in build/site; stops at the first warning
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+package: build .venv/.package ## check what would be published: metadata, sdist, the wheel of this Python
+	$(BIN)/pyroma --min=10 --skip-tests=CheckManifest .
+	$(BIN)/check-manifest --no-build-isolation
+	rm -rf build/package build/lib*  # setuptools would ship modules that are no more
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/package >build/package.log || { cat build/package.log; false; }
+	$(BIN)/twine check --strict build/package/*
+	$(BIN)/auditwheel show build/package/*.whl
+
+# For every GPU that setup.py lists.
+wheels: .venv/.wheels ## build the wheels for Linux in dist, x86-64 and aarch64: PYTHONS="python3.10 python3.13"
+	env --unset=NEXUS_CUDA_ARCHS $(BIN)/python release/wheels.py --python $(PYTHONS) --out dist
 
 demo: build .venv/.demo ## train a small GPT and draw its loss and rate
 	$(BIN)/python examples/gpt --out build/demo $(ARGS)

@@ -81,6 +81,7 @@ HELP = {
     "up_fraction": "the share of the updates in which the rate rises",
     "up_steps": "updates of a rise",
     "upper": "the place on the curve at the end",
+    "warmup_start_lr": "the rate of the first update of a warm-up, or 'none' for min_lr",
     "warmup_steps": "updates of the linear rise",
 }
 
@@ -95,6 +96,10 @@ def _count_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(int(each) for each in text.split(","))
 
@@ -107,6 +112,7 @@ def _points(text: str) -> tuple[tuple[int, float], ...]:
 # argparse says the names: "invalid int value".
 _truth.__name__ = "true or false"
 _count_or_none.__name__ = "int"
+_number_or_none.__name__ = "float"
 _counts.__name__ = "list of ints"
 _points.__name__ = "list of int:float"
 PARSE: dict[str, Callable[[str], Any]] = {
@@ -115,6 +121,7 @@ PARSE: dict[str, Callable[[str], Any]] = {
     "str": str,
     "bool": _truth,
     "int | None": _count_or_none,
+    "float | None": _number_or_none,
     "tuple[int, ...]": _counts,
     "tuple[tuple[int, float], ...]": _points,
 }

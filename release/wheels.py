@@ -120,8 +120,8 @@ def build(python: str, machine: str, out: Path, tools: Path) -> Path:
     cuda = cuda_variables(machine) if required["NEXUS_CUDA"] != "0" else {}
     with tempfile.TemporaryDirectory() as scratch:
         code = f"from setuptools import build_meta; build_meta.build_wheel({scratch!r})"
-        # setuptools would put what an earlier build of another machine has left into the wheel.
-        shutil.rmtree(ROOT / "build" / "lib", ignore_errors=True)
+        for leftover in (ROOT / "build").glob("lib*"):  # setuptools would ship modules that are no more
+            shutil.rmtree(leftover)
         run(python, "-c", code, **settings, **required, **cuda)
         (wheel,) = Path(scratch).glob("*.whl")
         check_names(wheel)

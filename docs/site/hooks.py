@@ -89,7 +89,8 @@ def _formula(tex: str) -> str:
 
 def on_post_page(output: str, page: Any, config: Any) -> str:
     """Everything that a page needs is on the site itself."""
-    source, sheet = r'<(?:script|img)[^>]* src="https?:[^>]*>', r'<link[^>]*"(?:stylesheet|preconnect)"[^>]*https?:[^>]*>'
+    source = r'<(?:script|img)[^>]* src="https?:[^>]*>'
+    sheet = r'<link[^>]*"(?:stylesheet|preconnect)"[^>]*https?:[^>]*>'
     found = re.search(f"{source}|{sheet}", output)
     if found:
         raise ValueError(f"{page.file.src_uri} fetches something from elsewhere: {found[0]}")

@@ -12,7 +12,7 @@ NEXUS := .venv/.nexus
 PEERS := tests/peers/requirements.txt
 # In CI no test is skipped because a package is missing: tests/conftest.py sees to it.
 TESTS := .venv/.test $(if $(CI),.venv/.trainers .venv/.peers)
-CSRC := $(shell find csrc tests/cuda_shim -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CSRC := $(shell find csrc tests/cuda_shim tests/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Here a missing extension is a mistake; only a user's install may go on without it.
 export NEXUS_REQUIRE_NATIVE := 1

@@ -241,7 +241,7 @@ def title(schedule: Schedule) -> str:
 
     >>> print(title(WSD(warmup_steps=8, stable_steps=None, decay_steps=8, peak_lr=0.5)))
     WSD(warmup_steps=8, stable_steps=None, decay_steps=8, peak_lr=0.5, min_lr=0.0, decay_type='linear',
-    decay_power=2.0)
+    decay_power=2.0, warmup_start_lr=None)
     """
     code = repr(schedule)[: TITLE_LINES * TITLE_COLUMNS + 1]
     return textwrap.fill(code, TITLE_COLUMNS, max_lines=TITLE_LINES, placeholder=" …", break_on_hyphens=False)

@@ -49,6 +49,8 @@ KINDS: dict[str, Schedule] = {
     "wsds": WSDS(warmup_steps=1000, cycle_length=3000, decay_steps=600, peak_lr=1e-3),
 }
 """What `plot KIND` draws where nothing else is said."""
+ALIASES = {"sgdr": ("cosine-restarts",)}
+"""The names of the classes, where the command's are others."""
 HELP = {
     "base_lr": "the rate between the peaks",
     "cycle_decay": "what each peak is multiplied by for the next",
@@ -81,6 +83,7 @@ HELP = {
     "up_fraction": "the share of the updates in which the rate rises",
     "up_steps": "updates of a rise",
     "upper": "the place on the curve at the end",
+    "warmup_start_lr": "the rate of the first update of a warm-up, or 'none' for min_lr",
     "warmup_steps": "updates of the linear rise",
 }
 
@@ -95,6 +98,10 @@ def _count_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(int(each) for each in text.split(","))
 
@@ -107,6 +114,7 @@ def _points(text: str) -> tuple[tuple[int, float], ...]:
 # argparse says the names: "invalid int value".
 _truth.__name__ = "true or false"
 _count_or_none.__name__ = "int"
+_number_or_none.__name__ = "float"
 _counts.__name__ = "list of ints"
 _points.__name__ = "list of int:float"
 PARSE: dict[str, Callable[[str], Any]] = {
@@ -115,6 +123,7 @@ PARSE: dict[str, Callable[[str], Any]] = {
     "str": str,
     "bool": _truth,
     "int | None": _count_or_none,
+    "float | None": _number_or_none,
     "tuple[int, ...]": _counts,
     "tuple[tuple[int, float], ...]": _points,
 }
@@ -132,7 +141,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="which", required=True, metavar="{" + ",".join(KINDS) + "}")
     for kind, schedule in KINDS.items():
         name = type(schedule).__name__
-        options = kinds.add_parser(kind, help=name, description=f"draw {name}", allow_abbrev=False)
+        options = kinds.add_parser(
+            kind, aliases=ALIASES.get(kind, ()), help=name, description=f"draw {name}", allow_abbrev=False
+        )
+        options.set_defaults(which=kind)  # also under another name
         for field in fields(schedule):
             options.add_argument(
                 "--" + field.name.replace("_", "-"),

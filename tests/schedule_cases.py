@@ -56,6 +56,7 @@ WHOLE = [
     CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=50, cycle_mult=2.0),
     CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=1, cycle_mult=3.0),
     Cosine(peak_lr=1e-3, total_steps=900, min_lr=1e-5, warmup_steps=100),
+    Cosine(peak_lr=1e-3, total_steps=900, min_lr=1e-5, warmup_steps=100, warmup_start_lr=3e-4),
     Constant(0.1),
 ]
 
@@ -87,6 +88,9 @@ FAMILIES = [
     Sampled([1e-3, 3e-4, 0.0, 1e-4], every=13),
     CosineRestarts(peak_lr=1e-3, min_lr=1e-5, cycle_length=50, cycle_mult=1.0, warmup_steps=13, cycle_decay=0.7),
     CosineRestarts(peak_lr=1e-3, min_lr=1e-5, cycle_length=3, cycle_mult=1.1, warmup_steps=13, cycle_decay=0.7),
+    CosineRestarts(
+        peak_lr=1e-3, min_lr=1e-5, cycle_length=50, warmup_steps=13, cycle_decay=0.7, warmup_start_lr=3e-4
+    ),
 ]
 """One or more of each family, but those of `WHOLE`."""
 

@@ -17,8 +17,8 @@ def as_markdown(text: str) -> str:
 
 def _formula(match: re.Match[str]) -> str:
     formula = textwrap.dedent(match[2]).rstrip()
-    if r"\begin" not in formula:  # several lines, aligned at each &
-        formula = rf"\begin{{aligned}}{formula}\end{{aligned}}"
+    if r"\begin" not in formula and "&" in formula:  # several lines, aligned at each &
+        formula = rf"\begin{{split}}{formula}\end{{split}}"
     return textwrap.indent(f"\n$$\n{formula}\n$$\n", match[1])
 
 

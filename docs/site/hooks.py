@@ -74,8 +74,24 @@ def on_page_markdown(markdown: str, page: Any, config: Any, files: Any) -> str:
 
 
 def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
-    """A formula in LaTeX becomes MathML."""
+    r"""A formula in LaTeX becomes MathML; a `\|` of a table's code becomes what it stands for, as on GitHub."""
     inline = r'<span class="arithmatex">\\\((.*?)\\\)</span>'
     block = r'<div class="arithmatex">\s*\\\[(.*?)\\\]\s*</div>'
     content = re.sub(inline, lambda each: convert(html.unescape(each[1])), content, flags=re.DOTALL)
-    return re.sub(block, lambda each: convert(html.unescape(each[1]), display="block"), content, flags=re.DOTALL)
+    content = re.sub(block, lambda each: _formula(html.unescape(each[1])), content, flags=re.DOTALL)
+    return re.sub(r"<td.*?</td>", lambda cell: cell[0].replace("\\|", "|"), content, flags=re.DOTALL)
+
+
+def _formula(tex: str) -> str:
+    mathml = re.sub(r'columnalign="(\w+)"', r'style="text-align: \1"', convert(tex, display="block"))
+    return f'<div class="formula">{mathml}</div>'
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Everything that a page needs is on the site itself."""
+    source = r'<(?:script|img)[^>]* src="https?:[^>]*>'
+    sheet = r'<link[^>]*"(?:stylesheet|preconnect)"[^>]*https?:[^>]*>'
+    found = re.search(f"{source}|{sheet}", output)
+    if found:
+        raise ValueError(f"{page.file.src_uri} fetches something from elsewhere: {found[0]}")
+    return output

@@ -106,6 +106,11 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]
 class _TrainersScheduler(ScheduleLR[Schedule]):
     """A scheduler that also goes on from the checkpoint of a LambdaLR, which is Trainer's own, and the other way."""
 
+    def step(self, epoch: int | None = None) -> None:
+        # torch's would warn: accelerate's scaler puts back the optimizer's step() of before there was a scheduler.
+        self._step_count += 1
+        self._update_lr(epoch)
+
     def state_dict(self) -> dict[str, Any]:
         return {**super().state_dict(), "lr_lambdas": [None] * len(self.base_lrs)}
 

@@ -152,7 +152,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
             "weight_decay_schedule": None,
         }
         checked_settings(defaults)
-        remedies.refuse_modules(params)
+        remedies.check_params(params)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, got {shown(skip_nonfinite)}")
         if not isinstance(backend, str):

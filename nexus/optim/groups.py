@@ -315,8 +315,11 @@ def _flag(name: str, value: Any) -> Any:
 def _limit(name: str, value: Any) -> Any:
     if value is None:
         return None
-    if isinstance(value, (Tensor, Schedule)):  # a limit that comes near to 0 is not one that is off
-        return _rate(name, value, positive=True)
+    if isinstance(value, (Tensor, Schedule)):
+        try:
+            return _rate(name, value, positive=True)
+        except ValueError as error:
+            raise ValueError(f"{error}; the number 0, or None, does not clip") from None
     if value == math.inf:
         return float(value)
     try:

@@ -59,7 +59,7 @@ class Schedule(ABC):
         return value_of(layers_of(self), check_count("step", step))
 
     @staticmethod
-    def from_function(fn: Callable[[int], float], steps: int, every: int = 1) -> Sampled:
+    def from_function(fn: Callable[[int], float], steps: int, *, every: int = 1) -> Sampled:
         """Any function of the step, as a table of its rates.
 
         Args:
@@ -292,7 +292,8 @@ class Schedule(ABC):
         return self._scaled(check_number("factor", factor, positive=True))
 
     def _scaled(self: _Self, factor: float) -> _Self:
-        return replace(self, **{name: factor * getattr(self, name) for name in self._rates})
+        rates = {name: getattr(self, name) for name in self._rates}
+        return replace(self, **{name: factor * rate for name, rate in rates.items() if rate is not None})
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():  # the instance is frozen: __post_init__ stores what it checked

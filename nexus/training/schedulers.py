@@ -70,8 +70,6 @@ class ScheduleLR(LRScheduler, Generic[S]):
     def __init__(self, optimizer: Optimizer, schedule: S, *, last_epoch: int = -1) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a nexus Schedule, as WSD or Cosine, got {shown(schedule)}")
         if isinstance(schedule, Clocked):
             raise TypeError(f"a scheduler counts its own steps, got {schedule!r}; give it to FusedAdamW as lr")
         checked_part("schedule", schedule)
@@ -220,6 +218,7 @@ class WSDScheduler(ScheduleLR[WSD]):
         min_lr: float = 0.0,
         decay_type: str = "linear",
         decay_power: float = 2.0,
+        warmup_start_lr: float | None = None,
         last_epoch: int = -1,
     ) -> None:
         schedule = WSD(
@@ -230,6 +229,7 @@ class WSDScheduler(ScheduleLR[WSD]):
             min_lr=min_lr,
             decay_type=decay_type,
             decay_power=decay_power,
+            warmup_start_lr=warmup_start_lr,
         )
         super().__init__(optimizer, schedule, last_epoch=last_epoch)
 
@@ -240,9 +240,9 @@ class WSDScheduler(ScheduleLR[WSD]):
             ValueError: the rate of this moment is 0.
         """
         edits, now = self._edits, self.last_epoch
-        self.schedule.begin_decay(now)  # raises where the rate is 0
+        begun = self.schedule.begin_decay(now)  # raises where the rate is 0
         if self.get_phase() in ("warmup", "stable"):
-            edits = {**edits, "decay_start": now, "decay_from": self.schedule(now)}
+            edits = {**edits, "decay_start": now, "decay_from": begun.peak_lr}
         self._edit(edits, DeviceRates.begin_decay)
 
     def extend_stable(self, n: int) -> None:
@@ -277,6 +277,7 @@ class CosineRestartScheduler(ScheduleLR[CosineRestarts]):
         cycle_mult: float = 1.0,
         warmup_steps: int = 0,
         cycle_decay: float = 1.0,
+        warmup_start_lr: float | None = None,
         last_epoch: int = -1,
     ) -> None:
         schedule = CosineRestarts(
@@ -286,6 +287,7 @@ class CosineRestartScheduler(ScheduleLR[CosineRestarts]):
             cycle_mult=cycle_mult,
             warmup_steps=warmup_steps,
             cycle_decay=cycle_decay,
+            warmup_start_lr=warmup_start_lr,
         )
         super().__init__(optimizer, schedule, last_epoch=last_epoch)
 
@@ -306,7 +308,8 @@ class CosineAnnealingScheduler(ScheduleLR[Cosine]):
         warmup_steps: updates of the warm-up.
         total_steps: updates in all, the warm-up included.
         peak_lr: the rate at the end of the warm-up; None takes the optimizer's own `lr`.
-        min_lr: the rate at step 0 of a warm-up and at the end.
+        min_lr: the rate at the end.
+        warmup_start_lr: the rate at step 0 of a warm-up; None is `min_lr`.
         max_steps: an older name of `total_steps`.
     """
 
@@ -318,6 +321,7 @@ class CosineAnnealingScheduler(ScheduleLR[Cosine]):
         total_steps: int | None = None,
         peak_lr: float | None = None,
         min_lr: float = 0.0,
+        warmup_start_lr: float | None = None,
         last_epoch: int = -1,
         max_steps: int | None = None,
     ) -> None:
@@ -329,7 +333,13 @@ class CosineAnnealingScheduler(ScheduleLR[Cosine]):
             given = f"got {total_steps!r} and {max_steps!r}"
             raise TypeError(f"one of total_steps and max_steps, its older name, must be given, {given}")
         steps: Any = max_steps if total_steps is None else total_steps
-        schedule = Cosine(peak_lr=peak_lr, total_steps=steps, min_lr=min_lr, warmup_steps=warmup_steps)
+        schedule = Cosine(
+            peak_lr=peak_lr,
+            total_steps=steps,
+            min_lr=min_lr,
+            warmup_steps=warmup_steps,
+            warmup_start_lr=warmup_start_lr,
+        )
         super().__init__(optimizer, schedule, last_epoch=last_epoch)
 
 

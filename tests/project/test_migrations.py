@@ -69,13 +69,18 @@ def assert_same(before: list[str], after: list[str], most: float) -> None:
     assert 0 < float(re.findall(r"loss[\w ]* (\d+\.\d+)", after[-1])[0]) < most
 
 
-def test_a_loop_of_nanogpt_trains_the_same(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_a_loop_of_nanogpt_trains_the_same_also_from_its_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     before, after = (lines_of("nanogpt", script, monkeypatch, capsys) for script in ("before", "after"))
     assert_same(before, after, most=1.9)
     (shown,) = re.findall(r"^\$ python examples/migrations/nanogpt/after\.py\n(.*?)^```$", README, re.M | re.S)
     assert numbers(after) == pytest.approx(numbers(shown.splitlines()), rel=0.2)
+
+    saved = ("--checkpoint", str(tmp_path / "saved.pt"))
+    began = lines_of("nanogpt", "before", monkeypatch, capsys, *saved, "--max_iters", "60")
+    assert began == before[:3]
+    assert_same(before[3:], lines_of("nanogpt", "after", monkeypatch, capsys, *saved), most=1.9)
 
 
 def test_the_trainer_trains_the_same(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -100,6 +100,9 @@ WARMUPS: dict[str, tuple[Source, ...]] = {
     "`Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1, warmup_steps=3)`: from the minimum": (
         Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1, warmup_steps=3),
     ),
+    "the same with `warmup_start_lr=0.0`": (
+        Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1, warmup_steps=3, warmup_start_lr=0.0),
+    ),
     "`Cosine(peak_lr=1.0, total_steps=7, min_lr=0.1).warmup(3)`: from `start`, here 0": (
         Cosine(peak_lr=1.0, total_steps=7, min_lr=0.1).warmup(3),
     ),

@@ -15,7 +15,7 @@ from nexus.optim import EMA, FusedAdamW, param_groups
 from nexus.schedules import Cosine
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--checkpoint", type=Path, default="build/images.pt", help="gone on from if it is there")
+parser.add_argument("--checkpoint", type=Path, help="saved after each epoch, and gone on from if it is there")
 checkpoint = parser.parse_args().checkpoint
 
 epochs, warmup_epochs, batch_size = 10, 1, 64
@@ -32,7 +32,7 @@ groups = param_groups(model, weight_decay=weight_decay, layer_decay=layer_decay,
 schedule = Cosine(peak_lr=lr, total_steps=updates, warmup_steps=warmup_updates)
 optimizer = FusedAdamW(groups, lr=schedule, max_grad_norm=clip_grad, average=EMA(ema_decay))
 start_epoch = 0
-if checkpoint.exists():
+if checkpoint and checkpoint.exists():
     saved = torch.load(checkpoint, map_location=device)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -50,7 +50,8 @@ for epoch in range(start_epoch, epochs):
     test_loss = F.cross_entropy(logits, test_labels).item()
     accuracy = (logits.argmax(1) == test_labels).float().mean().item()
     print(f"epoch {epoch + 1}: loss of the EMA {test_loss:.4f}, accuracy {accuracy:.1%}", flush=True)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if not checkpoint:
+        continue
     saved = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

@@ -15,7 +15,7 @@ from model import VisionTransformer, gratings
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 parser = argparse.ArgumentParser()
-parser.add_argument("--checkpoint", type=Path, default="build/images.pt", help="gone on from if it is there")
+parser.add_argument("--checkpoint", type=Path, help="saved after each epoch, and gone on from if it is there")
 checkpoint = parser.parse_args().checkpoint
 
 epochs, warmup_epochs, batch_size = 10, 1, 64
@@ -56,7 +56,7 @@ optimizer = torch.optim.AdamW(param_groups_layer_decay(model), lr=lr, weight_dec
 scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lr_factor)
 ema = AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(ema_decay))
 start_epoch = 0
-if checkpoint.exists():
+if checkpoint and checkpoint.exists():
     saved = torch.load(checkpoint, map_location=device)
     model.load_state_dict(saved["model"])
     optimizer.load_state_dict(saved["optimizer"])
@@ -79,7 +79,8 @@ for epoch in range(start_epoch, epochs):
     test_loss = F.cross_entropy(logits, test_labels).item()
     accuracy = (logits.argmax(1) == test_labels).float().mean().item()
     print(f"epoch {epoch + 1}: loss of the EMA {test_loss:.4f}, accuracy {accuracy:.1%}", flush=True)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
+    if not checkpoint:
+        continue
     saved = {
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),

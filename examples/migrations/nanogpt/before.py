@@ -3,13 +3,20 @@
 The text counts: " 0 1 2 3 ...". `diff before.py after.py` shows what moving to nexus changes.
 """
 
+import argparse
 import math
+from pathlib import Path
 
 import torch
 from model import GPT
 
+parser = argparse.ArgumentParser()
+parser.add_argument("--max_iters", type=int, default=120)
+parser.add_argument("--checkpoint", type=Path, help="saved at the end, and gone on from if it is there")
+arguments = parser.parse_args()
+
 log_interval = 20
-max_iters = 120
+max_iters, checkpoint = arguments.max_iters, arguments.checkpoint
 gradient_accumulation_steps = 2
 batch_size, block_size = 8, 32
 learning_rate, min_lr = 1e-2, 1e-3
@@ -18,7 +25,6 @@ weight_decay, beta1, beta2 = 1e-1, 0.9, 0.95
 grad_clip = 1.0
 
 device = "cuda" if torch.cuda.is_available() else "cpu"
-torch.manual_seed(1337)
 text = "".join(f" {number}" for number in range(200)) * 5
 vocabulary = sorted(set(text))
 data = torch.tensor([vocabulary.index(letter) for letter in text])
@@ -40,6 +46,7 @@ def get_lr(it: int) -> float:
     return min_lr + coeff * (learning_rate - min_lr)
 
 
+torch.manual_seed(1337)
 model = GPT(len(vocabulary), block_size).to(device)
 params = [p for p in model.parameters() if p.requires_grad]
 decay_params = [p for p in params if p.dim() >= 2]
@@ -50,8 +57,15 @@ optim_groups = [
 ]
 optimizer = torch.optim.AdamW(optim_groups, lr=learning_rate, betas=(beta1, beta2))
 
-losses = []
-for iter_num in range(max_iters):
+start = 0
+if checkpoint and checkpoint.exists():
+    saved = torch.load(checkpoint, map_location=device)
+    model.load_state_dict(saved["model"])
+    optimizer.load_state_dict(saved["optimizer"])
+    start = saved["iter_num"]
+
+for iter_num in range(start, max_iters):
+    torch.manual_seed(iter_num)  # the same batches in a resumed run
     lr = get_lr(iter_num)
     for param_group in optimizer.param_groups:
         param_group["lr"] = lr
@@ -66,5 +80,8 @@ for iter_num in range(max_iters):
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     if (iter_num + 1) % log_interval == 0:
-        losses.append(total.item())
-        print(f"iter {iter_num + 1}: loss {losses[-1]:.4f}, lr {lr:.2e}")
+        print(f"iter {iter_num + 1}: loss {total.item():.4f}, lr {lr:.2e}")
+
+if checkpoint:
+    saved = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "iter_num": max(start, max_iters)}
+    torch.save(saved, checkpoint)

@@ -248,7 +248,9 @@ def _likeness(entry: TensorEntry) -> object:
     """Equal for two tensors that may be updated together; None for what is updated by itself, as it is rounded."""
     state, param = entry.state, entry.original
     assert state is not None
-    if entry.staged or sharding.is_spread(param) or entry.stochastic_rounding or not param.is_contiguous():
+    if entry.staged or entry.stochastic_rounding or not param.is_contiguous():
+        return None
+    if sharding.is_spread(param) or param.is_inference():
         return None
     streams = {name: getattr(state, name) for name in (*_PER_ELEMENT, *_SCALES)}
     dtypes = {name: stream.dtype for name, stream in streams.items() if stream is not None}

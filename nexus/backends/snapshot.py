@@ -38,9 +38,12 @@ class Snapshot:
         """The hyperparameters of the groups are now those of the plan."""
         self._write = LAST_WRITE[0]
         self._settings = self._settings_now()
-        rates = [value for each in plan.devices.values() for group in each.groups for value in group.values()]
-        shown = [rate.last for rate in rates if isinstance(rate, Rate) and rate.last is not None]
-        self._shown = [(tensor, tensor._version) for tensor in shown]
+        groups = [group for each in plan.devices.values() for group in each.groups]
+        rates = [value for group in groups for value in group.values() if isinstance(value, Rate)]
+        tensors = [each for rate in rates for each in (rate.tensor, rate.host, rate.table, rate.clock)]
+        self._read = list({id(each): each for each in tensors if each is not None}.values())
+        self._written = [rate.last for rate in rates if rate.last is not None]
+        self._places = self._places_now()
 
     def change(self, attributes: dict[str, Any]) -> Change:
         """What has happened since."""
@@ -51,7 +54,7 @@ class Snapshot:
                 return Change.TENSORS
         except RuntimeError:  # of a tensor without memory, such as a sparse gradient
             return Change.TENSORS
-        if any(tensor._version != version for tensor, version in self._shown):
+        if self._places_now() != self._places:
             return Change.SETTINGS
         if LAST_WRITE[0] is not self._write:
             if not _same(self._settings_now(), self._settings):
@@ -62,6 +65,13 @@ class Snapshot:
     def _settings_now(self) -> list[Any]:
         groups = [each for each in self._objects if isinstance(each, dict) and "params" in each]
         return [dict.get(group, name) for group in groups for name in self._setting_names]
+
+    def _places_now(self) -> list[Any]:
+        return [
+            [tensor.data_ptr() for tensor in self._read],
+            [tensor.dtype for tensor in self._read],
+            [tensor._version for tensor in self._written],  # the steps' own writes do not count
+        ]
 
     def _layouts_now(self) -> list[Any]:
         grads = [param.grad for param in self._stepped]

@@ -7,6 +7,9 @@ Environment: CXX, CXXFLAGS and LDFLAGS as usual. NEXUS_REQUIRE_NATIVE=1 makes a 
 NEXUS_WERROR=1 a compiler warning. NEXUS_CUDA=0 leaves the CUDA kernels out, NEXUS_CUDA=1 makes it an error when
 they cannot be built, and NEXUS_CUDA_ARCHS="sm_90 sm_120" names the GPUs to compile for. nvcc is looked for in
 CUDA_HOME, in CUDA_PATH, on PATH and in /usr/local/cuda.
+
+On Linux a CXX that compiles for another processor, such as aarch64-linux-gnu-g++, makes a wheel for that one.
+release/wheels.py makes the wheels that are published.
 """
 
 import importlib.util
@@ -102,17 +105,39 @@ def is_set(variable: str) -> bool:
     return os.environ.get(variable, "0") not in ("", "0")
 
 
-def find_compiler() -> tuple[str, bool]:
-    """The compiler's command, and whether it compiles for x86-64."""
+def find_compiler() -> tuple[str, str]:
+    """The compiler's command, and the machine that it compiles for, such as x86_64-linux-gnu."""
     if os.name == "nt":
         raise CompileError("the extension builds with GCC or Clang on Linux and macOS; MSVC is not supported")
     compiler = os.environ.get("CXX") or next(filter(shutil.which, ("c++", "g++", "clang++")), "c++")
     command = [*shlex.split(compiler), "-dumpmachine"]
     try:
-        machine = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        machine = subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError(f"no working C++ compiler: {error}. Install g++ or clang++, or set CXX.") from None
-    return compiler, machine.startswith(("x86_64", "amd64"))
+    return compiler, machine
+
+
+def is_x86(machine: str) -> bool:
+    return machine.startswith(("x86_64", "amd64"))
+
+
+def target_another_processor() -> None:
+    """Where CXX compiles for another processor than Python's, name extension and wheel for that one.
+
+    The two variables are Python's and setuptools' own. Python's headers are the same on every 64-bit Linux that
+    torch supports.
+    """
+    if sys.platform != "linux" or "_PYTHON_HOST_PLATFORM" in os.environ:
+        return
+    try:
+        target = find_compiler()[1].partition("-")[0]
+    except CompileError:
+        return  # the build says so
+    own = sysconfig.get_platform().removeprefix("linux-")
+    if {own, target} == {"x86_64", "aarch64"}:
+        os.environ["_PYTHON_HOST_PLATFORM"] = f"linux-{target}"
+        os.environ["SETUPTOOLS_EXT_SUFFIX"] = sysconfig.get_config_var("EXT_SUFFIX").replace(own, target)
 
 
 def wanted_cuda() -> str:
@@ -163,8 +188,12 @@ def find_cuda() -> Cuda:
 
 
 def object_folder() -> Path:
-    """Where objects go, relative to ROOT. Not setuptools' build_temp: that is a new one at each editable install."""
-    return Path("build", "native", sysconfig.get_config_var("SOABI") + "-werror" * is_set("NEXUS_WERROR"))
+    """Where objects that know no Python go, relative to ROOT, and in a folder each those of every Python.
+
+    Not setuptools' build_temp: that is a new one at each editable install.
+    """
+    _, machine = find_compiler()
+    return Path("build", "native", "-".join([machine, *wanted_archs()]) + "-werror" * is_set("NEXUS_WERROR"))
 
 
 def python_flags() -> str:
@@ -174,19 +203,19 @@ def python_flags() -> str:
     return shlex.join(f"-isystem{path}" for path in sorted(headers))
 
 
-def module_edges(objects: Path, flags: str) -> list[Edge]:
+def module_edges(module: Path, flags: str) -> list[Edge]:
     """The Python module's own sources: they alone see Python's headers."""
     flags = f"{python_flags()} {flags}"
-    return [Edge(f"{objects / Path(source).stem}.o", "cxx", source, flags) for source in MODULE_SOURCES]
+    return [Edge(f"{module / Path(source).stem}.o", "cxx", source, flags) for source in MODULE_SOURCES]
 
 
 def cpu_edges(objects: Path) -> list[Edge]:
     """The kernels for the CPU."""
-    _, x86 = find_compiler()
+    _, machine = find_compiler()
     edges = []
     # The oldest set first: of an inline function's copies the linker keeps the first, and that one has to run
     # on every processor.
-    for isa, flags in {"baseline": "", **(X86_ISA_FLAGS if x86 else {})}.items():
+    for isa, flags in {"baseline": "", **(X86_ISA_FLAGS if is_x86(machine) else {})}.items():
         for source in CPU_SOURCES:
             stem = objects / "cpu" / Path(source).stem
             if source in PER_ISA_SOURCES:
@@ -196,26 +225,26 @@ def cpu_edges(objects: Path) -> list[Edge]:
     return edges
 
 
-def cuda_edges(objects: Path, flags: str) -> list[Edge]:
+def cuda_edges(objects: Path, module: Path, flags: str) -> list[Edge]:
     """The kernels for GPUs, what launches them, and what Python sees of it; nvcc knows CUDA's headers."""
     return [Edge(f"{objects / 'cuda' / Path(source).name}.o", "nvcc", source) for source in CUDA_SOURCES] + [
-        Edge(f"{objects / Path(source).stem}.o", "nvcc", source, f"{python_flags()} {flags}")
+        Edge(f"{module / Path(source).stem}.o", "nvcc", source, f"{python_flags()} {flags}")
         for source in CUDA_MODULE_SOURCES
     ]
 
 
 def ninja_file(objects: Path, library: Path, edges: list[Edge], cuda: Cuda | None = None) -> str:
     """The text of build.ninja, with paths relative to ROOT."""
-    compiler, x86 = find_compiler()
+    compiler, machine = find_compiler()
     macos = sys.platform == "darwin"
     werror = is_set("NEXUS_WERROR")
     settings = {
-        "builddir": [str(objects)],  # where ninja keeps its records
+        "builddir": [str(objects)],  # where ninja keeps its records, of every Python's files
         "cxx": [compiler],
         "linker": [compiler],
         "cxx_flags": [
             CXX_FLAGS,
-            "-DNEXUS_X86=1" if x86 else "",
+            "-DNEXUS_X86=1" if is_x86(machine) else "",
             "-Wall -Wextra -Werror" if werror else "",
             os.environ.get("CXXFLAGS", ""),
         ],
@@ -247,12 +276,13 @@ def ninja_file(objects: Path, library: Path, edges: list[Edge], cuda: Cuda | Non
 
 def build(objects: Path, library: Path, cuda: Cuda | None) -> None:
     """Compile what changed since the last time."""
+    module = library.parent
     flags = "-DNEXUS_MODULE=_native" + " -DNEXUS_CUDA=1" * bool(cuda)
-    edges = module_edges(objects, flags) + cpu_edges(objects)
+    edges = module_edges(module, flags) + cpu_edges(objects)
     if cuda:
         archs = shlex.quote(f'-DNEXUS_CUDA_ARCHS="{" ".join(cuda.archs)}"')
-        edges += cuda_edges(objects, f"{flags} {archs}")
-    build_file = objects / "build.ninja"
+        edges += cuda_edges(objects, module, f"{flags} {archs}")
+    build_file = module / "build.ninja"
     (ROOT / build_file).write_text(ninja_file(objects, library, edges, cuda))
     ninja = [sys.executable, "-m", "ninja"] if importlib.util.find_spec("ninja") else ["ninja"]
     ninja += ["-f", str(build_file)]
@@ -271,9 +301,9 @@ def compile_native(destination: Path) -> str:
     import fcntl
 
     objects = object_folder()
-    library = objects / "_native.so"
+    library = objects / sysconfig.get_config_var("SOABI") / "_native.so"
     reason = ""
-    (ROOT / objects).mkdir(parents=True, exist_ok=True)
+    (ROOT / library).parent.mkdir(parents=True, exist_ok=True)
     with open(ROOT / objects / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # two builds at once would link each other's half-written objects
         try:
@@ -314,6 +344,30 @@ class BuildNative(build_ext):
                 print(f"warning: nexus is installed without its CUDA kernels: {cuda_reason}", file=sys.stderr)
 
 
+def readme() -> str:
+    """README.md for the package index, where a path in the repository leads nowhere: each becomes an address."""
+    (source,) = re.findall(r'^Source = "(.*)"$', (ROOT / "pyproject.toml").read_text("utf-8"), re.MULTILINE)
+    init = (ROOT / "nexus" / "__init__.py").read_text("utf-8")
+    (version,) = re.findall(r"^__version__ = [\"'](.*)[\"']$", init, re.MULTILINE)
+
+    def absolute(link: re.Match) -> str:
+        before, path, after = link.groups()
+        if "://" in path or not (ROOT / path).exists():
+            return link[0]
+        if path.endswith((".png", ".svg", ".gif")):
+            return f"{before}{source.replace('github.com', 'raw.githubusercontent.com')}/v{version}/{path}{after}"
+        return f"{before}{source}/blob/v{version}/{path}{after}"
+
+    text = (ROOT / "README.md").read_text("utf-8")
+    return re.sub(r"""(\]\(|(?:src|href)=")([^)"\s#]+)([)"#\s])""", absolute, text)
+
+
 if __name__ == "__main__":  # tests import what is above
+    target_another_processor()
     everything = MODULE_SOURCES + CPU_SOURCES + CUDA_SOURCES + CUDA_MODULE_SOURCES
-    setup(ext_modules=[Extension("nexus._native", everything)], cmdclass={"build_ext": BuildNative})
+    setup(
+        ext_modules=[Extension("nexus._native", everything)],
+        cmdclass={"build_ext": BuildNative},
+        long_description=readme(),
+        long_description_content_type="text/markdown",
+    )

@@ -36,6 +36,7 @@ from benchmarks.report import LeftOut, Results
 from benchmarks.timing import Device
 from nexus.arguments import Parser, whole_number
 from nexus.backends import describe, select
+from nexus.plot import checked_path
 
 HOST = "host"
 REFUSED, FAILED, INTERRUPTED = 2, 1, 130  # exit codes; the last is the shell's for Ctrl-C
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--repeats", type=whole_number(1, MAX_REPEATS), help="timed pairs, at most; default: as each case needs")
     add("--threads", type=whole_number(1, MAX_THREADS), help="CPU threads; default: as torch chooses")
     add("--out", help="write the rows to this JSON file; in a folder, it is named <date>_<device>.json")
-    add("--picture", help="draw the speed-ups to this PNG file")
+    add("--picture", help="draw the speed-ups to this PNG, SVG or PDF file")
     return parser.run(argv, _run)
 
 
@@ -239,6 +240,10 @@ def _check_outputs(args: argparse.Namespace) -> None:
         return
     if Path(args.picture).is_dir():
         raise Refusal(f"--picture must be a file, and {args.picture} is a folder")
+    try:
+        checked_path(args.picture)
+    except ValueError as error:
+        raise Refusal(f"--picture: {error}") from error
     if args.case in ([HOST], [KERNELS]):
         raise Refusal(f"--picture draws speed-ups, and --case {args.case[0]} has none")
     try:

@@ -85,7 +85,9 @@ def beside_reference(device: str, backend: str, dtype: str, options: dict[str, A
         params = [(0.1 * torch.randn(size)).to(kind).to(where) for size, kind in zip(SIZES, kinds, strict=True)]
         for param in params:
             param.grad = torch.randn(param.shape).to(param.dtype).to(where)
-        optimizer = FusedAdamW(params, lr=WSD(1, None, 1, 1e-2), backend=name, **options)
+        optimizer = FusedAdamW(
+            params, lr=WSD(warmup_steps=1, stable_steps=None, decay_steps=1, peak_lr=1e-2), backend=name, **options
+        )
         for _ in range(SMALL_STEPS):
             optimizer.step()
         sides.append([param.cpu().double() for param in params])
@@ -105,11 +107,21 @@ def rates(count: int = RATE_STEPS, names: Sequence[str] = EVALUATORS) -> dict[st
 
     tenth = count // 10
     schedules = [
-        *(WSD(tenth, 5 * tenth, 3 * tenth, 1e-3, 1e-5, decay) for decay in ("linear", "cosine", "sqrt")),
-        WSD(tenth, 0, 9 * tenth, 1e-3),
-        CosineRestarts(1e-3, 1e-6, tenth, 1.0, tenth // 2),
-        CosineRestarts(1e-3, 1e-6, tenth // 10, 1.5),
-        Cosine(1e-3, 9 * tenth, 1e-5, tenth),
+        *(
+            WSD(
+                warmup_steps=tenth,
+                stable_steps=5 * tenth,
+                decay_steps=3 * tenth,
+                peak_lr=1e-3,
+                min_lr=1e-5,
+                decay_type=decay,
+            )
+            for decay in ("linear", "cosine", "sqrt")
+        ),
+        WSD(warmup_steps=tenth, stable_steps=0, decay_steps=9 * tenth, peak_lr=1e-3),
+        CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=tenth, cycle_mult=1.0, warmup_steps=tenth // 2),
+        CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=tenth // 10, cycle_mult=1.5),
+        Cosine(peak_lr=1e-3, total_steps=9 * tenth, min_lr=1e-5, warmup_steps=tenth),
     ]
     steps = torch.arange(count)
     found: dict[str, Any] = {}

@@ -50,7 +50,12 @@ def captured_attention(device: str, backend: str, disturb: Callable[[int], None]
     for captured in (False, True):
         torch.manual_seed(0)
         model = Attention().to(device)
-        optimizer = FusedAdamW(model.parameters(), lr=WSD(2, None, 1, 1e-2), max_grad_norm=1.0, backend=backend)
+        optimizer = FusedAdamW(
+            model.parameters(),
+            lr=WSD(warmup_steps=2, stable_steps=None, decay_steps=1, peak_lr=1e-2),
+            max_grad_norm=1.0,
+            backend=backend,
+        )
 
         def train_step(x: Tensor, model: nn.Module = model, optimizer: FusedAdamW = optimizer) -> Tensor:
             optimizer.zero_grad()

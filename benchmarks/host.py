@@ -49,7 +49,7 @@ def _schedulers(groups: int, repeats: int) -> Iterator[HostRow]:
         calls[f"LambdaLR.step(), {of}, {kind} rates"] = LambdaLR(torch_optimizer, factors(groups)).step
         torch_optimizer.step()
     optimizer = FusedAdamW(_group_list(groups))
-    scheduler = WSDScheduler(optimizer, WARMUP_STEPS, None, 1, PEAK_LR)
+    scheduler = WSDScheduler(optimizer, warmup_steps=WARMUP_STEPS, stable_steps=None, decay_steps=1, peak_lr=PEAK_LR)
     calls[f"WSDScheduler.step() over FusedAdamW, {of}"] = scheduler.step
     optimizer.step()
     for what, call in calls.items():

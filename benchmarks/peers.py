@@ -34,7 +34,7 @@ from nexus.schedules import WSD
 
 PEAK_LR = 1e-3
 WARMUP_STEPS = 10
-SCHEDULE = WSD(WARMUP_STEPS, None, 1, PEAK_LR)
+SCHEDULE = WSD(warmup_steps=WARMUP_STEPS, stable_steps=None, decay_steps=1, peak_lr=PEAK_LR)
 MAX_GRAD_NORM = 0.5  # below the norm of every case's gradients, and of most training steps
 # Said to each, since their defaults differ.
 OPTIONS: dict[str, Any] = {"lr": PEAK_LR, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 1e-2}

@@ -36,7 +36,7 @@ NEXUS_FN uint32_t swapped(uint32_t number) {
   return static_cast<uint16_t>(half >> 8 | half << 8);
 }
 
-// Four words of 32 bits: at first the place of a draw, at last its numbers. Of a Word, which is uint64_t or a
+// Four words of 32 bits: at first the place of a draw, at last its numbers. Of a Word that is uint64_t or a
 // vector of such, the lower half counts, and the upper may have anything.
 template <class Word>
 struct Mixture {
@@ -54,14 +54,17 @@ NEXUS_FN Key key_of(const Chance& chance, int round) {
   return {chance.seed_low + i * 0x9e3779b9u, chance.seed_high + i * 0xbb67ae85u};
 }
 
+constexpr uint32_t kFirstFactor = 0xd2511f53;
+constexpr uint32_t kSecondFactor = 0xcd9e8d57;
+
 // One round. `product` multiplies the lower half of each word by a number.
 #ifdef __CUDACC__
 #pragma nv_exec_check_disable
 #endif
 template <class Word, class F>
 NEXUS_FN void mix(Mixture<Word>& x, const Key& key, const F& product) {
-  const Word first = product(x.a, 0xd2511f53u);
-  const Word second = product(x.c, 0xcd9e8d57u);
+  const Word first = product(x.a, kFirstFactor);
+  const Word second = product(x.c, kSecondFactor);
   x.a = (second >> 32) ^ x.b ^ key.low;
   x.b = second;
   x.c = (first >> 32) ^ x.d ^ key.high;

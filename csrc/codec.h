@@ -8,6 +8,9 @@
 #include <cstring>
 #ifdef __F16C__
 #include <immintrin.h>
+#elif defined(__aarch64__) && !defined(__CUDACC__)
+#define NEXUS_NEON 1
+#include <arm_neon.h>
 #endif
 
 #include "record.h"
@@ -229,12 +232,37 @@ NEXUS_FN void store(const T* from, Codec* to, int64_t n) {
   }
 }
 
-#ifdef __F16C__  // the processor's own conversion, eight at a time
+// The processor's own conversion of eight adjacent numbers.
+#if defined(__F16C__)
+#define NEXUS_CONVERTS_HALVES 1
+NEXUS_FN void widen(const Float16* from, float* to) {
+  const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  _mm256_storeu_ps(to, _mm256_cvtph_ps(half));
+}
+
+NEXUS_FN void narrow(const float* from, Float16* to) {
+  const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from), _MM_FROUND_TO_NEAREST_INT);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(to), half);
+}
+#elif defined(NEXUS_NEON)
+#define NEXUS_CONVERTS_HALVES 1
+NEXUS_FN void widen(const Float16* from, float* to) {
+  const float16x8_t half = vreinterpretq_f16_u16(vld1q_u16(&from->bits));
+  vst1q_f32(to, vcvt_f32_f16(vget_low_f16(half)));
+  vst1q_f32(to + 4, vcvt_high_f32_f16(half));
+}
+
+NEXUS_FN void narrow(const float* from, Float16* to) {
+  const float16x4_t lower = vcvt_f16_f32(vld1q_f32(from));
+  vst1q_u16(&to->bits, vreinterpretq_u16_f16(vcvt_high_f16_f32(lower, vld1q_f32(from + 4))));
+}
+#endif
+
+#ifdef NEXUS_CONVERTS_HALVES
 NEXUS_FN void load(const Float16* from, float* to, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i));
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(half));
+    widen(from + i, to + i);
   }
   for (; i < n; ++i) {
     to[i] = decoded(from[i]);
@@ -244,8 +272,7 @@ NEXUS_FN void load(const Float16* from, float* to, int64_t n) {
 NEXUS_FN void store(const float* from, Float16* to, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8) {
-    const __m128i half = _mm256_cvtps_ph(_mm256_loadu_ps(from + i), _MM_FROUND_TO_NEAREST_INT);
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(to + i), half);
+    narrow(from + i, to + i);
   }
   for (; i < n; ++i) {
     encode(from[i], to[i]);

@@ -30,7 +30,8 @@ STEPS, BATCH = 60, 12  # sequences of all processes together; their number divid
 def train(stop: int, checkpoint: Path) -> None:
     processes = int(os.environ.get("WORLD_SIZE", 0))
     if processes == 0 or BATCH % processes:
-        raise SystemExit(f"start this by torchrun --nproc-per-node N examples/fsdp2.py, where N divides {BATCH}")
+        command = "torchrun --nproc-per-node 2 examples/fsdp2.py"
+        raise SystemExit(f"start this with torchrun, in a number of processes that divides {BATCH}: {command}")
     device = "cuda" if torch.cuda.is_available() else "cpu"
     mesh = init_device_mesh(device, (processes,))
     rank = mesh.get_rank()

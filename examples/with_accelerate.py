@@ -1,6 +1,8 @@
 """The loop of nexus_eager.py under Hugging Face accelerate. It prints the same losses, on any number of processes.
 
 `accelerate launch --cpu --num_processes 2 with_accelerate.py` gives each of two processes one half of each batch.
+
+pip install 'nexus-optim[trainers]'
 """
 
 import torch

@@ -2,6 +2,8 @@
 
 Schedule and clipping are part of the optimizer's step, so the Trainer has no gradient_clip_val. What to see: the
 losses are those of plain_torch.py, and beside each is the rate that its step has used, as Lightning logs it.
+
+pip install 'nexus-optim[trainers]'
 """
 
 import logging

@@ -1,17 +1,19 @@
 """The `Trainer` of transformers with a FusedAdamW that clips and evaluates its schedule itself.
 
-Trainer makes the optimizer, with the groups that it gives weight decay and those that it does not. What to see: the
-rates in its log are those of the schedule, warm-up and decay included.
+Trainer makes the optimizer of its arguments, with the groups that it gives weight decay and those that it does not.
+What to see: the rates in its log are those of the schedule, warm-up and decay included.
+
+pip install 'nexus-optim[trainers]'
 """
 
 import tempfile
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, Trainer, TrainingArguments
+from transformers import LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainingArguments
 
+from nexus.integrations.transformers import Trainer
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
-from nexus.training.schedulers import FollowingScheduler
 
 torch.manual_seed(0)
 config = LlamaConfig(
@@ -28,16 +30,14 @@ with tempfile.TemporaryDirectory() as folder:
         max_steps=200,
         per_device_train_batch_size=32,
         weight_decay=0.1,
-        max_grad_norm=0.0,  # FusedAdamW clips
         logging_steps=25,
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
         dataloader_pin_memory=False,
     )
-    optimizer = (FusedAdamW, {"lr": schedule, "max_grad_norm": 1.0})
+    optimizer = (FusedAdamW, {"lr": schedule})  # the rest comes from the arguments
     trainer = Trainer(model, arguments, train_dataset=dataset, optimizer_cls_and_kwargs=optimizer)
-    trainer.lr_scheduler = FollowingScheduler(trainer.create_optimizer())
     trainer.remove_callback(PrinterCallback)
     trainer.train()
 

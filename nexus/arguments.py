@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import functools
+import inspect
 import io
 import math
 import numbers
@@ -27,8 +29,13 @@ def shown(value: object) -> str:
         return f"a very large {type(value).__name__}"
 
 
-def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP, also: str = "") -> int:
-    """`value` as an int from `low` to `high`; `also` names what else the caller allows, such as `"None"`."""
+def check_count(
+    name: str, value: object, *, low: int = 0, high: int = MAX_STEP, also: str = "", ratios: str = ""
+) -> int:
+    """`value` as an int from `low` to `high`; `also` names what else the caller allows, such as `"None"`.
+
+    `ratios` says what takes the ratio that a number below 1 may be.
+    """
     top = "2**53" if high == MAX_STEP else str(high)
     allowed = f"an int from {low} to {top}{f' or {also}' if also else ''}"
     remedy = ""
@@ -37,13 +44,49 @@ def check_count(name: str, value: object, *, low: int = 0, high: int = MAX_STEP,
             count = int(operator.index(value))  # type: ignore[arg-type]
         except TypeError:
             if isinstance(value, numbers.Real) and math.isfinite(value):
-                is_whole = value == math.floor(value)
-                remedy = f"; write int({value})" if is_whole else "; of a share, give int(share * total)"
+                is_ratio = 0.0 < float(value) < 1.0
+                ratio = f"; of a ratio of the run, give int({value} * total_steps){ratios}"
+                remedy = ratio if is_ratio else f"; write int({value})"
         else:
             if not low <= count <= high:
                 raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
             return count
     raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
+
+
+def refuse_unnamed(kind: type, arguments: Sequence[object]) -> None:
+    """Refuse arguments without a name that a class takes by name alone; the error shows the call as it is to be.
+
+    >>> class Line:
+    ...     def __init__(self, *, slope: float, start: float = 0.0) -> None: ...
+    >>> refuse_unnamed(Line, [1.0])
+    Traceback (most recent call last):
+    TypeError: Line takes its arguments by name, as they are easy to swap: Line(slope=..., start=0.0), got Line(1.0)
+    """
+    if not arguments:
+        return
+    parameters = _parameters(kind)
+    most = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
+    if len(arguments) > most and all(each.kind is not each.VAR_POSITIONAL for each in parameters):
+        given = f"{kind.__name__}({', '.join(map(reprlib.repr, arguments))})"
+        raise TypeError(
+            f"{kind.__name__} takes its arguments by name, as they are easy to swap: {call_of(kind)}, got {given}"
+        )
+
+
+def call_of(kind: type) -> str:
+    """A call of a class, with the names and the defaults of the arguments that it takes by name."""
+    given = []
+    for each in _parameters(kind):
+        default = "..." if each.default is each.empty else repr(each.default)
+        given.append(f"{each.name}={default}" if each.kind is each.KEYWORD_ONLY else each.name)
+    return f"{kind.__name__}({', '.join(given)})"
+
+
+@functools.cache
+def _parameters(kind: type) -> tuple[inspect.Parameter, ...]:
+    _, *parameters = inspect.signature(kind.__init__).parameters.values()  # type: ignore[misc]
+    return tuple(parameters)
 
 
 def as_real(value: object) -> float | None:

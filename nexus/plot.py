@@ -1,4 +1,4 @@
-"""Pictures of a schedule: a PNG by matplotlib, or a small chart in the terminal."""
+"""Pictures of a schedule: a PNG, SVG or PDF by matplotlib, or a small chart in the terminal."""
 
 from __future__ import annotations
 
@@ -38,6 +38,8 @@ COLORS = {
     "annihilation": "#9b6fb0",
     "done": "#9a9a9a",
 }
+FORMATS = {".png": "Software", ".svg": "Date", ".pdf": "CreationDate"}
+"""Suffixes of a picture's path, each with the metadata that would make two pictures of one schedule differ."""
 CYCLE_COLORS = ("#4a90d9", "#7bc8a4")
 
 
@@ -133,7 +135,8 @@ def sample(schedule: Schedule, steps: int) -> list[int]:
 def chart(schedule: Schedule, steps: int, *, width: int = 80, height: int = 10, blocks: bool = True) -> str:
     """The first `steps` updates as text, `width` columns wide; `blocks=False` keeps to ASCII.
 
-    >>> print(chart(WSD(8, 8, 8, peak_lr=0.5), 24, width=36, height=3, blocks=False))
+    >>> schedule = WSD(warmup_steps=8, stable_steps=8, decay_steps=8, peak_lr=0.5)
+    >>> print(chart(schedule, 24, width=36, height=3, blocks=False))
            0.5 |       ###########
                |    #################
              0 |  #####################
@@ -166,17 +169,19 @@ def chart(schedule: Schedule, steps: int, *, width: int = 80, height: int = 10, 
 
 
 def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = None) -> None:
-    """Draws the first `steps` updates to a PNG of 1200 x 540 pixels.
+    """Draws the first `steps` updates to a PNG of 1200 x 540 pixels, or to an SVG or PDF.
 
     Args:
         schedule: what to draw.
-        path: the PNG; it is written whole or not at all.
+        path: the picture, whose suffix says its format; it is written whole or not at all.
         steps: how many updates; by default as many as show the whole schedule.
 
     Raises:
         ImportError: matplotlib is not installed.
         OSError: `path` cannot be written.
+        ValueError: `path` ends in another suffix.
     """
+    path = checked_path(path)
     from matplotlib.figure import Figure
     from matplotlib.ticker import MaxNLocator, StrMethodFormatter
 
@@ -197,16 +202,18 @@ def draw(schedule: Schedule, path: str | os.PathLike[str], steps: int | None = N
     axes.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    save(figure, Path(path))
+    save(figure, path)
 
 
 def draw_range_test(test: RangeTest, path: str | os.PathLike[str]) -> None:
-    """Draws the losses of a range test over its rates, to a PNG of 1200 x 540 pixels.
+    """Draws the losses of a range test over its rates, to a PNG of 1200 x 540 pixels, or to an SVG or PDF.
 
     Raises:
         ImportError: matplotlib is not installed.
         OSError: `path` cannot be written.
+        ValueError: `path` ends in another suffix.
     """
+    path = checked_path(path)
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 4.5), dpi=120, layout="constrained")
@@ -226,15 +233,15 @@ def draw_range_test(test: RangeTest, path: str | os.PathLike[str]) -> None:
     axes.legend(frameon=False)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    save(figure, Path(path))
+    save(figure, path)
 
 
 def title(schedule: Schedule) -> str:
     """The schedule's repr in lines that fit a picture; of a longer one, as of a table, the beginning.
 
-    >>> print(title(WSD(8, None, 8, peak_lr=0.5)))
+    >>> print(title(WSD(warmup_steps=8, stable_steps=None, decay_steps=8, peak_lr=0.5)))
     WSD(warmup_steps=8, stable_steps=None, decay_steps=8, peak_lr=0.5, min_lr=0.0, decay_type='linear',
-    decay_power=2.0)
+    decay_power=2.0, warmup_start_lr=None)
     """
     code = repr(schedule)[: TITLE_LINES * TITLE_COLUMNS + 1]
     return textwrap.fill(code, TITLE_COLUMNS, max_lines=TITLE_LINES, placeholder=" …", break_on_hyphens=False)
@@ -259,6 +266,18 @@ def name_phases(axes: Axes, schedule: Schedule, steps: int) -> None:
             )
 
 
+def checked_path(path: str | os.PathLike[str]) -> Path:
+    """Where a picture can go: its suffix says the format."""
+    checked = Path(path)
+    if checked.suffix.lower() not in FORMATS:
+        raise ValueError(f"a picture's path must end in {', '.join(FORMATS)}, got {str(path)!r}")
+    return checked
+
+
 def save(figure: Figure, path: Path) -> None:
-    """Writes a PNG, whole or not at all."""
-    write_whole(path, partial(figure.savefig, format="png", metadata={"Software": None}))
+    """Writes a picture, whole or not at all; the same figure gives the same bytes."""
+    from matplotlib import rc_context
+
+    suffix = checked_path(path).suffix.lower()
+    with rc_context({"svg.hashsalt": "nexus"}):
+        write_whole(path, partial(figure.savefig, format=suffix[1:], metadata={FORMATS[suffix]: None}))

@@ -81,6 +81,7 @@ HELP = {
     "up_fraction": "the share of the updates in which the rate rises",
     "up_steps": "updates of a rise",
     "upper": "the place on the curve at the end",
+    "warmup_start_lr": "the rate of the first update of a warm-up, or 'none' for min_lr",
     "warmup_steps": "updates of the linear rise",
 }
 
@@ -95,6 +96,10 @@ def _count_or_none(text: str) -> int | None:
     return None if text.lower() == "none" else int(text)
 
 
+def _number_or_none(text: str) -> float | None:
+    return None if text.lower() == "none" else float(text)
+
+
 def _counts(text: str) -> tuple[int, ...]:
     return tuple(int(each) for each in text.split(","))
 
@@ -107,6 +112,7 @@ def _points(text: str) -> tuple[tuple[int, float], ...]:
 # argparse says the names: "invalid int value".
 _truth.__name__ = "true or false"
 _count_or_none.__name__ = "int"
+_number_or_none.__name__ = "float"
 _counts.__name__ = "list of ints"
 _points.__name__ = "list of int:float"
 PARSE: dict[str, Callable[[str], Any]] = {
@@ -115,6 +121,7 @@ PARSE: dict[str, Callable[[str], Any]] = {
     "str": str,
     "bool": _truth,
     "int | None": _count_or_none,
+    "float | None": _number_or_none,
     "tuple[int, ...]": _counts,
     "tuple[tuple[int, float], ...]": _points,
 }
@@ -141,7 +148,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 help=f"{HELP[field.name]} (default: {_written(getattr(schedule, field.name))})",
             )
         options.add_argument("--steps", type=int, help="updates to draw (default: the whole schedule)")
-        options.add_argument("-o", "--output", help="the PNG to write; without it the terminal gets a chart")
+        options.add_argument(
+            "-o", "--output", help="the PNG, SVG or PDF to write; by default a chart in the terminal"
+        )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -151,8 +160,6 @@ def run(args: argparse.Namespace) -> int:
         schedule = kind(**{field.name: getattr(args, field.name) for field in fields(kind)})
         steps = default_steps(schedule) if args.steps is None else check_count("steps", args.steps, low=2)
         if args.output is not None:
-            if not args.output.lower().endswith(".png"):
-                raise ValueError(f"output must be a path that ends in .png, got {args.output!r}")
             draw(schedule, args.output, steps)
     except ValueError as error:
         reason = str(error)
@@ -164,7 +171,7 @@ def run(args: argparse.Namespace) -> int:
         width = shutil.get_terminal_size().columns
         print(args.output or f"{schedule!r}\n{chart(schedule, steps, width=width, blocks=_prints_blocks())}")
         return 0
-    print(f"python -m nexus plot: {reason}", file=sys.stderr)
+    print(f"{args.program}: {reason}", file=sys.stderr)
     return 2
 
 

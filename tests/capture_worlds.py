@@ -292,7 +292,7 @@ def edited(world: World) -> list[Tensor]:
 
 def scheduled(world: World, inside: bool) -> list[Tensor]:
     world.optimizer = FusedAdamW(world.model.parameters(), backend=world.optimizer.backend, max_grad_norm=0.5)
-    scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
+    scheduler = WSDScheduler(world.optimizer, warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2)
     world.extra = [scheduler._device_rates.counter]
     losses, step = [], world.step(plain_step(world, then=lambda loss: scheduler.step() if inside else None))
     for index in range(STEPS):

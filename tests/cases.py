@@ -22,7 +22,7 @@ DTYPES = [
     (torch.bfloat16, torch.float32),
     (torch.float16, torch.float32),
 ]
-SCHEDULE = WSD(10, 20, 30, peak_lr=2e-2, min_lr=1e-3, decay_type="cosine")
+SCHEDULE = WSD(warmup_steps=10, stable_steps=20, decay_steps=30, peak_lr=2e-2, min_lr=1e-3, decay_type="cosine")
 OPTIONS: dict[str, dict[str, Any]] = {
     "amsgrad": {"amsgrad": True},
     "maximize": {"maximize": True},
@@ -34,7 +34,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "clip": {"max_grad_norm": 0.7},
     "clip by nothing": {"max_grad_norm": 1e6},
     "measure the norm": {"max_grad_norm": math.inf},
-    "schedule": {"lr": SCHEDULE, "weight_decay": Cosine(0.2, 40)},
+    "schedule": {"lr": SCHEDULE, "weight_decay": Cosine(peak_lr=0.2, total_steps=40)},
     "everything": {
         "lr": SCHEDULE,
         "amsgrad": True,

@@ -13,8 +13,8 @@ from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Clock, Cosine
 
 BY_TOKENS = WSD(warmup_steps=1000, stable_steps=1500, decay_steps=2000, peak_lr=1e-2, min_lr=1e-4)
-DECAY = Cosine(0.3, 4000)
-BY_UPDATES = WSD(3, 4, 5, 2e-2)
+DECAY = Cosine(peak_lr=0.3, total_steps=4000)
+BY_UPDATES = WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=2e-2)
 COUNTS = (100, 450, 0, 7, 443, 999, 501, 1, 2000, 123)
 
 

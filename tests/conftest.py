@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 
 # Before torch is imported, and inherited by processes that tests start: without it, MKL's matrix products may differ
 # in their last bits with the alignment of their inputs, and many tests compare the bits of two runs of a model.
@@ -27,6 +28,19 @@ from nexus.backends import triton
 # Several pytest processes share the processors: threads that wait for one another while they take turns are slow.
 _workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
 torch.set_num_threads(max(1, torch.get_num_threads() // _workers))
+
+
+SOME_TESTS_NEED = ("accelerate", "expecttest", "lightning", "matplotlib", "mypy", "tqdm", "transformers", "triton")
+MISSING = ", ".join(name for name in SOME_TESTS_NEED if find_spec(name) is None)
+
+
+def pytest_configure() -> None:
+    if MISSING and os.environ.get("CI"):
+        raise pytest.UsageError(f"in CI no test may be skipped, but these packages are not installed: {MISSING}")
+
+
+def pytest_report_header() -> list[str]:
+    return [f"not installed, so tests are skipped: {MISSING}; `make trainers lint` installs all"] * bool(MISSING)
 
 
 @pytest.fixture(autouse=True)

@@ -62,9 +62,18 @@ class Case:
         decay_type = dice.choice(tuple(DECAYS))
         return dice.choice(
             (
-                WSD(warmup, dice.choice((0, 4)), 5, peak, peak / 10, decay_type),
-                Cosine(peak, 9 + warmup, 0.0, warmup),
-                CosineRestarts(peak, 0.0, 4, dice.choice((1.0, 1.5)), warmup),
+                WSD(
+                    warmup_steps=warmup,
+                    stable_steps=dice.choice((0, 4)),
+                    decay_steps=5,
+                    peak_lr=peak,
+                    min_lr=peak / 10,
+                    decay_type=decay_type,
+                ),
+                Cosine(peak_lr=peak, total_steps=9 + warmup, min_lr=0.0, warmup_steps=warmup),
+                CosineRestarts(
+                    peak_lr=peak, min_lr=0.0, cycle_length=4, cycle_mult=dice.choice((1.0, 1.5)), warmup_steps=warmup
+                ),
                 Constant(peak),
             )
         )

@@ -46,36 +46,51 @@ CURVES = {
 """The weight of each curve as its paper has it."""
 
 WHOLE = [
-    *(WSD(100, 300, 200, 1e-3, 1e-5, decay) for decay in WSD_DECAYS),
-    WSD(0, 0, 1000, 1e-3),
-    CosineRestarts(1e-3, 1e-6, 100, 1.0, 50),
-    CosineRestarts(1e-3, 1e-6, 50, 1.1, 50),
-    CosineRestarts(1e-3, 1e-6, 50, 2.0),
-    CosineRestarts(1e-3, 1e-6, 1, 3.0),
-    Cosine(1e-3, 900, 1e-5, 100),
+    *(
+        WSD(warmup_steps=100, stable_steps=300, decay_steps=200, peak_lr=1e-3, min_lr=1e-5, decay_type=decay)
+        for decay in WSD_DECAYS
+    ),
+    WSD(warmup_steps=0, stable_steps=0, decay_steps=1000, peak_lr=1e-3),
+    CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=100, cycle_mult=1.0, warmup_steps=50),
+    CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=50, cycle_mult=1.1, warmup_steps=50),
+    CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=50, cycle_mult=2.0),
+    CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=1, cycle_mult=3.0),
+    Cosine(peak_lr=1e-3, total_steps=900, min_lr=1e-5, warmup_steps=100),
+    Cosine(peak_lr=1e-3, total_steps=900, min_lr=1e-5, warmup_steps=100, warmup_start_lr=3e-4),
     Constant(0.1),
 ]
 
 FAMILIES = [
-    Linear(1e-5, 1e-3, 113),
-    Linear(1e-3, 1e-5, 113),
-    Polynomial(1e-3, 113, 1.7, 1e-5),
-    Exponential(1e-3, 0.9, 7, 1e-5),
-    StepDecay(1e-3, 0.9, 7, 1e-5),
-    MultiStep(1e-3, [10, 20, 20, 113], 0.1),
-    InverseSqrt(1e-3, 13),
-    Tanh(1e-3, 113, 1e-5),
-    WSDS(13, 50, 20, 1e-3, 1e-5, "cosine"),
-    WSDS(13, 50, 20, 1e-3, 1e-5, "exponential", 3),
-    OneCycle(1e-3, 113),
-    OneCycle(1e-3, 113, 0.25, kind="linear", three_phase=True),
-    Cyclic(1e-5, 1e-3, 20, 30),
-    Cyclic(1e-5, 1e-3, 20, mode="triangular2"),
-    Cyclic(1e-5, 1e-3, 20, 30, "exp_range", 0.99),
-    *(Piecewise([(0, 0.0), (13, 1e-3), (113, 1e-5)], kind) for kind in ("constant", "linear", "cosine")),
-    Sampled([1e-3, 3e-4, 0.0, 1e-4], 13),
-    CosineRestarts(1e-3, 1e-5, 50, 1.0, 13, 0.7),
-    CosineRestarts(1e-3, 1e-5, 3, 1.1, 13, 0.7),
+    Linear(start_lr=1e-5, end_lr=1e-3, total_steps=113),
+    Linear(start_lr=1e-3, end_lr=1e-5, total_steps=113),
+    Polynomial(peak_lr=1e-3, total_steps=113, power=1.7, min_lr=1e-5),
+    Exponential(peak_lr=1e-3, gamma=0.9, every=7, min_lr=1e-5),
+    StepDecay(peak_lr=1e-3, gamma=0.9, every=7, min_lr=1e-5),
+    MultiStep(peak_lr=1e-3, milestones=[10, 20, 20, 113], gamma=0.1),
+    InverseSqrt(peak_lr=1e-3, timescale=13),
+    Tanh(peak_lr=1e-3, total_steps=113, min_lr=1e-5),
+    WSDS(warmup_steps=13, cycle_length=50, decay_steps=20, peak_lr=1e-3, min_lr=1e-5, decay_type="cosine"),
+    WSDS(
+        warmup_steps=13,
+        cycle_length=50,
+        decay_steps=20,
+        peak_lr=1e-3,
+        min_lr=1e-5,
+        decay_type="exponential",
+        cycles=3,
+    ),
+    OneCycle(peak_lr=1e-3, total_steps=113),
+    OneCycle(peak_lr=1e-3, total_steps=113, up_fraction=0.25, kind="linear", three_phase=True),
+    Cyclic(base_lr=1e-5, peak_lr=1e-3, up_steps=20, down_steps=30),
+    Cyclic(base_lr=1e-5, peak_lr=1e-3, up_steps=20, mode="triangular2"),
+    Cyclic(base_lr=1e-5, peak_lr=1e-3, up_steps=20, down_steps=30, mode="exp_range", gamma=0.99),
+    *(Piecewise([(0, 0.0), (13, 1e-3), (113, 1e-5)], kind=kind) for kind in ("constant", "linear", "cosine")),
+    Sampled([1e-3, 3e-4, 0.0, 1e-4], every=13),
+    CosineRestarts(peak_lr=1e-3, min_lr=1e-5, cycle_length=50, cycle_mult=1.0, warmup_steps=13, cycle_decay=0.7),
+    CosineRestarts(peak_lr=1e-3, min_lr=1e-5, cycle_length=3, cycle_mult=1.1, warmup_steps=13, cycle_decay=0.7),
+    CosineRestarts(
+        peak_lr=1e-3, min_lr=1e-5, cycle_length=50, warmup_steps=13, cycle_decay=0.7, warmup_start_lr=3e-4
+    ),
 ]
 """One or more of each family, but those of `WHOLE`."""
 

@@ -2,18 +2,12 @@
 // instruction set.
 #pragma once
 
-#include <cstring>
-
-#include "../chance.h"
 #include "lanes.h"
 
 namespace nexus::cpu::NEXUS_ISA {
 namespace {
 
 constexpr int64_t kBlock = 4 * kScaleBlock;
-
-constexpr int64_t kWords = sizeof(Words) / sizeof(uint64_t);
-constexpr int64_t kTogether = 8;  // vectors whose rounds hide each other's latency
 
 class Numbers {
  public:
@@ -34,33 +28,25 @@ class Numbers {
   // Not inlined: what it is inlined into would leave it too few registers.
   __attribute__((noinline)) void draw() {
     const int64_t draws = (skipped_ + n_ + kDrawn - 1) / kDrawn;
-    for (int64_t i = 0; i < draws; i += kTogether * kWords) {
-      Mixture<Words> x[kTogether];
+    for (int64_t i = 0; i < draws; i += kTogether * kDraws) {
+      Draws x[kTogether];
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTogether; ++k) {
-        x[k] = unmixed(chance_, kPlaces + (first_ + static_cast<uint64_t>(i + k * kWords)));
+        x[k] = unmixed(chance_, first_ + static_cast<uint64_t>(i + k * kDraws));
       }
 #pragma GCC unroll 7
       for (int round = 0; round < kRounds; ++round) {
         const Key key = key_of(chance_, round);
 #pragma GCC unroll 8
         for (int64_t k = 0; k < kTogether; ++k) {
-          mix(x[k], key, product);
+          mix(x[k], key);
         }
       }
 #pragma GCC unroll 8
       for (int64_t k = 0; k < kTogether; ++k) {
-        store(x[k], numbers_ + (i + k * kWords) * kDrawn);
+        store(x[k], numbers_ + (i + k * kDraws) * kDrawn);
       }
     }
-  }
-
-  static void store(const Mixture<Words>& x, uint16_t* to) {
-    constexpr uint64_t kHalf = 0xffffffff;
-    const Words first = (x.a & kHalf) | x.b << 32;
-    const Words second = (x.c & kHalf) | x.d << 32;
-    const Words both[] = {lower_interleaved(first, second), upper_interleaved(first, second)};
-    memcpy(to, both, sizeof both);
   }
 
   const Chance& chance_;
@@ -68,7 +54,7 @@ class Numbers {
   int64_t skipped_;  // numbers of the first draw that belong to elements before the block
   int64_t n_;
   bool drawn_ = false;
-  alignas(64) uint16_t numbers_[kBlock + kTogether * kWords * kDrawn];
+  alignas(64) uint16_t numbers_[kBlock + kTogether * kDraws * kDrawn];
 };
 
 }  // namespace

@@ -2,6 +2,7 @@
 // NEXUS_ISA; what it includes has internal linkage, so that no set's code is ever linked into another's.
 #include "kernels.h"
 #include "one_pass.h"
+#include "squares.h"
 #include "streams.h"
 
 namespace nexus::cpu::NEXUS_ISA {
@@ -12,6 +13,7 @@ template <bool kAmsgrad, bool kAveraged, bool kLeavesRoots, class T>
 void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
                  T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, T* __restrict__ average,
                  int64_t n, const Coefficients<T> c) {
+#pragma GCC ivdep
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kAmsgrad) {
       adamw<true>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i], c);
@@ -92,45 +94,6 @@ void update(const TensorRecord& tensor, const Chance& chance, const Coefficients
   }
 }
 
-// Sixteen float64 lanes (four vectors of four), added in a fixed order: the same bits whatever the
-// instruction set.
-constexpr int kLanes = 4;
-typedef double Lanes __attribute__((vector_size(kLanes * sizeof(double))));
-
-template <class T>
-void add_squares(const T* x, Lanes& sum) {
-  typedef T Stored __attribute__((vector_size(kLanes * sizeof(T))));
-  Stored values;
-  __builtin_memcpy(&values, x, sizeof values);
-  const Lanes wide = __builtin_convertvector(values, Lanes);
-  sum += wide * wide;
-}
-
-struct Squares {
-  Lanes sums[4] = {};
-
-  template <class T>
-  void add(const T* x, int64_t n) {
-    Lanes a = sums[0], b = sums[1], c = sums[2], d = sums[3];
-    int64_t i = 0;
-    for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-      add_squares(x + i, a);
-      add_squares(x + i + kLanes, b);
-      add_squares(x + i + 2 * kLanes, c);
-      add_squares(x + i + 3 * kLanes, d);
-    }
-    for (; i < n; ++i) {
-      a[0] += static_cast<double>(x[i]) * static_cast<double>(x[i]);
-    }
-    sums[0] = a, sums[1] = b, sums[2] = c, sums[3] = d;
-  }
-
-  double total() const {
-    const Lanes sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-    return (sum[0] + sum[1]) + (sum[2] + sum[3]);
-  }
-};
-
 double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t count) {
   Squares squares;
   if (dtype == DType::kFloat64) {
@@ -149,9 +112,14 @@ double sum_of_squares(const void* grad, DType dtype, int64_t begin, int64_t coun
 
 }  // namespace
 
+#ifdef NEXUS_NEON  // which every such processor has
+constexpr const char* kName = "neon";
+#else
 #define NEXUS_STRING(x) #x
 #define NEXUS_NAME(x) NEXUS_STRING(x)
+constexpr const char* kName = NEXUS_NAME(NEXUS_ISA);
+#endif
 extern const Kernels kernels;
-const Kernels kernels = {NEXUS_NAME(NEXUS_ISA), update<float>, update<double>, sum_of_squares};
+const Kernels kernels = {kName, update<float>, update<double>, sum_of_squares};
 
 }  // namespace nexus::cpu::NEXUS_ISA

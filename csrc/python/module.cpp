@@ -55,7 +55,7 @@ class CpuRecords : public WatchedRecords {
 
 std::vector<std::string> instruction_sets() {
   std::vector<std::string> available;
-  for (const char* name : {"avx512", "avx2", "baseline"}) {
+  for (const char* name : {"avx512", "avx2", "neon", "baseline"}) {
     if (cpu::kernels(name) != nullptr) {
       available.emplace_back(name);
     }

@@ -48,10 +48,18 @@ def schedule_for(name: str, steps: int, peak_lr: float = 2e-3) -> Schedule:
     min_lr, warmup = peak_lr / 100, steps // 20
     if name == "wsd":
         decay = max(1, steps // 5)
-        return WSD(warmup, steps - warmup - decay, decay, peak_lr=peak_lr, min_lr=min_lr)
+        return WSD(
+            warmup_steps=warmup,
+            stable_steps=steps - warmup - decay,
+            decay_steps=decay,
+            peak_lr=peak_lr,
+            min_lr=min_lr,
+        )
     if name == "sgdr":
         cycle = max(1, (steps - warmup) // 7)
-        return CosineRestarts(peak_lr, min_lr, cycle, cycle_mult=2.0, warmup_steps=max(0, steps - 7 * cycle))
+        return CosineRestarts(
+            peak_lr=peak_lr, min_lr=min_lr, cycle_length=cycle, cycle_mult=2.0, warmup_steps=max(0, steps - 7 * cycle)
+        )
     if name == "cosine":
-        return Cosine(peak_lr, steps, min_lr=min_lr, warmup_steps=warmup)
+        return Cosine(peak_lr=peak_lr, total_steps=steps, min_lr=min_lr, warmup_steps=warmup)
     raise ValueError(f"schedule must be one of {', '.join(SCHEDULES.values())}, got {name!r}")

@@ -20,6 +20,7 @@ from nexus.schedules import Schedule
 from nexus.training import capture_train_step
 
 LOOK_EVERY = 10  # steps
+SMOOTHED = 50  # batches: the loss of a single one is a tenth higher or lower
 HISTORY = 10 * LOOK_EVERY  # steps that the device keeps until it is looked at
 EACH_STEP = ("losses", "rates", "grad_norms")  # attributes with an entry for each update
 MAX_GRAD_NORM = 1.0
@@ -89,7 +90,7 @@ class Training:
     def train(self, stop: Callable[[], bool], look: Callable[[int, float, float], None]) -> None:
         """Train until the last step, or until `stop()`, which is asked between two steps.
 
-        `look(step, loss, rate)` is called with numbers read from the device every `LOOK_EVERY` steps.
+        Every `LOOK_EVERY` steps it calls `look(step, loss, rate)` with the mean loss of the last `SMOOTHED` batches.
         """
         started, seconds = time.perf_counter(), self.seconds
         while self.step < self.config.steps and not stop():
@@ -98,7 +99,8 @@ class Training:
             self.step += 1
             if self.step % LOOK_EVERY == 0 or self.step == self.config.steps:
                 self._read_history()
-                look(self.step, float(loss), float(self.rates[self.step - 1]))
+                recent = self.losses[max(0, self.step - SMOOTHED) : self.step]
+                look(self.step, float(recent.mean()), float(self.rates[self.step - 1]))
         self._read_history()  # of the steps before `stop`
         self.seconds = seconds + time.perf_counter() - started
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,6 +15,9 @@ from nexus.optim.groups import ParamGroup
 from nexus.schedules import Schedule
 from nexus.schedules.clock import Clocked, unclocked
 from nexus.schedules.table import ScheduleTable
+
+Evaluate: TypeAlias = Callable[[Tensor, Tensor], Tensor]
+"""A backend's `evaluate`, of a table and the count that it is evaluated at."""
 
 
 class DeviceMemory:
@@ -66,11 +70,13 @@ class DeviceMemory:
         self.tables = {key: table for key, table in self.tables.items() if key[1] in self.states}
         self.clocks.keep(devices)
 
-    def coming(self, group: ParamGroup, name: str, device: torch.device) -> Any:
+    def coming(
+        self, group: ParamGroup, name: str, device: torch.device, evaluate: Evaluate = reference.evaluate
+    ) -> Any:
         """One of `RATES` of a settled group, as the coming update uses it: a number, or a tensor of one element."""
         schedule = group.schedule(name)
         if schedule is None:
             value = group.given(name)
             return value.detach().reshape(()) if isinstance(value, Tensor) else value
-        now = reference.evaluate(self.table(schedule, device).rows, self.clock_of(schedule, device))
-        return now * self.coming(group, "lr_scale", device) if name == "lr" else now
+        now = evaluate(self.table(schedule, device).rows, self.clock_of(schedule, device))
+        return now * self.coming(group, "lr_scale", device, evaluate) if name == "lr" else now

@@ -38,6 +38,7 @@ from nexus.optim.groups import (
     ParamGroup,
     checked_settings,
     in_state,
+    is_limited,
     settings_of,
 )
 from nexus.optim.history import History
@@ -349,6 +350,18 @@ class Engine(DeviceMemory):
         """Let a group show the rate of the next update, where no update has shown one yet."""
         group.show(name, self.coming(group, name, group.outputs[name].device))
 
+    def next_lr(self, attributes: Attributes) -> list[float]:
+        """See `FusedAdamW.next_lr`."""
+        self.settle(attributes)
+        groups, first = attributes["param_groups"], devices_of(attributes)[0]
+        written = {id(output): (group, name) for group in groups for name, output in group.outputs.items()}
+        rates = []
+        for group in groups:
+            source, name = written.get(id(group["lr"]), (group, "lr"))  # another group's schedule may write it
+            device = source.outputs[name].device if name in source.outputs else first
+            rates.append(float(self.coming(source, name, device, self.backend.evaluate)))
+        return rates
+
     def renew_tables(self) -> None:
         """Let the next step see that a table has more layers than it had."""
         self.renewed += 1
@@ -356,7 +369,7 @@ class Engine(DeviceMemory):
 
     def measures_norm(self, groups: list[ParamGroup]) -> bool:
         """Whether a step takes the norm of the gradients."""
-        return self.skip_nonfinite or any(group["max_grad_norm"] is not None for group in groups)
+        return self.skip_nonfinite or any(is_limited(group) for group in groups)
 
     def named_parameters(self, groups: list[ParamGroup]) -> Iterator[tuple[int, Tensor, str]]:
         """See `nexus.optim.parameters.named_parameters`."""

@@ -17,7 +17,7 @@ from torch.optim.optimizer import Optimizer
 from nexus import backends
 from nexus.arguments import shown
 from nexus.backends.interface import Backend, StepState
-from nexus.optim import checkpoint, master, onlookers, parameters
+from nexus.optim import checkpoint, master, onlookers, parameters, remedies
 from nexus.optim.averages import Average
 from nexus.optim.averaging import Averaged
 from nexus.optim.engine import Engine, attributes_of, devices_of
@@ -60,8 +60,9 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
         foreach, capturable, fused: taken, so that `torch.optim.AdamW` can be replaced by name, and of no effect.
         differentiable: must be False.
         max_grad_norm: scale the gradients down to this global 2-norm inside the update, as
-            `torch.nn.utils.clip_grad_norm_` would before it. A float, or as `lr`. None: do not; `math.inf`: only
-            measure it.
+            `torch.nn.utils.clip_grad_norm_` would before it. A float, or as `lr`. None or 0: do not, as in
+            transformers, DeepSpeed and nanoGPT (a limit that a tensor or a `Schedule` brings near to 0 would be
+            its opposite: these stay above 0); `math.inf`: only measure it.
         skip_nonfinite: let a step whose gradients hold an infinity or a NaN change nothing but `skipped_steps`.
         backend: `"auto"`, or one of `"native"` (compiled, CPU), `"cuda"` (compiled, NVIDIA), `"triton"` (where
             Triton runs) and `"reference"` (plain PyTorch, any device).
@@ -151,6 +152,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
             "weight_decay_schedule": None,
         }
         checked_settings(defaults)
+        remedies.refuse_modules(params)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, got {shown(skip_nonfinite)}")
         if not isinstance(backend, str):

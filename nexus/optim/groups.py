@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 from torch._guards import TracingContext
 from torch._subclasses import FakeTensor
-from torch.optim.lr_scheduler import LRScheduler
 
 from nexus.arguments import as_real, check_number, shown
 from nexus.arguments import check_choice as argument_choice
 from nexus.backends.interface import LAST_WRITE, RATES, GroupSettings, Rate
 from nexus.optim.averages import Average, check_average
+from nexus.optim.remedies import remedy
 from nexus.optim.storage import BIAS_CORRECTIONS, STORAGE_DEFAULTS, check_choice
 from nexus.optim.torch_options import refuse_differentiable
 from nexus.schedules import Schedule
@@ -241,9 +241,8 @@ def _rate(name: str, value: Any, *, below: float = math.inf, positive: bool = Fa
     if isinstance(value, Schedule):
         return _bounded(name, value, below, positive)
     if as_real(value) is None:
-        raise TypeError(
-            f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {shown(value)}{_remedy(value)}"
-        )
+        given = f"{shown(value)}{remedy(name, value)}"
+        raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {given}")
     return _number(name, value)
 
 
@@ -262,16 +261,6 @@ def _bounded(name: str, schedule: Schedule, below: float, positive: bool) -> Sch
                 "bound it by schedule.clip(low, high)"
             )
     return schedule
-
-
-def _remedy(value: Any) -> str:
-    if isinstance(value, LRScheduler):
-        return "; from_torch(scheduler) makes a schedule for each group, and take_over puts them in force"
-    if isinstance(value, list) and any(isinstance(each, Schedule) for each in value):
-        return "; give each group its own: {'params': ..., 'lr': schedule}"
-    if isinstance(value, type):
-        return "; call it, with its arguments"
-    return "; Schedule.from_function(fn, steps) makes a schedule of a function" if callable(value) else ""
 
 
 def _schedule(name: str, value: Any) -> Any:
@@ -306,7 +295,10 @@ def _small(name: str, value: Any) -> Any:
 
 
 def _number(name: str, value: Any) -> Any:
-    number = check_number(name, value)
+    try:
+        number = check_number(name, value)
+    except TypeError as error:
+        raise TypeError(f"{error}{remedy(name, value)}") from None
     return value if isinstance(value, (int, float)) else number
 
 
@@ -323,15 +315,20 @@ def _flag(name: str, value: Any) -> Any:
 def _limit(name: str, value: Any) -> Any:
     if value is None:
         return None
-    if isinstance(value, (Tensor, Schedule)):
+    if isinstance(value, (Tensor, Schedule)):  # a limit that comes near to 0 is not one that is off
         return _rate(name, value, positive=True)
     if value == math.inf:
         return float(value)
     try:
-        check_number(name, value, positive=True)
+        return _number(name, value) or None
     except (TypeError, ValueError) as error:
-        raise type(error)(f"{error}; None does not clip, math.inf measures the norm alone") from None
-    return _number(name, value)
+        raise type(error)(f"{error}; None or 0 does not clip, math.inf measures the norm alone") from None
+
+
+def is_limited(group: dict[str, Any]) -> bool:
+    """Whether a group has a limit of the norm; 0 is none, also where no step has looked at it yet."""
+    limit = group["max_grad_norm"]
+    return limit is not None and (isinstance(limit, Tensor) or limit != 0.0)
 
 
 SETTINGS: dict[str, Callable[[str, Any], Any]] = {

@@ -119,8 +119,33 @@ class Scheduled(Timed):
         return schedules[0]
 
     @_disable_dynamo
+    def next_lr(self) -> list[float]:
+        """The rate that the coming update will use, one a group, whatever drives it. For logs: reads the device.
+
+        With a `Schedule`, `param_groups[i]["lr"]` is the rate that the last update has used.
+
+        >>> import torch
+        >>> from nexus.optim import FusedAdamW
+        >>> from nexus.schedules import Linear
+        >>> weight = torch.nn.Parameter(torch.zeros(2))
+        >>> optimizer = FusedAdamW([weight], lr=Linear(start_lr=1.0, end_lr=0.0, total_steps=4))
+        >>> weight.grad = torch.ones(2)
+        >>> optimizer.step()
+        >>> float(optimizer.param_groups[0]["lr"]), optimizer.next_lr(), optimizer.completed_steps
+        (1.0, [0.75], 1)
+        """
+        return self._engine.next_lr(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
+
+    @property
+    @_disable_dynamo
+    def completed_steps(self) -> int:
+        """How many updates have been completed: skipped ones do not count. Reads the device."""
+        device = devices_of(attributes_of(self))[0]  # type: ignore[arg-type]
+        return int(self._engine.state_on(device).completed)
+
+    @_disable_dynamo
     @torch.no_grad()
-    def begin_decay(self, steps: int | None = None, kind: str = "linear", to: float = 0.0) -> None:
+    def begin_decay(self, steps: int | None = None, *, kind: str = "linear", to: float = 0.0) -> None:
         """Let the rate decay from now on, from what it is at this moment. Reads nothing back from the device.
 
         Without `steps`, the decay of every WSD schedule of this optimizer begins with the next step, also of a weight
@@ -182,7 +207,7 @@ class Scheduled(Timed):
         >>> from nexus.optim import FusedAdamW
         >>> from nexus.schedules import Linear
         >>> weight = torch.nn.Parameter(torch.zeros(2))
-        >>> optimizer = FusedAdamW([weight], lr=Linear(1.0, 0.0, 4))
+        >>> optimizer = FusedAdamW([weight], lr=Linear(start_lr=1.0, end_lr=0.0, total_steps=4))
         >>> rates = []
         >>> for step in range(4):
         ...     if step == 2:
@@ -196,7 +221,7 @@ class Scheduled(Timed):
         self._edit(lambda table: FromRate())
 
     @_disable_dynamo
-    def rewarm(self, steps: int, to: float | None = None) -> None:
+    def rewarm(self, steps: int, *, to: float | None = None) -> None:
         """Let the rate rise on a straight line from what it is at this moment, and stay. See `begin_decay`.
 
         Args:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 from nexus.arguments import LOWEST, MAX_STEP, check_choice, check_count, check_number
 from nexus.schedules.base import Schedule
@@ -50,6 +50,7 @@ class Arc(Schedule):
     """
 
     curve: str
+    _: KW_ONLY
     high: float
     low: float
     span: float

@@ -12,7 +12,7 @@ from dataclasses import dataclass, fields, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar, overload
 
-from nexus.arguments import check_count, check_number, shown
+from nexus.arguments import check_count, check_number, refuse_unnamed, shown
 from nexus.schedules.curves import NEVER, Curve, Layer, Segment, value_of
 
 if TYPE_CHECKING:
@@ -42,12 +42,17 @@ class Schedule(ABC):
     _rates: ClassVar[tuple[str, ...]] = ()  # the fields that a factor multiplies
     _later: ClassVar[tuple[str, ...]] = ()  # fields that dicts of earlier versions lack
     _types: ClassVar[dict[str, type[Schedule]]] = {}
+    _ratios: ClassVar[str] = ""  # in an error, what takes a ratio in the place of a count
     is_outermost: ClassVar[bool] = False  # whether it can be a part of no other schedule
     _depth: ClassVar[int] = 0  # of the schedules within schedules
     __array_ufunc__ = None  # so that numpy scalars leave `factor * schedule` to __rmul__
 
     def __init_subclass__(cls) -> None:
         Schedule._types[cls.__name__] = cls
+
+    def __new__(cls: type[_Self], *args: Any, **named: Any) -> _Self:
+        refuse_unnamed(cls, args)
+        return super().__new__(cls)
 
     def __call__(self, step: int) -> float:
         """The rate that update `step` uses, in float64; `step` is an int from 0 to 2**53."""
@@ -117,7 +122,7 @@ class Schedule(ABC):
         return [self(step) for step in range(start, stop)]
 
     def plot(self, path: str | os.PathLike[str], steps: int | None = None) -> None:
-        """Draw the rates and the phases of the first `steps` updates to a PNG: see `nexus.plot.draw`."""
+        """Draw the rates and the phases of the first `steps` updates to a PNG, SVG or PDF: see `nexus.plot.draw`."""
         from nexus.plot import draw
 
         draw(self, path, steps)
@@ -175,7 +180,7 @@ class Schedule(ABC):
             ValueError: this schedule has no end.
 
         >>> from nexus.schedules import Constant, Linear
-        >>> Linear(0.0, 1.0, 2).then(Constant(0.25)).values(0, 4)
+        >>> Linear(start_lr=0.0, end_lr=1.0, total_steps=2).then(Constant(0.25)).values(0, 4)
         [0.0, 0.5, 0.25, 0.25]
         """
         from nexus.schedules.compose import join, length_of
@@ -192,14 +197,14 @@ class Schedule(ABC):
             ValueError: this schedule has no end, or `n` repeats of it are too long for a table.
 
         >>> from nexus.schedules import Linear
-        >>> Linear(1.0, 0.0, 2).repeat(2).values(0, 6)
+        >>> Linear(start_lr=1.0, end_lr=0.0, total_steps=2).repeat(2).values(0, 6)
         [1.0, 0.5, 1.0, 0.5, 0.0, 0.0]
         """
         from nexus.schedules.compose import Repeated
 
         return Repeated(self, n)
 
-    def warmup(self, steps: int, start: float = 0.0, kind: str = "linear", count: str = "t/W") -> Warmup:
+    def warmup(self, steps: int, *, start: float = 0.0, kind: str = "linear", count: str = "t/W") -> Warmup:
         """A rise to this schedule's first rate, and then this schedule, from its step 0 on.
 
         Args:
@@ -219,7 +224,7 @@ class Schedule(ABC):
 
         return Warmup(self, steps, start, kind, count)
 
-    def cooldown(self, steps: int, to: float = 0.0, kind: str = "linear") -> Cooldown:
+    def cooldown(self, steps: int, *, to: float = 0.0, kind: str = "linear") -> Cooldown:
         """This schedule for its length, then a decay from the rate that it ends with.
 
         Args:
@@ -231,7 +236,7 @@ class Schedule(ABC):
             ValueError: this schedule has no end.
 
         >>> from nexus.schedules import Linear
-        >>> Linear(0.0, 1.0, 2).cooldown(4).values(0, 8)
+        >>> Linear(start_lr=0.0, end_lr=1.0, total_steps=2).cooldown(4).values(0, 8)
         [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]
         """
         from nexus.schedules.compose import Cooldown
@@ -242,7 +247,7 @@ class Schedule(ABC):
         """`minimum(maximum(self, Constant(low)), Constant(high))`, without a bound that does nothing.
 
         >>> from nexus.schedules import Linear
-        >>> Linear(0.0, 1.0, 4).clip(low=0.25, high=0.5).values(0, 4)
+        >>> Linear(start_lr=0.0, end_lr=1.0, total_steps=4).clip(low=0.25, high=0.5).values(0, 4)
         [0.25, 0.25, 0.5, 0.5]
         """
         from nexus.schedules.compose import clipped
@@ -256,7 +261,7 @@ class Schedule(ABC):
         called with the count.
 
         >>> from nexus.schedules import Clock, Linear
-        >>> Linear(1.0, 0.0, 1_000_000).at(Clock())(750_000)
+        >>> Linear(start_lr=1.0, end_lr=0.0, total_steps=1_000_000).at(Clock())(750_000)
         0.25
         """
         from nexus.schedules.clock import Clocked
@@ -287,7 +292,8 @@ class Schedule(ABC):
         return self._scaled(check_number("factor", factor, positive=True))
 
     def _scaled(self: _Self, factor: float) -> _Self:
-        return replace(self, **{name: factor * getattr(self, name) for name in self._rates})
+        rates = {name: getattr(self, name) for name in self._rates}
+        return replace(self, **{name: factor * rate for name, rate in rates.items() if rate is not None})
 
     def _set(self, **values: object) -> None:
         for name, value in values.items():  # the instance is frozen: __post_init__ stores what it checked
@@ -295,7 +301,7 @@ class Schedule(ABC):
 
     def _check_counts(self, **lowest: int) -> None:
         for name, low in lowest.items():
-            self._set(**{name: check_count(name, getattr(self, name), low=low)})
+            self._set(**{name: check_count(name, getattr(self, name), low=low, ratios=self._ratios)})
 
 
 def once(function: Callable[[Schedule], T]) -> Callable[[Schedule], T]:

@@ -30,7 +30,7 @@ class Clock:
     >>> from nexus.schedules import Clock, Linear
     >>> tokens = Clock()
     >>> weight = torch.nn.Parameter(torch.zeros(2))
-    >>> optimizer = FusedAdamW([weight], lr=Linear(0.0, 1.0, 4096).at(tokens))
+    >>> optimizer = FusedAdamW([weight], lr=Linear(start_lr=0.0, end_lr=1.0, total_steps=4096).at(tokens))
     >>> for count in (1024, 512):
     ...     weight.grad = torch.ones(2)
     ...     optimizer.step()

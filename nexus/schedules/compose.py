@@ -293,7 +293,8 @@ def join(schedules: Sequence[Schedule], boundaries: Sequence[int]) -> Joined:
     Source: `optax.join_schedules` has the same convention.
 
     >>> from nexus.schedules import Linear
-    >>> join([Linear(0.0, 1.0, 2), Constant(0.5), Linear(0.5, 0.0, 2)], [2, 4]).values(0, 7)
+    >>> rise, fall = (Linear(start_lr=a, end_lr=b, total_steps=2) for a, b in ((0.0, 1.0), (0.5, 0.0)))
+    >>> join([rise, Constant(0.5), fall], [2, 4]).values(0, 7)
     [0.0, 0.5, 0.5, 0.5, 0.5, 0.25, 0.0]
     """
     return Joined(schedules, boundaries)  # type: ignore[arg-type]  # which makes tuples of them
@@ -303,7 +304,7 @@ def minimum(left: Schedule, right: Schedule) -> Fold:
     """The smaller of two rates at each step.
 
     >>> from nexus.schedules import Linear
-    >>> minimum(Linear(0.0, 1.0, 4), Constant(0.5)).values(0, 4)
+    >>> minimum(Linear(start_lr=0.0, end_lr=1.0, total_steps=4), Constant(0.5)).values(0, 4)
     [0.0, 0.25, 0.5, 0.5]
     """
     return Fold(left, right, "minimum")
@@ -313,7 +314,7 @@ def maximum(left: Schedule, right: Schedule) -> Fold:
     """The larger of two rates at each step.
 
     >>> from nexus.schedules import Linear
-    >>> maximum(Linear(1.0, 0.0, 4), Constant(0.5)).values(0, 4)
+    >>> maximum(Linear(start_lr=1.0, end_lr=0.0, total_steps=4), Constant(0.5)).values(0, 4)
     [1.0, 0.75, 0.5, 0.5]
     """
     return Fold(left, right, "maximum")

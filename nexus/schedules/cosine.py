@@ -15,35 +15,37 @@ from nexus.schedules.curves import (
     Op,
     Segment,
     between,
-    checked_rates,
     level,
     segment,
     start,
 )
 from nexus.schedules.cycles import cycle_runs, run_at
+from nexus.schedules.rises import checked_rising, first_rate, rise, rising_rate
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class CosineRestarts(Schedule):
     r"""Cosine annealing with warm restarts (SGDR), after a linear warm-up.
 
     Cycle :math:`i` has :math:`T_i = \lfloor T_0 m^i \rfloor` updates, in integers, at most 2**62. With
-    :math:`u` the steps since the cycle began, in and after the warm-up of :math:`W` updates:
+    :math:`u` the steps since the cycle began, and :math:`\eta_0` the rate at step 0 of the warm-up, in and after the
+    warm-up of :math:`W` updates:
 
     .. math::
         \eta(t) = \begin{cases}
-        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_0 + \frac{t}{W} (\eta_{peak} - \eta_0) & t < W \\
         \eta_{min} + \frac12 (1 + \cos \frac{\pi u}{T_i}) (\eta_{peak} - \eta_{min}) & t \ge W
         \end{cases}
 
     Args:
         peak_lr: the rate that each cycle starts from, above 0.
-        min_lr: the rate at step 0 of a warm-up and towards the end of a cycle, from 0 to `peak_lr`.
+        min_lr: the rate towards the end of a cycle, from 0 to `peak_lr`.
         cycle_length: T_0, in updates, at least 1.
         cycle_mult: m, at least 1; 1 or from about 1.0004 on.
         warmup_steps: W, in updates.
         cycle_decay: d, above 0 and at most 1: cycle :math:`i` starts from :math:`\eta_{peak} d^i`, in place of
             :math:`\eta_{peak}`, and rises to the minimum where that is the higher one.
+        warmup_start_lr: the rate at step 0 of a warm-up, from 0 to `peak_lr`; None is `min_lr`.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983; `cycle_decay` is timm's.
 
@@ -60,11 +62,12 @@ class CosineRestarts(Schedule):
     cycle_mult: float = 1.0
     warmup_steps: int = 0
     cycle_decay: float = 1.0
-    _rates = ("peak_lr", "min_lr")
-    _later = ("cycle_decay",)
+    warmup_start_lr: float | None = None
+    _rates = ("peak_lr", "min_lr", "warmup_start_lr")
+    _later = ("cycle_decay", "warmup_start_lr")
 
     def __post_init__(self) -> None:
-        self._set(**checked_rates(self.peak_lr, self.min_lr))
+        self._set(**checked_rising(self))
         self._check_counts(cycle_length=1, warmup_steps=0)
         self._set(cycle_mult=check_number("cycle_mult", self.cycle_mult, low=1.0))
         runs = cycle_runs(self.cycle_length, self.cycle_mult)  # raises where there would be too many
@@ -81,7 +84,7 @@ class CosineRestarts(Schedule):
         if self.cycle_decay != 1.0:
             return super().__call__(step)
         if step < self.warmup_steps:
-            return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
+            return rising_rate(self, step)
         _, step_in_cycle, cycle_length = self.cycle(step)
         return between(self.min_lr, self.peak_lr, Curve.COSINE, step_in_cycle / cycle_length)
 
@@ -106,26 +109,25 @@ class CosineRestarts(Schedule):
         """The warm-up, then a row for each run of cycles of equal length, or for each cycle if peaks fall."""
         if self.cycle_decay != 1.0:
             return self._falling_rows()
-        warmup = segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)
         cycles = (
             segment(Curve.COSINE, start(self.warmup_steps + run.start), run.length, self.peak_lr, self.min_lr)
             for run in cycle_runs(self.cycle_length, self.cycle_mult)
         )
-        return (warmup, *cycles)
+        return (rise(self), *cycles)
 
     def layers(self) -> tuple[Layer, ...]:
         """One layer; three where the peaks of equal cycles fall: weight x peak + (1 - weight) x minimum."""
         if self.cycle_decay == 1.0 or self.cycle_mult != 1.0:
             return super().layers()
         warmup, length = self.warmup_steps, self.cycle_length
-        rise = max(1, warmup)
+        rising = max(1, warmup)
         peaks = segment(Curve.STAIRCASE, warmup, NEVER, self.peak_lr, span=float(length), q=self.cycle_decay)
         return (
-            Layer((segment(Curve.RISE, 0, rise, 1.0), segment(Curve.COSINE, warmup, length, 1.0))),
+            Layer((segment(Curve.RISE, 0, rising, 1.0), segment(Curve.COSINE, warmup, length, 1.0))),
             Layer((level(0, self.peak_lr), peaks), Op.TIMES),
             Layer(
                 (
-                    segment(Curve.LINEAR, 0, rise, self.min_lr),
+                    segment(Curve.LINEAR, 0, rising, first_rate(self)),
                     segment(Curve.COSINE, warmup, length, 0.0, self.min_lr),
                 ),
                 Op.PLUS,
@@ -135,7 +137,7 @@ class CosineRestarts(Schedule):
     def _falling_rows(self) -> tuple[Segment, ...]:
         if self.cycle_mult == 1.0:
             return super().segments()  # raises: there are three layers
-        rows = [segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)]
+        rows = [rise(self)]
         runs = cycle_runs(self.cycle_length, self.cycle_mult)
         for run, following in itertools.zip_longest(runs, runs[1:]):
             for index in range(run.first, following.first if following else run.first + 1):
@@ -145,15 +147,16 @@ class CosineRestarts(Schedule):
         return tuple(rows)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cosine(Schedule):
     r"""One half-cosine from the peak to the minimum, after a linear warm-up.
 
-    With :math:`W` the warm-up and :math:`N` the total, both in updates:
+    With :math:`W` the warm-up and :math:`N` the total, both in updates, and :math:`\eta_0` the rate at step 0 of the
+    warm-up:
 
     .. math::
         \eta(t) = \begin{cases}
-        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_0 + \frac{t}{W} (\eta_{peak} - \eta_0) & t < W \\
         \eta_{min} + \frac12 (1 + \cos \pi \frac{t - W}{N - W}) (\eta_{peak} - \eta_{min}) & W \le t < N \\
         \eta_{min} & t \ge N
         \end{cases}
@@ -161,8 +164,9 @@ class Cosine(Schedule):
     Args:
         peak_lr: the rate at the end of the warm-up, above 0.
         total_steps: N, in updates, the warm-up included; more than `warmup_steps`.
-        min_lr: the rate at step 0 of a warm-up and from `total_steps` on, from 0 to `peak_lr`.
+        min_lr: the rate from `total_steps` on, from 0 to `peak_lr`.
         warmup_steps: W, in updates.
+        warmup_start_lr: the rate at step 0 of a warm-up, from 0 to `peak_lr`; None is `min_lr`.
 
     Source: Loshchilov & Hutter 2017, arXiv:1608.03983, with one cycle.
 
@@ -175,10 +179,12 @@ class Cosine(Schedule):
     total_steps: int
     min_lr: float = 0.0
     warmup_steps: int = 0
-    _rates = ("peak_lr", "min_lr")
+    warmup_start_lr: float | None = None
+    _rates = ("peak_lr", "min_lr", "warmup_start_lr")
+    _later = ("warmup_start_lr",)
 
     def __post_init__(self) -> None:
-        self._set(**checked_rates(self.peak_lr, self.min_lr))
+        self._set(**checked_rising(self))
         self._check_counts(total_steps=1, warmup_steps=0)
         if self.warmup_steps >= self.total_steps:
             given = f"total_steps={self.total_steps}, got {self.warmup_steps}"
@@ -187,7 +193,7 @@ class Cosine(Schedule):
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
         if step < self.warmup_steps:
-            return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
+            return rising_rate(self, step)
         if step < self.total_steps:
             p = (step - self.warmup_steps) / (self.total_steps - self.warmup_steps)
             return between(self.min_lr, self.peak_lr, Curve.COSINE, p)
@@ -204,7 +210,7 @@ class Cosine(Schedule):
         """Three rows: rise, half-cosine, minimum."""
         length = self.total_steps - self.warmup_steps
         return (
-            segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
+            rise(self),
             segment(Curve.COSINE, self.warmup_steps, length, self.peak_lr, self.min_lr),
             level(self.total_steps, self.min_lr),
         )

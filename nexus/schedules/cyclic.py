@@ -10,7 +10,7 @@ from nexus.schedules.base import Schedule
 from nexus.schedules.curves import NEVER, Curve, Layer, Op, Segment, level, line, segment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class OneCycle(Schedule):
     r"""Up to the peak and far down again, by torch's convention.
 
@@ -101,7 +101,7 @@ class OneCycle(Schedule):
         ]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Cyclic(Schedule):
     r"""Triangles from the base to the peak and back, again and again.
 

@@ -11,7 +11,7 @@ from nexus.schedules.base import Schedule
 from nexus.schedules.curves import MAX_SEGMENTS, NEVER, Curve, Segment, checked_rates, level, segment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Exponential(Schedule):
     r"""A factor for every so many updates, evenly spread over them.
 
@@ -53,7 +53,7 @@ class Exponential(Schedule):
         return (_decay(Curve.EXPONENTIAL, self),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class StepDecay(Schedule):
     r"""A factor at the end of every so many updates.
 
@@ -95,7 +95,7 @@ class StepDecay(Schedule):
         return (_decay(Curve.STAIRCASE, self),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MultiStep(Schedule):
     r"""A factor at each milestone.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 from typing import Any
 
 from nexus.arguments import check_choice, check_count, check_number, shown
@@ -14,7 +14,7 @@ from nexus.schedules.curves import MAX_SEGMENTS, Curve, Segment, level, line, se
 JOINTS = ("constant", "linear", "cosine")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Linear(Schedule):
     r"""A line from one rate to another, which then stays.
 
@@ -78,6 +78,7 @@ class Piecewise(Schedule):
     """
 
     points: tuple[tuple[int, float], ...]
+    _: KW_ONLY
     kind: str = "constant"
 
     def __post_init__(self) -> None:

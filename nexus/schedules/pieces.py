@@ -29,7 +29,7 @@ class FromRate(NamedTuple):
         """The piece, once the rate is known."""
         if not self.curve:
             return Constant(rate)
-        arc = Arc(self.curve, rate, self.to, float(self.steps), k=self.k, q=self.q)
+        arc = Arc(self.curve, high=rate, low=self.to, span=float(self.steps), k=self.k, q=self.q)
         return arc if self.curve in ENDING else join([arc, Constant(self.to)], [self.steps])
 
     def has_made(self, piece: Schedule) -> bool:

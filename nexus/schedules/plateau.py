@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from nexus.arguments import check_choice, check_number, shown
 from nexus.schedules.base import Schedule, layers_of
@@ -43,6 +43,7 @@ class ReduceOnPlateau(Schedule):
     """
 
     schedule: Schedule
+    _: KW_ONLY
     mode: str = "min"
     factor: float = 0.1
     patience: int = 10

@@ -9,7 +9,7 @@ from nexus.schedules.base import Schedule
 from nexus.schedules.curves import NEVER, Curve, Segment, checked_rates, level, segment
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Polynomial(Schedule):
     r"""From the peak to the minimum by a power of the time that is left.
 
@@ -56,7 +56,7 @@ class Polynomial(Schedule):
         )
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class InverseSqrt(Schedule):
     r"""The peak over the square root of the time gone by.
 
@@ -96,7 +96,7 @@ class InverseSqrt(Schedule):
         return (segment(Curve.INVERSE, 0, NEVER, self.peak_lr, span=self.timescale, q=0.5),)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Tanh(Schedule):
     r"""From the peak to the minimum by a hyperbolic tangent.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import KW_ONLY, dataclass, replace
 
 from nexus.arguments import check_count, check_number, shown
 from nexus.schedules.base import Schedule
@@ -35,6 +35,7 @@ class Sampled(Schedule):
     """
 
     rates: tuple[float, ...]
+    _: KW_ONLY
     every: int = 1
     error: float = 0.0
 
@@ -82,7 +83,7 @@ def sampled_from(fn: Callable[[int], float], steps: int, every: int = 1) -> Samp
         )
     rates = [_rate(fn, step) for step in range(steps + 1)]
     kept = rates[::every] if steps % every == 0 else [*rates[::every], rates[-1]]
-    schedule = Sampled(tuple(kept), every)
+    schedule = Sampled(tuple(kept), every=every)
     error = max(abs(rate - schedule(step)) for step, rate in enumerate(rates))
     return replace(schedule, error=error)
 

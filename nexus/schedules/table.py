@@ -194,7 +194,7 @@ class ScheduleTable:
         """
         schedule = self._wsd("begin_decay")
         now = completed.to(torch.float64)
-        begun = _decaying(self.rows, schedule, now, rate)
+        begun = _decaying(self.rows, schedule, now, rate.clamp(min=schedule.min_lr))  # a warm-up may begin below
         self.rows.copy_(torch.where(now < self.rows[0, _DECAY, _START], begun, self.rows))
 
     def extend_stable(self, n: int, completed: Tensor) -> None:

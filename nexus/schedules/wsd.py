@@ -6,7 +6,8 @@ from dataclasses import dataclass, replace
 
 from nexus.arguments import check_choice, check_count, check_fraction, check_number
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import DECAYS, NEVER, Curve, Segment, between, checked_rates, level, segment, start
+from nexus.schedules.curves import DECAYS, NEVER, Curve, Segment, between, level, segment, start
+from nexus.schedules.rises import checked_rising, rise, rising_rate
 
 WSD_DECAYS = DECAYS | {"exponential": Curve.EXPONENTIAL, "polynomial": Curve.POWER}
 """The curves of a decay from the peak, by the names that `decay_type` takes."""
@@ -19,17 +20,17 @@ def decay_numbers(decay_type: str, decay_power: float = 2.0) -> tuple[float, flo
     return (1.0, decay_power) if decay_type == "polynomial" else (1.0, 1.0)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WSD(Schedule):
     r"""Warmup-Stable-Decay.
 
-    With :math:`W, S, D` the lengths of the phases, :math:`f(p) = 1 - p` (`"linear"`),
-    :math:`(1 + \cos \pi p) / 2` (`"cosine"`), :math:`1 - \sqrt p` (`"sqrt"`), :math:`2 \cdot 2^{-p} - 1`
-    (`"exponential"`) or :math:`(1 - p)^n` (`"polynomial"`):
+    With :math:`W, S, D` the lengths of the phases, :math:`\eta_0` the rate at step 0 of the warm-up, and
+    :math:`f(p) = 1 - p` (`"linear"`), :math:`(1 + \cos \pi p) / 2` (`"cosine"`), :math:`1 - \sqrt p` (`"sqrt"`),
+    :math:`2 \cdot 2^{-p} - 1` (`"exponential"`) or :math:`(1 - p)^n` (`"polynomial"`):
 
     .. math::
         \eta(t) = \begin{cases}
-        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_0 + \frac{t}{W} (\eta_{peak} - \eta_0) & t < W \\
         \eta_{peak} & W \le t < W + S \\
         \eta_{min} + f(\frac{t - W - S}{D}) (\eta_{peak} - \eta_{min}) & W + S \le t < W + S + D \\
         \eta_{min} & \text{after that}
@@ -40,9 +41,10 @@ class WSD(Schedule):
         stable_steps: S, in updates; None keeps the peak until `begin_decay`.
         decay_steps: D, in updates, at least 1.
         peak_lr: the rate of the stable phase, above 0.
-        min_lr: the rate at step 0 and after the decay, from 0 to `peak_lr`.
+        min_lr: the rate after the decay, from 0 to `peak_lr`.
         decay_type: `"linear"`, `"cosine"`, `"sqrt"`, `"exponential"` or `"polynomial"`.
         decay_power: n, above 0; of a `"polynomial"` decay alone.
+        warmup_start_lr: the rate at step 0 of a warm-up, from 0 to `peak_lr`; None is `min_lr`.
 
     Sources: Hu et al. 2024 (MiniCPM), arXiv:2404.06395; the square-root decay: Hägele et al. 2024,
     arXiv:2405.18392; the exponential one: Megatron-LM's `--lr-wsd-decay-style`.
@@ -61,21 +63,27 @@ class WSD(Schedule):
     min_lr: float = 0.0
     decay_type: str = "linear"
     decay_power: float = 2.0
-    _rates = ("peak_lr", "min_lr")
-    _later = ("decay_power",)
+    warmup_start_lr: float | None = None
+    _rates = ("peak_lr", "min_lr", "warmup_start_lr")
+    _later = ("decay_power", "warmup_start_lr")
+    _ratios = ", or write WSD.from_fractions(total_steps, warmup=..., decay=..., peak_lr=...)"
 
     def __post_init__(self) -> None:
         self._check_counts(warmup_steps=0, decay_steps=1)
         if self.stable_steps is not None:
-            self._set(stable_steps=check_count("stable_steps", self.stable_steps, also="None (open-ended)"))
-        self._set(**checked_rates(self.peak_lr, self.min_lr))
+            self._set(
+                stable_steps=check_count(
+                    "stable_steps", self.stable_steps, also="None (open-ended)", ratios=self._ratios
+                )
+            )
+        self._set(**checked_rising(self))
         self._set(decay_type=check_choice("decay_type", self.decay_type, WSD_DECAYS))
         self._set(decay_power=check_number("decay_power", self.decay_power, positive=True))
 
     def __call__(self, step: int) -> float:
         step = check_count("step", step)
         if step < self.warmup_steps:
-            return between(self.min_lr, self.peak_lr, Curve.RISE, step / self.warmup_steps)
+            return rising_rate(self, step)
         if self.stable_steps is None or step < self.warmup_steps + self.stable_steps:
             return self.peak_lr
         decayed = step - self.warmup_steps - self.stable_steps
@@ -101,7 +109,7 @@ class WSD(Schedule):
             done = start(self.warmup_steps + self.stable_steps + self.decay_steps)
         curve, (k, q) = WSD_DECAYS[self.decay_type], decay_numbers(self.decay_type, self.decay_power)
         return (
-            segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr),
+            rise(self),
             level(self.warmup_steps, self.peak_lr),
             segment(curve, decay, self.decay_steps, self.peak_lr, self.min_lr, k=k, q=q),
             level(done, self.min_lr),
@@ -111,12 +119,14 @@ class WSD(Schedule):
     def from_fractions(
         cls,
         total_steps: int,
+        *,
         warmup: float,
         decay: float,
         peak_lr: float,
         min_lr: float = 0.0,
         decay_type: str = "linear",
         decay_power: float = 2.0,
+        warmup_start_lr: float | None = None,
     ) -> WSD:
         """The schedule whose phases are shares of a run; what the warm-up and the decay leave is the stable phase.
 
@@ -125,9 +135,10 @@ class WSD(Schedule):
             warmup: the share of the warm-up, from 0 to 1, rounded to whole updates.
             decay: the share of the decay, which has one update at least; with `warmup` 1 at most.
             peak_lr: as of the schedule, and so are those that follow.
-            min_lr: the rate at step 0 and after the decay.
+            min_lr: the rate after the decay.
             decay_type: the curve of the decay.
             decay_power: of a polynomial decay.
+            warmup_start_lr: the rate at step 0 of the warm-up.
 
         Raises:
             TypeError, ValueError: naming the argument, what was given and what is allowed.
@@ -142,7 +153,16 @@ class WSD(Schedule):
         decay_steps = max(1, round(decay * total_steps))
         warmup_steps = min(round(warmup * total_steps), total_steps - decay_steps)
         stable_steps = total_steps - warmup_steps - decay_steps
-        return cls(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type, decay_power)
+        return cls(
+            warmup_steps=warmup_steps,
+            stable_steps=stable_steps,
+            decay_steps=decay_steps,
+            peak_lr=peak_lr,
+            min_lr=min_lr,
+            decay_type=decay_type,
+            decay_power=decay_power,
+            warmup_start_lr=warmup_start_lr,
+        )
 
     def extend_stable(self, n: int) -> WSD:
         """The schedule whose stable phase is `n` updates longer.
@@ -158,16 +178,17 @@ class WSD(Schedule):
     def begin_decay(self, step: int) -> WSD:
         """The schedule whose decay begins at `step`, from the rate of that moment.
 
-        In the warm-up that rate becomes the peak; a decay that has begun is left as it is.
+        In the warm-up that rate becomes the peak, or `min_lr` where that is higher; a decay that has begun is left as
+        it is.
 
         Raises:
-            ValueError: the rate at `step` is 0, so there is nothing to decay from.
+            ValueError: the peak would be 0, so there is nothing to decay from.
 
-        >>> WSD(4, None, 8, peak_lr=1.0).begin_decay(10).stable_steps
+        >>> WSD(warmup_steps=4, stable_steps=None, decay_steps=8, peak_lr=1.0).begin_decay(10).stable_steps
         6
         """
         step = check_count("step", step)
-        phase, rate = self.phase(step), self(step)
+        phase, rate = self.phase(step), max(self(step), self.min_lr)
         if phase == "stable":
             return replace(self, stable_steps=step - self.warmup_steps)
         if phase != "warmup":

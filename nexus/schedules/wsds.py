@@ -6,27 +6,28 @@ from dataclasses import dataclass
 
 from nexus.arguments import check_choice, check_count
 from nexus.schedules.base import Schedule
-from nexus.schedules.curves import MAX_SEGMENTS, Curve, Layer, Segment, checked_rates, level, segment, start
+from nexus.schedules.curves import MAX_SEGMENTS, Layer, Segment, level, segment, start
+from nexus.schedules.rises import checked_rising, rise
 from nexus.schedules.wsd import WSD_DECAYS, decay_numbers
 
 MAX_CYCLES = (MAX_SEGMENTS - 2) // 2
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class WSDS(Schedule):
     r"""Warmup-Stable-Decay, simplified: cycles that stay at the peak and decay at their ends.
 
     With :math:`W` the warm-up, :math:`T` a cycle, :math:`D` the decay at its end, all in updates, :math:`u` the steps
-    since the cycle began, and :math:`f` that of `WSD`:
+    since the cycle began, :math:`\eta_0` the rate at step 0 of the warm-up, and :math:`f` that of `WSD`:
 
     .. math::
         \eta(t) = \begin{cases}
-        \eta_{min} + \frac{t}{W} (\eta_{peak} - \eta_{min}) & t < W \\
+        \eta_0 + \frac{t}{W} (\eta_{peak} - \eta_0) & t < W \\
         \eta_{peak} & t \ge W, u < T - D \\
         \eta_{min} + f(\frac{u - T + D}{D}) (\eta_{peak} - \eta_{min}) & t \ge W, u \ge T - D
         \end{cases}
 
-    After a decay the rate is back at the peak at once. Step 0 has the minimum, or the peak where there is no warm-up.
+    After a decay the rate is back at the peak at once. Without a warm-up, step 0 has the peak.
     The last step of a linear decay is one part in D short of the minimum; the minimum itself is the rate after the
     last of `cycles`, and stays.
 
@@ -38,6 +39,7 @@ class WSDS(Schedule):
         min_lr: the rate that a decay goes to, from 0 to `peak_lr`.
         decay_type: `"linear"`, `"cosine"`, `"sqrt"`, `"exponential"` or `"polynomial"` (of power 2).
         cycles: how many, at most 32,767; None goes on for ever.
+        warmup_start_lr: the rate at step 0 of a warm-up, from 0 to `peak_lr`; None is `min_lr`.
 
     Source: Wen et al. 2024, arXiv:2410.05192.
 
@@ -52,14 +54,16 @@ class WSDS(Schedule):
     min_lr: float = 0.0
     decay_type: str = "linear"
     cycles: int | None = None
-    _rates = ("peak_lr", "min_lr")
+    warmup_start_lr: float | None = None
+    _rates = ("peak_lr", "min_lr", "warmup_start_lr")
+    _later = ("warmup_start_lr",)
 
     def __post_init__(self) -> None:
         self._check_counts(warmup_steps=0, cycle_length=1, decay_steps=1)
         if self.decay_steps > self.cycle_length:
             given = f"cycle_length={self.cycle_length}, got {self.decay_steps}"
             raise ValueError(f"decay_steps must be from 1 to {given}")
-        self._set(**checked_rates(self.peak_lr, self.min_lr))
+        self._set(**checked_rising(self))
         self._set(decay_type=check_choice("decay_type", self.decay_type, WSD_DECAYS))
         if self.cycles is not None:
             checked = check_count("cycles", self.cycles, low=1, high=MAX_CYCLES, also="None (for ever)")
@@ -91,7 +95,7 @@ class WSDS(Schedule):
 
     def _rows(self, cycles: int) -> tuple[Segment, ...]:
         curve, (k, q) = WSD_DECAYS[self.decay_type], decay_numbers(self.decay_type)
-        rows = [segment(Curve.RISE, 0, max(1, self.warmup_steps), self.peak_lr, self.min_lr)]
+        rows = [rise(self)]
         for cycle in range(cycles):
             decay = start(self.warmup_steps + (cycle + 1) * self.cycle_length - self.decay_steps)
             rows.append(level(self._begin(cycle), self.peak_lr))

@@ -45,7 +45,7 @@ class RangeTest:
     suggestion: float | None
 
     def plot(self, path: str | os.PathLike[str]) -> None:
-        """Draw losses over rates, and the suggestion, to a PNG: see `nexus.plot.draw_range_test`."""
+        """Draw losses over rates, and the suggestion, to a PNG, SVG or PDF: see `nexus.plot.draw_range_test`."""
         from nexus.plot import draw_range_test
 
         draw_range_test(self, path)
@@ -128,7 +128,7 @@ def find_lr(
     with contextlib.suppress(TypeError):  # a DataLoader has a length, and over an IterableDataset has none
         if isinstance(batches, Sized) and len(batches) < steps:
             raise ValueError(_too_few(len(batches), steps))
-    sweep = Exponential(low, gamma=high / low, every=steps - 1)
+    sweep = Exponential(peak_lr=low, gamma=high / low, every=steps - 1)
     with rewinding(optimizer, model):
         losses = _swept(train_step, optimizer, batches, sweep, steps)
     rates = tuple(sweep.values(0, len(losses)))

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from nexus.arguments import check_count, check_number, shown
+from nexus.arguments import check_count, check_number, refuse_unnamed, shown
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, engine_of
 from nexus.optim.groups import OWN_SCHEDULE
@@ -38,6 +38,7 @@ from nexus.training.device_rates import DeviceRates
 __all__ = ["CosineAnnealingScheduler", "CosineRestartScheduler", "FollowingScheduler", "ScheduleLR", "WSDScheduler"]
 
 S = TypeVar("S", bound=Schedule)
+_Self = TypeVar("_Self", bound="ScheduleLR[Any]")
 
 
 class ScheduleLR(LRScheduler, Generic[S]):
@@ -61,7 +62,12 @@ class ScheduleLR(LRScheduler, Generic[S]):
     [0.5]
     """
 
-    def __init__(self, optimizer: Optimizer, schedule: S, last_epoch: int = -1) -> None:
+    def __new__(cls: type[_Self], *args: Any, **named: Any) -> _Self:
+        refuse_unnamed(cls, args)
+        made: _Self = super().__new__(cls)
+        return made
+
+    def __init__(self, optimizer: Optimizer, schedule: S, *, last_epoch: int = -1) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
         if not isinstance(schedule, Schedule):
@@ -206,17 +212,28 @@ class WSDScheduler(ScheduleLR[WSD]):
     def __init__(
         self,
         optimizer: Optimizer,
+        *,
         warmup_steps: int,
         stable_steps: int | None,
         decay_steps: int,
         peak_lr: float,
         min_lr: float = 0.0,
         decay_type: str = "linear",
-        last_epoch: int = -1,
         decay_power: float = 2.0,
+        warmup_start_lr: float | None = None,
+        last_epoch: int = -1,
     ) -> None:
-        schedule = WSD(warmup_steps, stable_steps, decay_steps, peak_lr, min_lr, decay_type, decay_power)
-        super().__init__(optimizer, schedule, last_epoch)
+        schedule = WSD(
+            warmup_steps=warmup_steps,
+            stable_steps=stable_steps,
+            decay_steps=decay_steps,
+            peak_lr=peak_lr,
+            min_lr=min_lr,
+            decay_type=decay_type,
+            decay_power=decay_power,
+            warmup_start_lr=warmup_start_lr,
+        )
+        super().__init__(optimizer, schedule, last_epoch=last_epoch)
 
     def begin_decay(self) -> None:
         """Let the decay begin with the next update, from the rate of this moment; one that has begun goes on.
@@ -225,9 +242,9 @@ class WSDScheduler(ScheduleLR[WSD]):
             ValueError: the rate of this moment is 0.
         """
         edits, now = self._edits, self.last_epoch
-        self.schedule.begin_decay(now)  # raises where the rate is 0
+        begun = self.schedule.begin_decay(now)  # raises where the rate is 0
         if self.get_phase() in ("warmup", "stable"):
-            edits = {**edits, "decay_start": now, "decay_from": self.schedule(now)}
+            edits = {**edits, "decay_start": now, "decay_from": begun.peak_lr}
         self._edit(edits, DeviceRates.begin_decay)
 
     def extend_stable(self, n: int) -> None:
@@ -255,16 +272,26 @@ class CosineRestartScheduler(ScheduleLR[CosineRestarts]):
     def __init__(
         self,
         optimizer: Optimizer,
+        *,
         peak_lr: float,
         min_lr: float = 0.0,
         cycle_length: int = 10_000,
         cycle_mult: float = 1.0,
         warmup_steps: int = 0,
-        last_epoch: int = -1,
         cycle_decay: float = 1.0,
+        warmup_start_lr: float | None = None,
+        last_epoch: int = -1,
     ) -> None:
-        schedule = CosineRestarts(peak_lr, min_lr, cycle_length, cycle_mult, warmup_steps, cycle_decay)
-        super().__init__(optimizer, schedule, last_epoch)
+        schedule = CosineRestarts(
+            peak_lr=peak_lr,
+            min_lr=min_lr,
+            cycle_length=cycle_length,
+            cycle_mult=cycle_mult,
+            warmup_steps=warmup_steps,
+            cycle_decay=cycle_decay,
+            warmup_start_lr=warmup_start_lr,
+        )
+        super().__init__(optimizer, schedule, last_epoch=last_epoch)
 
     def get_cycle_info(self, step: int | None = None) -> dict[str, int]:
         """`cycle_idx`, `step_in_cycle` and `cycle_length` of an update, by default of the next one.
@@ -276,34 +303,46 @@ class CosineRestartScheduler(ScheduleLR[CosineRestarts]):
 
 
 class CosineAnnealingScheduler(ScheduleLR[Cosine]):
-    """A linear warm-up and one half-cosine, which ends at `max_steps`; see `nexus.schedules.Cosine`.
+    """A linear warm-up and one half-cosine, which ends at `total_steps`; see `nexus.schedules.Cosine`.
 
     Args:
         optimizer, last_epoch: those of `ScheduleLR`.
         warmup_steps: updates of the warm-up.
-        max_steps: updates in all, the warm-up included.
+        total_steps: updates in all, the warm-up included.
         peak_lr: the rate at the end of the warm-up; None takes the optimizer's own `lr`.
-        min_lr: the rate at step 0 of a warm-up and at the end.
+        min_lr: the rate at the end.
+        warmup_start_lr: the rate at step 0 of a warm-up; None is `min_lr`.
+        max_steps: an older name of `total_steps`.
     """
 
     def __init__(
         self,
         optimizer: Optimizer,
+        *,
         warmup_steps: int,
-        max_steps: int,
+        total_steps: int | None = None,
         peak_lr: float | None = None,
         min_lr: float = 0.0,
+        warmup_start_lr: float | None = None,
         last_epoch: int = -1,
+        max_steps: int | None = None,
     ) -> None:
         if peak_lr is None and isinstance(optimizer, Optimizer):
             _check_unscheduled(optimizer)
             default = optimizer.defaults["lr"]
             peak_lr = float(optimizer.param_groups[0]["lr"] if isinstance(default, Schedule) else default)
-        try:
-            schedule = Cosine(peak_lr, max_steps, min_lr, warmup_steps)
-        except (TypeError, ValueError) as error:
-            raise type(error)(str(error).replace("total_steps", "max_steps")) from None
-        super().__init__(optimizer, schedule, last_epoch)
+        if (total_steps is None) == (max_steps is None):
+            given = f"got {total_steps!r} and {max_steps!r}"
+            raise TypeError(f"one of total_steps and max_steps, its older name, must be given, {given}")
+        steps: Any = max_steps if total_steps is None else total_steps
+        schedule = Cosine(
+            peak_lr=peak_lr,
+            total_steps=steps,
+            min_lr=min_lr,
+            warmup_steps=warmup_steps,
+            warmup_start_lr=warmup_start_lr,
+        )
+        super().__init__(optimizer, schedule, last_epoch=last_epoch)
 
 
 class FollowingScheduler(LRScheduler):

@@ -110,7 +110,7 @@ def test_one_update_for_each_way_of_storing(gpu: Shim) -> None:
 
 def test_pointers_travel_only_when_they_change(gpu: Shim) -> None:
     params = make_params([(5,)] * 600)
-    optimizer = FusedAdamW(params, lr=Cosine(1.0, 10), backend=NAME)
+    optimizer = FusedAdamW(params, lr=Cosine(peak_lr=1.0, total_steps=10), backend=NAME)
     step(optimizer)
     gpu.reset()
 
@@ -130,7 +130,9 @@ def test_pointers_travel_only_when_they_change(gpu: Shim) -> None:
 
 def test_steps_wait_for_nothing(gpu: Shim) -> None:
     """The kernels' sources name no other function that waits: the shim has none."""
-    optimizer = FusedAdamW(mixed_params(), lr=WSD(2, 2, 2, 0.1), backend=NAME, **CLIPPED)
+    optimizer = FusedAdamW(
+        mixed_params(), lr=WSD(warmup_steps=2, stable_steps=2, decay_steps=2, peak_lr=0.1), backend=NAME, **CLIPPED
+    )
     for _ in range(5):
         step(optimizer)
     assert (gpu.calls("cudaStreamSynchronize"), gpu.calls("allocate")) == (0, 1)
@@ -228,7 +230,10 @@ def test_where_a_later_launch_of_a_mixed_update_fails_no_counter_moves(gpu: Shim
 
 
 def test_a_captured_step_is_replayed_with_rates_that_move(gpu: Shim) -> None:
-    params, schedule = make_params([(5,), (CHUNK + 1,)]), WSD(3, 4, 5, 1e-2)
+    params, schedule = (
+        make_params([(5,), (CHUNK + 1,)]),
+        WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2),
+    )
     optimizer, reference = run_beside_torch(params, NAME, steps=1, lr=schedule, max_grad_norm=1.0)
     before = snapshot(optimizer)
     buffers = [param.grad for param in params]
@@ -276,7 +281,10 @@ def test_steps_between_replays_do_not_disturb_them(gpu: Shim) -> None:
 
 def test_hyperparameters_reach_captured_steps(gpu: Shim) -> None:
     params = make_params([(5,), (7,)])
-    groups = [{"params": params[:1], "lr": 1e-2}, {"params": params[1:], "weight_decay": Cosine(0.1, 50)}]
+    groups = [
+        {"params": params[:1], "lr": 1e-2},
+        {"params": params[1:], "weight_decay": Cosine(peak_lr=0.1, total_steps=50)},
+    ]
     optimizer, reference = run_beside_torch(groups, NAME, steps=1, max_grad_norm=10.0)
     grads = [param.grad for param in params]
     graph = captured_step(optimizer)

@@ -19,7 +19,13 @@ def trained(backend: str, sizes: list[int], dtype: torch.dtype) -> list[Tensor]:
     for index, size in enumerate(sizes):
         own = [next(rest) for _ in range(size)]
         betas = (0.9, 0.99 + 0.009 * index / len(sizes))
-        groups.append({"params": own, "lr": WSD(2, 3, 4, 0.1 / (1 + index)), "betas": betas})
+        groups.append(
+            {
+                "params": own,
+                "lr": WSD(warmup_steps=2, stable_steps=3, decay_steps=4, peak_lr=0.1 / (1 + index)),
+                "betas": betas,
+            }
+        )
     optimizer = FusedAdamW(groups, max_grad_norm=1.0, backend=backend)
     for step in range(4):
         for index, param in enumerate(params):
@@ -55,7 +61,7 @@ def test_a_rate_that_the_step_writes_for_another_group_is_one_rate_for_all_tenso
     for place in (0, 1):  # of the schedule's group, before or after
         for backend in ("native", NAME):
             params = [torch.nn.Parameter(torch.ones(1)) for _ in range(601)]
-            driven = {"params": params[:1], "lr": WSD(1, 2, 3, 0.1)}
+            driven = {"params": params[:1], "lr": WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=0.1)}
             groups = [driven, {"params": params[1:]}] if place == 0 else [{"params": params[1:]}, driven]
             optimizer = FusedAdamW(groups, backend=backend)
             optimizer.param_groups[1 - place]["lr"] = optimizer.param_groups[place]["lr"]

@@ -230,7 +230,7 @@ class StepsInWorker(torch.utils.data.Dataset):
         assert torch.get_num_threads() == 1  # torch's own choice for a worker
         param = torch.nn.Parameter(torch.ones(3 * CHUNK))
         param.grad = torch.ones(3 * CHUNK)
-        optimizer = FusedAdamW([param], lr=Cosine(0.5, 100), weight_decay=0.0)
+        optimizer = FusedAdamW([param], lr=Cosine(peak_lr=0.5, total_steps=100), weight_decay=0.0)
         for step in range(index):
             optimizer.step()
             if step == 0:
@@ -242,6 +242,6 @@ class StepsInWorker(torch.utils.data.Dataset):
 def test_a_worker_of_a_data_loader_steps() -> None:
     expected = [1.0]
     for step in range(3):
-        expected.append(expected[-1] - Cosine(0.5, 100)(step))
+        expected.append(expected[-1] - Cosine(peak_lr=0.5, total_steps=100)(step))
     batches = list(torch.utils.data.DataLoader(StepsInWorker(), num_workers=1, batch_size=None, timeout=60))
     torch.testing.assert_close(torch.stack(batches)[:, 0], torch.tensor(expected))

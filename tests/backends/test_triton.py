@@ -82,7 +82,11 @@ def test_every_pair_of_dtypes_in_one_optimizer_equals_torch() -> None:
 
 
 def test_no_difference_from_the_compiled_backend(where_triton_runs: str) -> None:
-    options: dict[str, Any] = {"lr": WSD(3, 4, 20, 1e-2), "amsgrad": True, "weight_decay": 0.1}
+    options: dict[str, Any] = {
+        "lr": WSD(warmup_steps=3, stable_steps=4, decay_steps=20, peak_lr=1e-2),
+        "amsgrad": True,
+        "weight_decay": 0.1,
+    }
     with torch.device("cpu"):
         params = [param for dtype in DTYPES for param in make_params([(1000,)], dtype)]
         native = FusedAdamW(params, backend="native", **options)
@@ -134,7 +138,14 @@ def test_infinite_parameters_and_gradients_that_are_not_finite(value: float, opt
 # The evaluator.
 
 
-@pytest.mark.parametrize("schedule", [*WHOLE, WSD(10**6, 2**40, 10**12, 1.0, 0.1, "sqrt")], ids=repr)
+@pytest.mark.parametrize(
+    "schedule",
+    [
+        *WHOLE,
+        WSD(warmup_steps=10**6, stable_steps=2**40, decay_steps=10**12, peak_lr=1.0, min_lr=0.1, decay_type="sqrt"),
+    ],
+    ids=repr,
+)
 def test_rates_equal_the_oracle(schedule: Any) -> None:
     steps = [*range(1000), *boundaries(schedule)]
     oracle = torch.tensor([schedule(step) for step in steps], dtype=torch.float64)
@@ -146,10 +157,10 @@ def test_rates_equal_the_oracle(schedule: Any) -> None:
 
 @pytest.mark.parametrize("shape", [(), (0,), (3, 4), (2, 0)])
 def test_the_result_has_the_shape_of_the_steps(shape: tuple[int, ...]) -> None:
-    values = evaluate(Cosine(1.0, 10), torch.ones(shape, dtype=torch.int64), backend="triton")
+    values = evaluate(Cosine(peak_lr=1.0, total_steps=10), torch.ones(shape, dtype=torch.int64), backend="triton")
     assert values.dtype == torch.float64
     assert values.shape == shape
-    assert (values == Cosine(1.0, 10)(1)).all()
+    assert (values == Cosine(peak_lr=1.0, total_steps=10)(1)).all()
 
 
 def test_steps_of_any_layout() -> None:

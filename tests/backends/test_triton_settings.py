@@ -36,9 +36,13 @@ pytestmark = pytest.mark.usefixtures("where_triton_runs")
 
 
 def test_groups_with_schedules_of_their_own() -> None:
-    schedules = [WSD(3, 4, 5, 2e-2), CosineRestarts(1e-2, 1e-3, 5), Cosine(1e-2, 9, warmup_steps=2)]
+    schedules = [
+        WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=2e-2),
+        CosineRestarts(peak_lr=1e-2, min_lr=1e-3, cycle_length=5),
+        Cosine(peak_lr=1e-2, total_steps=9, warmup_steps=2),
+    ]
     groups: list[dict[str, Any]] = [
-        {"params": make_params([(5,)]), "lr": schedules[0], "weight_decay": Cosine(0.3, 8)},
+        {"params": make_params([(5,)]), "lr": schedules[0], "weight_decay": Cosine(peak_lr=0.3, total_steps=8)},
         {"params": make_params([(6,)], torch.bfloat16), "lr": schedules[1], "lr_scale": 0.5, "amsgrad": True},
         {"params": make_params([(7,), ()], torch.float64), "lr": schedules[2], "betas": (0.5, 0.9)},
         {"params": make_params([(8,)]), "lr": schedules[0], "maximize": True, "eps": 1e-3},
@@ -95,7 +99,7 @@ def test_each_parameter_counts_its_own_updates() -> None:
 
 
 def test_steps_without_any_gradient_advance_the_schedule() -> None:
-    params, schedule = make_params([(3,)]), Cosine(0.1, 9)
+    params, schedule = make_params([(3,)]), Cosine(peak_lr=0.1, total_steps=9)
     optimizer = FusedAdamW(params, lr=schedule, max_grad_norm=1.0, backend="triton")
     for step in range(4):
         set_grads(params, make_grads(params) if step == 2 else [None])
@@ -116,7 +120,7 @@ def test_counts_go_on_beyond_what_float32_holds(start: int) -> None:
 
 
 def test_a_checkpoint_goes_on_with_another_backend() -> None:
-    schedule = WSD(3, 4, 5, 2e-2)
+    schedule = WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=2e-2)
     optimizer, reference = run_beside_torch(make_params([(5,), (300,)]), "triton", steps=5, lr=schedule)
     for backend in ("reference", "triton"):
         saved = optimizer.state_dict()
@@ -151,7 +155,7 @@ def test_every_group_clips_to_its_own_limit() -> None:
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_skipped_step_changes_nothing_but_its_count(value: float) -> None:
-    schedule = Cosine(0.1, 50)
+    schedule = Cosine(peak_lr=0.1, total_steps=50)
     params = [make_params([(65,)], dtype)[0] for dtype in DTYPES]
     options: dict[str, Any] = {"lr": schedule, "weight_decay": schedule, "amsgrad": True}
     optimizer = FusedAdamW(params, skip_nonfinite=True, backend="triton", **options)

@@ -114,7 +114,17 @@ on_cpu = pytest.mark.skipif(not backend.INTERPRETS, reason="Triton runs on the G
 
 
 @on_cpu
-@pytest.mark.parametrize("options", [{}, {"max_grad_norm": 1.0, "amsgrad": True, "lr": WSD(3, 4, 5, 1e-2)}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {
+            "max_grad_norm": 1.0,
+            "amsgrad": True,
+            "lr": WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2),
+        },
+    ],
+)
 def test_captures_in_a_row(options: dict[str, Any], graphs: Graphs) -> None:
     """Each with gradients of its own; their replays and steps between them equal the reference's steps."""
     params = make_params([(5,), (3, 7), (CHUNK_ELEMENTS + 1,)])
@@ -175,7 +185,7 @@ def test_tables_go_with_their_graph(graphs: Graphs) -> None:
 @on_cpu
 def test_hyperparameters_reach_captured_steps(graphs: Graphs) -> None:
     params = make_params([(5,), (3,)])
-    groups = [{"params": params[:1]}, {"params": params[1:], "lr": Cosine(0.1, 9)}]
+    groups = [{"params": params[:1]}, {"params": params[1:], "lr": Cosine(peak_lr=0.1, total_steps=9)}]
     optimizer = FusedAdamW(groups, max_grad_norm=math.inf, backend="triton")
     set_grads(params, make_grads(params))
     optimizer.step()

@@ -109,7 +109,11 @@ def param_with_grad(
 def train_variously() -> None:
     """Whatever a user changes without changing dtypes."""
     for sizes in ([1], [16], [17, 0, 1009], [16_384] * 16, [40_000, *range(300)]):
-        for options in ({}, {"max_grad_norm": 1.0, "skip_nonfinite": True}, {"lr": WSD(1, 16, 17, 1.0)}):
+        for options in (
+            {},
+            {"max_grad_norm": 1.0, "skip_nonfinite": True},
+            {"lr": WSD(warmup_steps=1, stable_steps=16, decay_steps=17, peak_lr=1.0)},
+        ):
             params = [param_with_grad(size) for size in sizes]
             optimizer = FusedAdamW(params, backend="triton", **options)
             for step in range(3):
@@ -117,12 +121,18 @@ def train_variously() -> None:
                 optimizer.param_groups[0]["weight_decay"] = 16.0 * step
                 optimizer.step()
             for count in range(2, 18):
-                optimizer.add_param_group({"params": [param_with_grad(count)], "lr": Cosine(1.0, count)})
+                optimizer.add_param_group(
+                    {"params": [param_with_grad(count)], "lr": Cosine(peak_lr=1.0, total_steps=count)}
+                )
             optimizer.history(capacity=len(sizes))
             optimizer.grad_scale = torch.ones(1)
             optimizer.found_inf = torch.zeros(())
             optimizer.step()
-    for schedule in (Constant(1.0), WSD(1, 2, 3, 1.0), CosineRestarts(1.0, cycle_length=2, cycle_mult=1.1)):
+    for schedule in (
+        Constant(1.0),
+        WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0),
+        CosineRestarts(peak_lr=1.0, cycle_length=2, cycle_mult=1.1),
+    ):
         for count in (1, 15, 16, 17):
             evaluate(schedule, torch.arange(count), backend="triton")
             evaluate(schedule, torch.arange(count + 1)[1:], backend="triton")

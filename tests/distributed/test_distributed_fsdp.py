@@ -245,7 +245,7 @@ def test_what_cannot_be_updated_is_refused_by_name() -> None:
     with pytest.raises(TypeError, match=r"torch\.view_as_real"):
         FusedAdamW([part(Shard(0), local.to(torch.complex64))])
     param = part(Shard(0))
-    optimizer = FusedAdamW([param], lr=Cosine(0.1, 10))
+    optimizer = FusedAdamW([param], lr=Cosine(peak_lr=0.1, total_steps=10))
     before = param.to_local().detach().clone()
     elsewhere = DTensor.from_local(local.clone(), DeviceMesh("cpu", [1, 0]), [Shard(0)])
     for grad, words in (

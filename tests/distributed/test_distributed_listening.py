@@ -62,7 +62,7 @@ def test_a_group_of_processes_may_be_named(device: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled, unavailable or uninitialized")
-@pytest.mark.parametrize("inner", [Constant(0.1), Cosine(0.1, 30)], ids=repr)
+@pytest.mark.parametrize("inner", [Constant(0.1), Cosine(peak_lr=0.1, total_steps=30)], ids=repr)
 @pytest.mark.parametrize("plateau", [False, True])
 def test_torchs_checkpoints_have_edits_and_reports(tmp_path: Path, inner: Any, plateau: bool) -> None:
     schedule = ReduceOnPlateau(inner, **OPTIONS) if plateau else inner
@@ -80,7 +80,7 @@ def test_torchs_checkpoints_have_edits_and_reports(tmp_path: Path, inner: Any, p
             if plateau:
                 optimizer.report(1.0)
             if step == 3:
-                optimizer.replace(Linear(0.2, 0.0, 9))
+                optimizer.replace(Linear(start_lr=0.2, end_lr=0.0, total_steps=9))
             rates.append(float(optimizer.param_groups[0]["lr"]))
         return rates
 

@@ -21,11 +21,11 @@ from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Linear
 
 MOVING: dict[str, Any] = {
-    "lr": WSD(5, 10, 15, 2e-2, 1e-4),
-    "betas": (Linear(0.95, 0.8, 12), Linear(0.9, 0.999, 12)),
-    "eps": Linear(1e-2, 1e-6, 15),
-    "max_grad_norm": Linear(0.3, 2.0, 15),
-    "lr_scale": Linear(0.2, 1.0, 9),
+    "lr": WSD(warmup_steps=5, stable_steps=10, decay_steps=15, peak_lr=2e-2, min_lr=1e-4),
+    "betas": (Linear(start_lr=0.95, end_lr=0.8, total_steps=12), Linear(start_lr=0.9, end_lr=0.999, total_steps=12)),
+    "eps": Linear(start_lr=1e-2, end_lr=1e-6, total_steps=15),
+    "max_grad_norm": Linear(start_lr=0.3, end_lr=2.0, total_steps=15),
+    "lr_scale": Linear(start_lr=0.2, end_lr=1.0, total_steps=9),
 }
 
 

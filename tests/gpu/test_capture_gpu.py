@@ -62,7 +62,11 @@ def captured_loop(backend: str, lr: Any, **options: Any) -> tuple[Any, FusedAdam
 
 
 @pytest.mark.parametrize(
-    "schedule", [WSD(1000, 5000, 3000, 1e-3, 1e-5, "cosine"), CosineRestarts(1e-3, 1e-6, 500, 1.5, 100)]
+    "schedule",
+    [
+        WSD(warmup_steps=1000, stable_steps=5000, decay_steps=3000, peak_lr=1e-3, min_lr=1e-5, decay_type="cosine"),
+        CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=500, cycle_mult=1.5, warmup_steps=100),
+    ],
 )
 def test_ten_thousand_replays_have_the_rates_of_the_oracle(backend: str, schedule: Any) -> None:
     step, optimizer, x = captured_loop(backend, schedule)
@@ -81,7 +85,7 @@ def test_a_clock_in_a_graph_counts_what_is_on_the_device(
     ends = []
     for captures in (False, True):
         torch.manual_seed(0)
-        clock, schedule = Clock(), WSD(300, 500, 400, 1e-2)
+        clock, schedule = Clock(), WSD(warmup_steps=300, stable_steps=500, decay_steps=400, peak_lr=1e-2)
         weight = torch.nn.Parameter(torch.ones(1000, device=DEVICE))
         optimizer = FusedAdamW([weight], lr=schedule.at(clock), skip_nonfinite=True, backend=backend)
 
@@ -114,7 +118,12 @@ def test_a_clock_in_a_graph_counts_what_is_on_the_device(
 def test_a_replay_waits_for_nothing_and_copies_nothing_but_inputs(
     source: str, backend: str, sync_debug_mode: Callable[[str], None]
 ) -> None:
-    step, _, x = captured_loop(backend, WSD(3, 4, 5, 1e-2), max_grad_norm=1.0, skip_nonfinite=True)
+    step, _, x = captured_loop(
+        backend,
+        WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2),
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+    )
     given = {"cpu": x.cpu(), "pinned": x.cpu().pin_memory(), "device": x}[source]
     for _ in range(6):
         step(given)
@@ -173,7 +182,9 @@ def test_attention(case: str) -> None:
         torch.manual_seed(0)
         torch.cuda.manual_seed_all(0)
         project = torch.nn.Linear(64, 192, device=DEVICE, dtype=dtype)
-        optimizer = FusedAdamW(project.parameters(), lr=WSD(3, 4, 5, 1e-2))
+        optimizer = FusedAdamW(
+            project.parameters(), lr=WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2)
+        )
 
         def train_step(x: Tensor) -> Tensor:
             optimizer.zero_grad()

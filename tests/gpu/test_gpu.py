@@ -40,7 +40,11 @@ def params_on(device: str, shapes: Sequence[tuple[int, ...]]) -> list[Tensor]:
 def test_no_step_waits_for_the_device(name: str, sync_debug_mode: Callable[[str], None]) -> None:
     params = [torch.nn.Parameter(torch.zeros(shape, device="cuda")) for shape in SHAPES]
     lr = torch.full((), 1e-3, device="cuda")
-    decayed = {"params": params[:2], "lr": WSD(3, 4, 5, 1e-2), "weight_decay": Cosine(0.1, 9)}
+    decayed = {
+        "params": params[:2],
+        "lr": WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2),
+        "weight_decay": Cosine(peak_lr=0.1, total_steps=9),
+    }
     optimizer = FusedAdamW(
         [decayed, {"params": params[2:3], "lr": lr}, {"params": params[3:]}],
         max_grad_norm=1.0,
@@ -64,7 +68,7 @@ def test_no_step_waits_for_the_device(name: str, sync_debug_mode: Callable[[str]
 
 def test_reports_and_edits_wait_for_nothing(name: str, sync_debug_mode: Callable[[str], None]) -> None:
     weight = torch.nn.Parameter(torch.zeros(5, device="cuda"))
-    schedule = ReduceOnPlateau(Cosine(0.5, 9), factor=0.5, patience=0)
+    schedule = ReduceOnPlateau(Cosine(peak_lr=0.5, total_steps=9), factor=0.5, patience=0)
     optimizer = FusedAdamW([weight], lr=schedule, backend=name)
     edits: list[Callable[[], None]] = [
         lambda: optimizer.report(1.0),
@@ -72,7 +76,7 @@ def test_reports_and_edits_wait_for_nothing(name: str, sync_debug_mode: Callable
         optimizer.hold,
         lambda: optimizer.begin_decay(4),
         lambda: optimizer.rewarm(4),
-        lambda: optimizer.replace(Cosine(0.5, 9) * Constant(0.5)),
+        lambda: optimizer.replace(Cosine(peak_lr=0.5, total_steps=9) * Constant(0.5)),
     ]
     for edit in edits:
         weight.grad = torch.ones_like(weight)
@@ -104,7 +108,9 @@ def test_a_step_follows_the_callers_stream(name: str) -> None:
 
 def test_a_captured_step_goes_on_with_its_schedule(name: str) -> None:
     params = params_on("cuda", SHAPES)
-    optimizer, reference = run_beside_torch(params, name, steps=0, lr=WSD(3, 4, 5, 1e-2), max_grad_norm=1.0)
+    optimizer, reference = run_beside_torch(
+        params, name, steps=0, lr=WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2), max_grad_norm=1.0
+    )
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -237,7 +243,7 @@ def test_parameters_on_several_devices_have_one_norm(name: str) -> None:
 
 def test_steps_beside_torchs_fused_optimizer(name: str) -> None:
     options: dict[str, Any] = {"betas": (0.9, 0.95), "weight_decay": 0.1}
-    schedule = WSD(20, 100, 80, 3e-3, 1e-4, "cosine")
+    schedule = WSD(warmup_steps=20, stable_steps=100, decay_steps=80, peak_lr=3e-3, min_lr=1e-4, decay_type="cosine")
     params = params_on("cuda", [(1000, 257), (16_384,), (3,)])
     ours = FusedAdamW(copies(params), lr=schedule, max_grad_norm=1.0, backend=name, **options)
     theirs = copies(params)

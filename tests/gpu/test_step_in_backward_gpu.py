@@ -26,7 +26,12 @@ def train(
 ) -> list[Tensor]:
     """What ten steps of a parameter on each device leave, whose gradient is computed without a matrix product."""
     model = nn.ParameterList(nn.Parameter(torch.linspace(-1.0, 1.0, 40_000, device=device)) for device in devices)
-    optimizer = FusedAdamW(model.parameters(), lr=WSD(3, 4, 5, 0.1), weight_decay=Cosine(0.1, 9), backend=name)
+    optimizer = FusedAdamW(
+        model.parameters(),
+        lr=WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1),
+        weight_decay=Cosine(peak_lr=0.1, total_steps=9),
+        backend=name,
+    )
     if in_backward:
         step_in_backward(model, optimizer)
     for _ in range(10):
@@ -67,7 +72,9 @@ def test_hooks_on_several_devices(name: str) -> None:
 
 def test_an_update_is_one_launch_and_no_copy(sync_debug_mode: Callable[[str], None]) -> None:
     model = nn.ParameterList(nn.Parameter(torch.zeros(300, device="cuda")) for _ in range(5))
-    optimizer = FusedAdamW(model.parameters(), lr=WSD(3, 4, 5, 0.1), backend="cuda")
+    optimizer = FusedAdamW(
+        model.parameters(), lr=WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1), backend="cuda"
+    )
     step_in_backward(model, optimizer)
     kept = []
 

@@ -14,11 +14,12 @@ import numpy
 import pytest
 import torch
 from references import copies, make_params, same_bits, snapshot
-from side_by_side import train
+from side_by_side import train, train_alike
 from torch.optim.lr_scheduler import StepLR
 
 from nexus.optim import FusedAdamW
-from nexus.schedules import Constant, Linear
+from nexus.schedules import WSD, Constant, Linear
+from nexus.training.schedulers import ScheduleLR
 
 RATE = "must be a number >= 0, a one-element tensor or a Schedule, got"
 RATE_TENSOR = "as a tensor must have one element of float32 or float64, got the shape"
@@ -26,7 +27,7 @@ NUMBER = "must be a finite number >= 0, got"
 BETA = r"must be a number in \[0, 1\), got"
 PAIR = r"must be a pair, each a number in \[0, 1\), a one-element tensor or a Schedule, got"
 BOOL = "must be a bool, got"
-LIMIT = "must be a finite number > 0, got .*None does not clip, math.inf measures the norm alone"
+LIMIT = "must be a finite number >= 0, got .*None or 0 does not clip, math.inf measures the norm alone"
 SCHEDULE = "must be a Schedule or None, got"
 
 # the argument, its bad values, the error
@@ -49,7 +50,12 @@ BAD: Bad = [
     ("betas", (("0.9", 0.9),), TypeError, rf"betas\[0\] {NUMBER}"),
     ("betas", ((torch.zeros(2), torch.zeros(2)),), ValueError, rf"betas\[0\] {RATE_TENSOR} \(2,\)"),
     ("betas", ((torch.tensor(0.5), torch.tensor(1.0)),), ValueError, rf"betas\[1\] {BETA} 1.0"),
-    ("betas", ((0.9, Linear(0.9, 1.0, 10)),), ValueError, r"betas\[1\] must stay in \[0, 1\), .* is 1.0 at step 10"),
+    (
+        "betas",
+        ((0.9, Linear(start_lr=0.9, end_lr=1.0, total_steps=10)),),
+        ValueError,
+        r"betas\[1\] must stay in \[0, 1\), .* is 1.0 at step 10",
+    ),
     ("bias_correction", ("none",), ValueError, r"bias_correction must be one of \('product', 'power'\), got 'none'"),
     ("bias_correction", (True, None), TypeError, r"bias_correction must be one of \('product', 'power'\)"),
     ("eps", (-1e-8, math.nan, math.inf), ValueError, f"eps {NUMBER}"),
@@ -57,9 +63,14 @@ BAD: Bad = [
     ("differentiable", (True,), RuntimeError, r"use torch.optim.AdamW\(differentiable=True\) where gradients"),
     ("amsgrad", (1, None), TypeError, f"amsgrad {BOOL}"),
     ("maximize", ("yes",), TypeError, f"maximize {BOOL}"),
-    ("max_grad_norm", (0, -1.0, math.nan, -math.inf), ValueError, f"max_grad_norm {LIMIT}"),
+    ("max_grad_norm", (-1.0, math.nan, -math.inf), ValueError, f"max_grad_norm {LIMIT}"),
     ("max_grad_norm", ("1", True), TypeError, f"max_grad_norm {LIMIT}"),
-    ("max_grad_norm", (Linear(0.0, 1.0, 10),), ValueError, "max_grad_norm must stay above 0, .* is 0.0 at step 0"),
+    (
+        "max_grad_norm",
+        (Linear(start_lr=0.0, end_lr=1.0, total_steps=10),),
+        ValueError,
+        "max_grad_norm must stay above 0, .* is 0.0 at step 0",
+    ),
     ("max_grad_norm", (torch.zeros(()),), ValueError, "max_grad_norm must be a finite number > 0"),
     ("eps", (torch.tensor(-1.0),), ValueError, f"eps {NUMBER}"),
 ]
@@ -216,13 +227,79 @@ def test_a_name_is_used_in_errors() -> None:
 @pytest.mark.parametrize(
     ("wrong", "remedy"),
     [
-        (lambda: StepLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 3), r"from_torch\(scheduler\) .* take_over"),
+        (
+            lambda: StepLR(torch.optim.SGD([torch.zeros(1)], lr=1.0), 3),
+            r"take_over\(scheduler\).*from_torch\(scheduler\)",
+        ),
         (lambda: [Constant(1.0)], "give each group its own"),
-        (lambda: Constant, "call it, with its arguments"),
+        (
+            lambda: WSD,
+            r"that is a class: write WSD\(warmup_steps=\.\.\., stable_steps=\.\.\., decay_steps=\.\.\., peak_lr=",
+        ),
+        (lambda: StepLR, "that is a class"),
         (lambda: lambda step: 1.0, r"Schedule.from_function\(fn, steps\)"),
+        (
+            lambda: ScheduleLR(torch.optim.SGD([torch.zeros(1)]), Constant(1.0)),
+            "give its Schedule: scheduler.schedule",
+        ),
+        (lambda: "1e-3", r"that is a string \(YAML reads 1e-3 as one.*: write 0.001"),
+        (lambda: "cosine", r"that is a string: write the Schedule, such as Cosine\(.*from_transformers\("),
+        (lambda: Constant(1.0).to_dict(), "Schedule.from_dict makes a Schedule"),
+        (lambda: {"head": 1.0}, "give each group its own"),
     ],
-    ids=["a scheduler", "a list", "a class", "a function"],
+    ids=["scheduler", "list", "class", "torch's class", "function", "nexus's", "number", "name", "saved", "dict"],
 )
-def test_what_is_nearly_a_rate_has_a_remedy(wrong: Callable[[], object], remedy: str) -> None:
-    with pytest.raises(TypeError, match=f"lr {RATE} .*; .*{remedy}"):
-        FusedAdamW([torch.nn.Parameter(torch.zeros(1))], lr=wrong())
+@pytest.mark.parametrize("name", ["lr", "weight_decay", "eps", "max_grad_norm", "lr_scale", "betas"])
+def test_what_is_nearly_a_rate_has_a_remedy(name: str, wrong: Callable[[], object], remedy: str) -> None:
+    if name != "lr":
+        remedy = remedy.removeprefix(r"take_over\(scheduler\).*")
+    value = (wrong(), 0.99) if name == "betas" else wrong()
+    groups = [{"params": make_params([(3,)]), name: value}]
+    with pytest.raises(TypeError, match=rf"{name}.* must be .*, got .*; .*{remedy}"):
+        FusedAdamW(groups)
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        lambda model: model,
+        lambda model: [model],
+        lambda model: [{"params": model}],
+        lambda model: [{"params": [model[0], model[1]]}],
+    ],
+    ids=["model", "list", "group", "group of modules"],
+)
+def test_a_module_is_no_parameter(params: Callable[[torch.nn.Sequential], Any]) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
+    words = (
+        r"params must be parameters, got the module (Sequential|Linear): give model\.parameters\(\); .*param_groups\("
+    )
+    with pytest.raises(TypeError, match=words):
+        FusedAdamW(params(model))
+    optimizer = FusedAdamW(torch.nn.ParameterList(model.parameters()))
+    assert len(optimizer.param_groups[0]["params"]) == 4
+    with pytest.raises(TypeError, match=words):
+        optimizer.add_param_group({"params": model})
+
+
+@pytest.mark.parametrize("off", [0, 0.0, -0.0, None, numpy.float32(0.0)])
+def test_a_limit_of_the_norm_of_0_is_none(backend: str, off: float | None) -> None:
+    params = make_params([(3,), (5,)])
+    beside = copies(params)
+    optimizer = FusedAdamW(params, max_grad_norm=off, backend=backend)
+    assert optimizer.param_groups[0]["max_grad_norm"] is None
+    train_alike(optimizer, FusedAdamW(beside, backend=backend))
+    assert optimizer.grad_norm is None
+    assert same_bits(params, beside)
+
+
+def test_a_limit_is_switched_off_between_steps() -> None:
+    params = make_params([(3,)])
+    beside = copies(params)
+    both = [FusedAdamW(each, max_grad_norm=1e-3) for each in (params, beside)]
+    train_alike(*both)
+    for optimizer, off in zip(both, (0, None), strict=True):
+        optimizer.param_groups[0]["max_grad_norm"] = off
+        assert optimizer.grad_norm is None
+    train_alike(*both)
+    assert same_bits(params, beside)

@@ -20,7 +20,7 @@ from nexus.schedules import Constant, Linear
 
 SHAPES = [(16_384 + 130,), (7,), (0,), (), (67, 65)]
 SEED = 0x1234_5678_9ABC_DEF0
-SCHEDULE = Linear(0.5, 0.999, 4)
+SCHEDULE = Linear(start_lr=0.5, end_lr=0.999, total_steps=4)
 AVERAGES = {
     "float32": EMA(SCHEDULE),
     "bfloat16": EMA(SCHEDULE, dtype=torch.bfloat16),
@@ -166,7 +166,7 @@ REFUSED: list[tuple[Any, type[Exception], str]] = [
     (lambda: EMA(-0.1), ValueError, "decay must be a number from 0"),
     (lambda: EMA(True), TypeError, "decay must be a number from 0"),
     (lambda: EMA(Constant(1.5)), ValueError, "decay must be a Schedule of values from 0 to 1, got 1.5 at step 0"),
-    (lambda: EMA(Linear(0.5, 2.0, 10)), ValueError, "got 2.0 at step 10"),
+    (lambda: EMA(Linear(start_lr=0.5, end_lr=2.0, total_steps=10)), ValueError, "got 2.0 at step 10"),
     (lambda: EMA(dtype=torch.float16), ValueError, "dtype of an average must be torch.float32 or torch.bfloat16"),
     (lambda: Mean(start=-1), ValueError, "start must be an int from 0"),
     (lambda: Mean(dtype="bf16"), TypeError, "dtype of an average must be"),

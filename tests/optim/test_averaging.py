@@ -25,9 +25,9 @@ from nexus.training import capture_train_step, step_in_backward
 SHAPES = [(16_384 + 130,), (7,), (67, 65)]
 KINDS = {
     "EMA": EMA(0.75),
-    "scheduled": EMA(Linear(0.0, 0.9, 5)),
+    "scheduled": EMA(Linear(start_lr=0.0, end_lr=0.9, total_steps=5)),
     "Mean": Mean(start=2),
-    "by a clock": EMA(Linear(0.0, 0.9, 50).at(Clock())),
+    "by a clock": EMA(Linear(start_lr=0.0, end_lr=0.9, total_steps=50).at(Clock())),
     "bfloat16": EMA(0.75, dtype=torch.bfloat16),
 }
 kinds = pytest.mark.parametrize("average", KINDS.values(), ids=list(KINDS))

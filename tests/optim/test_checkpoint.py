@@ -32,7 +32,7 @@ from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Constant, Cosine, CosineRestarts, Schedule
 
 SHAPES = [(5,), (3, 4), ()]
-SAVED = WSD(5, 10, 12, 0.1)
+SAVED = WSD(warmup_steps=5, stable_steps=10, decay_steps=12, peak_lr=0.1)
 
 
 # Interchange with torch.optim.AdamW, in the middle of a run.
@@ -68,7 +68,7 @@ def test_a_run_goes_from_torch_to_nexus_and_back(backend: str, kind: dict[str, b
 
 
 def test_torchs_scheduled_run_goes_on_with_a_schedule(backend: str) -> None:
-    schedule, own = WSD(5, 10, 15, 0.1), make_params(SHAPES)
+    schedule, own = WSD(warmup_steps=5, stable_steps=10, decay_steps=15, peak_lr=0.1), make_params(SHAPES)
     reference = Float64AdamW(own, lr=schedule)
     first: Any = torch.optim.AdamW(own, lr=1.0)
     scheduler = LambdaLR(first, schedule)
@@ -86,9 +86,14 @@ def test_torchs_scheduled_run_goes_on_with_a_schedule(backend: str) -> None:
 
 
 RESUMED: dict[str, Callable[[], dict[str, Any]]] = {
-    "wsd": lambda: {"lr": WSD(5, 10, 12, 0.1, 0.01)},
-    "open-ended": lambda: {"lr": WSD(5, None, 12, 0.1, 0.01, "sqrt")},
-    "restarts": lambda: {"lr": CosineRestarts(0.1, 0.01, 4, 2.0, 3), "weight_decay": Cosine(0.3, 25)},
+    "wsd": lambda: {"lr": WSD(warmup_steps=5, stable_steps=10, decay_steps=12, peak_lr=0.1, min_lr=0.01)},
+    "open-ended": lambda: {
+        "lr": WSD(warmup_steps=5, stable_steps=None, decay_steps=12, peak_lr=0.1, min_lr=0.01, decay_type="sqrt")
+    },
+    "restarts": lambda: {
+        "lr": CosineRestarts(peak_lr=0.1, min_lr=0.01, cycle_length=4, cycle_mult=2.0, warmup_steps=3),
+        "weight_decay": Cosine(peak_lr=0.3, total_steps=25),
+    },
     "tensor": lambda: {"lr": torch.tensor(0.03), "amsgrad": True},
     "float": lambda: {"lr": 0.03, "max_grad_norm": 1.0, "maximize": True},
 }
@@ -125,7 +130,7 @@ def test_a_resumed_run_is_the_uninterrupted_one_bit_for_bit(
 
 
 def test_extended_and_ended_runs_resume(backend: str) -> None:
-    schedule = WSD(3, 5, 6, 0.1)
+    schedule = WSD(warmup_steps=3, stable_steps=5, decay_steps=6, peak_lr=0.1)
     optimizer, fresh = (FusedAdamW(make_params(SHAPES), lr=schedule, backend=backend) for _ in range(2))
     train(optimizer, 4)
     optimizer.extend_stable(10)
@@ -232,7 +237,10 @@ COPIES: dict[str, Callable[[FusedAdamW], FusedAdamW]] = {
 def test_a_copied_optimizer_goes_on_the_same(
     backend: str, copied: Callable[[FusedAdamW], FusedAdamW], steps: int
 ) -> None:
-    groups, lr = [{"params": make_params(SHAPES), "lr_scale": 0.5}], WSD(2, None, 5, 0.1)
+    groups, lr = (
+        [{"params": make_params(SHAPES), "lr_scale": 0.5}],
+        WSD(warmup_steps=2, stable_steps=None, decay_steps=5, peak_lr=0.1),
+    )
     optimizer = FusedAdamW(groups, lr=lr, max_grad_norm=1.0, skip_nonfinite=True, backend=backend)
     train(optimizer, steps)
     if steps:
@@ -257,11 +265,15 @@ def test_a_copied_optimizer_goes_on_the_same(
 
 DIFFERENT: dict[str, tuple[Any, list[str], float]] = {
     "numbers": (
-        WSD(5, 11, 12, 0.2),
+        WSD(warmup_steps=5, stable_steps=11, decay_steps=12, peak_lr=0.2),
         [r"lr_schedule.peak_lr was 0\.1", "lr_schedule.stable_steps was 10"],
-        WSD(5, 11, 12, 0.2)(6),  # the counter is the saved one
+        WSD(warmup_steps=5, stable_steps=11, decay_steps=12, peak_lr=0.2)(6),  # the counter is the saved one
     ),
-    "kind": (Cosine(0.1, 100), ["lr_schedule.type was 'WSD' in the checkpoint and is 'C"], Cosine(0.1, 100)(6)),
+    "kind": (
+        Cosine(peak_lr=0.1, total_steps=100),
+        ["lr_schedule.type was 'WSD' in the checkpoint and is 'C"],
+        Cosine(peak_lr=0.1, total_steps=100)(6),
+    ),
     "none": (0.3, [r"lr was driven by a schedule, WSD.*lr=WSD\(\.\.\.\) to go on"], SAVED(5)),
 }
 

@@ -18,7 +18,7 @@ from side_by_side import param, state_of, train
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
-SCHEDULE = WSD(3, 10, 5, 0.1)
+SCHEDULE = WSD(warmup_steps=3, stable_steps=10, decay_steps=5, peak_lr=0.1)
 
 
 def make(kind: Any = FusedAdamW, steps: int = 3, **options: Any) -> Any:

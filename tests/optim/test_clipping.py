@@ -92,7 +92,7 @@ LOOPS: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "unscaled": ({}, ("unscale",)),
     "unscaled, clipped inside": ({"max_grad_norm": 1.0}, ("unscale",)),
     "unscaled, clipped before": ({}, ("unscale", "clip")),
-    "a schedule": ({"lr": Cosine(0.1, 20)}, ()),
+    "a schedule": ({"lr": Cosine(peak_lr=0.1, total_steps=20)}, ()),
     "skip_nonfinite": ({"skip_nonfinite": True}, ()),
 }
 

@@ -27,7 +27,7 @@ from nexus.schedules import WSD, Clock, Constant, Cosine, Linear, Schedule, eval
 from nexus.training import step_in_backward
 from nexus.training.schedulers import ScheduleLR
 
-LINE = Linear(0.0, 1.0, 1000)
+LINE = Linear(start_lr=0.0, end_lr=1.0, total_steps=1000)
 
 
 def make(clock: Clock, backend: str = "auto", **options: Any) -> FusedAdamW:
@@ -71,7 +71,7 @@ def test_a_schedule_may_come_to_a_clock_in_mid_run(backend: str) -> None:
     optimizer.param_groups[0]["lr"] = (0.5 * LINE).at(clock)  # at the same clock, which has its count
     train(optimizer, 1)
     assert rate(optimizer) == 0.375
-    optimizer.param_groups[0]["lr"] = Linear(0.0, 1.0, 10)
+    optimizer.param_groups[0]["lr"] = Linear(start_lr=0.0, end_lr=1.0, total_steps=10)
     train(optimizer, 1)
     assert (clock.count, rate(optimizer)) == (750, 0.5)
 
@@ -221,11 +221,11 @@ def test_a_resumed_run_ends_with_the_same_bits(backend: str) -> None:
 
 def test_the_count_of_a_clock_is_no_count_of_updates() -> None:
     clock = Clock()
-    optimizer = make(clock, weight_decay=Linear(0.0, 1.0, 10))
+    optimizer = make(clock, weight_decay=Linear(start_lr=0.0, end_lr=1.0, total_steps=10))
     train(optimizer, 2)
     optimizer.advance(clock, 10**6)
     saved = optimizer.state_dict()
-    other = make(Clock(), weight_decay=Linear(0.0, 1.0, 10))
+    other = make(Clock(), weight_decay=Linear(start_lr=0.0, end_lr=1.0, total_steps=10))
     other.load_state_dict(saved)
     train(other, 1)
     assert float(other.param_groups[0]["weight_decay"]) == 0.2
@@ -324,7 +324,7 @@ def test_a_decay_begins_at_the_count_of_tokens(backend: str) -> None:
 
 def test_a_stable_phase_is_extended_by_tokens() -> None:
     clock = Clock()
-    optimizer = make(clock, lr=WSD(100, 400, 1000, 1.0).at(clock))
+    optimizer = make(clock, lr=WSD(warmup_steps=100, stable_steps=400, decay_steps=1000, peak_lr=1.0).at(clock))
     optimizer.extend_stable(500)
     optimizer.advance(clock, 1500)
     train(optimizer, 1)
@@ -438,12 +438,14 @@ def test_only_a_clock_of_this_optimizer_is_advanced() -> None:
 def test_a_scheduler_takes_no_schedule_at_a_clock() -> None:
     optimizer = torch.optim.SGD(make_params([(2,)]), lr=1.0)
     with pytest.raises(TypeError, match=r"a scheduler counts its own steps, got .*; give it to FusedAdamW as lr"):
-        ScheduleLR(optimizer, Cosine(1.0, 10).at(Clock()))
+        ScheduleLR(optimizer, Cosine(peak_lr=1.0, total_steps=10).at(Clock()))
 
 
 def test_a_clock_that_was_never_moved_is_warned_of() -> None:
     weight = torch.nn.Parameter(torch.zeros(2))
-    optimizer = FusedAdamW([weight], lr=WSD(5, None, 5, peak_lr=1.0).at(Clock()))
+    optimizer = FusedAdamW(
+        [weight], lr=WSD(warmup_steps=5, stable_steps=None, decay_steps=5, peak_lr=1.0).at(Clock())
+    )
     weight.grad = torch.ones(2)
     optimizer.step()
     with pytest.warns(UserWarning, match=r"at a clock that stands at 0 after 1 updates: call optimizer\.advance"):

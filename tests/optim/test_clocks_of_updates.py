@@ -14,9 +14,9 @@ from side_by_side import train
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Clock, Cosine, Linear, ReduceOnPlateau, Schedule
 
-PLATEAU = ReduceOnPlateau(WSD(3, 4, 6, 1e-2), factor=0.5, patience=1)
+PLATEAU = ReduceOnPlateau(WSD(warmup_steps=3, stable_steps=4, decay_steps=6, peak_lr=1e-2), factor=0.5, patience=1)
 DRIVEN: dict[str, dict[str, Any]] = {
-    "weight decay": {"lr": BY_UPDATES, "weight_decay": Linear(1.0, 0.0, 9)},
+    "weight decay": {"lr": BY_UPDATES, "weight_decay": Linear(start_lr=1.0, end_lr=0.0, total_steps=9)},
     "plateau": {"lr": PLATEAU},
 }
 
@@ -74,13 +74,15 @@ def test_any_setting_may_follow_a_clock(backend: str, options: dict[str, Any]) -
     run_both(plain, clocked, clock, range(6, 12), hear)
 
 
-@pytest.mark.parametrize("inner", [WSD(2, None, 4, 1e-2), PLATEAU], ids=["WSD", "plateau"])
+@pytest.mark.parametrize(
+    "inner", [WSD(warmup_steps=2, stable_steps=None, decay_steps=4, peak_lr=1e-2), PLATEAU], ids=["WSD", "plateau"]
+)
 def test_edits_are_made_at_the_count_of_the_clock(backend: str, inner: Schedule) -> None:
     def edit(t: int, optimizer: FusedAdamW) -> None:
         edits = {
             3: optimizer.hold,
             5: lambda: optimizer.rewarm(3),
-            8: lambda: optimizer.replace(Cosine(2e-2, 9)),
+            8: lambda: optimizer.replace(Cosine(peak_lr=2e-2, total_steps=9)),
             12: lambda: optimizer.begin_decay(4, kind="sqrt"),
         }
         edits.get(t, lambda: None)()
@@ -98,7 +100,7 @@ def test_edits_are_made_at_the_count_of_the_clock(backend: str, inner: Schedule)
 
 
 def test_a_plateau_comes_to_a_clock_and_not_the_other_way_round() -> None:
-    line = Linear(0.0, 1.0, 1000)
+    line = Linear(start_lr=0.0, end_lr=1.0, total_steps=1000)
     with pytest.raises(TypeError, match="schedule must be at no clock"):
         ReduceOnPlateau(line.at(Clock()))
     optimizer = FusedAdamW(make_params([(2,)]), lr=line)

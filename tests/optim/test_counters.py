@@ -53,7 +53,7 @@ def test_counts_go_on_beyond_what_float32_holds(backend: str, start: int, way: s
 
 
 def test_the_schedule_goes_on_beyond_what_float32_holds(backend: str) -> None:
-    schedule = WSD(2**24, 2**24, 2**25, 1.0)
+    schedule = WSD(warmup_steps=2**24, stable_steps=2**24, decay_steps=2**25, peak_lr=1.0)
     optimizer = FusedAdamW(make_params([(3,)]), lr=schedule, backend=backend)
     saved = optimizer.state_dict()
     for start in (2**24 - 3, 2**25 - 3, 2**26 - 3, 2**53 - 6):
@@ -65,7 +65,7 @@ def test_the_schedule_goes_on_beyond_what_float32_holds(backend: str) -> None:
 
 
 def test_one_advance_a_step_with_many_groups_and_dtypes(backend: str) -> None:
-    schedule = Cosine(0.1, 50, warmup_steps=10)
+    schedule = Cosine(peak_lr=0.1, total_steps=50, warmup_steps=10)
     groups: list[dict[str, Any]] = [{"params": [], "lr_scale": 2.0}]
     for scale, dtype in ((1, torch.float32), (1 / 2, torch.bfloat16), (1 / 3, torch.float64), (1 / 4, torch.float32)):
         groups.append({"params": make_params([(3,), (7,)], dtype), "lr_scale": scale})
@@ -78,7 +78,7 @@ def test_one_advance_a_step_with_many_groups_and_dtypes(backend: str) -> None:
 
 
 def test_the_schedule_advances_where_no_gradient_is(backend: str) -> None:
-    schedule = Cosine(0.1, 50)
+    schedule = Cosine(peak_lr=0.1, total_steps=50)
     params = make_params([(3,)])
     optimizer = FusedAdamW(params, lr=schedule, backend=backend)
     for step in range(6):
@@ -91,7 +91,9 @@ def test_the_schedule_advances_where_no_gradient_is(backend: str) -> None:
 def check_a_step_that_advances_nothing(backend: str) -> None:
     """It does all the rest."""
     params = make_params([(3,)])
-    runs = [FusedAdamW(each, lr=Cosine(0.1, 50), backend=backend) for each in (params, copies(params))]
+    runs = [
+        FusedAdamW(each, lr=Cosine(peak_lr=0.1, total_steps=50), backend=backend) for each in (params, copies(params))
+    ]
     engine_of(runs[1]).advances = False
     for found_inf, advance in ((0.0, (1, 0)), (1.0, (0, 1))):
         for optimizer in runs:
@@ -115,7 +117,7 @@ def test_a_step_that_advances_nothing_in_triton(where_triton_runs: str) -> None:
 
 def test_each_parameter_counts_its_own_updates(backend: str) -> None:
     params = make_params([(3,), (4,), (5,), (), (0,)])
-    optimizer, reference = run_beside_torch(params, backend, steps=0, lr=Cosine(0.1, 50))
+    optimizer, reference = run_beside_torch(params, backend, steps=0, lr=Cosine(peak_lr=0.1, total_steps=50))
     for step in range(30):
         comes = [True, step % 2, step >= 20, step % 3, step % 5]  # a first gradient comes late
         grads = [grad if comes[i] else None for i, grad in enumerate(make_grads(params))]
@@ -137,15 +139,15 @@ def test_tied_weights_are_updated_once(backend: str) -> None:
 # Which rate an update uses: that of the number of updates before it.
 
 RUNS: list[Schedule] = [
-    WSD(3, 4, 5, 0.1, 0.01),
-    WSD(3, 4, 5, 0.1, 0.01, "cosine"),
-    WSD(3, 4, 5, 0.1, 0.01, "sqrt"),
-    WSD(0, 2, 3, 0.1),
-    WSD(2, 0, 3, 0.1),
-    WSD(0, 0, 1, 0.1, 0.05),
-    CosineRestarts(0.1, 0.01, 3, 2.0, 2),
-    CosineRestarts(0.1, cycle_length=1),
-    Cosine(0.1, 9, 0.01, 3),
+    WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1, min_lr=0.01),
+    WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1, min_lr=0.01, decay_type="cosine"),
+    WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1, min_lr=0.01, decay_type="sqrt"),
+    WSD(warmup_steps=0, stable_steps=2, decay_steps=3, peak_lr=0.1),
+    WSD(warmup_steps=2, stable_steps=0, decay_steps=3, peak_lr=0.1),
+    WSD(warmup_steps=0, stable_steps=0, decay_steps=1, peak_lr=0.1, min_lr=0.05),
+    CosineRestarts(peak_lr=0.1, min_lr=0.01, cycle_length=3, cycle_mult=2.0, warmup_steps=2),
+    CosineRestarts(peak_lr=0.1, cycle_length=1),
+    Cosine(peak_lr=0.1, total_steps=9, min_lr=0.01, warmup_steps=3),
 ]
 
 
@@ -167,7 +169,7 @@ def test_the_first_and_last_update_of_every_phase_equal_torchs_loop(backend: str
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("value", [torch.inf, -torch.inf, torch.nan])
 def test_a_step_that_is_not_finite_changes_nothing(backend: str, dtype: torch.dtype, value: float) -> None:
-    schedule = Cosine(0.1, 50)
+    schedule = Cosine(peak_lr=0.1, total_steps=50)
     options: dict[str, Any] = {"lr": schedule, "weight_decay": schedule, "amsgrad": True}
     params = make_params([(), (600,), (3, 5)], dtype)
     reference = Float64AdamW(params, **options)

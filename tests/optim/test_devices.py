@@ -35,11 +35,13 @@ def test_the_reference_evaluator_reads_nothing_back(shape: tuple[int, ...]) -> N
 
 def test_edits_of_a_schedule_read_nothing_back() -> None:
     with FakeTensorMode():
-        table = ScheduleTable(WSD(3, 4, 5, 1.0), torch.device("cpu"))
+        table = ScheduleTable(WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1.0), torch.device("cpu"))
         completed = torch.zeros((), dtype=torch.int64)
         table.begin_decay(completed, reference.evaluate(table.rows, completed))
         table.extend_stable(3, completed)
-        ScheduleTable(Cosine(1.0, 5), torch.device("cpu")).replace(Cosine(2.0, 5))
+        ScheduleTable(Cosine(peak_lr=1.0, total_steps=5), torch.device("cpu")).replace(
+            Cosine(peak_lr=2.0, total_steps=5)
+        )
 
 
 class Copies(TorchFunctionMode):

@@ -98,7 +98,7 @@ def test_a_scheduler_drives_it_as_it_drives_torch_and_resumes(backend: str, name
 
 @pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "ReduceLROnPlateau"])
 def test_no_scheduler_overwrites_a_schedule(backend: str, name: str) -> None:
-    optimizer, reference = run_beside_torch(make_params(SHAPES), backend, lr=Cosine(0.1, 20))
+    optimizer, reference = run_beside_torch(make_params(SHAPES), backend, lr=Cosine(peak_lr=0.1, total_steps=20))
     with pytest.raises(RuntimeError, match=r"own schedule, Cosine\(.*Leave the scheduler out.*float lr"):
         SCHEDULERS[name](optimizer)
     step_both(optimizer, reference)
@@ -111,7 +111,10 @@ def test_no_scheduler_overwrites_a_schedule(backend: str, name: str) -> None:
 @pytest.mark.parametrize("unscales", [False, True])
 def test_a_scaler_of_two_optimizers_freezes_the_one_that_overflows(backend: str, unscales: bool) -> None:
     """In some steps one is passed over, as in the training of a GAN, and its gradients stay scaled."""
-    schedules, params = [Cosine(0.1, 30), WSD(2, 5, 9, 0.1)], make_params([(5,), (6,)])
+    schedules, params = (
+        [Cosine(peak_lr=0.1, total_steps=30), WSD(warmup_steps=2, stable_steps=5, decay_steps=9, peak_lr=0.1)],
+        make_params([(5,), (6,)]),
+    )
     plain: list[Any] = [torch.optim.AdamW([param], fused=True) for param in copies(params)]
     pairs = [run_beside_torch([param], backend, steps=0, lr=lr) for param, lr in zip(params, schedules, strict=True)]
     scaler, expected = (torch.amp.GradScaler("cpu", init_scale=256.0, growth_interval=2) for _ in range(2))

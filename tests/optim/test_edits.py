@@ -42,11 +42,12 @@ from nexus.training import capture_train_step, step_in_backward
 
 WAVE = Schedule.from_function(lambda t: 1.0 / (1.0 + t % 5), steps=40)
 SCHEDULES: list[Schedule] = [
-    Cosine(1.0, 30, 0.1, 5),
-    CosineRestarts(1.0, 0.1, 4, 1.5, 2),
-    WSD(3, 10, 8, 1.0, 0.1),
-    WSDS(3, 6, 2, 1.0),
-    Linear(0.1, 1.0, 20) * Cosine(1.0, 30, 0.5) + Constant(0.1),
+    Cosine(peak_lr=1.0, total_steps=30, min_lr=0.1, warmup_steps=5),
+    CosineRestarts(peak_lr=1.0, min_lr=0.1, cycle_length=4, cycle_mult=1.5, warmup_steps=2),
+    WSD(warmup_steps=3, stable_steps=10, decay_steps=8, peak_lr=1.0, min_lr=0.1),
+    WSDS(warmup_steps=3, cycle_length=6, decay_steps=2, peak_lr=1.0),
+    Linear(start_lr=0.1, end_lr=1.0, total_steps=20) * Cosine(peak_lr=1.0, total_steps=30, min_lr=0.5)
+    + Constant(0.1),
     WAVE,
     Constant(0.5),
 ]
@@ -54,16 +55,25 @@ Edit = Callable[[FusedAdamW], None]
 # An edit, and what it puts in force where the rate is that.
 EDITS: dict[str, tuple[Edit, Callable[[float], Schedule]]] = {
     "hold": (lambda o: o.hold(), Constant),
-    "linear": (lambda o: o.begin_decay(4), lambda rate: Arc("linear", rate, 0.0, 4.0)),
+    "linear": (lambda o: o.begin_decay(4), lambda rate: Arc("linear", high=rate, low=0.0, span=4.0)),
     "cosine": (
-        lambda o: o.begin_decay(6, "cosine", to=0.25),
-        lambda rate: join([Arc("cosine", rate, 0.25, 6.0), Constant(0.25)], [6]),
+        lambda o: o.begin_decay(6, kind="cosine", to=0.25),
+        lambda rate: join([Arc("cosine", high=rate, low=0.25, span=6.0), Constant(0.25)], [6]),
     ),
-    "sqrt": (lambda o: o.begin_decay(5, kind="sqrt"), lambda rate: Arc("sqrt", rate, 0.0, 5.0)),
-    "rewarm": (lambda o: o.rewarm(4, to=2.0), lambda rate: Arc("linear", rate, 2.0, 4.0)),
-    "replace": (lambda o: o.replace(OneCycle(0.75, 9)), lambda rate: OneCycle(0.75, 9)),
-    "restarts": (lambda o: o.replace(WSDS(0, 3, 2, 0.5)), lambda rate: WSDS(0, 3, 2, 0.5)),
-    "fold": (lambda o: o.replace(minimum(WAVE, Linear(0, 2, 8))), lambda rate: minimum(WAVE, Linear(0, 2, 8))),
+    "sqrt": (lambda o: o.begin_decay(5, kind="sqrt"), lambda rate: Arc("sqrt", high=rate, low=0.0, span=5.0)),
+    "rewarm": (lambda o: o.rewarm(4, to=2.0), lambda rate: Arc("linear", high=rate, low=2.0, span=4.0)),
+    "replace": (
+        lambda o: o.replace(OneCycle(peak_lr=0.75, total_steps=9)),
+        lambda rate: OneCycle(peak_lr=0.75, total_steps=9),
+    ),
+    "restarts": (
+        lambda o: o.replace(WSDS(warmup_steps=0, cycle_length=3, decay_steps=2, peak_lr=0.5)),
+        lambda rate: WSDS(warmup_steps=0, cycle_length=3, decay_steps=2, peak_lr=0.5),
+    ),
+    "fold": (
+        lambda o: o.replace(minimum(WAVE, Linear(start_lr=0, end_lr=2, total_steps=8))),
+        lambda rate: minimum(WAVE, Linear(start_lr=0, end_lr=2, total_steps=8)),
+    ),
 }
 
 
@@ -116,7 +126,7 @@ def test_an_edit_is_the_oracles(backend: str, name: str, schedule: Schedule) -> 
 
 
 def test_edits_follow_one_another_and_copies_go_on(backend: str) -> None:
-    schedule = Cosine(1.0, 30, 0.1, 5)
+    schedule = Cosine(peak_lr=1.0, total_steps=30, min_lr=0.1, warmup_steps=5)
     optimizer = make(schedule, backend)
     used = []
     for name in EDITS:
@@ -131,7 +141,7 @@ def test_edits_follow_one_another_and_copies_go_on(backend: str) -> None:
 
 
 def test_two_edits_at_the_same_step_and_one_at_the_start(backend: str) -> None:
-    optimizer = make(Linear(1.0, 0.0, 10), backend)
+    optimizer = make(Linear(start_lr=1.0, end_lr=0.0, total_steps=10), backend)
     optimizer.hold()
     optimizer.begin_decay(4)
     assert rates(optimizer, 5) == [1.0, 0.75, 0.5, 0.25, 0.0]
@@ -147,13 +157,13 @@ def test_an_edit_late_in_a_run_is_exact(backend: str) -> None:
 
 
 def test_rewarm_rises_to_the_highest_rate_of_the_schedule_given_last(backend: str) -> None:
-    optimizer = make(Linear(0.8, 0.0, 10), backend)
+    optimizer = make(Linear(start_lr=0.8, end_lr=0.0, total_steps=10), backend)
     rates(optimizer, 5)
     optimizer.rewarm(2)
     assert rates(optimizer, 3) == pytest.approx([0.4, 0.6, 0.8])
-    optimizer.replace(Linear(0.5, 0.0, 4))
+    optimizer.replace(Linear(start_lr=0.5, end_lr=0.0, total_steps=4))
     rates(optimizer, 4)
-    optimizer = resumed(optimizer, Linear(0.8, 0.0, 10))
+    optimizer = resumed(optimizer, Linear(start_lr=0.8, end_lr=0.0, total_steps=10))
     optimizer.rewarm(2)
     assert rates(optimizer, 3) == pytest.approx([0.0, 0.25, 0.5])
 
@@ -164,7 +174,7 @@ def test_the_highest_rate_is_reached_and_none_is_higher(schedule: Schedule) -> N
 
 
 def test_a_wsd_that_was_held_begins_its_own_decay_and_that_goes_on(backend: str) -> None:
-    schedule = WSD(2, 4, 4, 1.0, 0.0, "exponential")
+    schedule = WSD(warmup_steps=2, stable_steps=4, decay_steps=4, peak_lr=1.0, min_lr=0.0, decay_type="exponential")
     optimizer = make(schedule, backend)
     rates(optimizer, 8)
     optimizer.hold()
@@ -182,7 +192,7 @@ def test_a_wsd_that_was_held_begins_its_own_decay_and_that_goes_on(backend: str)
 
 
 def test_a_wsds_own_edits_stay_in_the_oracle(backend: str) -> None:
-    schedule = WSD(2, 4, 4, 1.0)
+    schedule = WSD(warmup_steps=2, stable_steps=4, decay_steps=4, peak_lr=1.0)
     optimizer = make(schedule, backend)
     optimizer.extend_stable(3)
     assert optimizer.schedule == schedule.extend_stable(3)
@@ -195,7 +205,7 @@ def test_a_wsds_own_edits_stay_in_the_oracle(backend: str) -> None:
     assert resumed(optimizer, schedule).schedule == expected
 
 
-@pytest.mark.parametrize("inner", [Constant(0.8), Cosine(0.8, 40, 0.4)], ids=repr)
+@pytest.mark.parametrize("inner", [Constant(0.8), Cosine(peak_lr=0.8, total_steps=40, min_lr=0.4)], ids=repr)
 def test_a_plateau_keeps_what_it_heard(backend: str, inner: Schedule) -> None:
     schedule = ReduceOnPlateau(inner, factor=0.5, patience=1, eps=0.0)
     optimizer = make(schedule, backend)
@@ -205,21 +215,24 @@ def test_a_plateau_keeps_what_it_heard(backend: str, inner: Schedule) -> None:
     rate = inner(4)
     optimizer.hold()
     assert_rates(rates(optimizer, 2), [0.5 * rate] * 2, optimizer)
-    optimizer.replace(Linear(0.0, 1.0, 4))
+    optimizer.replace(Linear(start_lr=0.0, end_lr=1.0, total_steps=4))
     optimizer = resumed(optimizer, schedule)
     assert_rates(rates(optimizer, 3), [0.0, 0.125, 0.25], optimizer)
     optimizer.report(1.0)  # the second bad one
     assert_rates(rates(optimizer, 2), [0.1875, 0.25], optimizer)
     assert optimizer.schedule == ReduceOnPlateau(
-        join([inner, Constant(rate), Linear(0.0, 1.0, 4)], [4, 6]), factor=0.5, patience=1, eps=0.0
+        join([inner, Constant(rate), Linear(start_lr=0.0, end_lr=1.0, total_steps=4)], [4, 6]),
+        factor=0.5,
+        patience=1,
+        eps=0.0,
     )
 
 
 def test_only_groups_with_a_schedule_are_edited(backend: str) -> None:
     params = make_params([(3,), (3,), (3,)])
-    lrs = [Linear(1.0, 0.0, 4), 0.25, Cosine(1.0, 4)]
+    lrs = [Linear(start_lr=1.0, end_lr=0.0, total_steps=4), 0.25, Cosine(peak_lr=1.0, total_steps=4)]
     groups = [{"params": [param], "lr": lr} for param, lr in zip(params, lrs, strict=True)]
-    optimizer = FusedAdamW(groups, backend=backend, weight_decay=Linear(0.5, 0.0, 4))
+    optimizer = FusedAdamW(groups, backend=backend, weight_decay=Linear(start_lr=0.5, end_lr=0.0, total_steps=4))
     rates(optimizer, 2)
     optimizer.hold()
     rates(optimizer, 2)
@@ -232,11 +245,11 @@ def test_only_groups_with_a_schedule_are_edited(backend: str) -> None:
 
 
 def test_a_schedule_that_is_assigned_is_not_edited(backend: str) -> None:
-    optimizer = make(Linear(1.0, 0.0, 4), backend)
+    optimizer = make(Linear(start_lr=1.0, end_lr=0.0, total_steps=4), backend)
     optimizer.hold()
-    optimizer.param_groups[0]["lr"] = Linear(1.0, 0.0, 4)
+    optimizer.param_groups[0]["lr"] = Linear(start_lr=1.0, end_lr=0.0, total_steps=4)
     assert rates(optimizer, 2) == [1.0, 0.75]
-    assert optimizer.schedule == Linear(1.0, 0.0, 4)
+    assert optimizer.schedule == Linear(start_lr=1.0, end_lr=0.0, total_steps=4)
 
 
 @pytest.mark.parametrize("backend", [NAME, "triton"])
@@ -248,7 +261,7 @@ def test_graphs_see_edits(graphs: Any, backend: str, plateau: bool) -> None:
     for captured in (False, True):
         torch.manual_seed(0)
         model = torch.nn.Linear(4, 1)
-        inner = Cosine(0.1, 30)
+        inner = Cosine(peak_lr=0.1, total_steps=30)
         lr = ReduceOnPlateau(inner, factor=0.5, patience=2) if plateau else inner
         optimizer = FusedAdamW(model.parameters(), lr=lr, backend=backend)
 
@@ -280,12 +293,17 @@ def test_steps_in_the_backward_pass_see_edits(backend: str) -> None:
     for in_backward in (False, True):
         torch.manual_seed(0)
         model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 1))
-        optimizer = FusedAdamW(model.parameters(), lr=Cosine(0.1, 30), backend=backend)
+        optimizer = FusedAdamW(model.parameters(), lr=Cosine(peak_lr=0.1, total_steps=30), backend=backend)
         if in_backward:
             step_in_backward(model, optimizer)
         for t in range(9):
             if t == 3:
-                optimizer.replace(minimum(Linear(0.0, 0.1, 2), Constant(0.05) * Linear(0.5, 1.0, 8)))
+                optimizer.replace(
+                    minimum(
+                        Linear(start_lr=0.0, end_lr=0.1, total_steps=2),
+                        Constant(0.05) * Linear(start_lr=0.5, end_lr=1.0, total_steps=8),
+                    )
+                )
             if t == 6:
                 optimizer.hold()
             model(torch.ones(2, 4)).sum().backward()
@@ -296,7 +314,7 @@ def test_steps_in_the_backward_pass_see_edits(backend: str) -> None:
 
 
 def test_evaluators_read_no_row_that_is_not_in_force(backend: str) -> None:
-    for schedule in [*SCHEDULES, ReduceOnPlateau(Cosine(1.0, 30))]:
+    for schedule in [*SCHEDULES, ReduceOnPlateau(Cosine(peak_lr=1.0, total_steps=30))]:
         optimizer = make(schedule, backend)
         optimizer.rewarm(9)  # of one layer, whatever there was before
         (table,) = engine_of(optimizer).tables.values()
@@ -310,7 +328,9 @@ def test_evaluators_read_no_row_that_is_not_in_force(backend: str) -> None:
 
 
 def test_a_skipped_step_moves_no_piece(backend: str) -> None:
-    optimizer = FusedAdamW(make_params([(3,)]), lr=Linear(1.0, 0.0, 8), backend=backend, skip_nonfinite=True)
+    optimizer = FusedAdamW(
+        make_params([(3,)]), lr=Linear(start_lr=1.0, end_lr=0.0, total_steps=8), backend=backend, skip_nonfinite=True
+    )
     rates(optimizer, 2)
     optimizer.begin_decay(3)
     used = []
@@ -326,7 +346,7 @@ def test_a_table_follows_another_one() -> None:
     schedule = ReduceOnPlateau(Constant(0.5), patience=0)
     tables = [ScheduleTable(schedule, torch.device("cpu")) for _ in range(2)]
     now, one = torch.tensor(4), torch.tensor(1.0, dtype=torch.float64)
-    tables[0].edit(Linear(1.0, 0.0, 4), now, one)
+    tables[0].edit(Linear(start_lr=1.0, end_lr=0.0, total_steps=4), now, one)
     for _ in range(2):
         tables[0].report(one, one)
     tables[1].follow(tables[0])
@@ -334,7 +354,7 @@ def test_a_table_follows_another_one() -> None:
     for each in (ScheduleTable.standing, ScheduleTable.saved_pieces, ScheduleTable.reports):
         assert each(tables[1]) == each(tables[0])
     wide = ScheduleTable(Constant(1.0), torch.device("cpu"))
-    assert wide.edit(Linear(1.0, 0.0, 4) * Constant(0.5), now, one)
+    assert wide.edit(Linear(start_lr=1.0, end_lr=0.0, total_steps=4) * Constant(0.5), now, one)
     narrow = ScheduleTable(Constant(1.0), torch.device("cpu"))
     narrow.follow(wide)
     assert torch.equal(narrow.rows, wide.rows)
@@ -344,7 +364,9 @@ def test_a_table_follows_another_one() -> None:
 def test_a_graph_goes_on_where_a_checkpoint_with_edits_is_loaded(graphs: Any, backend: str) -> None:
     torch.manual_seed(0)
     model = torch.nn.Linear(4, 1)
-    optimizer = FusedAdamW(model.parameters(), lr=ReduceOnPlateau(Cosine(0.1, 30), patience=0), backend=backend)
+    optimizer = FusedAdamW(
+        model.parameters(), lr=ReduceOnPlateau(Cosine(peak_lr=0.1, total_steps=30), patience=0), backend=backend
+    )
 
     @functools.partial(capture_train_step, optimizer=optimizer)
     def train_step(x: torch.Tensor) -> torch.Tensor:
@@ -363,7 +385,7 @@ def test_a_graph_goes_on_where_a_checkpoint_with_edits_is_loaded(graphs: Any, ba
         return used
 
     run(6)
-    optimizer.replace(minimum(WAVE, Linear(0.0, 0.2, 8)))
+    optimizer.replace(minimum(WAVE, Linear(start_lr=0.0, end_lr=0.2, total_steps=8)))
     run(2)
     saved = copy.deepcopy([model.state_dict(), optimizer.state_dict()])
     expected = run(5)
@@ -378,9 +400,9 @@ def test_a_graph_goes_on_where_a_checkpoint_with_edits_is_loaded(graphs: Any, ba
 
 def test_edits_read_nothing_back() -> None:
     with FakeTensorMode():
-        table = ScheduleTable(ReduceOnPlateau(Cosine(1.0, 5)), torch.device("cpu"))
+        table = ScheduleTable(ReduceOnPlateau(Cosine(peak_lr=1.0, total_steps=5)), torch.device("cpu"))
         completed = torch.zeros((), dtype=torch.int64)
-        for piece in (FromRate(), FromRate("linear", 0.5, 3), Cosine(2.0, 5) * Constant(0.5)):
+        for piece in (FromRate(), FromRate("linear", 0.5, 3), Cosine(peak_lr=2.0, total_steps=5) * Constant(0.5)):
             table.check_edit(piece)
             table.edit(piece, completed, reference.evaluate(table.of_schedule, completed))
 
@@ -391,24 +413,26 @@ def test_an_edit_is_no_part_of_a_captured_step(monkeypatch: pytest.MonkeyPatch) 
         scheduled._refuse_capture(torch.device("cuda"))
 
 
-LONG = MultiStep(1.0, tuple(range(1, CAPACITY + 1)), 0.5)
+LONG = MultiStep(peak_lr=1.0, milestones=tuple(range(1, CAPACITY + 1)), gamma=0.5)
 
 
 def test_what_does_not_fit_changes_nothing(backend: str) -> None:
-    optimizer = make(Linear(1.0, 0.0, 8), backend)
+    optimizer = make(Linear(start_lr=1.0, end_lr=0.0, total_steps=8), backend)
     rates(optimizer, 2)
     with pytest.raises(ValueError, match=r"takes 1 layers of 17 rows.*room for 4 layers of 16 rows.*assign it to"):
         optimizer.replace(LONG)
-    plateau = make(ReduceOnPlateau(Linear(1.0, 0.0, 8)), backend)
+    plateau = make(ReduceOnPlateau(Linear(start_lr=1.0, end_lr=0.0, total_steps=8)), backend)
     with pytest.raises(ValueError, match=r"takes 4 layers.*room for 3 layers"):
-        plateau.replace(Linear(1.0, 0.0, 8) * Constant(1.0) * Constant(1.0) * Constant(1.0))
+        plateau.replace(
+            Linear(start_lr=1.0, end_lr=0.0, total_steps=8) * Constant(1.0) * Constant(1.0) * Constant(1.0)
+        )
     assert rates(optimizer, 2) == [0.75, 0.625]
-    optimizer.replace(MultiStep(1.0, tuple(range(1, CAPACITY)), 0.5))
+    optimizer.replace(MultiStep(peak_lr=1.0, milestones=tuple(range(1, CAPACITY)), gamma=0.5))
     assert rates(optimizer, CAPACITY) == [0.5**t for t in range(CAPACITY)]
 
 
 def test_saved_edits_that_do_not_fit_are_refused_before_anything_is_loaded() -> None:
-    first, second = make(LONG), make(MultiStep(1.0, (3,), 0.5))
+    first, second = make(LONG), make(MultiStep(peak_lr=1.0, milestones=(3,), gamma=0.5))
     rates(first, 2)
     first.replace(LONG)
     before = [param.clone() for param in second.state]
@@ -431,7 +455,7 @@ def test_what_was_saved_must_be_what_is_saved(saved: Any) -> None:
     [
         (lambda o: o.begin_decay(0), ValueError, "steps must be an int from 1"),
         (lambda o: o.begin_decay(2.5), TypeError, "steps must be an int from 1"),
-        (lambda o: o.begin_decay(5, "exponential"), ValueError, f"kind must be one of .*{next(iter(DECAYS))}"),
+        (lambda o: o.begin_decay(5, kind="exponential"), ValueError, f"kind must be one of .*{next(iter(DECAYS))}"),
         (lambda o: o.begin_decay(5, to=-1.0), ValueError, "to must be a finite number >= 0"),
         (lambda o: o.begin_decay(kind="cosine"), ValueError, "kind and to are of a decay with steps: give steps"),
         (lambda o: o.begin_decay(), RuntimeError, r"no parameter group has a WSD schedule.*begin_decay\(steps\)"),
@@ -442,7 +466,7 @@ def test_what_was_saved_must_be_what_is_saved(saved: Any) -> None:
     ],
 )
 def test_what_is_wrong_is_named_and_changes_nothing(edit: Edit, error: type[Exception], words: str) -> None:
-    optimizer = make(Linear(1.0, 0.0, 8))
+    optimizer = make(Linear(start_lr=1.0, end_lr=0.0, total_steps=8))
     with pytest.raises(error, match=words):
         edit(optimizer)
     assert rates(optimizer, 2) == [1.0, 0.875]
@@ -457,7 +481,7 @@ def test_without_a_schedule_there_is_none_to_edit(edit: Edit) -> None:
 @pytest.mark.parametrize("plateau", [False, True])
 def test_edits_take_place_at_the_count_of_a_clock(backend: str, plateau: bool) -> None:
     def make_at_tokens() -> FusedAdamW:
-        inner = Linear(1.0, 0.0, 80)
+        inner = Linear(start_lr=1.0, end_lr=0.0, total_steps=80)
         schedule = ReduceOnPlateau(inner, factor=0.5, patience=0) if plateau else inner
         return make(schedule.at(Clock()), backend)
 
@@ -479,5 +503,5 @@ def test_edits_take_place_at_the_count_of_a_clock(backend: str, plateau: bool) -
     other = make_at_tokens()
     other.load_state_dict(optimizer.state_dict())
     assert run(other, 2) == run(optimizer, 2) == pytest.approx([factor * 0.25, 0.0])
-    assert optimizer.schedule.values(10, 21) == Linear(1.0, 0.0, 80).values(10, 21)
+    assert optimizer.schedule.values(10, 21) == Linear(start_lr=1.0, end_lr=0.0, total_steps=80).values(10, 21)
     assert optimizer.schedule(35) == pytest.approx(0.375)

@@ -38,8 +38,8 @@ def test_a_thousand_steps_of_which_some_are_not_finite(backend: str, clip: float
     dice = random.Random(17)
     start = [*make_params([(), (7,), (33, 5)]), *make_params([(12,)], torch.bfloat16)]
     options: dict[str, Any] = {
-        "lr": WSD(50, 300, 300, 1e-2, 1e-4),
-        "weight_decay": Cosine(0.1, 700),
+        "lr": WSD(warmup_steps=50, stable_steps=300, decay_steps=300, peak_lr=1e-2, min_lr=1e-4),
+        "weight_decay": Cosine(peak_lr=0.1, total_steps=700),
         "amsgrad": True,
         "max_grad_norm": clip,
         "skip_nonfinite": True,
@@ -94,7 +94,9 @@ def raising(*_: Any) -> None:
 @pytest.mark.parametrize("where", ["pre_hook", "post_hook", "closure"])
 def test_an_exception_around_the_update_leaves_it_made_once_or_not_at_all(backend: str, where: str) -> None:
     params = make_params([(5,), (3, 2)])
-    optimizer, reference = run_beside_torch(params, backend, lr=Cosine(0.1, 20), max_grad_norm=1.0)
+    optimizer, reference = run_beside_torch(
+        params, backend, lr=Cosine(peak_lr=0.1, total_steps=20), max_grad_norm=1.0
+    )
     before, grads = snapshot(optimizer), make_grads(params)
     set_grads(params, grads)
     handle = None if where == "closure" else getattr(optimizer, f"register_step_{where}")(raising)
@@ -160,7 +162,9 @@ def train_until(stop: int, path: Path, limit: int = 0) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     model = torch.nn.Linear(300, 300)
-    optimizer = FusedAdamW(model.parameters(), lr=WSD(5, 10, 10, 1e-3), max_grad_norm=1.0)
+    optimizer = FusedAdamW(
+        model.parameters(), lr=WSD(warmup_steps=5, stable_steps=10, decay_steps=10, peak_lr=1e-3), max_grad_norm=1.0
+    )
     step = 0
     if path.exists():
         saved = torch.load(path, weights_only=True)

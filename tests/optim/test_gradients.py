@@ -87,7 +87,9 @@ ORIGINS = {
 def test_gradients_of_every_origin(backend: str, origin: Origin) -> None:
     module = origin.wrap(nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.LayerNorm(4), nn.Linear(4, 2)))
     params = list(module.parameters())
-    optimizer, reference = run_beside_torch(params, backend, 0, lr=WSD(2, 20, 5, 1e-2), max_grad_norm=0.5)
+    optimizer, reference = run_beside_torch(
+        params, backend, 0, lr=WSD(warmup_steps=2, stable_steps=20, decay_steps=5, peak_lr=1e-2), max_grad_norm=0.5
+    )
     for _ in range(5):
         optimizer.zero_grad()
         with origin.around():

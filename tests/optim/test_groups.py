@@ -48,7 +48,7 @@ def test_no_lr_scale_is_ignored(backend: str) -> None:
     with pytest.raises(ValueError, match=r"lr_scale=0\.5, which multiplies schedules, and the rate is 0\.1"):
         train(optimizer, 1)
     assert not optimizer.state
-    WSDScheduler(optimizer, 2, 5, 5, 1e-2)
+    WSDScheduler(optimizer, warmup_steps=2, stable_steps=5, decay_steps=5, peak_lr=1e-2)
     train(optimizer, 1)  # which multiplies, too
     optimizer = FusedAdamW([{**group, "params": make_params([(2,)])} for group in groups], lr=Constant(0.1))
     train(optimizer, 1)
@@ -61,7 +61,7 @@ def test_no_lr_scale_is_ignored(backend: str) -> None:
 
 
 def test_reduce_lr_on_plateau_over_a_schedule_is_refused_at_its_first_write() -> None:
-    optimizer = FusedAdamW([param(3)], lr=WSD(2, 5, 5, 0.1))
+    optimizer = FusedAdamW([param(3)], lr=WSD(warmup_steps=2, stable_steps=5, decay_steps=5, peak_lr=0.1))
     plateau = torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer, patience=1)
     for _ in range(3):
         train(optimizer, 1)

@@ -43,7 +43,7 @@ INTERPRETED = pytest.param(
     marks=pytest.mark.skipif(not RUNS_INTERPRETED, reason="Triton is not here, or runs on the GPU"),
 )
 LAUNCH_FAILURE = 719
-SCHEDULE = Cosine(0.1, 60, warmup_steps=3)
+SCHEDULE = Cosine(peak_lr=0.1, total_steps=60, warmup_steps=3)
 
 
 @pytest.fixture(params=[*EVERY_BACKEND, INTERPRETED])
@@ -115,13 +115,21 @@ def assert_rows(
 def test_rows_are_the_rates_of_the_groups_and_torchs_clipping(backend: str) -> None:
     narrow, wide = torch.tensor(0.5, dtype=torch.float32), torch.tensor([0.25], dtype=torch.float64)
     options: list[dict[str, Any]] = [
-        {"lr": WSD(4, 5, 6, 0.1, 0.01, "sqrt"), "max_grad_norm": 0.5},
-        {"lr": Cosine(0.2, 13, warmup_steps=3), "max_grad_norm": 1e9, "lr_scale": 0.5},
-        {"lr": CosineRestarts(0.3, cycle_length=4), "max_grad_norm": None, "lr_scale": 0.25},
+        {
+            "lr": WSD(warmup_steps=4, stable_steps=5, decay_steps=6, peak_lr=0.1, min_lr=0.01, decay_type="sqrt"),
+            "max_grad_norm": 0.5,
+        },
+        {"lr": Cosine(peak_lr=0.2, total_steps=13, warmup_steps=3), "max_grad_norm": 1e9, "lr_scale": 0.5},
+        {"lr": CosineRestarts(peak_lr=0.3, cycle_length=4), "max_grad_norm": None, "lr_scale": 0.25},
         {"lr": narrow, "max_grad_norm": 3.0},
         {"lr": wide, "max_grad_norm": float("inf")},
         {"lr": 1e-3, "max_grad_norm": 1.5},
-        {"lr": WSD(4, 5, 6, 0.1, 0.01, "sqrt"), "max_grad_norm": 0.5, "lr_scale": 0.125, "params": []},
+        {
+            "lr": WSD(warmup_steps=4, stable_steps=5, decay_steps=6, peak_lr=0.1, min_lr=0.01, decay_type="sqrt"),
+            "max_grad_norm": 0.5,
+            "lr_scale": 0.125,
+            "params": [],
+        },
     ]
     groups = [{"params": make_params([(3,), (40 + index,)]), **each} for index, each in enumerate(options)]
     optimizer = FusedAdamW(groups, backend=backend)
@@ -162,7 +170,9 @@ def test_a_norm_is_nan_where_it_is_not_measured_and_zero_without_gradients(backe
 
 @pytest.mark.parametrize("start", [2**24 + 1, 2**53 - 8])
 def test_steps_are_exact(backend: str, start: int) -> None:
-    optimizer, history = recorded(backend, capacity=4, lr=WSD(2**52, 2**52, 2**50, 1.0))
+    optimizer, history = recorded(
+        backend, capacity=4, lr=WSD(warmup_steps=2**52, stable_steps=2**52, decay_steps=2**50, peak_lr=1.0)
+    )
     saved = optimizer.state_dict()
     saved["param_groups"][0]["lr_schedule"]["step"] = start
     optimizer.load_state_dict(saved)
@@ -172,7 +182,12 @@ def test_steps_are_exact(backend: str, start: int) -> None:
 
 @pytest.mark.parametrize("value", [torch.inf, torch.nan])
 def test_a_skipped_step_leaves_the_rates_it_would_have_used(backend: str, value: float) -> None:
-    optimizer, history = recorded(backend, lr=WSD(3, 4, 5, 0.1), max_grad_norm=1.0, skip_nonfinite=True)
+    optimizer, history = recorded(
+        backend,
+        lr=WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1),
+        max_grad_norm=1.0,
+        skip_nonfinite=True,
+    )
     optimizer.add_param_group({"params": make_params([(6,)]), "lr": SCHEDULE, "max_grad_norm": None})
     completed: list[int] = []
     skips = [index % 4 == 0 or index == 5 for index in range(14)]
@@ -183,7 +198,11 @@ def test_a_skipped_step_leaves_the_rates_it_would_have_used(backend: str, value:
         completed.append(index - sum(skips[:index]))
     rows = history.read()
     assert_rows(rows, completed, skipped=skips)
-    assert_rates(rows.lr, [[WSD(3, 4, 5, 0.1)(t), SCHEDULE(t)] for t in completed], optimizer)
+    assert_rates(
+        rows.lr,
+        [[WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1)(t), SCHEDULE(t)] for t in completed],
+        optimizer,
+    )
     assert torch.equal(rows.grad_norm.isfinite(), ~rows.skipped)
     clip = host([[torch_clip(1.0, norm), 1.0] for norm in rows.grad_norm])
     torch.testing.assert_close(rows.clip, clip, rtol=1e-12, atol=0.0, equal_nan=True)

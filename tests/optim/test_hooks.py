@@ -30,7 +30,7 @@ def test_a_closure_may_return_anything_and_run_under_any_mode(
     backend: str, returned: Any, mode: Callable[[], Any]
 ) -> None:
     params = make_params(SHAPES)
-    optimizer, reference = run_beside_torch(params, backend, steps=0, lr=Cosine(0.1, 9))
+    optimizer, reference = run_beside_torch(params, backend, steps=0, lr=Cosine(peak_lr=0.1, total_steps=9))
     grads = make_grads(params)
 
     @mode()

@@ -52,7 +52,14 @@ def oracle(schedule: Schedule, losses: list[float], **options: Any) -> list[floa
     return rates
 
 
-@pytest.mark.parametrize("inner", [Cosine(1.0, 30, 0.25), WSD(0, None, 5, 1.0)], ids=repr)
+@pytest.mark.parametrize(
+    "inner",
+    [
+        Cosine(peak_lr=1.0, total_steps=30, min_lr=0.25),
+        WSD(warmup_steps=0, stable_steps=None, decay_steps=5, peak_lr=1.0),
+    ],
+    ids=repr,
+)
 def test_the_rate_is_the_schedules_times_torchs_factor(backend: str, inner: Schedule) -> None:
     given = {"factor": 0.5, "patience": 1, "cooldown": 1}
     used = run(make(ReduceOnPlateau(inner, eps=0.0, **given), backend), LOSSES)
@@ -78,7 +85,9 @@ def test_every_n_reports_their_mean_counts(backend: str) -> None:
 
 
 def test_the_least_rate_is_of_the_moment(backend: str) -> None:
-    schedule = Cosine(1.0, 4, 0.5)  # 0.75 after the second report, which lowers it no further than to 0.25
+    schedule = Cosine(
+        peak_lr=1.0, total_steps=4, min_lr=0.5
+    )  # 0.75 after the second report, which lowers it no further than to 0.25
     optimizer = make(ReduceOnPlateau(schedule, factor=0.1, patience=0, min_lr=0.25), backend)
     factors = [1.0, 1.0, 0.25 / 0.75, 0.25 / 0.75, 0.25 / 0.75, 0.25 / 0.75]
     expected = [schedule(t) * factor for t, factor in enumerate(factors)]
@@ -87,7 +96,7 @@ def test_the_least_rate_is_of_the_moment(backend: str) -> None:
 
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_resumed_run_goes_on_bit_for_bit(backend: str, every: int) -> None:
-    schedule = ReduceOnPlateau(Cosine(1.0, 30), factor=0.5, patience=1, cooldown=2, every=every)
+    schedule = ReduceOnPlateau(Cosine(peak_lr=1.0, total_steps=30), factor=0.5, patience=1, cooldown=2, every=every)
     whole, first, second = (make(schedule, backend) for _ in range(3))
     expected = run(whole, LOSSES)
     assert run(first, LOSSES[:7]) == expected[:7]
@@ -133,7 +142,7 @@ def test_a_captured_step_reports_its_own_loss(graphs: Any, backend: str) -> None
         model = torch.nn.Linear(4, 1)
         optimizer = FusedAdamW(
             model.parameters(),
-            lr=ReduceOnPlateau(Cosine(0.1, 60), factor=0.5, patience=1, every=2),
+            lr=ReduceOnPlateau(Cosine(peak_lr=0.1, total_steps=60), factor=0.5, patience=1, every=2),
             backend=backend,
         )
 
@@ -157,7 +166,7 @@ def test_a_captured_step_reports_its_own_loss(graphs: Any, backend: str) -> None
 
 
 def test_a_report_reads_nothing_back() -> None:
-    schedule = ReduceOnPlateau(Cosine(1.0, 10), patience=0)
+    schedule = ReduceOnPlateau(Cosine(peak_lr=1.0, total_steps=10), patience=0)
     with FakeTensorMode():
         table = ScheduleTable(schedule, torch.device("cpu"))
         metric = torch.zeros((), dtype=torch.float64)

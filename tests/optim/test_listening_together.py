@@ -50,7 +50,13 @@ def test_an_edit_of_the_rate_changes_nothing_else(name: str, options: dict[str, 
 
 
 @pytest.mark.parametrize("count", [1, 3])
-@pytest.mark.parametrize("again", [Linear(1.0, 0.0, 10), ReduceOnPlateau(Linear(1.0, 0.0, 10), patience=0)])
+@pytest.mark.parametrize(
+    "again",
+    [
+        Linear(start_lr=1.0, end_lr=0.0, total_steps=10),
+        ReduceOnPlateau(Linear(start_lr=1.0, end_lr=0.0, total_steps=10), patience=0),
+    ],
+)
 def test_an_equal_schedule_that_all_groups_are_given_begins_anew(count: int, again: Schedule) -> None:
     _, optimizer = made(count, lr=again)
     steps(optimizer, 2)
@@ -65,7 +71,7 @@ def test_an_equal_schedule_that_all_groups_are_given_begins_anew(count: int, aga
 
 
 @pytest.mark.parametrize(
-    "decay", [Exponential(0.9, gamma=1.01), Schedule.from_function(lambda t: 1.5 if t == 5 else 0.9, 10)]
+    "decay", [Exponential(peak_lr=0.9, gamma=1.01), Schedule.from_function(lambda t: 1.5 if t == 5 else 0.9, 10)]
 )
 def test_a_decay_that_leaves_its_bounds_is_refused(decay: Schedule) -> None:
     with pytest.raises(ValueError, match="decay must be a Schedule of values from 0 to 1, got"):
@@ -125,7 +131,11 @@ def test_another_decay_of_an_average_reaches_a_captured_step(graphs: Graphs, cap
 
 def test_what_only_other_settings_have_is_there_before_the_first_step() -> None:
     clock = Clock()
-    _, optimizer = made(lr=0.1, betas=(0.9, Linear(0.9, 0.99, 100).at(clock)), eps=ReduceOnPlateau(Constant(1e-8)))
+    _, optimizer = made(
+        lr=0.1,
+        betas=(0.9, Linear(start_lr=0.9, end_lr=0.99, total_steps=100).at(clock)),
+        eps=ReduceOnPlateau(Constant(1e-8)),
+    )
     optimizer.advance(clock, 5)
     optimizer.report(1.0)
     assert clock.count == 5
@@ -159,7 +169,13 @@ def test_a_range_test_takes_a_loader_without_a_length() -> None:
 
 def test_a_beta_that_reaches_1_between_the_ends_of_its_pieces_is_refused() -> None:
     with pytest.raises(ValueError, match="betas"):
-        made(lr=0.1, betas=(0.9, Linear(0.0, 2.0, 10) * Linear(2.0, 0.0, 10)))
+        made(
+            lr=0.1,
+            betas=(
+                0.9,
+                Linear(start_lr=0.0, end_lr=2.0, total_steps=10) * Linear(start_lr=2.0, end_lr=0.0, total_steps=10),
+            ),
+        )
 
 
 def test_a_scheduler_that_graphs_cannot_follow_is_not_taken_over(graphs: Graphs) -> None:
@@ -186,7 +202,7 @@ def test_a_scheduler_that_graphs_cannot_follow_is_not_taken_over(graphs: Graphs)
 
 
 def test_another_form_of_the_bias_correction_is_said_at_a_load() -> None:
-    betas = (0.9, Linear(0.9, 0.99, 10))
+    betas = (0.9, Linear(start_lr=0.9, end_lr=0.99, total_steps=10))
     _, saved = made(lr=0.1, betas=betas, bias_correction="power")
     _, optimizer = made(lr=0.1, betas=betas)
     steps(saved)
@@ -197,11 +213,11 @@ def test_another_form_of_the_bias_correction_is_said_at_a_load() -> None:
 
 
 def test_a_rise_to_the_highest_rate_of_what_grows_without_end_is_refused() -> None:
-    _, optimizer = made(lr=Exponential(0.1, gamma=1.1))
+    _, optimizer = made(lr=Exponential(peak_lr=0.1, gamma=1.1))
     steps(optimizer)
     with pytest.raises(ValueError, match=r"grows without end, and has no highest rate: give rewarm\(to=\.\.\.\)"):
         optimizer.rewarm(5)
-    assert optimizer.schedule == Exponential(0.1, gamma=1.1)
+    assert optimizer.schedule == Exponential(peak_lr=0.1, gamma=1.1)
     optimizer.rewarm(5, to=1.0)
     steps(optimizer, 6)
     assert optimizer.param_groups[0]["lr"] == 1.0

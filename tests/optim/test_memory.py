@@ -44,8 +44,13 @@ class NoOperations(TorchDispatchMode):
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "float": {"lr": 1e-3},
-    "schedule": {"lr": WSD(3, 50, 50, 0.1), "max_grad_norm": 1.0, "skip_nonfinite": True, "amsgrad": True},
-    "tensor": {"lr": torch.tensor(0.1), "weight_decay": Cosine(0.1, 20)},
+    "schedule": {
+        "lr": WSD(warmup_steps=3, stable_steps=50, decay_steps=50, peak_lr=0.1),
+        "max_grad_norm": 1.0,
+        "skip_nonfinite": True,
+        "amsgrad": True,
+    },
+    "tensor": {"lr": torch.tensor(0.1), "weight_decay": Cosine(peak_lr=0.1, total_steps=20)},
 }
 
 
@@ -180,7 +185,7 @@ def test_what_is_dropped_is_freed_at_once(use: Callable[[FusedAdamW], Any], back
 
 
 def test_an_optimizer_that_its_parameters_refer_to_is_collected(backend: str) -> None:
-    optimizer = FusedAdamW([param(5), param(6, 4)], lr=Cosine(0.1, 10), backend=backend)
+    optimizer = FusedAdamW([param(5), param(6, 4)], lr=Cosine(peak_lr=0.1, total_steps=10), backend=backend)
     train(optimizer)
     first, second = params_of(optimizer)
     first.owner = optimizer
@@ -193,7 +198,9 @@ def test_an_optimizer_that_its_parameters_refer_to_is_collected(backend: str) ->
 
 COMPANIONS: dict[str, Callable[[torch.nn.Linear, FusedAdamW], Any]] = {
     "a scheduler of torch": lambda model, optimizer: torch.optim.lr_scheduler.LambdaLR(optimizer, lambda epoch: 1.0),
-    "a scheduler of nexus": lambda model, optimizer: WSDScheduler(optimizer, 2, 3, 4, 0.1),
+    "a scheduler of nexus": lambda model, optimizer: WSDScheduler(
+        optimizer, warmup_steps=2, stable_steps=3, decay_steps=4, peak_lr=0.1
+    ),
     "updates in the backward pass": step_in_backward,
     "a captured step": lambda model, optimizer: capture_train_step(
         lambda x: (model(x).sum().backward(), optimizer.step(), x)[2], optimizer

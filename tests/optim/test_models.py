@@ -26,7 +26,7 @@ from references import (
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD
 
-SCHEDULE = WSD(2, 20, 5, 1e-2)
+SCHEDULE = WSD(warmup_steps=2, stable_steps=20, decay_steps=5, peak_lr=1e-2)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16], ids=str)
@@ -82,7 +82,7 @@ def test_a_schedule_that_was_put_there_in_inference_mode(backend: str) -> None:
     optimizer, _ = run_beside_torch(make_params([(5,), (3, 4)]), backend, lr=SCHEDULE)
     saved = copy.deepcopy(optimizer.state_dict())
     with torch.inference_mode():
-        optimizer.param_groups[0]["lr"] = WSD(2, None, 5, 1e-2)
+        optimizer.param_groups[0]["lr"] = WSD(warmup_steps=2, stable_steps=None, decay_steps=5, peak_lr=1e-2)
         optimizer.step()
     optimizer.begin_decay()
     with pytest.warns(UserWarning, match="stable_steps"):

@@ -34,12 +34,12 @@ from nexus.schedules import WSD, Constant, Cosine, Linear, OneCycle, Schedule, j
 
 SHAPES = [(), (3, 0), (7,), (130, 5)]
 STEPS = 24
-BETA1 = Linear(0.95, 0.8, 10)
-BETA2 = OneCycle(0.999, 20, start_factor=0.8, end_factor=0.9, kind="linear")
-EPS = Linear(1e-2, 1e-8, 15)
-LIMIT = Linear(0.5, 4.0, 15)
-RATE = WSD(3, 10, 8, 1e-2, 1e-3)
-SCALE = Cosine(0.7, 20, 0.1)
+BETA1 = Linear(start_lr=0.95, end_lr=0.8, total_steps=10)
+BETA2 = OneCycle(peak_lr=0.999, total_steps=20, start_factor=0.8, end_factor=0.9, kind="linear")
+EPS = Linear(start_lr=1e-2, end_lr=1e-8, total_steps=15)
+LIMIT = Linear(start_lr=0.5, end_lr=4.0, total_steps=15)
+RATE = WSD(warmup_steps=3, stable_steps=10, decay_steps=8, peak_lr=1e-2, min_lr=1e-3)
+SCALE = Cosine(peak_lr=0.7, total_steps=20, min_lr=0.1)
 
 
 ON_CPU, ON_GPU = [*BACKENDS, "triton"], list(GPU_BACKENDS)
@@ -120,7 +120,10 @@ CASES: dict[str, dict[str, Any]] = {
     "beta2": {"beta2": BETA2},
     "beta1": {"beta1": BETA1},
     "both betas": {"beta1": BETA1, "beta2": BETA2},
-    "a beta of 0": {"beta1": Linear(0.0, 0.9, 10), "beta2": Linear(0.9, 0.0, 10)},
+    "a beta of 0": {
+        "beta1": Linear(start_lr=0.0, end_lr=0.9, total_steps=10),
+        "beta2": Linear(start_lr=0.9, end_lr=0.0, total_steps=10),
+    },
     "eps": {"eps": EPS},
     "the limit of the norm": {"max_grad_norm": LIMIT},
     "lr_scale": {"lr": RATE, "lr_scale": SCALE},

@@ -12,8 +12,8 @@ from references import copies, make_grads, make_params, same_bits, set_grads, sn
 from nexus.optim import FusedAdamW
 from nexus.schedules import Clock, Linear, ReduceOnPlateau
 
-LIMIT, BETA2 = Linear(1.0, 0.25, 8), Linear(0.9, 0.99, 8)
-OF_TOKENS = Linear(1.0, 0.25, 800), Linear(0.9, 0.99, 800)
+LIMIT, BETA2 = Linear(start_lr=1.0, end_lr=0.25, total_steps=8), Linear(start_lr=0.9, end_lr=0.99, total_steps=8)
+OF_TOKENS = Linear(start_lr=1.0, end_lr=0.25, total_steps=800), Linear(start_lr=0.9, end_lr=0.99, total_steps=800)
 
 
 def run(optimizer: FusedAdamW, clock: Clock | None, steps: range) -> None:
@@ -46,7 +46,7 @@ def test_betas_and_the_limit_of_the_norm_at_a_clock_of_tokens(backend: str) -> N
 
 
 def test_a_plateau_of_the_limit_of_the_norm(backend: str) -> None:
-    limit = ReduceOnPlateau(Linear(1.0, 1.0, 1), factor=0.5, patience=0)
+    limit = ReduceOnPlateau(Linear(start_lr=1.0, end_lr=1.0, total_steps=1), factor=0.5, patience=0)
     (param,) = params = make_params([(4,)])
     optimizer = FusedAdamW(params, lr=1e-2, max_grad_norm=limit, backend=backend)
     history = optimizer.history()

@@ -27,13 +27,13 @@ from nexus.optim.engine import engine_of
 from nexus.schedules import WSD, Constant, Linear, Schedule
 from nexus.training import step_in_backward
 
-BETA1, BETA2 = Linear(0.95, 0.8, 10), Linear(0.9, 0.999, 12)
+BETA1, BETA2 = Linear(start_lr=0.95, end_lr=0.8, total_steps=10), Linear(start_lr=0.9, end_lr=0.999, total_steps=12)
 MOVING: dict[str, Any] = {
-    "lr": WSD(3, 10, 8, 1e-2, 1e-3),
+    "lr": WSD(warmup_steps=3, stable_steps=10, decay_steps=8, peak_lr=1e-2, min_lr=1e-3),
     "betas": (BETA1, BETA2),
-    "eps": Linear(1e-2, 1e-8, 15),
-    "max_grad_norm": Linear(0.5, 4.0, 15),
-    "lr_scale": Linear(0.2, 1.0, 9),
+    "eps": Linear(start_lr=1e-2, end_lr=1e-8, total_steps=15),
+    "max_grad_norm": Linear(start_lr=0.5, end_lr=4.0, total_steps=15),
+    "lr_scale": Linear(start_lr=0.2, end_lr=1.0, total_steps=9),
 }
 SHAPES = [(), (7,), (130, 5)]
 
@@ -183,7 +183,7 @@ def test_products_begin_as_powers_of_the_betas_of_the_moment(backend: str) -> No
     optimizer = make(copies(start), backend, betas=(0.8, 0.95))
     run(optimizer, 0, 6)
     assert "beta_products" not in optimizer.state[optimizer.param_groups[0]["params"][0]]
-    later = Linear(0.9, 0.99, 20)
+    later = Linear(start_lr=0.9, end_lr=0.99, total_steps=20)
     optimizer.param_groups[0]["betas"] = (Constant(0.8), later)
     run(optimizer, 6, 8)
     assert products(optimizer) == pytest.approx([0.8**8, later(6) ** 7 * later(7), 8.0], rel=1e-14)
@@ -235,14 +235,26 @@ def test_what_would_be_ignored_is_refused(backend: str) -> None:
 
 
 BAD: dict[str, tuple[str, Any, str]] = {
-    "a beta that reaches 1": ("betas", (0.9, Linear(0.9, 1.0, 10)), r"betas\[1\] must stay in \[0, 1\).* at step 10"),
-    "within a cycle": ("betas", (Linear(1.0, 0.5, 10).repeat(), 0.9), r"betas\[0\] must stay in .* 1.0 at step 0"),
+    "a beta that reaches 1": (
+        "betas",
+        (0.9, Linear(start_lr=0.9, end_lr=1.0, total_steps=10)),
+        r"betas\[1\] must stay in \[0, 1\).* at step 10",
+    ),
+    "within a cycle": (
+        "betas",
+        (Linear(start_lr=1.0, end_lr=0.5, total_steps=10).repeat(), 0.9),
+        r"betas\[0\] must stay in .* 1.0 at step 0",
+    ),
     "at a sample": (
         "betas",
         (0.9, Schedule.from_function(lambda t: 1.5 if t == 7 else 0.5, 20)),
         r"betas\[1\] must stay in .* 1.5 at step 7",
     ),
-    "no norm": ("max_grad_norm", WSD(3, 5, 4, 1.0), "max_grad_norm must stay above 0.* is 0.0 at step 0"),
+    "no norm": (
+        "max_grad_norm",
+        WSD(warmup_steps=3, stable_steps=5, decay_steps=4, peak_lr=1.0),
+        "max_grad_norm must stay above 0.* is 0.0 at step 0",
+    ),
     "two numbers": ("eps", torch.ones(2), "eps as a tensor must have one element"),
     "no number": ("lr_scale", torch.tensor(float("nan")), "lr_scale must be a finite number >= 0"),
 }
@@ -335,7 +347,7 @@ def test_a_load_keeps_schedules_and_fills_tensors(backend: str) -> None:
         backend,
         eps=tensors["eps"],
         max_grad_norm=tensors["max_grad_norm"],
-        betas=(tensors["beta1"], Linear(0.9, 0.99, 12)),
+        betas=(tensors["beta1"], Linear(start_lr=0.9, end_lr=0.99, total_steps=12)),
         lr_scale=1.0,
     )
     with warnings.catch_warnings(record=True) as given:
@@ -347,7 +359,7 @@ def test_a_load_keeps_schedules_and_fills_tensors(backend: str) -> None:
     assert re.search(r"beta2_schedule.*0\.999", words)
     group = own.param_groups[0]
     assert group["betas"][0] is tensors["beta1"]
-    assert group["betas"][1] == Linear(0.9, 0.99, 12)
+    assert group["betas"][1] == Linear(start_lr=0.9, end_lr=0.99, total_steps=12)
     assert [float(tensor) for tensor in tensors.values()] == pytest.approx(
         [MOVING["eps"](5), MOVING["max_grad_norm"](5), BETA1(5)]
     )

@@ -170,7 +170,7 @@ def test_overrides_are_taken_as_they_are() -> None:
     assert found["classifier.weight"]["lr_scale"] == 10.0
     assert found["classifier.bias"] == {"weight_decay": 0.0, "lr_scale": 10.0, "eps": 1e-6}
     assert "eps" not in found["bert.pooler.dense.weight"]
-    FusedAdamW(groups, lr=Cosine(1e-3, 10))
+    FusedAdamW(groups, lr=Cosine(peak_lr=1e-3, total_steps=10))
 
 
 @pytest.mark.parametrize(

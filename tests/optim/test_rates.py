@@ -37,12 +37,12 @@ def assert_rates(optimizer: FusedAdamW, expected: Schedule, steps: range) -> Non
 @pytest.mark.parametrize(
     "schedule",
     [
-        WSD(20, 60, 40, 1e-3, 1e-5),
-        WSD(20, 60, 40, 1e-3, 1e-5, "sqrt"),
-        WSD(20, None, 40, 1e-3, decay_type="cosine"),
-        CosineRestarts(1e-3, 1e-6, 16, 2.0, 10),
-        CosineRestarts(1e-3, cycle_length=7, cycle_mult=1.1),
-        Cosine(1e-3, 110, 1e-5, 11),
+        WSD(warmup_steps=20, stable_steps=60, decay_steps=40, peak_lr=1e-3, min_lr=1e-5),
+        WSD(warmup_steps=20, stable_steps=60, decay_steps=40, peak_lr=1e-3, min_lr=1e-5, decay_type="sqrt"),
+        WSD(warmup_steps=20, stable_steps=None, decay_steps=40, peak_lr=1e-3, decay_type="cosine"),
+        CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=16, cycle_mult=2.0, warmup_steps=10),
+        CosineRestarts(peak_lr=1e-3, cycle_length=7, cycle_mult=1.1),
+        Cosine(peak_lr=1e-3, total_steps=110, min_lr=1e-5, warmup_steps=11),
         Constant(0.25),
     ],
     ids=repr,
@@ -62,7 +62,7 @@ def test_the_group_shows_the_oracles_rate_after_every_step(backend: str, schedul
 
 
 def test_groups_that_share_a_schedule_share_no_tensor(backend: str) -> None:  # pytorch#126854
-    schedule = Cosine(1.0, 10)
+    schedule = Cosine(peak_lr=1.0, total_steps=10)
     groups = [{"params": make_params([(2,)])}, {"params": make_params([(2,)]), "lr_scale": 0.5}]
     optimizer = FusedAdamW(groups, lr=schedule, weight_decay=Constant(0.1), backend=backend)
     tensors = [group[name] for group in optimizer.param_groups for name in ("lr", "weight_decay")]
@@ -80,7 +80,7 @@ def test_groups_that_share_a_schedule_share_no_tensor(backend: str) -> None:  # 
 
 
 def test_a_float_written_over_a_schedule_is_refused(backend: str) -> None:
-    optimizer = make(backend, lr=Cosine(1.0, 10))
+    optimizer = make(backend, lr=Cosine(peak_lr=1.0, total_steps=10))
     train(optimizer, 1)
     group = optimizer.param_groups[0]
     output, before = group["lr"], copies(group["params"])
@@ -90,11 +90,11 @@ def test_a_float_written_over_a_schedule_is_refused(backend: str) -> None:
             train(optimizer, 1)
         assert same_bits(before, group["params"])
     group["lr"] = output
-    assert_rates(optimizer, Cosine(1.0, 10), range(1, 2))
+    assert_rates(optimizer, Cosine(peak_lr=1.0, total_steps=10), range(1, 2))
 
 
 def test_a_scheduled_rate_changed_in_place_is_refused(backend: str) -> None:
-    params, schedule = make_params([(3,)]), Cosine(0.1, 20, 0.01)
+    params, schedule = make_params([(3,)]), Cosine(peak_lr=0.1, total_steps=20, min_lr=0.01)
     optimizer, reference = run_beside_torch(params, backend, lr=schedule, weight_decay=schedule)
     group, before = optimizer.param_groups[0], snapshot(optimizer)
     for name in ("lr", "weight_decay"):
@@ -121,7 +121,7 @@ def test_a_scheduled_rate_changed_in_place_is_refused(backend: str) -> None:
 
 @pytest.mark.parametrize("with_a_float", [True, False])
 def test_a_schedule_is_released(backend: str, with_a_float: bool) -> None:
-    schedule = Cosine(1.0, 10)
+    schedule = Cosine(peak_lr=1.0, total_steps=10)
     optimizer = make(backend, lr=schedule)
     group = optimizer.param_groups[0]
     train(optimizer, 4)
@@ -130,12 +130,15 @@ def test_a_schedule_is_released(backend: str, with_a_float: bool) -> None:
         group["lr"] = 0.25
     assert_rates(optimizer, Constant(0.25 if with_a_float else schedule(3)), range(3))
     lr_scheduler.StepLR(optimizer, 1)  # takes a torch scheduler now
-    group["lr"] = Cosine(2.0, 10)  # and a schedule again, at the optimizer's own count
-    assert_rates(optimizer, Cosine(2.0, 10), range(7, 8))
+    group["lr"] = Cosine(peak_lr=2.0, total_steps=10)  # and a schedule again, at the optimizer's own count
+    assert_rates(optimizer, Cosine(peak_lr=2.0, total_steps=10), range(7, 8))
 
 
 def test_a_schedule_is_replaced_by_another(backend: str) -> None:
-    first, second = Cosine(1.0, 100), WSD(3, 10, 7, 0.5)
+    first, second = (
+        Cosine(peak_lr=1.0, total_steps=100),
+        WSD(warmup_steps=3, stable_steps=10, decay_steps=7, peak_lr=0.5),
+    )
     params = make_params([(2,), (3,)])
     optimizer, reference = run_beside_torch(params, backend, steps=5, lr=first, weight_decay=0.1)
     (group,), (expected,) = optimizer.param_groups, reference.optimizer.param_groups
@@ -161,16 +164,19 @@ def test_lr_scale_changed_while_training(backend: str) -> None:
 
 BASE = {"peak_lr": 1e-2, "min_lr": 1e-3}
 EVENTS: dict[str, tuple[WSD, int]] = {
-    "open-ended": (WSD(10, None, 8, **BASE), 30),
-    "first stable step": (WSD(10, None, 8, **BASE, decay_type="sqrt"), 10),
-    "warm-up of an open-ended one": (WSD(10, None, 8, **BASE, decay_type="cosine"), 4),
-    "stable": (WSD(10, 20, 8, **BASE), 15),
-    "warm-up": (WSD(10, 20, 8, **BASE, decay_type="cosine"), 7),
-    "the very beginning": (WSD(10, 20, 8, **BASE), 0),
-    "first decay step": (WSD(10, 20, 8, **BASE), 30),
-    "decay": (WSD(10, 20, 8, **BASE), 34),
-    "done": (WSD(10, 20, 8, **BASE), 45),
-    "the beginning without warm-up": (WSD(0, 20, 8, **BASE), 0),
+    "open-ended": (WSD(warmup_steps=10, stable_steps=None, decay_steps=8, **BASE), 30),
+    "first stable step": (WSD(warmup_steps=10, stable_steps=None, decay_steps=8, **BASE, decay_type="sqrt"), 10),
+    "warm-up of an open-ended one": (
+        WSD(warmup_steps=10, stable_steps=None, decay_steps=8, **BASE, decay_type="cosine"),
+        4,
+    ),
+    "stable": (WSD(warmup_steps=10, stable_steps=20, decay_steps=8, **BASE), 15),
+    "warm-up": (WSD(warmup_steps=10, stable_steps=20, decay_steps=8, **BASE, decay_type="cosine"), 7),
+    "the very beginning": (WSD(warmup_steps=10, stable_steps=20, decay_steps=8, **BASE), 0),
+    "first decay step": (WSD(warmup_steps=10, stable_steps=20, decay_steps=8, **BASE), 30),
+    "decay": (WSD(warmup_steps=10, stable_steps=20, decay_steps=8, **BASE), 34),
+    "done": (WSD(warmup_steps=10, stable_steps=20, decay_steps=8, **BASE), 45),
+    "the beginning without warm-up": (WSD(warmup_steps=0, stable_steps=20, decay_steps=8, **BASE), 0),
 }
 
 
@@ -189,7 +195,7 @@ def test_begin_decay_equals_the_oracle(backend: str, schedule: WSD, at: int, aga
 @pytest.mark.parametrize("at", [0, 5, 10, 20, 29, 30, 34, 45])
 @pytest.mark.parametrize("n", [0, 1, 13])
 def test_extend_stable_equals_the_oracle(backend: str, at: int, n: int) -> None:
-    schedule = WSD(10, 20, 8, **BASE)
+    schedule = WSD(warmup_steps=10, stable_steps=20, decay_steps=8, **BASE)
     optimizer = make(backend, lr=schedule)
     assert_rates(optimizer, schedule, range(at))
     optimizer.extend_stable(n)
@@ -198,7 +204,10 @@ def test_extend_stable_equals_the_oracle(backend: str, at: int, n: int) -> None:
 
 
 def test_a_refused_extension_changes_no_group_and_an_end_all(backend: str) -> None:
-    schedule, of_decay = WSD(2, 5, 4, **BASE), WSD(0, None, 6, 1.0)
+    schedule, of_decay = (
+        WSD(warmup_steps=2, stable_steps=5, decay_steps=4, **BASE),
+        WSD(warmup_steps=0, stable_steps=None, decay_steps=6, peak_lr=1.0),
+    )
     options: list[dict[str, Any]] = [{}, {"lr_scale": 0.5}, {"lr": 0.1, "weight_decay": of_decay}]
     groups = [{"params": make_params([(2,)]), **each} for each in options]
     optimizer = FusedAdamW(groups, lr=schedule, backend=backend)
@@ -215,7 +224,7 @@ def test_a_refused_extension_changes_no_group_and_an_end_all(backend: str) -> No
         assert float(optimizer.param_groups[2]["weight_decay"]) == pytest.approx(decay(t))
 
 
-@pytest.mark.parametrize("lr", [0.1, Cosine(1.0, 10), Constant(1.0)])
+@pytest.mark.parametrize("lr", [0.1, Cosine(peak_lr=1.0, total_steps=10), Constant(1.0)])
 def test_without_a_wsd_there_is_nothing_to_decay(lr: Any) -> None:
     optimizer = make(lr=lr)
     for call in (optimizer.begin_decay, lambda: optimizer.extend_stable(1)):
@@ -226,4 +235,4 @@ def test_without_a_wsd_there_is_nothing_to_decay(lr: Any) -> None:
 @pytest.mark.parametrize(("n", "error"), [(-1, ValueError), (1.5, TypeError), ("1", TypeError), (True, TypeError)])
 def test_extend_stable_takes_a_count(n: Any, error: type[Exception]) -> None:
     with pytest.raises(error, match="n must be an int from 0"):
-        make(lr=WSD(1, 2, 3, 1.0)).extend_stable(n)
+        make(lr=WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0)).extend_stable(n)

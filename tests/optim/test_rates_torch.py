@@ -147,8 +147,11 @@ def test_a_bad_change_is_refused_and_changes_nothing(backend: str, name: str, va
 
 
 def test_lambda_lr_over_a_schedule_is_saved_and_loaded() -> None:
-    schedule = WSD(2, 3, 4, 0.1)
-    first, second = (LambdaLR(torch.optim.SGD([param(3)], lr=1.0), WSD(2, 3, 4, 0.1)) for _ in range(2))
+    schedule = WSD(warmup_steps=2, stable_steps=3, decay_steps=4, peak_lr=0.1)
+    first, second = (
+        LambdaLR(torch.optim.SGD([param(3)], lr=1.0), WSD(warmup_steps=2, stable_steps=3, decay_steps=4, peak_lr=0.1))
+        for _ in range(2)
+    )
     first.optimizer.step()
     first.step()
     second.load_state_dict(first.state_dict())

@@ -320,7 +320,11 @@ def restored_defaults() -> Iterator[None]:
 
 @pytest.mark.usefixtures("restored_defaults")
 @pytest.mark.parametrize("default", ["cpu", "meta", torch.float64, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("lr", [0.01, torch.tensor(0.01), WSD(2, 20, 5, 1e-2)], ids=["float", "tensor", "schedule"])
+@pytest.mark.parametrize(
+    "lr",
+    [0.01, torch.tensor(0.01), WSD(warmup_steps=2, stable_steps=20, decay_steps=5, peak_lr=1e-2)],
+    ids=["float", "tensor", "schedule"],
+)
 def test_state_is_made_for_the_parameters_whatever_the_defaults(backend: str, lr: Any, default: Any) -> None:
     params = make_params([(5,), (3, 2)])
     options = {"amsgrad": True, "max_grad_norm": 1.0}

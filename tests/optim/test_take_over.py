@@ -96,7 +96,7 @@ def test_a_group_whose_rate_was_changed_is_refused() -> None:
 
 @pytest.mark.parametrize("compose", [lambda s: s.warmup(2), lambda s: s * Constant(0.5), lambda s: join([s], [])])
 def test_a_wsd_within_another_schedule_is_not_edited(compose: Callable[[Schedule], Schedule]) -> None:
-    whole = WSD(2, 4, 4, 1e-3)
+    whole = WSD(warmup_steps=2, stable_steps=4, decay_steps=4, peak_lr=1e-3)
     params = [group["params"] for group in groups()]
     optimizer = FusedAdamW([{"params": params[0], "lr": whole}, {"params": params[1], "lr": compose(whole)}])
     run(optimizer, 3)

@@ -159,7 +159,9 @@ def test_two_optimizers_on_two_threads(backend: str) -> None:
     rounds = [[make_grads(own) for _ in range(8)] for own in start]
 
     def run(which: int) -> list[Tensor]:
-        optimizer = FusedAdamW(copies(start[which]), lr=Cosine(0.1, 20), max_grad_norm=1.0, backend=backend)
+        optimizer = FusedAdamW(
+            copies(start[which]), lr=Cosine(peak_lr=0.1, total_steps=20), max_grad_norm=1.0, backend=backend
+        )
         take_steps(optimizer, rounds[which])
         return snapshot(optimizer)
 

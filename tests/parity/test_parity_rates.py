@@ -114,7 +114,7 @@ def test_torchs_schedulers(make: Make, name: str, as_tensor: bool) -> object:
     ),
 )
 def test_a_schedule_as_a_rate() -> None:
-    schedule = WSD(3, 4, 5, 0.1, 0.01)
+    schedule = WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=0.1, min_lr=0.01)
     for name in ("lr", "weight_decay"):
         with pytest.raises(TypeError, match="not supported between instances of 'float' and 'WSD'"):
             fused_torch([param(1)], **{name: schedule})
@@ -129,7 +129,7 @@ def test_a_schedule_as_a_rate() -> None:
         scheduler.step()
     assert_same(peer, optimizer)
     with pytest.raises(RuntimeError, match="takes no scheduler"):
-        lr_scheduler.LambdaLR(FusedAdamW([param(1)], lr=Cosine(0.1, 10)), lambda t: 1.0)
+        lr_scheduler.LambdaLR(FusedAdamW([param(1)], lr=Cosine(peak_lr=0.1, total_steps=10)), lambda t: 1.0)
 
 
 @pytest.mark.parity(

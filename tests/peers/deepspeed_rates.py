@@ -21,8 +21,8 @@ def deepspeed():
 
 def rise(kind, w, high, low=LOW):
     if kind == "linear":
-        return Linear(low, high, w)
-    return Arc("log", high, low, span=1.0, shift=1.0, k=1.0 / math.log(w))
+        return Linear(start_lr=low, end_lr=high, total_steps=w)
+    return Arc("log", high=high, low=low, span=1.0, shift=1.0, k=1.0 / math.log(w))
 
 
 def a_step_late(first, schedule):
@@ -45,7 +45,7 @@ def test_warmups(deepspeed, n, warmup, kind):
 
     optimizer = two_groups(*HIGHS)
     scheduler = deepspeed.WarmupDecayLR(optimizer, n, **highs, **more)
-    fall = [Linear(high, LOW, n - w) if n > w else Constant(LOW) for high in HIGHS]
+    fall = [Linear(start_lr=high, end_lr=LOW, total_steps=n - w) if n > w else Constant(LOW) for high in HIGHS]
     ours = [
         a_step_late(LOW, join([rise(kind, w, high), after], [w])) for high, after in zip(HIGHS, fall, strict=True)
     ]
@@ -63,7 +63,7 @@ def test_warmup_and_cosine(deepspeed, n, warmup, kind):
     ours = []
     for high in HIGHS:
         # Another step early: the cosine is at (t + 1 - W) / (N - W), and so never at the peak.
-        wave = [(w, Arc("cosine", high, 0.01 * high, float(n - w), shift=1.0))] if n > w + 1 else []
+        wave = [(w, Arc("cosine", high=high, low=0.01 * high, span=float(n - w), shift=1.0))] if n > w + 1 else []
         parts = [(0, rise(kind, w, high, 0.02 * high)), *wave, (max(w, n - 1), Constant(0.01 * high))]
         joined = join([part for _, part in parts], [start for start, _ in parts[1:]])
         ours.append(a_step_late(0.0, joined))
@@ -78,7 +78,14 @@ def test_cycle(deepspeed, n):
     decay = {"decay_step_size": 7, "decay_lr_rate": 0.5}
     scheduler = deepspeed.OneCycle(optimizer, lows, list(HIGHS), cycle_momentum=False, **sizes, **decay)
     ours = [
-        join([Linear(low, high, up), Linear(high, low, n), Arc("inverse", low, 0.0, 7 / 0.5)], [up, up + n])
+        join(
+            [
+                Linear(start_lr=low, end_lr=high, total_steps=up),
+                Linear(start_lr=high, end_lr=low, total_steps=n),
+                Arc("inverse", high=low, low=0.0, span=7 / 0.5),
+            ],
+            [up, up + n],
+        )
         for low, high in zip(lows, HIGHS, strict=True)
     ]
     check(ours, driven(optimizer, scheduler.step, 2 * n + 30))
@@ -90,7 +97,10 @@ def test_range(deepspeed, n):
     settings = {"lr_range_test_step_size": n, "lr_range_test_step_rate": 2.0}
     optimizer = two_groups()
     scheduler = deepspeed.LRRangeTest(optimizer, list(lows), **settings)
-    check([Linear(low, 7.0 * low, end) for low in lows], driven(optimizer, scheduler.step, end + 1))
+    check(
+        [Linear(start_lr=low, end_lr=7.0 * low, total_steps=end) for low in lows],
+        driven(optimizer, scheduler.step, end + 1),
+    )
 
     optimizer = two_groups()
     scheduler = deepspeed.LRRangeTest(optimizer, list(lows), lr_range_test_staircase=True, **settings)

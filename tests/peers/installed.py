@@ -29,7 +29,7 @@ def require(package: str) -> None:
     if sys.version_info < (3, 11):
         pytest.skip("the packages of tests/peers/requirements.txt need Python 3.11")
     if not (PEERS / package).is_dir():
-        missing = f"{package} is not in {PEERS}: `make .venv` installs it"
+        missing = f"{package} is not in {PEERS}: `make trainers` installs it"
         if os.environ.get("CI"):
             pytest.fail(missing)
         pytest.skip(missing)

@@ -37,8 +37,9 @@ def bounds():
 def test_lines_and_cosines(megatron, n, warmup):
     left = n - warmup
     check(warmed(warmup, map(Constant, HIGHS)), rates(megatron, n, warmup, "constant"))
-    check(warmed(warmup, [Linear(*each, left) for each in bounds()]), rates(megatron, n, warmup, "linear"))
-    falls = [Cosine(high, left, low) for high, low in bounds()]
+    lines = [Linear(start_lr=high, end_lr=low, total_steps=left) for high, low in bounds()]
+    check(warmed(warmup, lines), rates(megatron, n, warmup, "linear"))
+    falls = [Cosine(peak_lr=high, total_steps=left, min_lr=low) for high, low in bounds()]
     check(warmed(warmup, falls), rates(megatron, n, warmup, "cosine"))
 
 
@@ -47,7 +48,17 @@ def test_lines_and_cosines(megatron, n, warmup):
 def test_warmup_stable_decay(megatron, n, warmup, kind):
     decay = max(1, n // 3)
     ours = {"minus_sqrt": "sqrt"}.get(kind, kind)
-    falls = [WSD(0, n - warmup - decay, decay, high, low, ours) for high, low in bounds()]
+    falls = [
+        WSD(
+            warmup_steps=0,
+            stable_steps=n - warmup - decay,
+            decay_steps=decay,
+            peak_lr=high,
+            min_lr=low,
+            decay_type=ours,
+        )
+        for high, low in bounds()
+    ]
     real = rates(megatron, n, warmup, "WSD", wsd_decay_steps=decay, lr_wsd_decay_style=kind)
     check(warmed(warmup, falls), real)
 
@@ -58,7 +69,7 @@ def test_inverse_sqrt(megatron, n, warmup):
     late = max(0, 1 - warmup)
     ours = []
     for high, low in bounds():
-        falling = InverseSqrt(high, max(1, warmup)).clip(low)
+        falling = InverseSqrt(peak_lr=high, timescale=max(1, warmup)).clip(low)
         parts = [*([Constant(high)] if late else []), falling]
         ours.append(join([*parts, Constant(low)], [*([late] if late else []), n + 1 - warmup]))
     check(warmed(warmup, ours), rates(megatron, n, warmup, "inverse-square-root"))

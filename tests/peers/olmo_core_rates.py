@@ -37,15 +37,19 @@ def test_lines_and_cosines(olmo, n, warmup):
 
     def compare(kind, fall, top=1.0):
         def whole(high):
-            rise = (warmup, lambda: Linear(0.0, top * high, warmup))
+            rise = (warmup, lambda: Linear(start_lr=0.0, end_lr=top * high, total_steps=warmup))
             return in_turn(rise, (left, lambda: fall(high)), last=Constant(0.1 * high))
 
         check(list(map(whole, HIGHS)), rates(kind(warmup=warmup, alpha_f=0.1), n))
 
-    compare(olmo.LinearWithWarmup, lambda high: Linear(high, 0.1 * high, left))
-    compare(olmo.CosWithWarmup, lambda high: Cosine(high, left, 0.1 * high))
+    compare(olmo.LinearWithWarmup, lambda high: Linear(start_lr=high, end_lr=0.1 * high, total_steps=left))
+    compare(olmo.CosWithWarmup, lambda high: Cosine(peak_lr=high, total_steps=left, min_lr=0.1 * high))
     half = 0.55  # of the peak: the lower half of a cosine begins there
-    compare(olmo.HalfCosWithWarmup, lambda high: Arc("cosine", high, 0.1 * high, 2.0 * left, shift=float(left)), half)
+    compare(
+        olmo.HalfCosWithWarmup,
+        lambda high: Arc("cosine", high=high, low=0.1 * high, span=2.0 * left, shift=float(left)),
+        half,
+    )
 
 
 @pytest.mark.parametrize("warmup", WARM)
@@ -53,7 +57,7 @@ def test_lines_and_cosines(olmo, n, warmup):
 def test_what_needs_a_warmup(olmo, n, warmup):
     check(list(map(Constant, HIGHS)), rates(olmo.ConstantScheduler(), n))
     check(warmed(warmup, map(Constant, HIGHS)), rates(olmo.ConstantWithWarmup(warmup=warmup), n))
-    falls = [Arc("inverse", high, 0.1 * high, float(warmup), q=0.5) for high in HIGHS]
+    falls = [Arc("inverse", high=high, low=0.1 * high, span=float(warmup), q=0.5) for high in HIGHS]
     check(warmed(warmup, falls), rates(olmo.InvSqrtWithWarmup(warmup=warmup, alpha_f=0.1), n))
 
 
@@ -70,14 +74,17 @@ def test_decays_at_the_end(olmo, n, warmup):
         """The curve, and a line to 0 from where it is."""
 
         def whole(high):
-            return in_turn((stable, lambda: curve(high)), last=Linear(curve(high)(stable), 0.0, decay))
+            return in_turn(
+                (stable, lambda: curve(high)),
+                last=Linear(start_lr=curve(high)(stable), end_lr=0.0, total_steps=decay),
+            )
 
         return warmed(warmup, map(whole, HIGHS))
 
     check(tails(Constant), rates(olmo.WSD(**lasting), n, last=n))
-    powers = tails(lambda high: Arc("inverse", high, 0.0, float(warmup), q=0.51))
+    powers = tails(lambda high: Arc("inverse", high=high, low=0.0, span=float(warmup), q=0.51))
     check(powers, rates(olmo.PowerLR(**lasting), n, last=n))
-    waves = tails(lambda high: Cosine(high, n - warmup, 0.1 * high))
+    waves = tails(lambda high: Cosine(peak_lr=high, total_steps=n - warmup, min_lr=0.1 * high))
     check(waves, rates(olmo.CosWithWarmupAndLinearDecay(**lasting, alpha_f=0.1), n, last=n))
 
 
@@ -90,7 +97,14 @@ def test_stages(olmo, n):
         stage(duration=7, end_lr=1e-4),
     ]
     ours = [
-        join([Linear(0.0, high, n), Cosine(high, 2 * n, 0.2 * high), Linear(0.2 * high, 1e-4, 7)], [n, 3 * n])
+        join(
+            [
+                Linear(start_lr=0.0, end_lr=high, total_steps=n),
+                Cosine(peak_lr=high, total_steps=2 * n, min_lr=0.2 * high),
+                Linear(start_lr=0.2 * high, end_lr=1e-4, total_steps=7),
+            ],
+            [n, 3 * n],
+        )
         for high in HIGHS
     ]
     with pytest.warns(UserWarning, match="ignores 't_max'"):
@@ -102,7 +116,7 @@ def test_stages(olmo, n):
 def test_one_after_the_other(olmo, n, warmup):
     first, then = olmo.ConstantWithWarmup(warmup=warmup), olmo.LinearWithWarmup(warmup=0, alpha_f=0.1)
     scheduler = olmo.SequentialScheduler(schedulers=[first, then], schedulers_max=[warmup + 3])
-    ours = [join([Constant(high), Linear(high, 0.1 * high, n)], [3]) for high in HIGHS]
+    ours = [join([Constant(high), Linear(start_lr=high, end_lr=0.1 * high, total_steps=n)], [3]) for high in HIGHS]
     check(warmed(warmup, ours), rates(scheduler, warmup + 3 + n, last=warmup + 3 + n))
 
 
@@ -116,7 +130,7 @@ def test_periods(olmo, n, warmup):
 
     def periods(high):
         def fall(shift=0.0):
-            return Arc("linear", high, 0.0, float(decay), shift=shift)
+            return Arc("linear", high=high, low=0.0, span=float(decay), shift=shift)
 
         first = [(stable, lambda: Constant(high)), (decay + 1, fall)]
         # The next begins at its own step 1.
@@ -127,7 +141,7 @@ def test_periods(olmo, n, warmup):
 
 @pytest.mark.parametrize("n", SIZES)
 def test_exponential_rise(olmo, n):
-    ours = [join([Exponential(1e-6, high / 1e-6, n), Constant(high)], [n]) for high in HIGHS]
+    ours = [join([Exponential(peak_lr=1e-6, gamma=high / 1e-6, every=n), Constant(high)], [n]) for high in HIGHS]
     check(ours, rates(olmo.ExponentialScheduler(lr_min=1e-6), n))
 
 

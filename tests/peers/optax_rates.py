@@ -40,13 +40,21 @@ def compare(fn, ours, steps):
 @pytest.mark.parametrize("n", SIZES)
 def test_decays(optax, n):
     steps = n + 30
-    compare(optax.linear_schedule(HIGH, LOW, n, 5), join([Constant(HIGH), Linear(HIGH, LOW, n)], [5]), steps)
-    compare(optax.polynomial_schedule(HIGH, LOW, 1.5, n), Polynomial(HIGH, n, 1.5, LOW), steps)
-    compare(optax.exponential_decay(HIGH, n, 0.9), Exponential(HIGH, 0.9, n), steps)
+    compare(
+        optax.linear_schedule(HIGH, LOW, n, 5),
+        join([Constant(HIGH), Linear(start_lr=HIGH, end_lr=LOW, total_steps=n)], [5]),
+        steps,
+    )
+    compare(
+        optax.polynomial_schedule(HIGH, LOW, 1.5, n),
+        Polynomial(peak_lr=HIGH, total_steps=n, power=1.5, min_lr=LOW),
+        steps,
+    )
+    compare(optax.exponential_decay(HIGH, n, 0.9), Exponential(peak_lr=HIGH, gamma=0.9, every=n), steps)
     stairs = optax.exponential_decay(HIGH, n, 0.5, staircase=True, end_value=LOW)
-    compare(stairs, StepDecay(HIGH, 0.5, n).clip(low=LOW), steps)
-    compare(optax.cosine_decay_schedule(HIGH, n, 0.1), Cosine(HIGH, n, 0.1 * HIGH), steps)
-    power = join([Arc("cosine", HIGH, 0.1 * HIGH, float(n), q=1.7), Constant(0.1 * HIGH)], [n])
+    compare(stairs, StepDecay(peak_lr=HIGH, gamma=0.5, every=n).clip(low=LOW), steps)
+    compare(optax.cosine_decay_schedule(HIGH, n, 0.1), Cosine(peak_lr=HIGH, total_steps=n, min_lr=0.1 * HIGH), steps)
+    power = join([Arc("cosine", high=HIGH, low=0.1 * HIGH, span=float(n), q=1.7), Constant(0.1 * HIGH)], [n])
     compare(optax.cosine_decay_schedule(HIGH, n, 0.1, exponent=1.7), power, steps)
 
 
@@ -56,16 +64,16 @@ def test_pieces(optax, n):
     compare(pieces, Piecewise([(0, HIGH), (n, 0.5 * HIGH), (n + 7, 0.05 * HIGH)]), n + 30)
     for kind in ("linear", "cosine"):
         between = optax.piecewise_interpolate_schedule(kind, LOW, {n: 100.0, n + 7: 0.1})
-        compare(between, Piecewise([(0, LOW), (n, HIGH), (n + 7, 0.1 * HIGH)], kind), n + 30)
+        compare(between, Piecewise([(0, LOW), (n, HIGH), (n + 7, 0.1 * HIGH)], kind=kind), n + 30)
 
 
 @pytest.mark.parametrize("n", [n for n in SIZES if n >= 10])
 def test_cycles(optax, n):
     ends = (HIGH / 25, HIGH / 25e4)
     up = int(0.3 * n)
-    once = Piecewise([(0, ends[0]), (up, HIGH), (n, ends[1])], "cosine")
+    once = Piecewise([(0, ends[0]), (up, HIGH), (n, ends[1])], kind="cosine")
     compare(optax.cosine_onecycle_schedule(n, HIGH), once, n + 30)
-    lines = Piecewise([(0, ends[0]), (up, HIGH), (int(0.85 * n), ends[0]), (n, ends[1])], "linear")
+    lines = Piecewise([(0, ends[0]), (up, HIGH), (int(0.85 * n), ends[0]), (n, ends[1])], kind="linear")
     compare(optax.linear_onecycle_schedule(n, HIGH), lines, n + 30)
 
 
@@ -75,16 +83,26 @@ def test_warmups(optax, n, warmup):
     steps = n + warmup + 30
 
     def warmed(fall):
-        return in_turn((warmup, lambda: Linear(LOW, HIGH, warmup)), last=fall)
+        return in_turn((warmup, lambda: Linear(start_lr=LOW, end_lr=HIGH, total_steps=warmup)), last=fall)
 
     if warmup:
-        compare(optax.warmup_constant_schedule(LOW, HIGH, warmup), Linear(LOW, HIGH, warmup), steps)
+        compare(
+            optax.warmup_constant_schedule(LOW, HIGH, warmup),
+            Linear(start_lr=LOW, end_lr=HIGH, total_steps=warmup),
+            steps,
+        )
     cosine = optax.warmup_cosine_decay_schedule(LOW, HIGH, warmup, warmup + n, 0.1 * HIGH)
-    compare(cosine, warmed(Cosine(HIGH, n, 0.1 * HIGH)), steps)
+    compare(cosine, warmed(Cosine(peak_lr=HIGH, total_steps=n, min_lr=0.1 * HIGH)), steps)
     exponential = optax.warmup_exponential_decay_schedule(LOW, HIGH, warmup, n, 0.5)
-    compare(exponential, warmed(Exponential(HIGH, 0.5, n)), steps)
+    compare(exponential, warmed(Exponential(peak_lr=HIGH, gamma=0.5, every=n)), steps)
     one = {"init_value": LOW, "peak_value": HIGH, "warmup_steps": warmup, "decay_steps": warmup + n}
-    twice = join([warmed(Cosine(HIGH, n, 0.0)), warmed(Cosine(HIGH, n, 0.0))], [warmup + n])
+    twice = join(
+        [
+            warmed(Cosine(peak_lr=HIGH, total_steps=n, min_lr=0.0)),
+            warmed(Cosine(peak_lr=HIGH, total_steps=n, min_lr=0.0)),
+        ],
+        [warmup + n],
+    )
     compare(optax.sgdr_schedule([one, one]), twice, 2 * (n + warmup) + 10)
 
 

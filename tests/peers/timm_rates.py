@@ -85,19 +85,31 @@ def test_rows_of_the_docs(timm, warmup):
     """docs/schedules/moving-over.md."""
     n, lr, least = 113, 0.1, 1e-4
     rows = [
-        (timm.CosineLRScheduler, {"t_initial": n, "lr_min": least, "cycle_limit": 2}, Cosine(lr, n, least).repeat(2)),
-        (timm.PolyLRScheduler, {"t_initial": n, "power": 2.0, "lr_min": least}, Polynomial(lr, n, 2.0, least)),
-        (timm.StepLRScheduler, {"decay_t": 10, "decay_rate": 0.5}, StepDecay(lr, 0.5, 10)),
-        (timm.MultiStepLRScheduler, {"decay_t": [5, 50], "decay_rate": 0.5}, MultiStep(lr, [4, 49], 0.5)),
+        (
+            timm.CosineLRScheduler,
+            {"t_initial": n, "lr_min": least, "cycle_limit": 2},
+            Cosine(peak_lr=lr, total_steps=n, min_lr=least).repeat(2),
+        ),
+        (
+            timm.PolyLRScheduler,
+            {"t_initial": n, "power": 2.0, "lr_min": least},
+            Polynomial(peak_lr=lr, total_steps=n, power=2.0, min_lr=least),
+        ),
+        (timm.StepLRScheduler, {"decay_t": 10, "decay_rate": 0.5}, StepDecay(peak_lr=lr, gamma=0.5, every=10)),
+        (
+            timm.MultiStepLRScheduler,
+            {"decay_t": [5, 50], "decay_rate": 0.5},
+            MultiStep(peak_lr=lr, milestones=[4, 49], gamma=0.5),
+        ),
         (
             timm.TanhLRScheduler,
             {"t_initial": n, "lb": -6.0, "ub": 4.0, "lr_min": least},
-            Tanh(lr, n, least, -6.0, 4.0),
+            Tanh(peak_lr=lr, total_steps=n, min_lr=least, lower=-6.0, upper=4.0),
         ),
         (
             timm.WSDLRScheduler,
             {"t_initial": n, "decay_t": 30, "lr_min": least},
-            WSD(0, n - 30, 30, lr, least, "sqrt"),
+            WSD(warmup_steps=0, stable_steps=n - 30, decay_steps=30, peak_lr=lr, min_lr=least, decay_type="sqrt"),
         ),
     ]
     for kind, arguments, schedule in rows:
@@ -105,7 +117,7 @@ def test_rows_of_the_docs(timm, warmup):
         optimizer = two_groups()
         scheduler = kind(optimizer, **arguments, warmup_t=warmup, warmup_lr_init=1e-5, **prefix)
         if warmup and kind is timm.TanhLRScheduler:  # the warm-up goes to lr, from where the rate falls a little
-            ours = Linear(1e-5, lr, warmup).then(schedule)
+            ours = Linear(start_lr=1e-5, end_lr=lr, total_steps=warmup).then(schedule)
         else:
             ours = schedule.warmup(warmup, start=1e-5) if warmup else schedule
         for t in range(n + warmup):

@@ -39,7 +39,9 @@ def test_each_decay_at_every_step(titan, n, warmup, decay_ratio, kind):
 def test_one_schedule_in_full(titan):
     (schedule, _) = from_torch(built(titan, two_groups(1.0), 10, warmup_steps=4, min_lr_factor=0.4))
     assert schedule.values(0, 12) == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.4])
-    ours = join([Linear(0.25, 1.0, 3), Linear(1.0, 0.4, 6)], [4])
+    ours = join(
+        [Linear(start_lr=0.25, end_lr=1.0, total_steps=3), Linear(start_lr=1.0, end_lr=0.4, total_steps=6)], [4]
+    )
     assert schedule.values(0, 12) == pytest.approx(ours.values(0, 12))
 
 

@@ -232,6 +232,7 @@ def test_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypat
         ("tiny", "tiny"),
         ("--out no/such/folder/rows.json", "no/such/folder"),
         ("--picture .", "folder"),
+        ("--picture speed.jpg", "must end in .png, .svg, .pdf, got 'speed.jpg'"),
         ("--case host --picture speed.png", "host"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from statistics import mean
 
 import pytest
 import torch
@@ -40,6 +41,14 @@ def test_a_bar_in_a_terminal_and_lines_in_a_log(terminal: bool, monkeypatch, cap
     assert "loss 1.00, rate 1.0e-03 (decay), " in err
     assert ("100/100 |" in err) == terminal
     assert err.count("step ") == (0 if terminal else 10)
+
+
+def test_progress_shows_a_smoothed_loss(text: corpus.Corpus) -> None:
+    training = Training(RunConfig(70, schedule_for("wsd", 70), 0, Size(MODEL, 4), "cpu", 1, ""), text)
+    shown = []
+    training.train(lambda: False, lambda step, loss, rate: shown.append((step, loss)))
+    losses = training.losses.tolist()
+    assert shown == [(step, pytest.approx(mean(losses[max(0, step - 50) : step]))) for step in range(10, 71, 10)]
 
 
 def test_schedules_end_with_the_run() -> None:

@@ -62,7 +62,20 @@ def test_code(name, tmp_path, monkeypatch) -> None:
     torch.manual_seed(0)
     variables: dict[str, object] = {"__name__": "__main__"}
     for code in (GIVEN.get(name, ""), *blocks(TEXTS[name], "python")):
-        exec(compile(code, name, "exec"), variables)
+        try:
+            exec(compile(code, name, "exec"), variables)
+        except ModuleNotFoundError as error:
+            if error.name not in ("accelerate", "lightning", "transformers"):
+                raise
+            pytest.skip(f"{error.name} is not installed")
+
+
+def test_the_first_code_prints_what_the_readme_shows(capsys) -> None:
+    code, (shown, *_) = blocks(TEXTS["README.md"], "python")[0], blocks(TEXTS["README.md"], "text")
+    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    printed, expected = (re.split(r"([\d.]+)", text) for text in (capsys.readouterr().out, shown))
+    assert printed[::2] == expected[::2]
+    assert list(map(float, printed[1::2])) == pytest.approx(list(map(float, expected[1::2])), abs=0.01)
 
 
 @pytest.mark.parametrize(("program", "command"), dict.fromkeys(SHOWN))

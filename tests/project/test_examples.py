@@ -128,6 +128,17 @@ def test_short_and_explained(name: str) -> None:
     assert text.count("\n") < 100
     assert text.startswith('"""')
     assert f"`{name}.py`" in README
+    needs_trainers = re.search(r"^(?:import|from) (?:accelerate|lightning|transformers)\b", text, re.MULTILINE)
+    assert ("\npip install 'nexus-optim[trainers]'\n" in text.split('"""')[1]) == (needs_trainers is not None)
+
+
+@pytest.mark.parametrize("processes", [None, "5"])
+def test_fsdp2_says_how_it_is_started(processes: str | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    if processes is not None:
+        monkeypatch.setenv("WORLD_SIZE", processes)
+    with pytest.raises(SystemExit, match=r"divides 12: torchrun --nproc-per-node 2 examples/fsdp2\.py"):
+        run("fsdp2")["train"](60, EXAMPLES)
 
 
 @pytest.mark.gpu

@@ -127,6 +127,32 @@ def test_wheel_holds_the_extension_which_loads_without_torch_and_no_sources(whee
     assert told.split() == [str(package / EXTENSION), "False"]
 
 
+ONE_STEP = """
+import torch, nexus
+from nexus.optim import FusedAdamW
+weight = torch.nn.Parameter(torch.ones(1000))
+weight.grad = torch.ones(1000)
+optimizer = FusedAdamW([weight], lr=0.25, weight_decay=0.0)
+optimizer.step()
+print(nexus.__file__, optimizer.backend, weight[0].item())
+"""
+
+
+@pytest.mark.slow
+def test_the_wheel_takes_a_step_where_there_is_no_compiler(wheel, tmp_path):
+    """In an environment that holds the wheel and, in folders after it, what nexus depends on."""
+    venv.create(tmp_path, symlinks=True)
+    python = tmp_path / "bin" / "python"
+    purelib = run(tmp_path, "-c", "import sysconfig; print(sysconfig.get_path('purelib'), end='')", python=python)
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(purelib)
+    theirs = [path for path in sys.path if path.endswith(("site-packages", "dist-packages"))]
+    Path(purelib, "dependencies.pth").write_text("\n".join(theirs))
+    told = run(tmp_path, "-c", ONE_STEP, python=python, PATH="", PYTHONPATH="", PYTHONWARNINGS="error::UserWarning")
+    file, backend, value = told.split()
+    assert (file, backend, float(value)) == (f"{purelib}/nexus/__init__.py", "native", pytest.approx(0.75))
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("place", ["the clone's parent", "elsewhere"])
 def test_an_editable_install_is_found_from_anywhere(editable, tmp_path_factory, place):

@@ -50,7 +50,7 @@ def test_the_sizes_that_peers_got_wrong_are_among_those_of_the_tests() -> None:
 def test_restarts_are_exact_at_a_hundred_million_steps(backend: str) -> None:
     # Without an integer remainder, the place in a cycle is off by whole steps here.
     for length, start in ((997, 10**8), (1000, 2**40 + 1)):
-        schedule = CosineRestarts(1.0, cycle_length=length)
+        schedule = CosineRestarts(peak_lr=1.0, cycle_length=length)
         steps = torch.arange(start, start + 2 * length)
         first = torch.tensor([schedule(step % length) for step in steps.tolist()], dtype=torch.float64)
         torch.testing.assert_close(evaluate(schedule, steps, backend=backend), first, rtol=1e-14, atol=1e-14)
@@ -85,9 +85,9 @@ def test_a_load_takes_over_no_implementation(backend: str) -> None:
 
 
 def test_rates_for_a_log_are_floats(backend: str) -> None:
-    schedule = WSD(2, 5, 5, 1e-3)
+    schedule = WSD(warmup_steps=2, stable_steps=5, decay_steps=5, peak_lr=1e-3)
     params = make_params([(3,)])
-    optimizer = FusedAdamW(params, lr=schedule, weight_decay=Cosine(0.1, 9), backend=backend)
+    optimizer = FusedAdamW(params, lr=schedule, weight_decay=Cosine(peak_lr=0.1, total_steps=9), backend=backend)
     history = optimizer.history(10)
     for _ in range(3):
         set_grads(params, make_grads(params))

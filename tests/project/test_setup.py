@@ -2,10 +2,12 @@
 
 import importlib.util
 import os
+import platform
 import shutil
 import subprocess
 import sys
 import sysconfig
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -28,6 +30,10 @@ for argument; do
     *) set -- "$@" "$argument" ;;
   esac
 done
+exec c++ "$@"
+"""
+CROSS_COMPILER = """#!/bin/sh
+if [ "$1" = -dumpmachine ]; then echo aarch64-linux-gnu; exit; fi
 exec c++ "$@"
 """
 BROKEN_NVCC = "#!/bin/sh\necho broken today >&2\nexit 3\n"
@@ -138,6 +144,38 @@ def test_everything_is_compiled_only_once(tree):
     # With other flags nothing is current.
     succeed(tree, NEXUS_CUDA_ARCHS="sm_90")
     assert len(calls(tree, "-c csrc/cuda/kernel.cu")) == 2
+
+
+def test_another_python_compiles_its_own_sources_alone(tree):
+    succeed(tree)
+    code = "import sys, sysconfig; sysconfig.get_config_vars()['SOABI'] = 'another'; sys.argv[0] = 'setup.py'; "
+    code += "exec(compile(open('setup.py').read().replace('__file__', repr('setup.py')), 'setup.py', 'exec'))"
+    environment = os.environ | {"CUDA_HOME": str(tree / "cuda")}
+    for name in ("NEXUS_CUDA", "NEXUS_CUDA_ARCHS", "NEXUS_WERROR"):
+        environment.pop(name, None)
+    command = [sys.executable, "-c", code, "build_ext", "--inplace"]
+    subprocess.run(command, cwd=tree, env=environment, check=True, capture_output=True, timeout=120)
+    assert len(calls(tree, "-c csrc/cuda/kernel.cu")) == 1
+    assert len(calls(tree, "-c csrc/python/cuda_module.cpp")) == 2
+    assert "no work to do" in build(tree).stdout  # the two do not undo each other's work
+
+
+@pytest.mark.skipif(sys.platform != "linux" or platform.machine() != "x86_64", reason="crosses from x86-64 on Linux")
+def test_a_compiler_for_another_processor_makes_a_wheel_for_it(tree):
+    """The stand-in only says that it compiles for aarch64; the names are what counts here."""
+    compiler = tree / "aarch64-c++"
+    compiler.write_text(CROSS_COMPILER)
+    compiler.chmod(0o755)
+    succeed(tree, "-b", "lib", "bdist_wheel", CXX=str(compiler), NEXUS_CUDA="0")
+    (wheel,) = (tree / "dist").glob("*.whl")
+    assert wheel.name.endswith("-linux_aarch64.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        extensions = [name for name in archive.namelist() if name.endswith(".so")]
+    assert extensions == [f"nexus/{EXTENSION.replace('x86_64', 'aarch64')}"]
+    assert "NEXUS_X86" not in next((tree / "build/native").rglob("build.ninja")).read_text()
+
+    succeed(tree, "-b", "lib", "bdist_wheel", NEXUS_CUDA="0")
+    assert any("-linux_x86_64" in wheel.name for wheel in (tree / "dist").glob("*.whl"))
 
 
 @pytest.mark.parametrize(

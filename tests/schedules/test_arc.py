@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 
 from nexus.schedules import Arc, Schedule, evaluate
 
 ARCS = [
-    Arc("cosine", 1.0, 0.25, 10.0),
-    Arc("cosine", 0.0, 1.0, 7.5, shift=0.5),
-    Arc("staircase", 1.0, 0.0, 2.4, q=0.9),
-    Arc("log", 1.0, 0.0, 1.0, shift=1.0, k=0.2),
-    Arc("inverse", 1.0, 0.0, 20.0),
+    Arc("cosine", high=1.0, low=0.25, span=10.0),
+    Arc("cosine", high=0.0, low=1.0, span=7.5, shift=0.5),
+    Arc("staircase", high=1.0, low=0.0, span=2.4, q=0.9),
+    Arc("log", high=1.0, low=0.0, span=1.0, shift=1.0, k=0.2),
+    Arc("inverse", high=1.0, low=0.0, span=20.0),
 ]
 
 
@@ -28,7 +26,7 @@ def test_an_arc_is_a_value_that_every_evaluator_takes(arc):
 
 
 def test_a_cosine_goes_on_as_a_wave():
-    wave = Arc("cosine", 1.0, 0.25, 10.0)
+    wave = Arc("cosine", high=1.0, low=0.25, span=10.0)
     assert [wave(step) for step in (0, 10, 20)] == [1.0, 0.25, 1.0]
     assert wave(20 * 10**14) == 1.0
     assert wave.length is None
@@ -51,23 +49,24 @@ def test_bad_input(change, message):
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("power", 1.0, 0.0, 2.0, 0.0, -1.0), "k and q must be above 0"),
-        (("cosine", 1.0, 0.0, 2.0, 0.0, 1.0, 0.0), "k and q must be above 0"),
-        (("exponential", 1.0, 0.0, 2.0), r"k must not be 1 \(0 is q\*\*p\)"),
-        (("staircase", 1.0, 0.0, 2.0, 0.0, 1.0, 0.0), "q must be above 0"),
-        (("sqrt", 1.0, 0.0, 2.0, -1.0), "shift must be 0 or above"),
-        (("inverse", 1.0, 0.0, 2.0, -2.0), "shift must be above -span"),
-        (("log", 1.0, 0.0, 2.0), "shift must be above 0"),
+        (("power", {"k": -1.0}), "k and q must be above 0"),
+        (("cosine", {"q": 0.0}), "k and q must be above 0"),
+        (("exponential", {}), r"k must not be 1 \(0 is q\*\*p\)"),
+        (("staircase", {"q": 0.0}), "q must be above 0"),
+        (("sqrt", {"shift": -1.0}), "shift must be 0 or above"),
+        (("inverse", {"shift": -2.0}), "shift must be above -span"),
+        (("log", {}), "shift must be above 0"),
     ],
 )
-def test_numbers_that_would_make_nan(arguments: tuple[Any, ...], words: str) -> None:
+def test_numbers_that_would_make_nan(arguments: tuple[str, dict[str, float]], words: str) -> None:
+    curve, numbers = arguments
     with pytest.raises(ValueError, match=words):
-        Arc(*arguments)
+        Arc(curve, high=1.0, low=0.0, span=2.0, **numbers)
 
 
 @pytest.mark.parametrize(("curve", "last"), [("linear", 0.25), ("sqrt", 0.25), ("power", 0.25), ("rise", 1.0)])
 def test_what_ends_stays(curve: str, last: float) -> None:
-    arc = Arc(curve, 1.0, 0.25, 2.5, 1.0, 1.0, 0.5)
+    arc = Arc(curve, high=1.0, low=0.25, span=2.5, shift=1.0, k=1.0, q=0.5)
     assert arc.length == 2
     assert arc.values(2, 5) == [last] * 3 == [arc(2**53)] * 3
-    assert Arc(curve, 1.0, 0.25, 2.5, 3.0).values(0, 2) == [last] * 2
+    assert Arc(curve, high=1.0, low=0.25, span=2.5, shift=3.0).values(0, 2) == [last] * 2

@@ -38,7 +38,7 @@ from nexus.schedules.compose import Cooldown, Fold, Joined, Repeated, Warmup
 from nexus.schedules.curves import MAX_LAYERS, MAX_SEGMENTS, Layer, segment, value_of
 from nexus.schedules.splice import spliced
 
-UP, DOWN = Linear(0.0, 1.0, 4), Linear(1.0, 0.0, 4)
+UP, DOWN = Linear(start_lr=0.0, end_lr=1.0, total_steps=4), Linear(start_lr=1.0, end_lr=0.0, total_steps=4)
 BY_HAND = [
     (join([UP, DOWN], [3]), [0.0, 0.25, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
     (join([UP, Constant(9.0), DOWN], [2, 2]), [0.0, 0.25, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
@@ -46,11 +46,20 @@ BY_HAND = [
     (UP.then(DOWN), [0.0, 0.25, 0.5, 0.75, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
     (DOWN.repeat(2), [1.0, 0.75, 0.5, 0.25, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
     (DOWN.repeat(1), [1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
-    (WSD(0, 1, 2, 1.0).repeat(), [1.0, 1.0, 0.5] * 4),
-    (WSD(0, 1, 2, 1.0).repeat(2), [1.0, 1.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0]),
-    (join([WSD(0, 1, 2, 1.0).repeat(), Constant(0.25)], [5]), [1.0, 1.0, 0.5, 1.0, 1.0, 0.25, 0.25]),
-    (join([Constant(0.25), WSD(0, 1, 2, 1.0).repeat()], [2]), [0.25, 0.25, *[1.0, 1.0, 0.5] * 3]),
-    (join([CosineRestarts(1.0, cycle_length=2), UP], [3]), [1.0, 0.5000000000000001, 1.0, 0.0, 0.25, 0.5]),
+    (WSD(warmup_steps=0, stable_steps=1, decay_steps=2, peak_lr=1.0).repeat(), [1.0, 1.0, 0.5] * 4),
+    (
+        WSD(warmup_steps=0, stable_steps=1, decay_steps=2, peak_lr=1.0).repeat(2),
+        [1.0, 1.0, 0.5, 1.0, 1.0, 0.5, 0.0, 0.0],
+    ),
+    (
+        join([WSD(warmup_steps=0, stable_steps=1, decay_steps=2, peak_lr=1.0).repeat(), Constant(0.25)], [5]),
+        [1.0, 1.0, 0.5, 1.0, 1.0, 0.25, 0.25],
+    ),
+    (
+        join([Constant(0.25), WSD(warmup_steps=0, stable_steps=1, decay_steps=2, peak_lr=1.0).repeat()], [2]),
+        [0.25, 0.25, *[1.0, 1.0, 0.5] * 3],
+    ),
+    (join([CosineRestarts(peak_lr=1.0, cycle_length=2), UP], [3]), [1.0, 0.5000000000000001, 1.0, 0.0, 0.25, 0.5]),
     (Sampled([1.0, 0.5, 2.0]).then(Sampled([4.0, 8.0], every=2)), [1.0, 0.5, 4.0, 6.0, 8.0, 8.0]),
     (DOWN.warmup(2), [0.0, 0.5, 1.0, 0.75, 0.5, 0.25, 0.0, 0.0]),
     (DOWN.warmup(2, start=0.5), [0.5, 0.75, 1.0, 0.75]),
@@ -98,7 +107,7 @@ def test_composites_are_values(schedule: Schedule) -> None:
 
 
 def test_phases_and_lengths() -> None:
-    wsd = WSD(2, 2, 2, 1.0)
+    wsd = WSD(warmup_steps=2, stable_steps=2, decay_steps=2, peak_lr=1.0)
     joined = wsd.warmup(1).then(DOWN).cooldown(2)
     cases: list[tuple[Schedule, int | None, list[str]]] = [
         (join([wsd, UP], [3]), 7, [*[wsd.phase(i) for i in range(3)], *[UP.phase(i) for i in range(6)]]),
@@ -108,7 +117,11 @@ def test_phases_and_lengths() -> None:
         (wsd + UP.repeat(), None, [wsd.phase(i) for i in range(9)]),
         (UP.cooldown(2), 6, [*[UP.phase(i) for i in range(4)], "cooldown", "cooldown", "done"]),
         (joined, 13, ["warmup", *[wsd.phase(i) for i in range(6)], *[DOWN.phase(i) for i in range(4)], "cooldown"]),
-        (WSD(1, None, 1, 1.0).warmup(3), None, ["warmup"] * 4 + ["stable"]),
+        (
+            WSD(warmup_steps=1, stable_steps=None, decay_steps=1, peak_lr=1.0).warmup(3),
+            None,
+            ["warmup"] * 4 + ["stable"],
+        ),
     ]
     for schedule, length, phases in cases:
         assert schedule.length == length
@@ -131,24 +144,45 @@ PEAKS = st.floats(0.01, 2.0)
 STEPS = st.integers(1, 40)
 LEAVES = st.one_of(
     st.builds(Constant, RATES),
-    st.builds(Linear, RATES, RATES, STEPS),
-    st.builds(WSD, STEPS, STEPS, STEPS, PEAKS, decay_type=st.sampled_from(["linear", "cosine", "sqrt"])),
-    st.builds(CosineRestarts, PEAKS, cycle_length=STEPS, cycle_mult=st.sampled_from([1.0, 2.0]), warmup_steps=STEPS),
-    st.builds(lambda peak, warmup, rest: Cosine(peak, warmup + rest, 0.0, warmup), PEAKS, STEPS, STEPS),
-    st.builds(Polynomial, PEAKS, STEPS, st.sampled_from([0.5, 1.0, 2.0, 0.9])),
-    st.builds(Exponential, PEAKS, st.floats(0.5, 1.0), STEPS),
-    st.builds(StepDecay, PEAKS, st.floats(0.5, 1.0), STEPS),
-    st.builds(MultiStep, PEAKS, st.lists(STEPS, max_size=3).map(sorted).map(tuple), st.floats(0.1, 1.0)),
-    st.builds(InverseSqrt, PEAKS, STEPS),
-    st.builds(OneCycle, PEAKS, STEPS, kind=st.sampled_from(["linear", "cosine"])),
-    st.builds(Cyclic, st.just(0.0), PEAKS, STEPS, STEPS),
+    st.builds(Linear, start_lr=RATES, end_lr=RATES, total_steps=STEPS),
     st.builds(
-        lambda warmup, stable, decay, peak, cycles: WSDS(warmup, stable + decay, decay, peak, cycles=cycles),
+        WSD,
+        warmup_steps=STEPS,
+        stable_steps=STEPS,
+        decay_steps=STEPS,
+        peak_lr=PEAKS,
+        decay_type=st.sampled_from(["linear", "cosine", "sqrt"]),
+    ),
+    st.builds(
+        CosineRestarts, peak_lr=PEAKS, cycle_length=STEPS, cycle_mult=st.sampled_from([1.0, 2.0]), warmup_steps=STEPS
+    ),
+    st.builds(
+        lambda peak, warmup, rest: Cosine(peak_lr=peak, total_steps=warmup + rest, min_lr=0.0, warmup_steps=warmup),
+        PEAKS,
+        STEPS,
+        STEPS,
+    ),
+    st.builds(Polynomial, peak_lr=PEAKS, total_steps=STEPS, power=st.sampled_from([0.5, 1.0, 2.0, 0.9])),
+    st.builds(Exponential, peak_lr=PEAKS, gamma=st.floats(0.5, 1.0), every=STEPS),
+    st.builds(StepDecay, peak_lr=PEAKS, gamma=st.floats(0.5, 1.0), every=STEPS),
+    st.builds(
+        MultiStep,
+        peak_lr=PEAKS,
+        milestones=st.lists(STEPS, max_size=3).map(sorted).map(tuple),
+        gamma=st.floats(0.1, 1.0),
+    ),
+    st.builds(InverseSqrt, peak_lr=PEAKS, timescale=STEPS),
+    st.builds(OneCycle, peak_lr=PEAKS, total_steps=STEPS, kind=st.sampled_from(["linear", "cosine"])),
+    st.builds(Cyclic, base_lr=st.just(0.0), peak_lr=PEAKS, up_steps=STEPS, down_steps=STEPS),
+    st.builds(
+        lambda warmup, stable, decay, peak, cycles: WSDS(
+            warmup_steps=warmup, cycle_length=stable + decay, decay_steps=decay, peak_lr=peak, cycles=cycles
+        ),
         *(STEPS, STEPS, STEPS, PEAKS, st.sampled_from([None, 1, 3])),
     ),
-    st.builds(Sampled, st.lists(RATES, min_size=1, max_size=9).map(tuple), STEPS),
+    st.builds(Sampled, st.lists(RATES, min_size=1, max_size=9).map(tuple), every=STEPS),
     st.builds(
-        lambda rates, every, kind: Piecewise([(i * every, rate) for i, rate in enumerate(rates)], kind),
+        lambda rates, every, kind: Piecewise([(i * every, rate) for i, rate in enumerate(rates)], kind=kind),
         *(st.lists(RATES, min_size=1, max_size=5), STEPS, st.sampled_from(["constant", "linear"])),
     ),
 )
@@ -266,13 +300,25 @@ def test_a_part_that_cannot_keep_its_bits_is_refused() -> None:
             TypeError,
             r"schedules\[1\] must be a nexus Schedule, got 0.1 .*Constant\(lr\)",
         ),
-        (lambda: InverseSqrt(1.0, 4).then(UP), ValueError, r"then needs .*never stays.*join\(\[...\], \[step\]\)"),
+        (
+            lambda: InverseSqrt(peak_lr=1.0, timescale=4).then(UP),
+            ValueError,
+            r"then needs .*never stays.*join\(\[...\], \[step\]\)",
+        ),
         (lambda: Constant(1.0).then(UP), ValueError, "then needs .*stays at one rate from step 0 on"),
         (lambda: UP.repeat().repeat(2), ValueError, "repeat needs a schedule with an end"),
-        (lambda: InverseSqrt(1.0, 4).cooldown(3), ValueError, "cooldown needs a schedule with an end"),
+        (
+            lambda: InverseSqrt(peak_lr=1.0, timescale=4).cooldown(3),
+            ValueError,
+            "cooldown needs a schedule with an end",
+        ),
         (lambda: UP.repeat(0), ValueError, r"n must be an int from 1 to \d+ or None \(for ever\)"),
         (lambda: UP.repeat(2**52), ValueError, "n must be an int from 1 to 2251799813685248 or"),
-        (lambda: WSD(1, 1, 1, 1.0).repeat(10**5), ValueError, r"99,999 repeats of 3 rows .* at most 21,845 repeats"),
+        (
+            lambda: WSD(warmup_steps=1, stable_steps=1, decay_steps=1, peak_lr=1.0).repeat(10**5),
+            ValueError,
+            r"99,999 repeats of 3 rows .* at most 21,845 repeats",
+        ),
         (
             lambda: join([Constant(1.0)] * 65_537, list(range(1, 65_537))),
             ValueError,
@@ -306,5 +352,5 @@ def test_bad_arguments_are_named(make: object, error: type[Exception], words: st
 
 
 def test_as_many_repeats_as_there_is_room_for() -> None:
-    schedule = WSD(1, 1, 1, 1.0).repeat(MAX_SEGMENTS // 3 - 1)
+    schedule = WSD(warmup_steps=1, stable_steps=1, decay_steps=1, peak_lr=1.0).repeat(MAX_SEGMENTS // 3 - 1)
     assert len(schedule.layers()[0].segments) == (MAX_SEGMENTS // 3 - 1) * 3 + 1

@@ -48,56 +48,72 @@ def named(name: str, warmup: int = 0, **kwargs: object) -> Source:
 
 
 ENDS: dict[str, tuple[Source, ...]] = {
-    "`Linear(1.0, 0.1, 10)`": (Linear(1.0, 0.1, 10),),
+    "`Linear(start_lr=1.0, end_lr=0.1, total_steps=10)`": (Linear(start_lr=1.0, end_lr=0.1, total_steps=10),),
     "torch: `LinearLR(end_factor=0.1)` from 1": (
         partial(theirs.LinearLR, start_factor=1.0, end_factor=0.1, total_iters=10),
     ),
     'transformers: `"linear"` to 0': (named("linear"),),
-    "`Polynomial(power=2.0)`": (Polynomial(1.0, 10, 2.0, 0.1),),
+    "`Polynomial(power=2.0)`": (Polynomial(peak_lr=1.0, total_steps=10, power=2.0, min_lr=0.1),),
     "torch: `PolynomialLR(power=2.0)` to 0": (partial(theirs.PolynomialLR, total_iters=10, power=2.0),),
     'transformers: `"polynomial"`, `power=2.0`': (named("polynomial", power=2.0, lr_end=0.1),),
-    "`Cosine`": (Cosine(1.0, 10, 0.1),),
+    "`Cosine`": (Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1),),
     "torch: `CosineAnnealingLR`": (partial(theirs.CosineAnnealingLR, T_max=10, eta_min=0.1),),
     'transformers: `"cosine_with_min_lr"`': (named("cosine_with_min_lr", min_lr=0.1),),
     'transformers: `"cosine_warmup_with_min_lr"` without warm-up': (named("cosine_warmup_with_min_lr", min_lr=0.1),),
     "`CosineRestarts`, torch: `CosineAnnealingWarmRestarts`": (
-        CosineRestarts(1.0, 0.1, 10),
+        CosineRestarts(peak_lr=1.0, min_lr=0.1, cycle_length=10),
         partial(theirs.CosineAnnealingWarmRestarts, T_0=10, eta_min=0.1),
     ),
     'transformers: `"cosine_with_restarts"`, `num_cycles=2`, to 0': (named("cosine_with_restarts", num_cycles=2),),
-    "`WSD`, 3 stable and 4 decay steps after 3 of warm-up": (WSD(3, 3, 4, 1.0, 0.1),),
-    "`WSDS`, a cycle of 10, 4 of them decay": (WSDS(0, 10, 4, 1.0, 0.1),),
-    "`Tanh` to 0": (Tanh(1.0, 10),),
-    "`OneCycle`": (OneCycle(1.0, 10),),
+    "`WSD`, 3 stable and 4 decay steps after 3 of warm-up": (
+        WSD(warmup_steps=3, stable_steps=3, decay_steps=4, peak_lr=1.0, min_lr=0.1),
+    ),
+    "`WSDS`, a cycle of 10, 4 of them decay": (
+        WSDS(warmup_steps=0, cycle_length=10, decay_steps=4, peak_lr=1.0, min_lr=0.1),
+    ),
+    "`Tanh` to 0": (Tanh(peak_lr=1.0, total_steps=10),),
+    "`OneCycle`": (OneCycle(peak_lr=1.0, total_steps=10),),
     "torch: `OneCycleLR`": (partial(theirs.OneCycleLR, max_lr=1.0, total_steps=10, cycle_momentum=False),),
     "`StepDecay`, torch: `StepLR`, 0.5 every 5": (
-        StepDecay(1.0, 0.5, 5),
+        StepDecay(peak_lr=1.0, gamma=0.5, every=5),
         partial(theirs.StepLR, step_size=5, gamma=0.5),
     ),
     "`MultiStep`, torch: `MultiStepLR`, 0.5 at 5 and 10": (
-        MultiStep(1.0, (5, 10), 0.5),
+        MultiStep(peak_lr=1.0, milestones=(5, 10), gamma=0.5),
         partial(theirs.MultiStepLR, milestones=[5, 10], gamma=0.5),
     ),
-    "`Exponential`, torch: `ExponentialLR`, 0.5": (Exponential(1.0, 0.5), partial(theirs.ExponentialLR, gamma=0.5)),
-    "`InverseSqrt(1.0, 10)`": (InverseSqrt(1.0, 10),),
-    "`Cyclic(0.1, 1.0, 5)`, torch: `CyclicLR`": (
-        Cyclic(0.1, 1.0, 5),
+    "`Exponential`, torch: `ExponentialLR`, 0.5": (
+        Exponential(peak_lr=1.0, gamma=0.5),
+        partial(theirs.ExponentialLR, gamma=0.5),
+    ),
+    "`InverseSqrt(peak_lr=1.0, timescale=10)`": (InverseSqrt(peak_lr=1.0, timescale=10),),
+    "`Cyclic(base_lr=0.1, peak_lr=1.0, up_steps=5)`, torch: `CyclicLR`": (
+        Cyclic(base_lr=0.1, peak_lr=1.0, up_steps=5),
         partial(theirs.CyclicLR, base_lr=0.1, max_lr=1.0, step_size_up=5, cycle_momentum=False),
     ),
     "`Piecewise`, `Sampled` from 1 to 0.1, a line": (
-        Piecewise(((0, 1.0), (10, 0.1)), "linear"),
+        Piecewise(((0, 1.0), (10, 0.1)), kind="linear"),
         Sampled((1.0, 0.1), every=10),
     ),
 }
 WARMUPS: dict[str, tuple[Source, ...]] = {
-    "`Cosine(1.0, 10, min_lr=0.1, warmup_steps=3)`: from the minimum": (Cosine(1.0, 10, 0.1, 3),),
-    "`Cosine(1.0, 7, min_lr=0.1).warmup(3)`: from `start`, here 0": (Cosine(1.0, 7, 0.1).warmup(3),),
+    "`Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1, warmup_steps=3)`: from the minimum": (
+        Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1, warmup_steps=3),
+    ),
+    "the same with `warmup_start_lr=0.0`": (
+        Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1, warmup_steps=3, warmup_start_lr=0.0),
+    ),
+    "`Cosine(peak_lr=1.0, total_steps=7, min_lr=0.1).warmup(3)`: from `start`, here 0": (
+        Cosine(peak_lr=1.0, total_steps=7, min_lr=0.1).warmup(3),
+    ),
     'transformers: `"cosine_with_min_lr"`': (named("cosine_with_min_lr", 3, min_lr=0.1),),
     'transformers: `"cosine_warmup_with_min_lr"`': (named("cosine_warmup_with_min_lr", 3, min_lr=0.1),),
 }
 TABLES = {"Conventions at the ends": ENDS, "A warm-up of 3 steps before a cosine of 7:": WARMUPS}
 """The tables by the words above them."""
-EARLY = [Cosine(1.0, 10, 0.1)(min(t, 20 - t)) for t in range(1, 12)]  # a step early, and rising after the end
+EARLY = [
+    Cosine(peak_lr=1.0, total_steps=10, min_lr=0.1)(min(t, 20 - t)) for t in range(1, 12)
+]  # a step early, and rising after the end
 LATER: dict[str, Callable[[list[float]], bool]] = {
     "stays": lambda rates: max(rates[10:]) - min(rates[10:]) < 1e-15,
     "**rises** to 1 at 20, falls again": lambda rates: (

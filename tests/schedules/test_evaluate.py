@@ -73,7 +73,7 @@ def test_every_step_of_a_run_equals_the_oracle(schedule: Schedule) -> None:
 
 def test_the_last_steps_of_ten_million_are_exact() -> None:
     # With the step in float32 the linear decay is 19% off at its end.
-    schedule = WSD(1000, 0, 10**7, 1.0)
+    schedule = WSD(warmup_steps=1000, stable_steps=0, decay_steps=10**7, peak_lr=1.0)
     assert_equal_to_oracle(schedule, list(range(10**7, 10**7 + 1001)))
 
 
@@ -81,12 +81,17 @@ def test_the_last_steps_of_ten_million_are_exact() -> None:
 @pytest.mark.parametrize(
     "schedule",
     [
-        WSD(1000, 79_000, 20_000, 3e-4, 3e-6, "cosine"),
-        WSD(10, 50_000, 50_000, 1.0),
-        *(WSD(0, 0, 100_000, 1.0, decay_type=decay) for decay in DECAYS),
-        CosineRestarts(1e-3, 1e-6, 1000, 1.5, 200),
-        CosineRestarts(1e-3, cycle_length=997),
-        Cosine(1e-3, 100_000, 1e-5, 2000),
+        WSD(
+            warmup_steps=1000, stable_steps=79_000, decay_steps=20_000, peak_lr=3e-4, min_lr=3e-6, decay_type="cosine"
+        ),
+        WSD(warmup_steps=10, stable_steps=50_000, decay_steps=50_000, peak_lr=1.0),
+        *(
+            WSD(warmup_steps=0, stable_steps=0, decay_steps=100_000, peak_lr=1.0, decay_type=decay)
+            for decay in DECAYS
+        ),
+        CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=1000, cycle_mult=1.5, warmup_steps=200),
+        CosineRestarts(peak_lr=1e-3, cycle_length=997),
+        Cosine(peak_lr=1e-3, total_steps=100_000, min_lr=1e-5, warmup_steps=2000),
     ],
     ids=repr,
 )
@@ -178,11 +183,11 @@ def test_layers_are_folded_from_left_to_right_and_may_repeat(backend: str, op: O
 
 @every_evaluator
 def test_a_rate_without_bounds_is_the_largest_number_and_its_product_with_0_is_0(backend: str) -> None:
-    growth, stairs = Exponential(1.0, 2.0), StepDecay(1.0, 2.0, 1)
+    growth, stairs = Exponential(peak_lr=1.0, gamma=2.0), StepDecay(peak_lr=1.0, gamma=2.0, every=1)
     cases = {
         growth: LARGEST,
-        growth * Linear(1.0, 0.0, 100): 0.0,
-        Linear(1.0, 0.0, 100) * growth: 0.0,
+        growth * Linear(start_lr=1.0, end_lr=0.0, total_steps=100): 0.0,
+        Linear(start_lr=1.0, end_lr=0.0, total_steps=100) * growth: 0.0,
         growth * stairs * Constant(0.0): 0.0,
         growth + stairs: LARGEST,
         (growth + stairs) * Constant(0.0): 0.0,
@@ -194,7 +199,7 @@ def test_a_rate_without_bounds_is_the_largest_number_and_its_product_with_0_is_0
 
 
 def test_steps_of_any_shape_and_layout_are_evaluated_where_they_are(backend: str) -> None:
-    schedule, grid = Cosine(1.0, 30), torch.arange(20).reshape(4, 5)
+    schedule, grid = Cosine(peak_lr=1.0, total_steps=30), torch.arange(20).reshape(4, 5)
     for steps in (grid, grid.t()[::2], grid[1, 2], grid[1, :0], grid[:2, :0]):
         expected = torch.tensor([schedule(step) for step in steps.flatten().tolist()])
         for device in (None, steps.device):

@@ -110,58 +110,99 @@ def wsd(t: int, n: int, weight: Callable[[float], float]) -> float:
 
 
 CLOSED: dict[str, tuple[Callable[[int], Schedule], Callable[[int, int], float]]] = {
-    "rise": (lambda n: Linear(LOW, PEAK, n), lambda t, n: down(min(t / n, 1))),
-    "fall": (lambda n: Linear(PEAK, LOW, n), lambda t, n: down(1 - min(t / n, 1))),
-    "polynomial": (lambda n: Polynomial(PEAK, n, 1.7, LOW), lambda t, n: down((1 - min(t / n, 1)) ** 1.7)),
-    "square": (lambda n: Polynomial(PEAK, n, 2), lambda t, n: PEAK * (1 - min(t / n, 1)) ** 2),
-    "exponential": (lambda n: Exponential(PEAK, 0.9, n, LOW), lambda t, n: down(math.exp(math.log(0.9) * t / n))),
-    "growth": (lambda n: Exponential(LOW, 1.02, n), lambda t, n: LOW * math.exp(math.log(1.02) * t / n)),
-    "stairs": (lambda n: StepDecay(PEAK, 0.9, n, LOW), lambda t, n: down(0.9 ** (t // n))),
+    "rise": (lambda n: Linear(start_lr=LOW, end_lr=PEAK, total_steps=n), lambda t, n: down(min(t / n, 1))),
+    "fall": (lambda n: Linear(start_lr=PEAK, end_lr=LOW, total_steps=n), lambda t, n: down(1 - min(t / n, 1))),
+    "polynomial": (
+        lambda n: Polynomial(peak_lr=PEAK, total_steps=n, power=1.7, min_lr=LOW),
+        lambda t, n: down((1 - min(t / n, 1)) ** 1.7),
+    ),
+    "square": (
+        lambda n: Polynomial(peak_lr=PEAK, total_steps=n, power=2),
+        lambda t, n: PEAK * (1 - min(t / n, 1)) ** 2,
+    ),
+    "exponential": (
+        lambda n: Exponential(peak_lr=PEAK, gamma=0.9, every=n, min_lr=LOW),
+        lambda t, n: down(math.exp(math.log(0.9) * t / n)),
+    ),
+    "growth": (
+        lambda n: Exponential(peak_lr=LOW, gamma=1.02, every=n),
+        lambda t, n: LOW * math.exp(math.log(1.02) * t / n),
+    ),
+    "stairs": (lambda n: StepDecay(peak_lr=PEAK, gamma=0.9, every=n, min_lr=LOW), lambda t, n: down(0.9 ** (t // n))),
     "milestones": (
-        lambda n: MultiStep(PEAK, [n, 2 * n, 2 * n, 3 * n], 0.5),
+        lambda n: MultiStep(peak_lr=PEAK, milestones=[n, 2 * n, 2 * n, 3 * n], gamma=0.5),
         lambda t, n: PEAK / 2 ** ((t >= n) + 2 * (t >= 2 * n) + (t >= 3 * n)),
     ),
-    "inverse": (lambda n: InverseSqrt(PEAK, n), lambda t, n: PEAK * math.sqrt(n / (n + t))),
+    "inverse": (lambda n: InverseSqrt(peak_lr=PEAK, timescale=n), lambda t, n: PEAK * math.sqrt(n / (n + t))),
     "tanh": (
-        lambda n: Tanh(PEAK, n, LOW, -5, 2),
+        lambda n: Tanh(peak_lr=PEAK, total_steps=n, min_lr=LOW, lower=-5, upper=2),
         lambda t, n: down(1 / (1 + math.exp(2 * (-5 + 7 * t / n)))) if t < n else LOW,
     ),
-    "one cycle": (lambda n: OneCycle(PEAK, n), lambda t, n: one_cycle(t, n, True, False)),
-    "one line": (lambda n: OneCycle(PEAK, n, kind="linear"), lambda t, n: one_cycle(t, n, False, False)),
-    "three phases": (lambda n: OneCycle(PEAK, n, three_phase=True), lambda t, n: one_cycle(t, n, True, True)),
-    "triangles": (lambda n: Cyclic(LOW, PEAK, n, 7), lambda t, n: cyclic(t, n, 7, lambda i, t: 1)),
+    "one cycle": (lambda n: OneCycle(peak_lr=PEAK, total_steps=n), lambda t, n: one_cycle(t, n, True, False)),
+    "one line": (
+        lambda n: OneCycle(peak_lr=PEAK, total_steps=n, kind="linear"),
+        lambda t, n: one_cycle(t, n, False, False),
+    ),
+    "three phases": (
+        lambda n: OneCycle(peak_lr=PEAK, total_steps=n, three_phase=True),
+        lambda t, n: one_cycle(t, n, True, True),
+    ),
+    "triangles": (
+        lambda n: Cyclic(base_lr=LOW, peak_lr=PEAK, up_steps=n, down_steps=7),
+        lambda t, n: cyclic(t, n, 7, lambda i, t: 1),
+    ),
     "halved": (
-        lambda n: Cyclic(LOW, PEAK, n, mode="triangular2"),
+        lambda n: Cyclic(base_lr=LOW, peak_lr=PEAK, up_steps=n, mode="triangular2"),
         lambda t, n: cyclic(t, n, n, lambda i, t: 0.5**i),
     ),
     "shrinking": (
-        lambda n: Cyclic(LOW, PEAK, 7, n, "exp_range", 0.99),
+        lambda n: Cyclic(base_lr=LOW, peak_lr=PEAK, up_steps=7, down_steps=n, mode="exp_range", gamma=0.99),
         lambda t, n: cyclic(t, 7, n, lambda i, t: 0.99**t),
     ),
-    "endless WSDS": (lambda n: WSDS(13, n, (n + 1) // 2, PEAK, LOW), lambda t, n: wsds(t, n, math.inf)),
-    "three WSDS": (lambda n: WSDS(13, n, (n + 1) // 2, PEAK, LOW, cycles=3), lambda t, n: wsds(t, n, 3)),
+    "endless WSDS": (
+        lambda n: WSDS(warmup_steps=13, cycle_length=n, decay_steps=(n + 1) // 2, peak_lr=PEAK, min_lr=LOW),
+        lambda t, n: wsds(t, n, math.inf),
+    ),
+    "three WSDS": (
+        lambda n: WSDS(warmup_steps=13, cycle_length=n, decay_steps=(n + 1) // 2, peak_lr=PEAK, min_lr=LOW, cycles=3),
+        lambda t, n: wsds(t, n, 3),
+    ),
     **{
         f"{kind} pieces": (
-            lambda n, kind=kind: Piecewise(points(n), kind),
+            lambda n, kind=kind: Piecewise(points(n), kind=kind),
             lambda t, n, kind=kind: piecewise(t, n, kind),
         )
         for kind in ("constant", "linear", "cosine")
     },
-    "sampled": (lambda n: Sampled(RATES, n), sampled),
+    "sampled": (lambda n: Sampled(RATES, every=n), sampled),
     "equal restarts": (
-        lambda n: CosineRestarts(PEAK, LOW, n, 1, 13, 0.7),
+        lambda n: CosineRestarts(
+            peak_lr=PEAK, min_lr=LOW, cycle_length=n, cycle_mult=1, warmup_steps=13, cycle_decay=0.7
+        ),
         lambda t, n: restarts(t, n, 1),
     ),
     "longer restarts": (
-        lambda n: CosineRestarts(PEAK, LOW, n, 2, 13, 0.7),
+        lambda n: CosineRestarts(
+            peak_lr=PEAK, min_lr=LOW, cycle_length=n, cycle_mult=2, warmup_steps=13, cycle_decay=0.7
+        ),
         lambda t, n: restarts(t, n, 2),
     ),
     "WSD, exponential": (
-        lambda n: WSD(13, 7, n, PEAK, LOW, "exponential"),
+        lambda n: WSD(
+            warmup_steps=13, stable_steps=7, decay_steps=n, peak_lr=PEAK, min_lr=LOW, decay_type="exponential"
+        ),
         lambda t, n: wsd(t, n, lambda p: 2 * 0.5**p - 1),
     ),
     "WSD, polynomial": (
-        lambda n: WSD(13, 7, n, PEAK, LOW, "polynomial", 1.5),
+        lambda n: WSD(
+            warmup_steps=13,
+            stable_steps=7,
+            decay_steps=n,
+            peak_lr=PEAK,
+            min_lr=LOW,
+            decay_type="polynomial",
+            decay_power=1.5,
+        ),
         lambda t, n: wsd(t, n, lambda p: (1 - p) ** 1.5),
     ),
 }
@@ -211,44 +252,59 @@ def test_far_out_is_where_integers_have_it() -> None:
     def rates(schedule: Schedule, *steps: int) -> list[float]:
         return [schedule(step) for step in steps]
 
-    assert StepDecay(1.0, 0.5, 2**50)(3 * 2**50 - 1) == 0.25
-    assert StepDecay(1.0, 0.5, 2**50)(3 * 2**50) == 0.125
-    assert Linear(1.0, 0.0, MAX_STEP)(MAX_STEP - 1) == 2**-53
-    assert rates(Linear(0.0, 1.0, MAX_STEP), MAX_STEP - 1, MAX_STEP) == [1 - 2**-53, 1.0]
-    assert rates(MultiStep(1.0, [MAX_STEP - 1, MAX_STEP], 0.5), MAX_STEP - 2, MAX_STEP - 1, MAX_STEP) == [
+    assert StepDecay(peak_lr=1.0, gamma=0.5, every=2**50)(3 * 2**50 - 1) == 0.25
+    assert StepDecay(peak_lr=1.0, gamma=0.5, every=2**50)(3 * 2**50) == 0.125
+    assert Linear(start_lr=1.0, end_lr=0.0, total_steps=MAX_STEP)(MAX_STEP - 1) == 2**-53
+    assert rates(Linear(start_lr=0.0, end_lr=1.0, total_steps=MAX_STEP), MAX_STEP - 1, MAX_STEP) == [1 - 2**-53, 1.0]
+    assert rates(
+        MultiStep(peak_lr=1.0, milestones=[MAX_STEP - 1, MAX_STEP], gamma=0.5), MAX_STEP - 2, MAX_STEP - 1, MAX_STEP
+    ) == [
         1.0,
         0.5,
         0.25,
     ]
-    assert rates(Cyclic(0.0, 1.0, 2**52), 2**52, 2**52 + 1) == [1.0, 1 - 2**-52]
-    assert CosineRestarts(1.0, cycle_length=2**52, cycle_decay=0.5)(MAX_STEP) == 0.25
-    assert rates(WSDS(0, 2**52, 1, 1.0), 2**52 - 2, 2**52 - 1, 2**52) == [1.0, 1.0, 1.0]
+    assert rates(Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=2**52), 2**52, 2**52 + 1) == [1.0, 1 - 2**-52]
+    assert CosineRestarts(peak_lr=1.0, cycle_length=2**52, cycle_decay=0.5)(MAX_STEP) == 0.25
+    assert rates(
+        WSDS(warmup_steps=0, cycle_length=2**52, decay_steps=1, peak_lr=1.0), 2**52 - 2, 2**52 - 1, 2**52
+    ) == [1.0, 1.0, 1.0]
     assert rates(Piecewise([(0, 1.0), (MAX_STEP, 0.5)]), MAX_STEP - 1, MAX_STEP) == [1.0, 0.5]
 
 
 @pytest.mark.parametrize("kind", [Exponential, StepDecay])
 def test_growth_goes_to_the_largest_number_and_never_to_nan(kind: type[Exponential] | type[StepDecay]) -> None:
-    assert kind(1.0, 2.0, 1)(MAX_STEP) == LARGEST
-    assert kind(1.0, 2.0, 1, min_lr=1.0)(MAX_STEP) == 1.0
-    assert kind(1.0, 2.0, 1, min_lr=0.5).values(0, 3) == [1.0, 1.5, 2.5]
+    assert kind(peak_lr=1.0, gamma=2.0, every=1)(MAX_STEP) == LARGEST
+    assert kind(peak_lr=1.0, gamma=2.0, every=1, min_lr=1.0)(MAX_STEP) == 1.0
+    assert kind(peak_lr=1.0, gamma=2.0, every=1, min_lr=0.5).values(0, 3) == [1.0, 1.5, 2.5]
 
 
 def test_phases() -> None:
     def phases(schedule: Schedule, *steps: int) -> list[str]:
         return [schedule.phase(step) for step in steps]
 
-    assert phases(Linear(0.0, 1.0, 4), 0, 3, 4) == ["linear", "linear", "done"]
-    assert phases(Polynomial(1.0, 4), 0, 3, 4) == ["polynomial", "polynomial", "done"]
-    assert phases(Tanh(1.0, 4), 0, 3, 4) == ["tanh", "tanh", "done"]
-    assert phases(Exponential(1.0, 0.5), 0, 9) == ["exponential"] * 2
-    assert phases(StepDecay(1.0, 0.5, 2), 0, 9) == ["stairs"] * 2
-    assert phases(InverseSqrt(1.0, 2), 0, 9) == ["inverse"] * 2
-    assert phases(MultiStep(1.0, [2, 2, 3], 0.5), 1, 2, 3) == ["stage 0", "stage 2", "stage 3"]
-    assert phases(OneCycle(1.0, 10), 0, 2, 3, 8, 9) == ["up", "up", "down", "down", "done"]
-    three = OneCycle(1.0, 10, three_phase=True)
+    assert phases(Linear(start_lr=0.0, end_lr=1.0, total_steps=4), 0, 3, 4) == ["linear", "linear", "done"]
+    assert phases(Polynomial(peak_lr=1.0, total_steps=4), 0, 3, 4) == ["polynomial", "polynomial", "done"]
+    assert phases(Tanh(peak_lr=1.0, total_steps=4), 0, 3, 4) == ["tanh", "tanh", "done"]
+    assert phases(Exponential(peak_lr=1.0, gamma=0.5), 0, 9) == ["exponential"] * 2
+    assert phases(StepDecay(peak_lr=1.0, gamma=0.5, every=2), 0, 9) == ["stairs"] * 2
+    assert phases(InverseSqrt(peak_lr=1.0, timescale=2), 0, 9) == ["inverse"] * 2
+    assert phases(MultiStep(peak_lr=1.0, milestones=[2, 2, 3], gamma=0.5), 1, 2, 3) == [
+        "stage 0",
+        "stage 2",
+        "stage 3",
+    ]
+    assert phases(OneCycle(peak_lr=1.0, total_steps=10), 0, 2, 3, 8, 9) == ["up", "up", "down", "down", "done"]
+    three = OneCycle(peak_lr=1.0, total_steps=10, three_phase=True)
     assert phases(three, 0, 2, 3, 4, 5, 8, 9) == ["up", "up", "down", "down", "annihilation", "annihilation", "done"]
-    assert phases(Cyclic(0.0, 1.0, 2, 3), 0, 1, 2, 4, 5, 7) == ["up", "up", "down", "down", "up", "down"]
+    assert phases(Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=2, down_steps=3), 0, 1, 2, 4, 5, 7) == [
+        "up",
+        "up",
+        "down",
+        "down",
+        "up",
+        "down",
+    ]
     assert phases(Piecewise([(0, 1.0), (2, 0.5), (4, 0.1)]), 0, 2, 4) == ["piece 0", "piece 1", "done"]
-    assert phases(Sampled([1.0, 0.5], 3), 0, 2, 3) == ["sampled", "sampled", "done"]
-    cycles = WSDS(1, 3, 1, 1.0, cycles=2)
+    assert phases(Sampled([1.0, 0.5], every=3), 0, 2, 3) == ["sampled", "sampled", "done"]
+    cycles = WSDS(warmup_steps=1, cycle_length=3, decay_steps=1, peak_lr=1.0, cycles=2)
     assert phases(cycles, *range(8)) == ["warmup", *["stable", "stable", "decay"] * 2, "done"]

@@ -137,7 +137,7 @@ def test_bad_arguments(kind: type, given: dict[str, object], error: type[Excepti
 @pytest.mark.parametrize("power", [0, -1.0, math.inf])
 def test_bad_power_of_a_decay(power: float) -> None:
     with pytest.raises(ValueError, match=f"^decay_power {POSITIVE}"):
-        WSD(1, 2, 3, 1.0, decay_type="polynomial", decay_power=power)
+        WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0, decay_type="polynomial", decay_power=power)
 
 
 @pytest.mark.parametrize("schedule", FAMILIES, ids=repr)
@@ -150,7 +150,7 @@ def test_dicts_and_reprs_make_equal_schedules(schedule: Schedule) -> None:
 
 
 def test_dicts_of_before_the_later_fields_load() -> None:
-    wsd, restarts = WSD(1, 2, 3, 1.0), CosineRestarts(1.0)
+    wsd, restarts = WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0), CosineRestarts(peak_lr=1.0)
     for schedule, later in ((wsd, "decay_power"), (restarts, "cycle_decay")):
         written = schedule.to_dict()
         assert later not in written  # so that earlier versions load it, and it fits their checkpoints
@@ -185,12 +185,14 @@ def test_bad_steps(schedule: Schedule, step: object) -> None:
 
 def test_sequences_and_numbers_of_other_libraries_become_plain() -> None:
     steps, rates = np.array([2, 4]), np.array([0.5, 0.25])
-    assert MultiStep(1.0, list(steps), np.float32(0.5)) == MultiStep(1.0, (2, 4), 0.5)
+    assert MultiStep(peak_lr=1.0, milestones=list(steps), gamma=np.float32(0.5)) == MultiStep(
+        peak_lr=1.0, milestones=(2, 4), gamma=0.5
+    )
     assert Sampled(list(rates)) == Sampled((0.5, 0.25))
     assert Piecewise([[0, rates[0]], [steps[0], 1]]) == Piecewise(((0, 0.5), (2, 1.0)))
-    assert Cyclic(0.0, 1.0, 5) == Cyclic(0.0, 1.0, 5, 5)
-    assert MultiStep(1.0, [], 0.5) == MultiStep(1.0, (), 0.5)
-    assert MultiStep(1.0, [], 0.5).length == 0
+    assert Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=5) == Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=5, down_steps=5)
+    assert MultiStep(peak_lr=1.0, milestones=[], gamma=0.5) == MultiStep(peak_lr=1.0, milestones=(), gamma=0.5)
+    assert MultiStep(peak_lr=1.0, milestones=[], gamma=0.5).length == 0
 
 
 def test_a_function_becomes_a_table() -> None:
@@ -233,4 +235,4 @@ def raising(t: int) -> float:
 )
 def test_bad_functions(fn: object, steps: int, every: int, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
-        Schedule.from_function(fn, steps, every)
+        Schedule.from_function(fn, steps, every=every)

@@ -52,49 +52,75 @@ def cyclic(optimizer: Optimizer, n: int, **options: object) -> torchs.LRSchedule
 
 ENDLESS: dict[str, tuple[Make, Torchs]] = {
     "LinearLR": (
-        lambda n: Linear(PEAK / 4, PEAK * 0.75, n),
+        lambda n: Linear(start_lr=PEAK / 4, end_lr=PEAK * 0.75, total_steps=n),
         lambda optimizer, n: torchs.LinearLR(optimizer, 0.25, 0.75, n),
     ),
-    "LinearLR down": (lambda n: Linear(PEAK, LOW, n), lambda optimizer, n: torchs.LinearLR(optimizer, 1, 0.01, n)),
-    "StepLR": (lambda n: StepDecay(PEAK, 0.7, n), lambda optimizer, n: torchs.StepLR(optimizer, n, 0.7)),
+    "LinearLR down": (
+        lambda n: Linear(start_lr=PEAK, end_lr=LOW, total_steps=n),
+        lambda optimizer, n: torchs.LinearLR(optimizer, 1, 0.01, n),
+    ),
+    "StepLR": (
+        lambda n: StepDecay(peak_lr=PEAK, gamma=0.7, every=n),
+        lambda optimizer, n: torchs.StepLR(optimizer, n, 0.7),
+    ),
     "MultiStepLR": (
-        lambda n: MultiStep(PEAK, [n, n, 2 * n], 0.3),
+        lambda n: MultiStep(peak_lr=PEAK, milestones=[n, n, 2 * n], gamma=0.3),
         lambda optimizer, n: torchs.MultiStepLR(optimizer, [n, n, 2 * n], 0.3),
     ),
     "ExponentialLR": (
-        lambda n: Exponential(PEAK, 1 - 1 / (n + 1)),
+        lambda n: Exponential(peak_lr=PEAK, gamma=1 - 1 / (n + 1)),
         lambda optimizer, n: torchs.ExponentialLR(optimizer, 1 - 1 / (n + 1)),
     ),
-    "PolynomialLR": (lambda n: Polynomial(PEAK, n), lambda optimizer, n: torchs.PolynomialLR(optimizer, n)),
+    "PolynomialLR": (
+        lambda n: Polynomial(peak_lr=PEAK, total_steps=n),
+        lambda optimizer, n: torchs.PolynomialLR(optimizer, n),
+    ),
     "PolynomialLR 2.5": (
-        lambda n: Polynomial(PEAK, n, 2.5),
+        lambda n: Polynomial(peak_lr=PEAK, total_steps=n, power=2.5),
         lambda optimizer, n: torchs.PolynomialLR(optimizer, n, 2.5),
     ),
-    "CyclicLR": (lambda n: Cyclic(LOW, PEAK, n), cyclic),
-    "CyclicLR 7 down": (lambda n: Cyclic(LOW, PEAK, n, 7), partial(cyclic, step_size_down=7)),
-    "CyclicLR 2": (lambda n: Cyclic(LOW, PEAK, n, None, "triangular2"), partial(cyclic, mode="triangular2")),
+    "CyclicLR": (lambda n: Cyclic(base_lr=LOW, peak_lr=PEAK, up_steps=n), cyclic),
+    "CyclicLR 7 down": (
+        lambda n: Cyclic(base_lr=LOW, peak_lr=PEAK, up_steps=n, down_steps=7),
+        partial(cyclic, step_size_down=7),
+    ),
+    "CyclicLR 2": (
+        lambda n: Cyclic(base_lr=LOW, peak_lr=PEAK, up_steps=n, down_steps=None, mode="triangular2"),
+        partial(cyclic, mode="triangular2"),
+    ),
     "CyclicLR exp": (
-        lambda n: Cyclic(LOW, PEAK, n, 7, "exp_range", 0.999),
+        lambda n: Cyclic(base_lr=LOW, peak_lr=PEAK, up_steps=n, down_steps=7, mode="exp_range", gamma=0.999),
         partial(cyclic, step_size_down=7, mode="exp_range", gamma=0.999),
     ),
 }
 ENDING: dict[str, tuple[Make, Torchs]] = {
     "CosineAnnealingLR": (
-        lambda n: Cosine(PEAK, n, LOW),
+        lambda n: Cosine(peak_lr=PEAK, total_steps=n, min_lr=LOW),
         lambda optimizer, n: torchs.CosineAnnealingLR(optimizer, n, LOW),
     ),
-    "OneCycleLR": (lambda n: OneCycle(PEAK, n), one_cycle),
+    "OneCycleLR": (lambda n: OneCycle(peak_lr=PEAK, total_steps=n), one_cycle),
     "OneCycleLR linear": (
-        lambda n: OneCycle(PEAK, n, 0.45, 0.1, 0.01, "linear"),
+        lambda n: OneCycle(
+            peak_lr=PEAK, total_steps=n, up_fraction=0.45, start_factor=0.1, end_factor=0.01, kind="linear"
+        ),
         partial(one_cycle, pct_start=0.45, div_factor=10.0, final_div_factor=10.0, anneal_strategy="linear"),
     ),
-    "OneCycleLR 3": (lambda n: OneCycle(PEAK, n, three_phase=True), partial(one_cycle, three_phase=True)),
+    "OneCycleLR 3": (
+        lambda n: OneCycle(peak_lr=PEAK, total_steps=n, three_phase=True),
+        partial(one_cycle, three_phase=True),
+    ),
     "OneCycleLR 3 linear": (
-        lambda n: OneCycle(PEAK, n, 0.45, kind="linear", three_phase=True),
+        lambda n: OneCycle(peak_lr=PEAK, total_steps=n, up_fraction=0.45, kind="linear", three_phase=True),
         partial(one_cycle, pct_start=0.45, anneal_strategy="linear", three_phase=True),
     ),
-    "OneCycleLR down": (lambda n: OneCycle(PEAK, n, 0.0), partial(one_cycle, pct_start=0.0)),
-    "OneCycleLR up": (lambda n: OneCycle(PEAK, n, 1.0), partial(one_cycle, pct_start=1.0)),
+    "OneCycleLR down": (
+        lambda n: OneCycle(peak_lr=PEAK, total_steps=n, up_fraction=0.0),
+        partial(one_cycle, pct_start=0.0),
+    ),
+    "OneCycleLR up": (
+        lambda n: OneCycle(peak_lr=PEAK, total_steps=n, up_fraction=1.0),
+        partial(one_cycle, pct_start=1.0),
+    ),
 }
 
 
@@ -128,7 +154,7 @@ def test_one_cycles_of_any_fraction_and_length(seed: int) -> None:
     fraction = draw.choice([draw.random(), (draw.randint(2, length) + 0.25) / (length + 1)])
     fraction = min(fraction, 0.5) if three else fraction
     kind, torchs_kind = draw.choice([("linear", "linear"), ("cosine", "cos")])
-    schedule = OneCycle(PEAK, length, fraction, kind=kind, three_phase=three)
+    schedule = OneCycle(peak_lr=PEAK, total_steps=length, up_fraction=fraction, kind=kind, three_phase=three)
     options = {"pct_start": fraction, "anneal_strategy": torchs_kind, "three_phase": three}
     expected = used(lambda optimizer: one_cycle(optimizer, length, **options), length)
     assert schedule.values(0, length) == pytest.approx(expected, rel=1e-11, abs=1e-15 * PEAK)
@@ -138,6 +164,6 @@ def test_one_cycles_of_any_fraction_and_length(seed: int) -> None:
 def test_a_peak_at_step_0_where_torch_divides_by_0(length: int) -> None:
     with pytest.raises(ZeroDivisionError):
         used(lambda optimizer: one_cycle(optimizer, length, pct_start=1 / length), length)
-    schedule = OneCycle(PEAK, length, 1 / length)
+    schedule = OneCycle(peak_lr=PEAK, total_steps=length, up_fraction=1 / length)
     assert schedule(0) == PEAK
     assert schedule(length - 1) == PEAK / 25e4

@@ -124,9 +124,12 @@ def test_a_sequence_with_a_metric_driven_part_is_refused():
 
 def test_what_the_schedules_are():
     optimizer = two_groups()
-    assert from_torch(theirs.StepLR(optimizer, 10, 0.5)) == [StepDecay(0.1, 0.5, 10), StepDecay(3e-3, 0.5, 10)]
+    assert from_torch(theirs.StepLR(optimizer, 10, 0.5)) == [
+        StepDecay(peak_lr=0.1, gamma=0.5, every=10),
+        StepDecay(peak_lr=3e-3, gamma=0.5, every=10),
+    ]
     optimizer = two_groups()
-    assert from_torch(theirs.LinearLR(optimizer, 0.5, 1.0, 4))[0] == Linear(0.05, 0.1, 4)
+    assert from_torch(theirs.LinearLR(optimizer, 0.5, 1.0, 4))[0] == Linear(start_lr=0.05, end_lr=0.1, total_steps=4)
 
 
 def test_a_rate_of_0_is_a_constant():

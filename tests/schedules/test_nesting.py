@@ -16,14 +16,14 @@ from nexus.schedules.base import MAX_DEPTH
 WAYS: dict[str, Callable[[Schedule], Schedule]] = {
     "warmup": lambda s: s.warmup(1),
     "cooldown": lambda s: s.cooldown(1, to=0.5),
-    "then": lambda s: s.then(Linear(0.5, 0.25, 1)),
+    "then": lambda s: s.then(Linear(start_lr=0.5, end_lr=0.25, total_steps=1)),
     "join": lambda s: join([Constant(1.0), s], [1]),
     "repeat": lambda s: s.repeat(1),
 }
 
 
 def nested(way: str, depth: int) -> Schedule:
-    schedule: Schedule = Linear(1.0, 0.5, 2)
+    schedule: Schedule = Linear(start_lr=1.0, end_lr=0.5, total_steps=2)
     for _ in range(depth):
         schedule = WAYS[way](schedule)
     return schedule
@@ -36,7 +36,7 @@ def rates_of(schedule: Schedule) -> list[float]:
 @pytest.mark.parametrize("way", WAYS)
 def test_the_deepest_does_all_that_schedules_do(way: str) -> None:
     schedule = nested(way, MAX_DEPTH)
-    assert len([part for part in schedule.parts() if part == Linear(1.0, 0.5, 2)]) == 1
+    assert len([part for part in schedule.parts() if part == Linear(start_lr=1.0, end_lr=0.5, total_steps=2)]) == 1
     assert schedule.length == 2 + MAX_DEPTH * (way != "repeat")
     assert schedule.phase(0)
     assert title(schedule)
@@ -65,7 +65,7 @@ def test_deeper_is_refused_by_name(way: str) -> None:
 
 
 def test_a_dict_that_is_deeper_is_refused_by_name() -> None:
-    saved = Linear(1.0, 0.5, 2).to_dict()
+    saved = Linear(start_lr=1.0, end_lr=0.5, total_steps=2).to_dict()
     for _ in range(2000):
         saved = {"type": "Repeated", "schedule": saved, "n": None}
     with pytest.raises(ValueError, match=f"Repeated holds schedules within schedules more than {MAX_DEPTH} deep"):

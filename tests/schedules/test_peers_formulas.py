@@ -21,7 +21,7 @@ def test_torchtitan_before_its_first_release(warmup):
             return 1.0
         return least + (1.0 - least) * (1.0 - (t + 1 - warmup - stable) / (decay + 1))
 
-    falling = Arc("linear", HIGH, least * HIGH, float(decay + 1), shift=1.0)
+    falling = Arc("linear", high=HIGH, low=least * HIGH, span=float(decay + 1), shift=1.0)
     ours = join([Constant(HIGH), falling], [stable]).warmup(warmup, count="(t+1)/(W+1)")
     for t in range(warmup + stable + decay):
         assert ours(t) == pytest.approx(HIGH * factor(t), rel=1e-11), t

@@ -70,7 +70,13 @@ def test_ten_thousand_streams_of_metrics_are_torchs_bit_for_bit(graphs: Any) -> 
 
 
 @pytest.mark.parametrize(
-    "inner", [Constant(0.5), Cosine(1.0, 10), Linear(0.0, 1.0, 4) * Constant(0.5), Constant(0.0)]
+    "inner",
+    [
+        Constant(0.5),
+        Cosine(peak_lr=1.0, total_steps=10),
+        Linear(start_lr=0.0, end_lr=1.0, total_steps=4) * Constant(0.5),
+        Constant(0.0),
+    ],
 )
 def test_as_a_value_it_is_its_schedule(inner: Schedule) -> None:
     schedule = ReduceOnPlateau(inner, mode="max", every=3)
@@ -150,7 +156,7 @@ def test_torchs_are_imported_with_their_numbers() -> None:
 
 
 def test_a_wsd_inside_is_edited_as_one_by_itself() -> None:
-    wsd = WSD(2, 10, 4, 1.0)
+    wsd = WSD(warmup_steps=2, stable_steps=10, decay_steps=4, peak_lr=1.0)
     alone, inside = (ScheduleTable(each, torch.device("cpu")) for each in (wsd, ReduceOnPlateau(wsd)))
     now, rate = torch.tensor(5), torch.tensor(1.0, dtype=torch.float64)
     for table in (alone, inside):

@@ -69,12 +69,18 @@ def test_terminal_chart(kind, capsys, monkeypatch) -> None:
 
 def test_chart_draws_the_rates_and_names_what_fits() -> None:
     columns = 40
-    text = plot.chart(WSD(10, 20, 10, peak_lr=1.0), 40, width=columns + 12, height=10, blocks=False)
+    text = plot.chart(
+        WSD(warmup_steps=10, stable_steps=20, decay_steps=10, peak_lr=1.0),
+        40,
+        width=columns + 12,
+        height=10,
+        blocks=False,
+    )
     rows = [line[12:].ljust(columns) for line in text.splitlines()[:10]]
     heights = ["".join(column).count("#") for column in zip(*rows, strict=True)]
     assert heights == [*range(10), *[10] * 20, *range(10, 0, -1)]
 
-    schedule = CosineRestarts(1.0, cycle_length=100, cycle_mult=2, warmup_steps=10)
+    schedule = CosineRestarts(peak_lr=1.0, cycle_length=100, cycle_mult=2, warmup_steps=10)
     text = plot.chart(schedule, 710, width=12 + 71)
     assert text.splitlines()[-2].split() == ["│cycle", "0", "│cycle", "1", "│cycle", "2"]
 
@@ -89,7 +95,12 @@ def test_terminal_that_knows_ascii_alone(capsys, monkeypatch) -> None:
 @pytest.mark.parametrize("steps", [2, 3, 1000, MAX_STEP])
 @pytest.mark.parametrize(
     "schedule",
-    [*plot_command.KINDS.values(), WSD(0, 0, 1, 1e-3), WSD(0, None, 1, 1e-3), CosineRestarts(1e-3, cycle_length=1)],
+    [
+        *plot_command.KINDS.values(),
+        WSD(warmup_steps=0, stable_steps=0, decay_steps=1, peak_lr=1e-3),
+        WSD(warmup_steps=0, stable_steps=None, decay_steps=1, peak_lr=1e-3),
+        CosineRestarts(peak_lr=1e-3, cycle_length=1),
+    ],
     ids=repr,
 )
 def test_chart_of_anything(schedule, steps, width) -> None:
@@ -101,14 +112,14 @@ def test_chart_of_anything(schedule, steps, width) -> None:
 @pytest.mark.parametrize(
     ("schedule", "steps"),
     [
-        (WSD(1000, 7000, 2000, 1e-3), 10_500),
-        (WSD(1000, None, 2000, 1e-3), 12_000),
-        (WSD(MAX_STEP, MAX_STEP, MAX_STEP, 1e-3), MAX_STEP),
-        (WSD(0, 0, 1, 1e-3), 2),
-        (CosineRestarts(1e-3, cycle_length=10, cycle_mult=2, warmup_steps=5), 155),
-        (CosineRestarts(1e-3, cycle_length=MAX_STEP), MAX_STEP),
-        (Cosine(1e-3, 100), 105),
-        (Cosine(1e-3, MAX_STEP), MAX_STEP),
+        (WSD(warmup_steps=1000, stable_steps=7000, decay_steps=2000, peak_lr=1e-3), 10_500),
+        (WSD(warmup_steps=1000, stable_steps=None, decay_steps=2000, peak_lr=1e-3), 12_000),
+        (WSD(warmup_steps=MAX_STEP, stable_steps=MAX_STEP, decay_steps=MAX_STEP, peak_lr=1e-3), MAX_STEP),
+        (WSD(warmup_steps=0, stable_steps=0, decay_steps=1, peak_lr=1e-3), 2),
+        (CosineRestarts(peak_lr=1e-3, cycle_length=10, cycle_mult=2, warmup_steps=5), 155),
+        (CosineRestarts(peak_lr=1e-3, cycle_length=MAX_STEP), MAX_STEP),
+        (Cosine(peak_lr=1e-3, total_steps=100), 105),
+        (Cosine(peak_lr=1e-3, total_steps=MAX_STEP), MAX_STEP),
         (Constant(1e-3), 1000),
     ],
     ids=repr,
@@ -117,18 +128,22 @@ def test_default_steps_show_all(schedule, steps) -> None:
     assert plot.default_steps(schedule) == steps
 
 
-MULTI_STEP = MultiStep(1.0, range(2000), 0.99)  # of a long repr
-RESTARTS = CosineRestarts(1.0, cycle_length=2, cycle_mult=2, warmup_steps=3)
+MULTI_STEP = MultiStep(peak_lr=1.0, milestones=range(2000), gamma=0.99)  # of a long repr
+RESTARTS = CosineRestarts(peak_lr=1.0, cycle_length=2, cycle_mult=2, warmup_steps=3)
 
 
 @pytest.mark.parametrize(
     ("schedule", "steps", "spans"),
     [
-        (WSD(3, 4, 5, 1.0), 20, [("warmup", 0, 3), ("stable", 3, 7), ("decay", 7, 12), ("done", 12, 20)]),
-        (WSD(0, 0, 5, 1.0), 3, [("decay", 0, 3)]),
+        (
+            WSD(warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1.0),
+            20,
+            [("warmup", 0, 3), ("stable", 3, 7), ("decay", 7, 12), ("done", 12, 20)],
+        ),
+        (WSD(warmup_steps=0, stable_steps=0, decay_steps=5, peak_lr=1.0), 3, [("decay", 0, 3)]),
         (RESTARTS, 10, [("warmup", 0, 3), ("cycle 0", 3, 5), ("cycle 1", 5, 9), ("cycle 2", 9, 10)]),
         (RESTARTS, 2, [("warmup", 0, 2)]),
-        (CosineRestarts(1.0, cycle_length=2), 1000, [("cosine", 0, 1000)]),
+        (CosineRestarts(peak_lr=1.0, cycle_length=2), 1000, [("cosine", 0, 1000)]),
     ],
     ids=repr,
 )
@@ -136,7 +151,9 @@ def test_spans(schedule, steps, spans) -> None:
     assert plot.spans(schedule, steps) == spans
 
 
-@pytest.mark.parametrize("schedule", [*FAMILIES, Linear(1.0, 0.0, 2).repeat(3).warmup(5), MULTI_STEP], ids=type)
+@pytest.mark.parametrize(
+    "schedule", [*FAMILIES, Linear(start_lr=1.0, end_lr=0.0, total_steps=2).repeat(3).warmup(5), MULTI_STEP], ids=type
+)
 def test_a_title_fits_the_picture(schedule) -> None:
     lines = plot.title(schedule).splitlines()
     assert len(lines) <= plot.TITLE_LINES
@@ -147,7 +164,7 @@ def test_a_title_fits_the_picture(schedule) -> None:
 
 @pytest.mark.parametrize("steps", [2, 4000, 4001, 123_457, MAX_STEP])
 def test_sample_keeps_ends_and_jumps(steps: int) -> None:
-    schedule = CosineRestarts(1e-3, cycle_length=700, cycle_mult=3, warmup_steps=11)
+    schedule = CosineRestarts(peak_lr=1e-3, cycle_length=700, cycle_mult=3, warmup_steps=11)
     points = plot.sample(schedule, steps)
     assert points[0] == 0
     assert points[-1] == steps - 1
@@ -171,16 +188,36 @@ def test_png(kind, tmp_path, capsys) -> None:
 
 @needs_matplotlib
 def test_a_schedule_of_schedules_draws_itself(tmp_path) -> None:
-    schedule = minimum(Cyclic(0.0, 1.0, 20).warmup(10) * Exponential(1.0, 0.5, 100), Constant(0.8))
+    schedule = minimum(
+        Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=20).warmup(10) * Exponential(peak_lr=1.0, gamma=0.5, every=100),
+        Constant(0.8),
+    )
     schedule.plot(tmp_path / "lr.png", steps=200)
     assert size_of_png(tmp_path / "lr.png") == (1200, 540)
 
 
 @needs_matplotlib
+@pytest.mark.parametrize(("suffix", "start"), [("svg", b"<?xml"), ("SVG", b"<?xml"), ("pdf", b"%PDF-")])
+def test_other_formats(suffix, start, tmp_path) -> None:
+    paths = [tmp_path / f"{number}.{suffix}" for number in range(2)]
+    for path in paths:
+        assert main(["plot", "wsd", "-o", str(path)]) == 0
+    pictures = [path.read_bytes() for path in paths]
+    assert pictures[0].startswith(start)
+    assert pictures[0] == pictures[1]
+    assert (b"<!-- learning rate -->" in pictures[0]) == (suffix.lower() == "svg")
+
+
+@needs_matplotlib
 @pytest.mark.parametrize("steps", [2, MAX_STEP])
 def test_png_of_extremes(steps, tmp_path) -> None:
-    growth, restarts = Exponential(1.0, 1.5), CosineRestarts(1e3, cycle_length=1)  # growth goes to 1.8e308
-    for number, schedule in enumerate([growth, Constant(0), WSD(0, 0, 1, 1e-300), restarts]):
+    growth, restarts = (
+        Exponential(peak_lr=1.0, gamma=1.5),
+        CosineRestarts(peak_lr=1e3, cycle_length=1),
+    )  # growth goes to 1.8e308
+    for number, schedule in enumerate(
+        [growth, Constant(0), WSD(warmup_steps=0, stable_steps=0, decay_steps=1, peak_lr=1e-300), restarts]
+    ):
         plot.draw(schedule, tmp_path / f"{number}.png", steps)
         assert size_of_png(tmp_path / f"{number}.png") == (1200, 540)
 
@@ -188,9 +225,18 @@ def test_png_of_extremes(steps, tmp_path) -> None:
 @pytest.mark.parametrize(
     ("options", "schedule"),
     [
-        ("wsd --warmup-steps 3 --stable-steps none --decay-steps 4", WSD(3, None, 4, 1e-3)),
-        ("wsd --peak-lr 0.5 --min-lr 0.1 --decay-type sqrt", WSD(1000, 7000, 2000, 0.5, 0.1, "sqrt")),
-        ("sgdr --cycle-length 7 --cycle-mult 1.5 --warmup-steps 2", CosineRestarts(1e-3, 0.0, 7, 1.5, 2)),
+        (
+            "wsd --warmup-steps 3 --stable-steps none --decay-steps 4",
+            WSD(warmup_steps=3, stable_steps=None, decay_steps=4, peak_lr=1e-3),
+        ),
+        (
+            "wsd --peak-lr 0.5 --min-lr 0.1 --decay-type sqrt",
+            WSD(warmup_steps=1000, stable_steps=7000, decay_steps=2000, peak_lr=0.5, min_lr=0.1, decay_type="sqrt"),
+        ),
+        (
+            "sgdr --cycle-length 7 --cycle-mult 1.5 --warmup-steps 2",
+            CosineRestarts(peak_lr=1e-3, min_lr=0.0, cycle_length=7, cycle_mult=1.5, warmup_steps=2),
+        ),
     ],
 )
 def test_arguments_reach_the_schedule(options, schedule, capsys) -> None:
@@ -258,12 +304,18 @@ def test_matplotlib_missing(tmp_path, capsys, monkeypatch) -> None:
         ("plot sgdr --cycle-mult 1.0001", "cycle_mult must be 1.0"),
         ("plot constant --steps 1", "steps must be an int from 2 to 2**53, got 1"),
         ("plot constant --steps 9007199254740993", "steps must be"),
-        ("plot wsd -o lr.svg", "ends in .png, got 'lr.svg'"),
-        ("plot wsd --output=", "ends in .png, got ''"),
+        ("plot wsd -o lr.jpg", "must end in .png, .svg, .pdf, got 'lr.jpg'"),
+        ("plot wsd --output=", "must end in .png, .svg, .pdf, got ''"),
     ],
 )
 def test_nonsense(argv: str, said: str, capsys) -> None:
     assert said in refused(capsys, *argv.split())
+
+
+def test_the_command_has_the_name_it_was_called_by(monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["/somewhere/bin/nexus"])
+    assert main(["plot", "wsd", "--min-lr", "3"]) == 2
+    assert capsys.readouterr().err.startswith("nexus plot: min_lr must be")
 
 
 def test_help_and_version(capsys) -> None:
@@ -293,16 +345,24 @@ def test_chart_and_sample_of_every_family(schedule, steps) -> None:
 @pytest.mark.parametrize(
     ("schedule", "steps", "spans"),
     [
-        (Linear(0.0, 1.0, 100), 105, ["linear", "done"]),
-        (Cyclic(0.0, 1.0, 20, 30), 200, ["up", "down"] * 4),
-        (Cyclic(0.0, 1.0, 20, mode="triangular2"), 160, ["up", "down"] * 4),
-        (WSDS(13, 50, 20, 1.0), 213, ["warmup", *["stable", "decay"] * 4]),
-        (WSDS(13, 50, 20, 1.0, cycles=2), 118, ["warmup", *["stable", "decay"] * 2, "done"]),
-        (OneCycle(1.0, 101, three_phase=True), 105, ["up", "down", "annihilation", "done"]),
-        (MultiStep(1.0, [10, 20], 0.5), 21, ["stage 0", "stage 1", "stage 2"]),
-        (Exponential(1.0, 0.5, 100), 512, ["exponential"]),
-        (InverseSqrt(1.0, 10), 1024, ["inverse"]),
-        (Exponential(1.0, 1.5), 1000, ["exponential"]),
+        (Linear(start_lr=0.0, end_lr=1.0, total_steps=100), 105, ["linear", "done"]),
+        (Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=20, down_steps=30), 200, ["up", "down"] * 4),
+        (Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=20, mode="triangular2"), 160, ["up", "down"] * 4),
+        (
+            WSDS(warmup_steps=13, cycle_length=50, decay_steps=20, peak_lr=1.0),
+            213,
+            ["warmup", *["stable", "decay"] * 4],
+        ),
+        (
+            WSDS(warmup_steps=13, cycle_length=50, decay_steps=20, peak_lr=1.0, cycles=2),
+            118,
+            ["warmup", *["stable", "decay"] * 2, "done"],
+        ),
+        (OneCycle(peak_lr=1.0, total_steps=101, three_phase=True), 105, ["up", "down", "annihilation", "done"]),
+        (MultiStep(peak_lr=1.0, milestones=[10, 20], gamma=0.5), 21, ["stage 0", "stage 1", "stage 2"]),
+        (Exponential(peak_lr=1.0, gamma=0.5, every=100), 512, ["exponential"]),
+        (InverseSqrt(peak_lr=1.0, timescale=10), 1024, ["inverse"]),
+        (Exponential(peak_lr=1.0, gamma=1.5), 1000, ["exponential"]),
     ],
     ids=repr,
 )
@@ -313,9 +373,12 @@ def test_default_steps_and_spans_of_families(schedule, steps, spans) -> None:
 
 @pytest.mark.parametrize("steps", [2, 1000, 10_000, MAX_STEP])
 def test_chart_of_growth_without_end(steps) -> None:
-    assert len(plot.chart(Exponential(1.0, 1.5), steps).splitlines()) == 13
+    assert len(plot.chart(Exponential(peak_lr=1.0, gamma=1.5), steps).splitlines()) == 13
 
 
 def test_many_cycles_are_one_span() -> None:
-    assert plot.spans(Cyclic(0.0, 1.0, 2), 1000) == [("cycles", 0, 1000)]
-    assert plot.spans(WSDS(10, 4, 2, 1.0), 1000) == [("warmup", 0, 10), ("cycles", 10, 1000)]
+    assert plot.spans(Cyclic(base_lr=0.0, peak_lr=1.0, up_steps=2), 1000) == [("cycles", 0, 1000)]
+    assert plot.spans(WSDS(warmup_steps=10, cycle_length=4, decay_steps=2, peak_lr=1.0), 1000) == [
+        ("warmup", 0, 10),
+        ("cycles", 10, 1000),
+    ]

@@ -39,10 +39,17 @@ def resumed(optimizer: FusedAdamW, schedule: WSD) -> FusedAdamW:
 
 
 @pytest.mark.parametrize(
-    "schedule", [WSD(0, 5, 10, 1.0), WSD(0, 5, 10, 0.5), WSD(0, 50, 10, 1.0), WSD(2, 5, 4, 1.0)], ids=str
+    "schedule",
+    [
+        WSD(warmup_steps=0, stable_steps=5, decay_steps=10, peak_lr=1.0),
+        WSD(warmup_steps=0, stable_steps=5, decay_steps=10, peak_lr=0.5),
+        WSD(warmup_steps=0, stable_steps=50, decay_steps=10, peak_lr=1.0),
+        WSD(warmup_steps=2, stable_steps=5, decay_steps=4, peak_lr=1.0),
+    ],
+    ids=str,
 )
 def test_an_extension_is_carried_over_to_the_schedule_of_the_resumed_run(backend: str, schedule: WSD) -> None:
-    optimizer = make(WSD(0, 5, 10, 1.0), backend)
+    optimizer = make(WSD(warmup_steps=0, stable_steps=5, decay_steps=10, peak_lr=1.0), backend)
     optimizer.extend_stable(3)
     optimizer.extend_stable(1)
     rates(optimizer, 2)
@@ -51,7 +58,9 @@ def test_an_extension_is_carried_over_to_the_schedule_of_the_resumed_run(backend
 
 @pytest.mark.parametrize("decay", WSD_DECAYS)
 def test_every_decay_can_be_put_off_and_begun_by_hand(backend: str, decay: str) -> None:
-    schedule = WSD(4, 5, 10, 1.0, 0.125, decay, 1.5)
+    schedule = WSD(
+        warmup_steps=4, stable_steps=5, decay_steps=10, peak_lr=1.0, min_lr=0.125, decay_type=decay, decay_power=1.5
+    )
     for now in (3, 7):  # in the warm-up and after it
         optimizer = make(schedule, backend)
         optimizer.extend_stable(20)
@@ -63,7 +72,18 @@ def test_every_decay_can_be_put_off_and_begun_by_hand(backend: str, decay: str) 
 
 
 def test_a_decay_power_is_saved_and_another_one_is_named(backend: str) -> None:
-    plain, steep = (WSD(0, 5, 10, 1.0, 0.0, "polynomial", power) for power in (2.0, 4.0))
+    plain, steep = (
+        WSD(
+            warmup_steps=0,
+            stable_steps=5,
+            decay_steps=10,
+            peak_lr=1.0,
+            min_lr=0.0,
+            decay_type="polynomial",
+            decay_power=power,
+        )
+        for power in (2.0, 4.0)
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         make(plain, backend).load_state_dict(make(plain, backend).state_dict())
@@ -75,13 +95,13 @@ def test_a_decay_power_is_saved_and_another_one_is_named(backend: str) -> None:
 
 
 def test_an_extension_that_float32_would_round_is_exact(backend: str) -> None:
-    optimizer = make(WSD(0, 5, 10, 1.0), backend)
+    optimizer = make(WSD(warmup_steps=0, stable_steps=5, decay_steps=10, peak_lr=1.0), backend)
     optimizer.extend_stable(2**24 + 1)
     assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["edits"]["extended"] == 2**24 + 1
 
 
 def test_an_extension_and_an_early_decay_are_both_carried_over(backend: str) -> None:
-    schedule = WSD(0, 5, 10, 1.0)
+    schedule = WSD(warmup_steps=0, stable_steps=5, decay_steps=10, peak_lr=1.0)
     optimizer = make(schedule, backend)
     optimizer.extend_stable(20)
     rates(optimizer, 7)
@@ -91,7 +111,7 @@ def test_an_extension_and_an_early_decay_are_both_carried_over(backend: str) -> 
 
 
 def test_a_group_without_edits_does_not_undo_those_of_another(backend: str) -> None:
-    schedule = WSD(0, 10, 10, 1.0)
+    schedule = WSD(warmup_steps=0, stable_steps=10, decay_steps=10, peak_lr=1.0)
     params = make_params([(3,), (3,)])
     optimizer = FusedAdamW(
         [{"params": params[:1], "lr": schedule}, {"params": params[1:], "lr": 0.1}], backend=backend
@@ -105,22 +125,22 @@ def test_a_group_without_edits_does_not_undo_those_of_another(backend: str) -> N
 
 
 def test_an_equal_schedule_that_is_assigned_anew_is_as_it_was_given(backend: str) -> None:
-    schedule = WSD(0, 100, 10, 1.0)
+    schedule = WSD(warmup_steps=0, stable_steps=100, decay_steps=10, peak_lr=1.0)
     optimizer = make(schedule, backend)
     rates(optimizer, 2)
     optimizer.begin_decay()
     assert rates(optimizer, 3) == schedule.begin_decay(2).values(2, 5)
-    optimizer.param_groups[0]["lr"] = WSD(0, 100, 10, 1.0)
+    optimizer.param_groups[0]["lr"] = WSD(warmup_steps=0, stable_steps=100, decay_steps=10, peak_lr=1.0)
     assert rates(optimizer, 2) == [1.0, 1.0]
     for peak in range(2, 30):
-        optimizer.param_groups[0]["lr"] = WSD(0, 100, 10, float(peak))
+        optimizer.param_groups[0]["lr"] = WSD(warmup_steps=0, stable_steps=100, decay_steps=10, peak_lr=float(peak))
         assert rates(optimizer, 1) == [float(peak)]
     assert len(engine_of(optimizer).tables) == 1
 
 
 def test_a_schedule_that_waits_for_its_first_step_is_saved(backend: str) -> None:
     optimizer = make(0.1, backend)
-    optimizer.param_groups[0]["lr"] = WSD(0, 5, 10, 1.0)
+    optimizer.param_groups[0]["lr"] = WSD(warmup_steps=0, stable_steps=5, decay_steps=10, peak_lr=1.0)
     assert optimizer.state_dict()["param_groups"][0]["lr_schedule"]["type"] == "WSD"
 
 
@@ -156,7 +176,7 @@ def test_a_tensor_rate_out_of_range_is_refused(backend: str, rate: float) -> Non
         FusedAdamW(make_params([(3,)]), lr=torch.tensor(rate, device="cpu"), backend=backend)
 
 
-UP, DOWN = Linear(0.0, 1.0, 4), Linear(1.0, 0.0, 4)
+UP, DOWN = Linear(start_lr=0.0, end_lr=1.0, total_steps=4), Linear(start_lr=1.0, end_lr=0.0, total_steps=4)
 LONG = Piecewise([(i, float(i)) for i in range(100)])
 
 

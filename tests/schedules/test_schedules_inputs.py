@@ -1,15 +1,30 @@
 """Bad arguments of the schedules: each message names the argument, what was given and what is allowed."""
 
+import copy
 import math
+import pickle
+import re
 import subprocess
 import sys
-from dataclasses import FrozenInstanceError
+from dataclasses import FrozenInstanceError, dataclass, replace
 
 import numpy as np
 import pytest
 import torch
 
-from nexus.schedules import MAX_STEP, WSD, Constant, Cosine, CosineRestarts, Schedule
+from nexus.schedules import (
+    MAX_STEP,
+    WSD,
+    Arc,
+    Constant,
+    Cosine,
+    CosineRestarts,
+    Linear,
+    Piecewise,
+    ReduceOnPlateau,
+    Sampled,
+    Schedule,
+)
 
 GOOD = {
     WSD: {"warmup_steps": 10, "stable_steps": 20, "decay_steps": 30, "peak_lr": 1e-3, "min_lr": 1e-5},
@@ -88,7 +103,54 @@ def test_the_lowest_counts_are_allowed_and_rates_are_in_order(kind) -> None:
     assert math.copysign(1.0, kind(**GOOD[kind] | {"min_lr": -0.0}).min_lr) == 1.0
 
 
-SHORT = WSD(1, 2, 3, 1.0)
+RESTARTS = (
+    "CosineRestarts takes its arguments by name, as they are easy to swap: CosineRestarts(peak_lr=..., min_lr=0.0, "
+    "cycle_length=10000, cycle_mult=1.0, warmup_steps=0, "
+)
+
+
+@pytest.mark.parametrize(
+    ("kind", "arguments", "words"),
+    [
+        (CosineRestarts, (1000, 1e-3), RESTARTS),
+        (CosineRestarts, (1000, 1e-3), "got CosineRestarts(1000, 0.001)"),
+        (Cosine, (1e-3,), "Cosine(peak_lr=..., total_steps=..., min_lr=0.0, warmup_steps=0"),
+        (Linear, (1.0, 0.0, 5), "Linear(start_lr=..., end_lr=..., total_steps=...), got Linear(1.0, 0.0, 5)"),
+        (Sampled, ([1.0], 2), "Sampled(rates, every=1, error=0.0)"),
+        (Piecewise, ([(0, 1.0)], "linear"), "Piecewise(points, kind='constant')"),
+        (Arc, ("cosine", 1.0, 0.0, 5.0), "Arc(curve, high=..., low=..., span=..., shift=0.0, k=1.0, q=1.0)"),
+        (ReduceOnPlateau, (Constant(1.0), "max"), "ReduceOnPlateau(schedule, mode='min', "),
+        (Constant, (1.0, 2.0), "Constant(lr), got Constant(1.0, 2.0)"),
+    ],
+)
+def test_arguments_that_are_easy_to_swap_need_their_names(kind, arguments, words) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        kind(*arguments)
+
+
+def test_a_subclass_may_take_arguments_as_it_likes() -> None:
+    @dataclass(frozen=True)
+    class Halves(Schedule):
+        first: float
+        second: float = 0.5
+
+        def phase(self, step: int) -> str:
+            return "half"
+
+    class Short(Linear):
+        def __init__(self, *rates: float) -> None:
+            super().__init__(start_lr=rates[0], end_lr=rates[1], total_steps=2)
+
+    try:
+        assert Halves(1.0, 0.25).second == 0.25
+        assert Short(1.0, 0.0)(1) == 0.5
+        assert copy.deepcopy(Short(1.0, 0.0))(1) == 0.5
+        assert pickle.loads(pickle.dumps(SHORT)) == SHORT
+    finally:
+        del Schedule._types["Halves"], Schedule._types["Short"]
+
+
+SHORT = WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0)
 DECAY_TYPE = r"^decay_type must be one of \('linear', 'cosine', 'sqrt', 'exponential', 'polynomial'\), got "
 CYCLE_MULT = "^cycle_mult must be a finite number >= 1, got "
 TOO_MANY_CYCLES = r"cycle_mult=.*more than 65,536 .*must be 1\.0 .*at least 1\.0004"
@@ -99,27 +161,47 @@ TYPE = "type must be one of .*WSD.*got "
 @pytest.mark.parametrize(
     ("expression", "error", "message"),
     [
-        ("WSD(1000.0, 1, 1, 1.0)", TypeError, r"write int\(1000\.0\)"),
-        ("WSD(1, 2.5, 1, 1.0)", TypeError, "None"),
-        ("WSD(1, 2, 3, 1.0, decay_type='exp')", ValueError, f"{DECAY_TYPE}'exp'"),
-        ("WSD(1, 2, 3, 1.0, decay_type='Linear')", ValueError, f"{DECAY_TYPE}'Linear'"),
-        ("WSD(1, 2, 3, 1.0, decay_type=3)", TypeError, f"{DECAY_TYPE}3"),
-        ("WSD(1, 2, 3, 1.0, decay_type=None)", TypeError, f"{DECAY_TYPE}None"),
-        ("CosineRestarts(1.0, cycle_mult=0.5)", ValueError, f"{CYCLE_MULT}0.5"),
-        ("CosineRestarts(1.0, cycle_mult=0)", ValueError, f"{CYCLE_MULT}0"),
-        ("CosineRestarts(1.0, cycle_length=1, cycle_mult=1.0001)", ValueError, TOO_MANY_CYCLES),
-        ("CosineRestarts(1.0, cycle_length=10_000, cycle_mult=1.0001)", ValueError, TOO_MANY_CYCLES),
-        ("CosineRestarts(1.0, cycle_length=1, cycle_mult=1.0000001)", ValueError, TOO_MANY_CYCLES),
-        ("CosineRestarts(1.0, cycle_length=10**7, cycle_mult=1.00001)", ValueError, TOO_MANY_CYCLES),
-        ("Cosine(1.0, 100, warmup_steps=100)", ValueError, f"{WARMUP}100"),
-        ("Cosine(1.0, 100, warmup_steps=101)", ValueError, f"{WARMUP}101"),
+        ("WSD(warmup_steps=1000.0, stable_steps=1, decay_steps=1, peak_lr=1.0)", TypeError, r"write int\(1000\.0\)"),
+        ("WSD(warmup_steps=1, stable_steps=2.5, decay_steps=1, peak_lr=1.0)", TypeError, "None"),
+        (
+            "WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0, decay_type='exp')",
+            ValueError,
+            f"{DECAY_TYPE}'exp'",
+        ),
+        (
+            "WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0, decay_type='Linear')",
+            ValueError,
+            f"{DECAY_TYPE}'Linear'",
+        ),
+        (
+            "WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0, decay_type=3)",
+            TypeError,
+            f"{DECAY_TYPE}3",
+        ),
+        (
+            "WSD(warmup_steps=1, stable_steps=2, decay_steps=3, peak_lr=1.0, decay_type=None)",
+            TypeError,
+            f"{DECAY_TYPE}None",
+        ),
+        ("CosineRestarts(peak_lr=1.0, cycle_mult=0.5)", ValueError, f"{CYCLE_MULT}0.5"),
+        ("CosineRestarts(peak_lr=1.0, cycle_mult=0)", ValueError, f"{CYCLE_MULT}0"),
+        ("CosineRestarts(peak_lr=1.0, cycle_length=1, cycle_mult=1.0001)", ValueError, TOO_MANY_CYCLES),
+        ("CosineRestarts(peak_lr=1.0, cycle_length=10_000, cycle_mult=1.0001)", ValueError, TOO_MANY_CYCLES),
+        ("CosineRestarts(peak_lr=1.0, cycle_length=1, cycle_mult=1.0000001)", ValueError, TOO_MANY_CYCLES),
+        ("CosineRestarts(peak_lr=1.0, cycle_length=10**7, cycle_mult=1.00001)", ValueError, TOO_MANY_CYCLES),
+        ("Cosine(peak_lr=1.0, total_steps=100, warmup_steps=100)", ValueError, f"{WARMUP}100"),
+        ("Cosine(peak_lr=1.0, total_steps=100, warmup_steps=101)", ValueError, f"{WARMUP}101"),
         ("Constant(1.0).values(-1, 3)", ValueError, "^start must be"),
         ("Constant(1.0).values(5, 4)", ValueError, "^stop must be an int from 5 "),
         ("Constant(1.0).values(0, 4.0)", TypeError, "^stop must be"),
         ("SHORT.extend_stable(-1)", ValueError, "^n must be an int from 0"),
         ("SHORT.extend_stable(1.0)", TypeError, "^n must be an int from 0"),
         ("SHORT.extend_stable(MAX_STEP)", ValueError, "^stable_steps must be"),
-        ("WSD(1, None, 3, 1.0).extend_stable(1)", ValueError, "stable_steps .*open-ended"),
+        (
+            "WSD(warmup_steps=1, stable_steps=None, decay_steps=3, peak_lr=1.0).extend_stable(1)",
+            ValueError,
+            "stable_steps .*open-ended",
+        ),
         ("SHORT.begin_decay(0)", ValueError, "^step=0 .*nothing to decay from"),
         ("Schedule()", TypeError, "abstract"),
         ("Schedule.from_dict([('type', 'WSD')])", TypeError, "must be a dict"),
@@ -188,12 +270,23 @@ def test_immutable(kind) -> None:
 
 
 def test_oracle_does_without_torch() -> None:
-    code = "import sys; from nexus.schedules import WSD; WSD(1, 2, 3, 1.0)(2); sys.exit('torch' in sys.modules)"
+    code = (
+        "import sys; from nexus.schedules import Cosine; Cosine(peak_lr=1.0, total_steps=3)(2); "
+        "sys.exit('torch' in sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_a_rate_or_a_share_where_a_count_belongs() -> None:
-    with pytest.raises(TypeError, match=r"total_steps must be an int .*; of a share, give int\(share \* total\)"):
-        Cosine(1000, 1e-3)  # type: ignore[arg-type]
+    with pytest.raises(
+        TypeError, match=r"total_steps must be an int .*; of a ratio of the run, give int\(0.001 \* t"
+    ):
+        Cosine(peak_lr=1000, total_steps=1e-3)  # type: ignore[arg-type]
+    for name, share in (("warmup_steps", 0.1), ("stable_steps", 0.5), ("decay_steps", 0.25)):
+        words = (
+            rf"{name} .*give int\({share} \* total_steps\), or write WSD.from_fractions\(total_steps, warmup=\.\.\."
+        )
+        with pytest.raises(TypeError, match=words):
+            replace(SHORT, **{name: share})
     with pytest.raises(TypeError, match=r"steps must be an int .*; write int\(10.0\)"):
         Constant(1.0).warmup(10.0)  # type: ignore[arg-type]

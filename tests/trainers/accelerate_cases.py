@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.distributed as dist
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from distributed_cases import SCHEDULE, batch, loss_of, make_net, train_alone, whole
@@ -37,6 +38,14 @@ def fresh_accelerate(**environment: str) -> Iterator[None]:
                 yield
 
 
+@contextlib.contextmanager
+def in_this_world() -> Iterator[None]:
+    rank, size = str(dist.get_rank()), str(dist.get_world_size())
+    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
+    with fresh_accelerate(**names, OMP_NUM_THREADS="1"):
+        yield
+
+
 def make_optimizer(
     model: torch.nn.Module, driver: str, *, lengthened: int = 1, **options: Any
 ) -> tuple[FusedAdamW, Any]:
@@ -44,13 +53,13 @@ def make_optimizer(
     if driver == "inside":
         return FusedAdamW(model.parameters(), lr=SCHEDULE, weight_decay=DECAY, **options), None
     optimizer = FusedAdamW(model.parameters(), lr=1.0, weight_decay=DECAY, **options)
-    phases = [lengthened * steps for steps in (SCHEDULE.warmup_steps, SCHEDULE.stable_steps, SCHEDULE.decay_steps)]
+    phases = {name: lengthened * getattr(SCHEDULE, name) for name in ("warmup_steps", "stable_steps", "decay_steps")}
     make: Any = {
-        "nothing": lambda *_: None,
+        "nothing": lambda *_, **__: None,
         "nexus": WSDScheduler,
-        "torch": lambda optimizer, *arguments: LambdaLR(optimizer, WSD(*arguments)),
+        "torch": lambda optimizer, **arguments: LambdaLR(optimizer, WSD(**arguments)),
     }[driver]
-    return optimizer, make(optimizer, *phases, SCHEDULE.peak_lr, SCHEDULE.min_lr)
+    return optimizer, make(optimizer, **phases, peak_lr=SCHEDULE.peak_lr, min_lr=SCHEDULE.min_lr)
 
 
 def accelerator_with_a_scaler(**options: Any) -> Accelerator:

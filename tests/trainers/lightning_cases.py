@@ -48,7 +48,9 @@ def followed(module: Regression) -> dict[str, Any]:
 
 def own_scheduler(module: Regression) -> dict[str, Any]:
     optimizer = FusedAdamW(module.parameters(), weight_decay=0.1)
-    return scheduled(optimizer, WSDScheduler(optimizer, 4, 6, 8, 0.05, 1e-3))
+    return scheduled(
+        optimizer, WSDScheduler(optimizer, warmup_steps=4, stable_steps=6, decay_steps=8, peak_lr=0.05, min_lr=1e-3)
+    )
 
 
 def by_torchs_scheduler(kind: Callable[..., torch.optim.Optimizer], *, tensor: bool = False) -> Configure:

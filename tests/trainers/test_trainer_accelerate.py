@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import os
 import re
@@ -39,6 +38,7 @@ from accelerate_cases import (
     accelerator_with_a_scaler,
     assert_trained,
     fresh_accelerate,
+    in_this_world,
     make_optimizer,
 )
 
@@ -75,7 +75,14 @@ def test_a_prepared_loop_trains_as_float64_torch(driver: str, accumulated: int, 
 
 def test_a_scheduler_over_the_prepared_optimizer_works_too() -> None:
     run = Run(Accelerator(cpu=True), "nothing", torch.float64)
-    scheduler = WSDScheduler(run.optimizer, 5, 10, 15, SCHEDULE.peak_lr, SCHEDULE.min_lr)
+    scheduler = WSDScheduler(
+        run.optimizer,
+        warmup_steps=5,
+        stable_steps=10,
+        decay_steps=15,
+        peak_lr=SCHEDULE.peak_lr,
+        min_lr=SCHEDULE.min_lr,
+    )
     run.scheduler = run.accelerator.prepare(scheduler)
     assert run.train() == RATES
     assert_trained(run.model)
@@ -258,14 +265,6 @@ def test_low_memory_state_is_resumed_bit_for_bit(dtype: torch.dtype, options: di
 
 
 # Two processes.
-
-
-@contextlib.contextmanager
-def in_this_world() -> Iterator[None]:
-    rank, size = str(dist.get_rank()), str(dist.get_world_size())
-    names = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": size, "LOCAL_WORLD_SIZE": size}
-    with fresh_accelerate(**names, OMP_NUM_THREADS="1"):
-        yield
 
 
 @pytest.mark.parametrize(

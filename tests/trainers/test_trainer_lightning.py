@@ -141,7 +141,7 @@ def test_the_trainers_clipping_under_mixed_precision_is_refused(tmp_path: Path, 
 class TwoOptimizers(pl.LightningModule):
     """Manual optimization: each net has its own optimizer, schedule and rhythm."""
 
-    SCHEDULES = SCHEDULE, WSD(2, None, 4, 0.1)
+    SCHEDULES = SCHEDULE, WSD(warmup_steps=2, stable_steps=None, decay_steps=4, peak_lr=0.1)
     EDITED = SCHEDULE.extend_stable(3), SCHEDULES[1].begin_decay(6)
     CLIPS = None, 0.5
 
@@ -347,7 +347,7 @@ def test_the_documented_module_logs_its_rates(tmp_path: Path) -> None:
     monitors = [each for each in found["trainer"].callbacks if isinstance(each, pl.callbacks.LearningRateMonitor)]
     trainer = trainer_in(tmp_path, max_steps=300, logger=logger, callbacks=monitors)
     trainer.fit(found["Regression"](), Batches(features=8))
-    schedule = WSD(20, 180, 100, 1e-2)
+    schedule = WSD(warmup_steps=20, stable_steps=180, decay_steps=100, peak_lr=1e-2)
     assert logger.column("lr-FusedAdamW") == [schedule(t) for t in range(300)]
 
 

@@ -148,8 +148,8 @@ def test_options_of_torchs_adamw_that_are_float32_tensors(tmp_path: Path) -> Non
 
 # Groups, and what changes in mid-run.
 
-RESTARTS = CosineRestarts(0.1, cycle_length=4)
-DECAYS = Cosine(0.2, 12, 0.01)
+RESTARTS = CosineRestarts(peak_lr=0.1, cycle_length=4)
+DECAYS = Cosine(peak_lr=0.2, total_steps=12, min_lr=0.01)
 
 
 class LoggedByItself(Regression):
@@ -191,7 +191,10 @@ def test_every_group_has_its_own_rate_and_weight_decay(tmp_path: Path) -> None:
 
 
 def test_betas_and_scales_that_move_are_logged_as_the_update_uses_them(tmp_path: Path) -> None:
-    momenta, scales = Linear(0.95, 0.8, 10), Linear(0.2, 1.0, 9)
+    momenta, scales = (
+        Linear(start_lr=0.95, end_lr=0.8, total_steps=10),
+        Linear(start_lr=0.2, end_lr=1.0, total_steps=9),
+    )
 
     def moving(module: Regression) -> FusedAdamW:
         first, last = module.net[0], module.net[2]
@@ -211,8 +214,8 @@ def test_betas_and_scales_that_move_are_logged_as_the_update_uses_them(tmp_path:
     assert logger.column("lr-FusedAdamW/pg2-momentum") == [0.75] * STEPS
 
 
-LATER = WSD(0, 30, 5, 0.2)
-LAST = Cosine(0.3, 20)
+LATER = WSD(warmup_steps=0, stable_steps=30, decay_steps=5, peak_lr=0.2)
+LAST = Cosine(peak_lr=0.3, total_steps=20)
 
 
 class Changing(Regression):

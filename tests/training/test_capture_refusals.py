@@ -137,13 +137,13 @@ def stepping_torchs_scheduler(world: World) -> Step:
 def stepping_a_scheduler_over_torchs_optimizer(world: World) -> Step:
     lr = torch.tensor(1e-2)
     world.optimizer = torch.optim.AdamW(world.model.parameters(), lr=lr, fused=True, capturable=True)
-    scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
+    scheduler = WSDScheduler(world.optimizer, warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2)
     return plain_step(world, then=lambda loss: scheduler.step())
 
 
 def moving_a_scheduler_by_number(world: World) -> Step:
     world.optimizer = FusedAdamW(world.model.parameters(), backend=NAME)
-    scheduler = WSDScheduler(world.optimizer, 3, 4, 5, 1e-2)
+    scheduler = WSDScheduler(world.optimizer, warmup_steps=3, stable_steps=4, decay_steps=5, peak_lr=1e-2)
     return plain_step(world, then=lambda loss: scheduler.step(3))
 
 

@@ -142,7 +142,7 @@ def by_tokens(model: nn.Module, optimizer: FusedAdamW) -> Step:
 
 
 def test_a_clock_is_advanced_in_a_compiled_step(backend: str) -> None:
-    lr = WSD(100, 200, 100, peak_lr=1e-2).at(Clock())
+    lr = WSD(warmup_steps=100, stable_steps=200, decay_steps=100, peak_lr=1e-2).at(Clock())
     assert_compiled_is_eager(by_tokens, backend=backend, lr=lr, skip_nonfinite=True, overflow=True)
 
 
@@ -165,8 +165,8 @@ def edits_and_averages(step: int, optimizer: FusedAdamW) -> None:
 
 
 def test_a_compiled_step_reports_averages_and_is_edited(backend: str) -> None:
-    lr = ReduceOnPlateau(WSD(3, None, 3, peak_lr=1e-2), factor=0.5, patience=1)
-    betas = (0.9, Linear(0.9, 0.99, 10))
+    lr = ReduceOnPlateau(WSD(warmup_steps=3, stable_steps=None, decay_steps=3, peak_lr=1e-2), factor=0.5, patience=1)
+    betas = (0.9, Linear(start_lr=0.9, end_lr=0.99, total_steps=10))
     assert_compiled_is_eager(reporting, edits_and_averages, backend=backend, lr=lr, betas=betas, average=EMA(0.9))
 
 
@@ -206,7 +206,7 @@ def test_a_nexus_scheduler_compiles_nothing_anew() -> None:
     schedulers: list[WSDScheduler] = []
 
     def scheduled(model: nn.Module, optimizer: FusedAdamW) -> Step:
-        schedulers.append(WSDScheduler(optimizer, 2, 4, 4, 1e-2))
+        schedulers.append(WSDScheduler(optimizer, warmup_steps=2, stable_steps=4, decay_steps=4, peak_lr=1e-2))
         return plain(model, optimizer)
 
     assert_compiled_is_eager(scheduled, between=lambda step, optimizer: schedulers[-1].step())

@@ -26,7 +26,7 @@ from nexus.training.range_test import _smoothed, _suggested
 from nexus.training.schedulers import WSDScheduler
 
 STEPS = 12
-BY_TOKENS = WSD(100, None, 500, 1e-2)
+BY_TOKENS = WSD(warmup_steps=100, stable_steps=None, decay_steps=500, peak_lr=1e-2)
 
 
 class Run(World):
@@ -126,7 +126,7 @@ def test_graphs_go_on_as_if_nothing_had_happened(graphs: Graphs, done: int) -> N
 
 def test_a_graph_that_is_captured_in_the_sweep_goes_on(graphs: Graphs) -> None:
     """Nothing is on the device before: what the graph counts in has to outlive the sweep."""
-    betas = Linear(0.9, 0.99, 100)
+    betas = Linear(start_lr=0.9, end_lr=0.99, total_steps=100)
     worlds = [World(NAME, captured, lr=0.01, betas=(0.9, betas.at(Clock()))) for captured in (True, False)]
     for world in worlds:
 
@@ -144,7 +144,7 @@ def test_a_graph_that_is_captured_in_the_sweep_goes_on(graphs: Graphs) -> None:
             find_lr(lambda batch, step=step: step(*batch), world.optimizer, batches, high=0.1, model=world.model)
         torch.manual_seed(3)
         for group in world.optimizer.param_groups:
-            group["lr"] = Linear(0.0, 1.0, 100)
+            group["lr"] = Linear(start_lr=0.0, end_lr=1.0, total_steps=100)
         for index in range(5):
             step(*world.batch(index))
         assert world.optimizer.param_groups[0]["lr"].item() == 0.04
@@ -166,7 +166,7 @@ def test_the_losses_are_those_of_a_run_at_these_rates(graphs: Graphs, captured: 
     assert list(found.losses) == losses
     assert found.rates[0] == 1e-5
     assert found.rates[-1] == pytest.approx(0.1, rel=1e-14)
-    assert list(found.rates) == Exponential(1e-5, 1e4, STEPS - 1).values(0, STEPS)
+    assert list(found.rates) == Exponential(peak_lr=1e-5, gamma=1e4, every=STEPS - 1).values(0, STEPS)
     ratios = [b / a for a, b in itertools.pairwise(found.rates)]
     assert ratios == pytest.approx([10 ** (4 / (STEPS - 1))] * (STEPS - 1))
     assert run.optimizer.param_groups[0]["lr"] == 1e-3
@@ -216,7 +216,7 @@ def test_what_drives_the_rate_goes_on() -> None:
     tensor = FusedAdamW(make_params([(3,)]), lr=lr, weight_decay=Constant(0.5))
     torchs, ours = FusedAdamW(make_params([(3,)]), lr=0.5), FusedAdamW(make_params([(3,)]))
     scheduler = torch.optim.lr_scheduler.StepLR(torchs, 1, 0.5)
-    scheduler_of_ours = WSDScheduler(ours, 2, 2, 4, peak_lr=1.0)
+    scheduler_of_ours = WSDScheduler(ours, warmup_steps=2, stable_steps=2, decay_steps=4, peak_lr=1.0)
     for optimizer in (tensor, torchs, ours):
         (param,) = optimizer.param_groups[0]["params"]
         param.grad = torch.full((3,), 7.0)
@@ -329,7 +329,7 @@ def test_the_smoothed_loss_is_a_mean_of_those_on_both_sides() -> None:
 def test_the_suggestion_is_not_the_noises() -> None:
     """A fall from 3 to 1 around a rate of 0.01, in a noise as large, and at the end a divergence."""
     torch.manual_seed(0)
-    rates = Exponential(1e-7, 1e8, 99).values(0, 100)
+    rates = Exponential(peak_lr=1e-7, gamma=1e8, every=99).values(0, 100)
     found = []
     for _ in range(20):
         noise = (0.5 * torch.randn(100)).tolist()

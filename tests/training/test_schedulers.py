@@ -25,15 +25,15 @@ OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     "FusedAdamW": FusedAdamW,
     "reference": lambda params, **options: FusedAdamW(params, backend="reference", **options),
 }
-GIVEN = WSD(3, 5, 6, 1e-2, 1e-4)
+GIVEN = WSD(warmup_steps=3, stable_steps=5, decay_steps=6, peak_lr=1e-2, min_lr=1e-4)
 SCHEDULES = [
     GIVEN,
     replace(GIVEN, decay_type="sqrt"),
     replace(GIVEN, decay_type="cosine"),
     replace(GIVEN, warmup_steps=0, stable_steps=None),
-    CosineRestarts(1e-2, 1e-4, 4, 2.0, 3),
-    CosineRestarts(1e-2, cycle_length=3),
-    Cosine(1e-2, 14, 1e-4, 2),
+    CosineRestarts(peak_lr=1e-2, min_lr=1e-4, cycle_length=4, cycle_mult=2.0, warmup_steps=3),
+    CosineRestarts(peak_lr=1e-2, cycle_length=3),
+    Cosine(peak_lr=1e-2, total_steps=14, min_lr=1e-4, warmup_steps=2),
     Constant(1e-2),
 ]
 each_schedule = pytest.mark.parametrize("schedule", SCHEDULES, ids=repr)
@@ -51,9 +51,7 @@ def attach(optimizer: Optimizer, schedule: Schedule, **more: Any) -> Any:
         return CosineRestartScheduler(optimizer, **arguments)
     if not isinstance(schedule, Cosine):
         return ScheduleLR(optimizer, schedule, **more)
-    return CosineAnnealingScheduler(
-        optimizer, **{"warmup_steps": 0, "max_steps": arguments.pop("total_steps"), **arguments}
-    )
+    return CosineAnnealingScheduler(optimizer, **{"warmup_steps": 0, **arguments})
 
 
 class Run:
@@ -110,7 +108,10 @@ def through_a_file(state: Any) -> Any:
     return torch.load(file, weights_only=True)
 
 
-DOCUMENTED = [WSD(1000, 50000, 10000, 1e-3, 1e-5), CosineRestarts(1e-3, 1e-6, 10000, 2.0, 500)]
+DOCUMENTED = [
+    WSD(warmup_steps=1000, stable_steps=50000, decay_steps=10000, peak_lr=1e-3, min_lr=1e-5),
+    CosineRestarts(peak_lr=1e-3, min_lr=1e-6, cycle_length=10000, cycle_mult=2.0, warmup_steps=500),
+]
 
 
 @both
@@ -160,7 +161,9 @@ def test_parameters_follow_torch_in_float64(schedule: Schedule, dtype: torch.dty
 
 
 def test_cycle_info() -> None:
-    scheduler = Run("AdamW", 2, CosineRestarts(1.0, 0.0, 4, 2.0, 3)).scheduler
+    scheduler = Run(
+        "AdamW", 2, CosineRestarts(peak_lr=1.0, min_lr=0.0, cycle_length=4, cycle_mult=2.0, warmup_steps=3)
+    ).scheduler
     assert scheduler.get_cycle_info() == {"cycle_idx": -1, "step_in_cycle": 2, "cycle_length": 3}
     assert scheduler.get_cycle_info(14) == {"cycle_idx": 1, "step_in_cycle": 7, "cycle_length": 8}
     assert [scheduler.get_phase(step) for step in (2, 3)] == ["warmup", "cosine"]
@@ -245,7 +248,9 @@ def test_an_open_ended_run(kind: str) -> None:
     run = Run(kind, schedule=replace(GIVEN, stable_steps=None))
     used = run.train(50)
     run.scheduler.begin_decay()
-    assert used + run.train(10) == WSD(3, 47, 6, 1e-2, 1e-4).values(0, 60)
+    assert used + run.train(10) == WSD(
+        warmup_steps=3, stable_steps=47, decay_steps=6, peak_lr=1e-2, min_lr=1e-4
+    ).values(0, 60)
 
 
 def test_the_rate_is_one_tensor_that_stays() -> None:
@@ -273,7 +278,7 @@ def test_the_rate_is_one_tensor_that_stays() -> None:
 @both
 def test_whichever_scheduler_steps_last_is_in_force(kind: str) -> None:
     run = Run(kind)
-    first, second = run.scheduler, attach(run.optimizer, CosineRestarts(1.0, cycle_length=4))
+    first, second = run.scheduler, attach(run.optimizer, CosineRestarts(peak_lr=1.0, cycle_length=4))
     run.scheduler = SequentialLR(run.optimizer, [first, second], milestones=[6])
     assert run.train(15) == [*GIVEN.values(0, 6), *second.schedule.values(0, 9)]
     first.step()
@@ -305,6 +310,6 @@ def test_step_to_an_epoch(kind: str) -> None:
 def test_the_peak_is_the_optimizers_rate(kind: str) -> None:
     run = Run(kind, schedule=None, lr=0.25)
     for _ in range(2):  # the second time the group's own rate is not the peak
-        run.scheduler = CosineAnnealingScheduler(run.optimizer, warmup_steps=2, max_steps=8)
-        assert run.scheduler.schedule == Cosine(0.25, 8, warmup_steps=2)
+        run.scheduler = CosineAnnealingScheduler(run.optimizer, warmup_steps=2, total_steps=8)
+        assert run.scheduler.schedule == Cosine(peak_lr=0.25, total_steps=8, warmup_steps=2)
         run.train(1)

@@ -1,6 +1,7 @@
 """What the schedulers refuse, and what an error leaves behind: nothing."""
 
 import math
+import re
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -19,9 +20,9 @@ from nexus.training.schedulers import CosineAnnealingScheduler, CosineRestartSch
 Attach = Callable[[Optimizer], LRScheduler]
 SCHEDULERS: list[Attach] = [
     lambda optimizer: attach(optimizer, GIVEN),
-    lambda optimizer: attach(optimizer, CosineRestarts(1.0)),
-    lambda optimizer: attach(optimizer, Cosine(1.0, 9, warmup_steps=2)),
-    lambda optimizer: CosineAnnealingScheduler(optimizer, 2, 9),
+    lambda optimizer: attach(optimizer, CosineRestarts(peak_lr=1.0)),
+    lambda optimizer: attach(optimizer, Cosine(peak_lr=1.0, total_steps=9, warmup_steps=2)),
+    lambda optimizer: CosineAnnealingScheduler(optimizer, warmup_steps=2, total_steps=9),
     lambda optimizer: ScheduleLR(optimizer, Constant(0.5)),
 ]
 
@@ -41,14 +42,14 @@ def test_two_drivers_are_refused() -> None:
     optimizer.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
     for wrong, error, name in ((5, KeyError, "initial_lr"), (-2, ValueError, "last_epoch")):
         with pytest.raises(error, match=name):
-            CosineRestartScheduler(optimizer, 1.0, last_epoch=wrong)
+            CosineRestartScheduler(optimizer, peak_lr=1.0, last_epoch=wrong)
         still_refused()
 
 
 @pytest.mark.parametrize("attach", SCHEDULERS)
 @pytest.mark.parametrize("assigned", [False, True])
 def test_an_optimizer_with_its_own_schedule_takes_no_other(attach: Attach, assigned: bool) -> None:
-    schedule = Cosine(1.0, 9)
+    schedule = Cosine(peak_lr=1.0, total_steps=9)
     run = Run("FusedAdamW", schedule=None, lr=0.5 if assigned else schedule)
     run.optimizer.param_groups[0]["lr"] = schedule
     with pytest.raises(RuntimeError, match=r"evaluates its own schedule.*Leave the scheduler out, or give"):
@@ -96,8 +97,8 @@ def test_an_edit_that_fails_changes_nothing(kind: str) -> None:
 
 GOOD: list[tuple[Callable[..., Any], dict[str, Any]]] = [
     (WSDScheduler, vars(GIVEN)),
-    (CosineRestartScheduler, vars(CosineRestarts(1.0))),
-    (CosineAnnealingScheduler, {"warmup_steps": 2, "max_steps": 9, "peak_lr": 1.0, "min_lr": 0.0}),
+    (CosineRestartScheduler, vars(CosineRestarts(peak_lr=1.0))),
+    (CosineAnnealingScheduler, {"warmup_steps": 2, "total_steps": 9, "peak_lr": 1.0, "min_lr": 0.0}),
 ]
 
 
@@ -107,7 +108,13 @@ GOOD: list[tuple[Callable[..., Any], dict[str, Any]]] = [
         *((scheduler, {**good, name: -1}, name) for scheduler, good in GOOD for name in good),
         *((WSDScheduler, {**vars(GIVEN), "last_epoch": wrong}, "last_epoch") for wrong in (-2, 1.5, True, None)),
         *((WSDScheduler, {**vars(GIVEN), "optimizer": wrong}, "optimizer") for wrong in (None, nn.Linear(1, 1))),
-        (CosineAnnealingScheduler, {"warmup_steps": 8, "max_steps": 8}, "warmup_steps must be less than max_steps=8"),
+        (
+            CosineAnnealingScheduler,
+            {"warmup_steps": 8, "total_steps": 8},
+            "warmup_steps must be less than total_steps=8",
+        ),
+        (CosineAnnealingScheduler, {"warmup_steps": 8}, "one of total_steps and max_steps"),
+        (CosineAnnealingScheduler, {"warmup_steps": 8, "total_steps": 9, "max_steps": 9}, "one of total_steps and"),
     ],
 )
 @both
@@ -117,6 +124,31 @@ def test_bad_arguments(scheduler: Callable[..., Any], arguments: dict[str, Any],
         scheduler(**{"optimizer": run.optimizer, **arguments})
     assert run.rates() == [0.5]
     assert "initial_lr" not in run.optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "arguments", "call"),
+    [
+        (WSDScheduler, (2, 5, 4, 1.0), "WSDScheduler(optimizer, warmup_steps=..., stable_steps=..., "),
+        (CosineRestartScheduler, (1.0,), "CosineRestartScheduler(optimizer, peak_lr=..., min_lr=0.0, "),
+        (CosineAnnealingScheduler, (2, 9), "CosineAnnealingScheduler(optimizer, warmup_steps=..., total_steps="),
+        (ScheduleLR, (GIVEN, 3), "ScheduleLR(optimizer, schedule, last_epoch=-1)"),
+    ],
+)
+def test_arguments_that_are_easy_to_swap_need_their_names(
+    scheduler: Callable[..., Any], arguments: tuple[Any, ...], call: str
+) -> None:
+    optimizer = Run("AdamW", schedule=None).optimizer
+    with pytest.raises(TypeError, match=rf"takes its arguments by name.*{re.escape(call)}"):
+        scheduler(optimizer, *arguments)
+    assert "initial_lr" not in optimizer.param_groups[0]
+
+
+@pytest.mark.parametrize("name", ["total_steps", "max_steps"])
+def test_the_older_name_of_the_total_is_taken(name: str) -> None:
+    numbers: dict[str, Any] = {"warmup_steps": 2, name: 9, "peak_lr": 1.0}
+    scheduler = CosineAnnealingScheduler(Run("AdamW", schedule=None).optimizer, **numbers)
+    assert scheduler.schedule == Cosine(peak_lr=1.0, total_steps=9, warmup_steps=2)
 
 
 @both

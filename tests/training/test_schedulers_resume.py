@@ -72,9 +72,17 @@ def differ(**fields: tuple[Any, Any]) -> list[str]:
     [
         (GIVEN, replace(GIVEN, stable_steps=None, peak_lr=0.5), {"stable_steps": (5, None), "peak_lr": (1e-2, 0.5)}),
         (replace(GIVEN, decay_type="sqrt"), GIVEN, {"decay_type": ("sqrt", "linear")}),
-        (CosineRestarts(1.0), CosineRestarts(1.0, 0.1), {"min_lr": (0.0, 0.1)}),
-        (CosineRestarts(1.0, cycle_length=4), CosineRestarts(1.0, 0.0, 4, 2.0), {"cycle_mult": (1.0, 2.0)}),
-        (Cosine(1.0, 9), Cosine(1.0, 30, warmup_steps=9), {"total_steps": (9, 30), "warmup_steps": (0, 9)}),
+        (CosineRestarts(peak_lr=1.0), CosineRestarts(peak_lr=1.0, min_lr=0.1), {"min_lr": (0.0, 0.1)}),
+        (
+            CosineRestarts(peak_lr=1.0, cycle_length=4),
+            CosineRestarts(peak_lr=1.0, min_lr=0.0, cycle_length=4, cycle_mult=2.0),
+            {"cycle_mult": (1.0, 2.0)},
+        ),
+        (
+            Cosine(peak_lr=1.0, total_steps=9),
+            Cosine(peak_lr=1.0, total_steps=30, warmup_steps=9),
+            {"total_steps": (9, 30), "warmup_steps": (0, 9)},
+        ),
         (GIVEN, GIVEN, {}),
     ],
     ids=str,
@@ -202,10 +210,12 @@ def test_an_old_state_goes_on_as_the_run_would_have(kind: str, edits: tuple[Any,
 
 @each_kind
 def test_the_constructor_wins_over_an_old_state_too(kind: str) -> None:
-    other = WSD(3, None, 9, 5e-2, 1e-3, "sqrt")
+    other = WSD(warmup_steps=3, stable_steps=None, decay_steps=9, peak_lr=5e-2, min_lr=1e-3, decay_type="sqrt")
     state = old(after(kind, 6, begin_decay, then=2))
     _, used, said = load(kind, other, state)
-    assert used == WSD(3, 3, 9, 1e-2, 1e-3, "sqrt").values(8, 28)  # the decay that has begun is not lost
+    assert used == WSD(
+        warmup_steps=3, stable_steps=3, decay_steps=9, peak_lr=1e-2, min_lr=1e-3, decay_type="sqrt"
+    ).values(8, 28)  # the decay that has begun is not lost
     assert said[1:] == differ(decay_steps=(6, 9), min_lr=(1e-4, 1e-3), decay_type=("linear", "sqrt"))
     assert "{'decay_start': 6, 'decay_from': 0.01}" in said[0]
 
@@ -213,7 +223,11 @@ def test_the_constructor_wins_over_an_old_state_too(kind: str) -> None:
     _, used, said = load(kind, other, old(after(kind, 9)))  # in a decay that nobody began: no edit
     assert used == other.values(9, 29)
     assert said == differ(peak_lr=(1e-2, 5e-2))
-    for other in (replace(GIVEN, stable_steps=None), WSD(4, 5, 6, 1e-2, 1e-4), WSD(3, 30, 6, 1e-2, 1e-4)):
+    for other in (
+        replace(GIVEN, stable_steps=None),
+        WSD(warmup_steps=4, stable_steps=5, decay_steps=6, peak_lr=1e-2, min_lr=1e-4),
+        WSD(warmup_steps=3, stable_steps=30, decay_steps=6, peak_lr=1e-2, min_lr=1e-4),
+    ):
         scheduler, used, said = load(kind, other, old(after(kind, 4, extend)))  # in the stable phase
         assert used == other.values(4, 24)
         assert "schedule.stable_steps was 9" in " ".join(said)
@@ -248,7 +262,11 @@ BAD_STATES: list[tuple[Any, type[Exception], str]] = [
     (SAVED | {"base_lrs": None}, TypeError, "None"),
     (SAVED | {"schedule": None}, TypeError, "a schedule must be a dict"),
     (SAVED | {"schedule": GIVEN.to_dict() | {"decay_steps": 0}}, ValueError, "decay_steps must be"),
-    (SAVED | {"schedule": Cosine(1.0, 9).to_dict()}, ValueError, "holds a Cosine schedule, WSDScheduler takes WSD"),
+    (
+        SAVED | {"schedule": Cosine(peak_lr=1.0, total_steps=9).to_dict()},
+        ValueError,
+        "holds a Cosine schedule, WSDScheduler takes WSD",
+    ),
     # Warnings are errors in these tests.
     (SAVED | {"schedule": replace(GIVEN, peak_lr=1.0).to_dict()}, UserWarning, r"peak_lr was 1\.0"),
     *(
@@ -276,7 +294,7 @@ def test_a_bad_state_changes_nothing(kind: str, state: Any, error: type[Exceptio
 
 @each_kind
 def test_a_cosine_has_no_edits(kind: str) -> None:
-    scheduler = Run(kind, schedule=CosineRestarts(1.0)).scheduler
+    scheduler = Run(kind, schedule=CosineRestarts(peak_lr=1.0)).scheduler
     state = scheduler.state_dict()
     assert state["edits"] == {}
     for none in ({}, None, WITHOUT):

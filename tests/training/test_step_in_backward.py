@@ -90,18 +90,31 @@ def grouped(model: Tied, backend: str) -> FusedAdamW:
         {"params": [model.embedding.weight, model.frozen], "lr_scale": 0.5},
         {"params": model.norm.parameters(), "weight_decay": 0.0, "lr": 0.03},
         {"params": model.hidden.parameters(), "lr": torch.tensor(0.01), "amsgrad": True},
-        {"params": [*model.sometimes.parameters(), *model.never.parameters()], "weight_decay": Cosine(0.1, 30)},
+        {
+            "params": [*model.sometimes.parameters(), *model.never.parameters()],
+            "weight_decay": Cosine(peak_lr=0.1, total_steps=30),
+        },
     ]
-    return FusedAdamW(groups, lr=WSD(3, 10, 10, 0.02), maximize=False, backend=backend)
+    return FusedAdamW(
+        groups, lr=WSD(warmup_steps=3, stable_steps=10, decay_steps=10, peak_lr=0.02), maximize=False, backend=backend
+    )
 
 
 def of_dtype(dtype: torch.dtype) -> Make:
-    return lambda model, backend: FusedAdamW(model.to(dtype).parameters(), lr=WSD(3, 10, 10, 0.02), backend=backend)
+    return lambda model, backend: FusedAdamW(
+        model.to(dtype).parameters(),
+        lr=WSD(warmup_steps=3, stable_steps=10, decay_steps=10, peak_lr=0.02),
+        backend=backend,
+    )
 
 
 OPTIMIZERS: dict[str, Make] = {
     "float": with_options(lr=0.01),
-    "schedule": with_options(lr=WSD(3, 10, 10, 0.02), weight_decay=Cosine(0.1, 30), amsgrad=True),
+    "schedule": with_options(
+        lr=WSD(warmup_steps=3, stable_steps=10, decay_steps=10, peak_lr=0.02),
+        weight_decay=Cosine(peak_lr=0.1, total_steps=30),
+        amsgrad=True,
+    ),
     "groups": grouped,
     "bfloat16": of_dtype(torch.bfloat16),
     "float64": of_dtype(torch.float64),
@@ -159,7 +172,7 @@ def settings(**options: Any) -> Use:
 CHANGES: dict[str, Use] = {
     "storage swapped": swap,
     "another layout": other_layout,
-    "a new schedule": settings(lr=Cosine(0.05, 40)),
+    "a new schedule": settings(lr=Cosine(peak_lr=0.05, total_steps=40)),
     "a fixed rate": settings(lr_schedule=None, lr=0.005),
     "settings": settings(betas=(0.5, 0.9), eps=1e-3, maximize=True, weight_decay=0.3),
     "amsgrad": settings(amsgrad=True),
@@ -203,9 +216,15 @@ def with_a_closure(model: Tied, optimizer: FusedAdamW) -> list[float]:
 
 
 LOOPS: dict[str, tuple[Any, Use]] = {
-    **{name: (WSD(2, None, 4, 0.02), between_steps(change)) for name, change in CHANGES.items()},
+    **{
+        name: (WSD(warmup_steps=2, stable_steps=None, decay_steps=4, peak_lr=0.02), between_steps(change))
+        for name, change in CHANGES.items()
+    },
     "torch's scheduler": (0.02, under(lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.8))),
-    "nexus's scheduler": (0.02, under(lambda optimizer: WSDScheduler(optimizer, 2, 5, 5, 0.02))),
+    "nexus's scheduler": (
+        0.02,
+        under(lambda optimizer: WSDScheduler(optimizer, warmup_steps=2, stable_steps=5, decay_steps=5, peak_lr=0.02)),
+    ),
     "a closure": (0.02, with_a_closure),
 }
 
@@ -262,7 +281,7 @@ def test_a_grad_scaler_is_refused() -> None:
 
 
 def test_an_exception_in_another_hook_ends_the_pass_and_not_the_run(backend: str) -> None:
-    plain, ours = two_runs(backend, lr=WSD(2, 5, 5, 0.02))
+    plain, ours = two_runs(backend, lr=WSD(warmup_steps=2, stable_steps=5, decay_steps=5, peak_lr=0.02))
     failing = True
 
     def hook(grad: Tensor) -> None:

@@ -23,7 +23,7 @@ from nexus.schedules import WSD, Cosine
 from nexus.training import StepInBackward, step_in_backward
 
 LAUNCH_FAILURE = 719
-RATES = (WSD(3, 4, 8, 0.5), Cosine(0.25, 12))
+RATES = (WSD(warmup_steps=3, stable_steps=4, decay_steps=8, peak_lr=0.5), Cosine(peak_lr=0.25, total_steps=12))
 
 
 def make(backend: str, count: int = 1) -> tuple[nn.ParameterList, FusedAdamW]:
@@ -129,7 +129,7 @@ def test_a_rate_that_another_groups_schedule_writes(backend: str) -> None:
     changes = {
         0: lambda groups: groups[1].update(lr=groups[0]["lr"], lr_schedule=None, lr_scale=1.0),
         3: lambda groups: groups[0].update(lr_scale=2.0),
-        5: lambda groups: groups[0].update(lr=Cosine(0.5, 9)),
+        5: lambda groups: groups[0].update(lr=Cosine(peak_lr=0.5, total_steps=9)),
         7: lambda groups: groups[0].update(lr=0.25, lr_schedule=None, lr_scale=1.0),
     }
     with step_in_backward(ours, optimizer):

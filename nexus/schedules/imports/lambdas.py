@@ -17,13 +17,15 @@ from nexus.schedules.powers import InverseSqrt, Polynomial
 
 def after_rise(lr: float, warmup: int, then: Schedule, start: float = 0.0) -> Schedule:
     """A line to `lr` before a schedule on its own clock."""
-    return join([Linear(start, lr, warmup), then], [warmup]) if warmup > 0 else then
+    return join([Linear(start_lr=start, end_lr=lr, total_steps=warmup), then], [warmup]) if warmup > 0 else then
 
 
 def linear(lr: float, num_warmup_steps: int, num_training_steps: int) -> Schedule:
     """Transformers' linear: to 0 at the last step."""
     left = num_training_steps - num_warmup_steps
-    return after_rise(lr, num_warmup_steps, Linear(lr, 0.0, left) if left > 0 else Constant(0.0))
+    return after_rise(
+        lr, num_warmup_steps, Linear(start_lr=lr, end_lr=0.0, total_steps=left) if left > 0 else Constant(0.0)
+    )
 
 
 def cosine(
@@ -52,9 +54,9 @@ def cosine_with_late_peak(
     if warmup == 0:
         return wave
     if warmup_lr_rate is None:
-        rise: Schedule = Arc("rise", lr, 0.0, float(warmup), shift=1.0)
+        rise: Schedule = Arc("rise", high=lr, low=0.0, span=float(warmup), shift=1.0)
     else:
-        rise = Linear(warmup_lr_rate * lr, lr, max(1, warmup - 1))
+        rise = Linear(start_lr=warmup_lr_rate * lr, end_lr=lr, total_steps=max(1, warmup - 1))
     return join([rise, wave], [warmup])
 
 
@@ -63,7 +65,9 @@ def restarts(lr: float, num_warmup_steps: int, num_training_steps: int, num_cycl
     left = max(1, num_training_steps - num_warmup_steps)
     span = left / num_cycles
     starts = sorted({min(left, math.ceil(cycle * left / num_cycles)) for cycle in range(math.ceil(num_cycles))})
-    arcs = [Arc("cosine", lr, 0.0, span, shift=_since_cycle(start, left, num_cycles)) for start in starts]
+    arcs = [
+        Arc("cosine", high=lr, low=0.0, span=span, shift=_since_cycle(start, left, num_cycles)) for start in starts
+    ]
     zero = num_warmup_steps + left if num_training_steps > num_warmup_steps else num_warmup_steps + 1
     return after_rise(lr, num_warmup_steps, join([*arcs, Constant(0.0)], [*starts[1:], zero - num_warmup_steps]))
 
@@ -73,12 +77,18 @@ def polynomial(
 ) -> Schedule:
     """Transformers' polynomial: to `lr_end` at the last step."""
     left = num_training_steps - num_warmup_steps
-    return after_rise(lr, num_warmup_steps, Polynomial(lr, left, power, lr_end) if left > 0 else Constant(lr_end))
+    return after_rise(
+        lr,
+        num_warmup_steps,
+        Polynomial(peak_lr=lr, total_steps=left, power=power, min_lr=lr_end) if left > 0 else Constant(lr_end),
+    )
 
 
 def inverse_sqrt(lr: float, num_warmup_steps: int, timescale: float | None = None) -> Schedule:
     """Transformers' inverse_sqrt: lr / sqrt(1 + (t - W) / timescale) after the warm-up."""
-    return after_rise(lr, num_warmup_steps, InverseSqrt(lr, timescale or num_warmup_steps or 10_000))
+    return after_rise(
+        lr, num_warmup_steps, InverseSqrt(peak_lr=lr, timescale=timescale or num_warmup_steps or 10_000)
+    )
 
 
 def warmup_stable_decay(
@@ -97,15 +107,15 @@ def warmup_stable_decay(
     if num_warmup_steps:
         span = float(num_warmup_steps)
         rises: dict[str, Schedule] = {
-            "linear": Arc("rise", lr, least, span),
-            "cosine": Arc("cosine", least, lr, span),
-            "1-sqrt": Arc("power", least, lr, span, q=0.5),
+            "linear": Arc("rise", high=lr, low=least, span=span),
+            "cosine": Arc("cosine", high=least, low=lr, span=span),
+            "1-sqrt": Arc("power", high=least, low=lr, span=span, q=0.5),
         }
         parts.insert(0, (num_warmup_steps, rises[warmup_type]))
     decays: dict[str, Schedule] = {
-        "linear": Arc("linear", lr, least, decay_span),
+        "linear": Arc("linear", high=lr, low=least, span=decay_span),
         "cosine": _wave(lr, num_decay_steps or 1, num_cycles, min_lr_ratio),
-        "1-sqrt": Arc("sqrt", lr, least, decay_span),
+        "1-sqrt": Arc("sqrt", high=lr, low=least, span=decay_span),
     }
     parts.append((num_decay_steps, decays[decay_type]))
     return _in_turn(parts, Constant(least))
@@ -128,10 +138,10 @@ def torchtitan_decay(
     least = min_lr_factor * lr
     parts: list[tuple[int, Schedule]] = []
     if warmup_steps > 0:
-        parts.append((warmup_steps, Arc("rise", lr, 0.0, float(warmup_steps), shift=1.0)))
+        parts.append((warmup_steps, Arc("rise", high=lr, low=0.0, span=float(warmup_steps), shift=1.0)))
     parts.append((stable_steps, Constant(lr)))
     if decay_steps > 1:
-        parts.append((decay_steps - 1, Arc(lr_decay_type, lr, least, float(decay_steps), shift=1.0)))
+        parts.append((decay_steps - 1, Arc(lr_decay_type, high=lr, low=least, span=float(decay_steps), shift=1.0)))
     return _in_turn(parts, Constant(least if decay_steps > 0 else lr))
 
 
@@ -192,7 +202,7 @@ def _in_turn(parts: list[tuple[int, Schedule]], last: Schedule) -> Schedule:
 def _wave(lr: float, steps: int, num_cycles: float, min_lr_rate: float, shift: float = 0.0) -> Schedule:
     if num_cycles == 0.0:
         return Constant(lr)
-    return Arc("cosine", lr, min_lr_rate * lr, steps / (2.0 * abs(num_cycles)), shift=shift)
+    return Arc("cosine", high=lr, low=min_lr_rate * lr, span=steps / (2.0 * abs(num_cycles)), shift=shift)
 
 
 def _since_cycle(start: int, left: int, num_cycles: float) -> float:

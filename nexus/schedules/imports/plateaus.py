@@ -16,9 +16,10 @@ def plateaus_of(scheduler: Any, *, exact: bool = False) -> list[ReduceOnPlateau]
         raise NotImportable("a ReduceLROnPlateau has no table of rates: leave out exact=True")
     groups, s = scheduler.optimizer.param_groups, scheduler
     least = s.min_lrs if len(s.min_lrs) == len(groups) else [s.default_min_lr] * len(groups)
-    numbers = (s.mode, s.factor, s.patience, s.threshold, s.threshold_mode, s.cooldown)
+    names = ("mode", "factor", "patience", "threshold", "threshold_mode", "cooldown", "eps")
+    same = {name: getattr(s, name) for name in names}
     return [
-        ReduceOnPlateau(Constant(float(group["lr"])), *numbers, min_lr=float(low), eps=s.eps)
+        ReduceOnPlateau(Constant(float(group["lr"])), min_lr=float(low), **same)
         for group, low in zip(groups, least, strict=True)
     ]
 

@@ -85,20 +85,28 @@ def _after_warmup(s: Scheduler, lr: float) -> Schedule:
     if warmup == 0:
         return body
     is_met = type(s).__name__ == "TanhLRScheduler" and not is_prefix
-    return join([Linear(s.warmup_lr_init, body(0) if is_met else lr, warmup), body], [warmup])
+    return join(
+        [Linear(start_lr=s.warmup_lr_init, end_lr=body(0) if is_met else lr, total_steps=warmup), body], [warmup]
+    )
 
 
 def _step(s: Scheduler, lr: float, gone: int) -> Schedule:
-    return Arc("staircase", lr, 0.0, float(s.decay_t), shift=float(gone), q=s.decay_rate)
+    return Arc("staircase", high=lr, low=0.0, span=float(s.decay_t), shift=float(gone), q=s.decay_rate)
 
 
 def _multi_step(s: Scheduler, lr: float, gone: int) -> Schedule:
-    return MultiStep(lr, tuple(max(0, int(each) - 1 - gone) for each in s.decay_t), s.decay_rate)
+    return MultiStep(
+        peak_lr=lr, milestones=tuple(max(0, int(each) - 1 - gone) for each in s.decay_t), gamma=s.decay_rate
+    )
 
 
 def _cosine(s: Scheduler, lr: float, gone: int) -> Schedule:
     return _cycles(
-        s, gone, lambda i, span, shift: Arc("cosine", lr * s.cycle_decay**i, s.lr_min, span, shift, k=s.k_decay)
+        s,
+        gone,
+        lambda i, span, shift: Arc(
+            "cosine", high=lr * s.cycle_decay**i, low=s.lr_min, span=span, shift=shift, k=s.k_decay
+        ),
     )
 
 
@@ -106,13 +114,19 @@ def _poly(s: Scheduler, lr: float, gone: int) -> Schedule:
     return _cycles(
         s,
         gone,
-        lambda i, span, shift: Arc("power", lr * s.cycle_decay**i, s.lr_min, span, shift, k=s.k_decay, q=s.power),
+        lambda i, span, shift: Arc(
+            "power", high=lr * s.cycle_decay**i, low=s.lr_min, span=span, shift=shift, k=s.k_decay, q=s.power
+        ),
     )
 
 
 def _tanh(s: Scheduler, lr: float, gone: int) -> Schedule:
     return _cycles(
-        s, gone, lambda i, span, shift: Arc("tanh", lr * s.cycle_decay**i, s.lr_min, span, shift, k=s.lb, q=s.ub)
+        s,
+        gone,
+        lambda i, span, shift: Arc(
+            "tanh", high=lr * s.cycle_decay**i, low=s.lr_min, span=span, shift=shift, k=s.lb, q=s.ub
+        ),
     )
 
 
@@ -124,7 +138,7 @@ def _wsd(s: Scheduler, lr: float, gone: int) -> Schedule:
     if s.stable_fn == "constant":
         return join([Constant(lr), _wsd_decay(s, lr, least)], [stable])
     power = 0.5 if s.stable_fn == "rsqrt" else s.stable_power
-    falling = Arc("inverse", lr, 0.0, float(s.stable_timescale), q=power)
+    falling = Arc("inverse", high=lr, low=0.0, span=float(s.stable_timescale), q=power)
     return falling * join([Constant(1.0), _wsd_decay(s, 1.0, 0.0)], [stable])
 
 
@@ -137,7 +151,7 @@ def _wsd_decay(s: Scheduler, high: float, low: float) -> Schedule:
         "exp": ("exponential", s.decay_ratio, s.decay_ratio),
     }
     curve, k, q = curves[s.decay_fn]
-    return join([Arc(curve, high, low, float(s.decay_t), k=k, q=q), Constant(low)], [int(s.decay_t)])
+    return join([Arc(curve, high=high, low=low, span=float(s.decay_t), k=k, q=q), Constant(low)], [int(s.decay_t)])
 
 
 BUILDERS: dict[str, Callable[[Scheduler, float, int], Schedule]] = {

@@ -96,7 +96,7 @@ def _one_cycle(s: Scheduler, group: int) -> Schedule:
         high, low = numbers[phase["start_momentum"]], numbers[phase["end_momentum"]]
         if first <= min(end, last - 1):
             curve = "cosine" if s._anneal_func_type == "cos" else "linear"
-            parts.append(Arc(curve, high, low, span=end - begin, shift=first - begin))
+            parts.append(Arc(curve, high=high, low=low, span=end - begin, shift=first - begin))
             starts.append(first)
         if last <= end:
             break
@@ -108,7 +108,11 @@ def _cyclic(s: Scheduler, group: int) -> Schedule:
     high, low = float(s.max_momentums[group]), float(s.base_momentums[group])
     up = round(s.total_size * s.step_ratio)
     down = round(s.total_size) - up
-    return Linear(high, low, up).then(Linear(low, high, down)).repeat()
+    return (
+        Linear(start_lr=high, end_lr=low, total_steps=up)
+        .then(Linear(start_lr=low, end_lr=high, total_steps=down))
+        .repeat()
+    )
 
 
 def _real_betas(scheduler: Scheduler, steps: int) -> Iterator[list[float]]:

@@ -85,7 +85,7 @@ def schedule_of(scheduler: Scheduler, group: int, factor: float | None = None) -
 def _linear(s: Scheduler, lr: float, group: int) -> Schedule:
     if s.total_iters <= 0:
         return Constant(lr * s.start_factor)
-    return Linear(lr * s.start_factor, lr * s.end_factor, s.total_iters)
+    return Linear(start_lr=lr * s.start_factor, end_lr=lr * s.end_factor, total_steps=s.total_iters)
 
 
 def _constant(s: Scheduler, lr: float, group: int) -> Schedule:
@@ -95,25 +95,27 @@ def _constant(s: Scheduler, lr: float, group: int) -> Schedule:
 
 
 def _step(s: Scheduler, lr: float, group: int) -> Schedule:
-    return StepDecay(lr, s.gamma, s.step_size)
+    return StepDecay(peak_lr=lr, gamma=s.gamma, every=s.step_size)
 
 
 def _multi_step(s: Scheduler, lr: float, group: int) -> Schedule:
-    return MultiStep(lr, tuple(sorted(each for each in s.milestones.elements() if each >= 0)), s.gamma)
+    return MultiStep(
+        peak_lr=lr, milestones=tuple(sorted(each for each in s.milestones.elements() if each >= 0)), gamma=s.gamma
+    )
 
 
 def _exponential(s: Scheduler, lr: float, group: int) -> Schedule:
-    return Exponential(lr, s.gamma)
+    return Exponential(peak_lr=lr, gamma=s.gamma)
 
 
 def _polynomial(s: Scheduler, lr: float, group: int) -> Schedule:
     if s.total_iters <= 0:
         return Constant(lr)
-    return Polynomial(lr, s.total_iters, s.power)
+    return Polynomial(peak_lr=lr, total_steps=s.total_iters, power=s.power)
 
 
 def _cosine(s: Scheduler, lr: float, group: int) -> Schedule:
-    return Arc("cosine", lr, float(s.eta_min), float(s.T_max))
+    return Arc("cosine", high=lr, low=float(s.eta_min), span=float(s.T_max))
 
 
 def _warm_restarts(s: Scheduler, lr: float, group: int) -> Schedule:
@@ -126,8 +128,8 @@ def _one_cycle(s: Scheduler, lr: float, group: int) -> Schedule:
     numbers = s.optimizer.param_groups[group]
     peak, phases = float(numbers["max_lr"]), s._schedule_phases
     return OneCycle(
-        peak,
-        s.total_steps,
+        peak_lr=peak,
+        total_steps=s.total_steps,
         up_fraction=(phases[0]["end_step"] + 1) / s.total_steps,
         start_factor=float(numbers["initial_lr"]) / peak,
         end_factor=float(numbers["min_lr"]) / peak,
@@ -140,7 +142,14 @@ def _cyclic(s: Scheduler, lr: float, group: int) -> Schedule:
     if s._scale_fn_custom is not None:
         raise NotImportable("CyclicLR with a scale_fn has an unknown formula: give steps= and exact=True for a table")
     up = round(s.total_size * s.step_ratio)
-    return Cyclic(lr, float(s.max_lrs[group]), up, round(s.total_size) - up, s.mode, s.gamma)
+    return Cyclic(
+        base_lr=lr,
+        peak_lr=float(s.max_lrs[group]),
+        up_steps=up,
+        down_steps=round(s.total_size) - up,
+        mode=s.mode,
+        gamma=s.gamma,
+    )
 
 
 def _lambda(s: Scheduler, lr: float, group: int) -> Schedule:

@@ -224,7 +224,7 @@ class Share:
             for name, pieces in self._streams_now().items()
         }
         for index, param in enumerate(cut["param"]):
-            streams = {name: [pieces[index]] for name, pieces in cut.items()}
+            streams = {name: [pieces[index].detach()] for name, pieces in cut.items()}  # as codecs.flat does
             first = entry.first + index * self._stretch
             chance = codecs.Chance(self._seed, entry.ordinal, t, first)
             yield Block(streams, [len(param)], skip, entry.stochastic_rounding, chance)

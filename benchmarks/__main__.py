@@ -3,23 +3,39 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import sys
 import tempfile
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks import report, table, timing
-from benchmarks.cases import CASES, COPY, CPU, CUDA, TRAINING_CASES, AnyCase, TrainingCase
+from benchmarks import peers, report, table, timing
+from benchmarks.busy import busy_core
+from benchmarks.cases import (
+    CASES,
+    COPY,
+    CPU,
+    CUDA,
+    FLOAT32,
+    OTHERS,
+    QUICK,
+    TRAINING_CASES,
+    AnyCase,
+    Case,
+    TrainingCase,
+)
 from benchmarks.gpu_summary import TARGETS
 from benchmarks.host import measure_host
 from benchmarks.kernels import KERNELS, QUICK_REPEATS, REPEATS, measure_kernels
-from benchmarks.measure import measure
+from benchmarks.measure import QUICK_LIMIT_S, measure
 from benchmarks.report import LeftOut, Results
 from benchmarks.timing import Device
 from nexus.arguments import Parser, whole_number
+from nexus.backends import describe, select
 from nexus.plot import checked_path
 
 HOST = "host"
@@ -46,7 +62,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = (*CASES, *TRAINING_CASES, HOST, KERNELS)
     add("--device", choices=(CPU, CUDA), default=CPU, help=f"where the parameters are; default: {CPU}")
     add("--case", choices=names, action="append", help="time this alone (may be given again); default: all")
-    add("--quick", action="store_true", help="few repeats: seconds, and rough figures")
+    add("--quick", action="store_true", help="few cases and repeats: half a minute, and rough figures")
+    add("--peers", action="store_true", help="beside the optimizers of other packages, too, where they are installed")
+    add("--busy", action="store_true", help="while another process keeps one core busy, as loading data does")
+    add("--backend", choices=[info.name for info in describe()], help="of nexus; default: the best")
     add("--repeats", type=whole_number(1, MAX_REPEATS), help="timed pairs, at most; default: as each case needs")
     add("--threads", type=whole_number(1, MAX_THREADS), help="CPU threads; default: as torch chooses")
     add("--out", help="write the rows to this JSON file; in a folder, it is named <date>_<device>.json")
@@ -59,10 +78,12 @@ def _run(args: argparse.Namespace) -> int:
     try:
         _check_outputs(args)
         device = _device(args.device)
-        cases = _cases(args.case, device.kind)
+        cases = _cases(args.case or _default_names(args, device.kind), device.kind)
+        _check_backend(args, cases)
         if args.threads is not None:
             torch.set_num_threads(args.threads)
-        return _bench(args, device, cases)
+        with busy_core() if args.busy else contextlib.nullcontext() as core:
+            return _bench(args, device, cases, core)
     except Refusal as refusal:
         print(f"python -m benchmarks: {refusal}", file=sys.stderr)
         return REFUSED
@@ -74,14 +95,19 @@ def _run(args: argparse.Namespace) -> int:
         torch.set_num_threads(threads_before)
 
 
-def _bench(args: argparse.Namespace, device: Device, cases: list[AnyCase]) -> int:
-    results = Results(report.metadata(device))
+def _bench(args: argparse.Namespace, device: Device, cases: list[AnyCase], busy: int | None) -> int:
+    results = Results({**report.metadata(device), "busy_core": busy})
     print(table.headline(results.metadata), flush=True)
+    if args.quick and args.case is None:
+        others = [case.name for case in _cases(None, device.kind) if case not in cases]
+        print(f"Left out to be quick: {', '.join(others)}, and most repeats.", flush=True)
+    if args.peers:
+        cases = [_with_peers(case, results) for case in cases]
     for before, case in zip([None, *cases], cases, strict=False):
         if type(before) is not type(case):
             print("", table.heading(device.kind, isinstance(case, TrainingCase)), sep="\n", flush=True)
         _measure(case, args, device, results)
-    if device.kind == CPU and (args.case is None or HOST in args.case):
+    if device.kind == CPU and (HOST in args.case if args.case else args.backend is None):
         print(f"\n{table.HOST_HEADING}")
         for row in measure_host(args.repeats or (20 if args.quick else 300)):
             results.host.append(row)
@@ -103,7 +129,8 @@ def _measure(case: AnyCase, args: argparse.Namespace, device: Device, results: R
         print(f"{case.name}: left out, {reason}", flush=True)
         return
     repeats = args.repeats or (case.quick_repeats if args.quick else case.repeats)
-    for row in measure(case, repeats, device):
+    limit_s = QUICK_LIMIT_S if args.quick and device.kind == CPU else None
+    for row in measure(case, repeats, device, args.backend or "auto", limit_s):
         if isinstance(row, LeftOut):
             results.left_out.append(row)
             print(table.left_out_line(row), file=sys.stderr if row.failed else sys.stdout, flush=True)
@@ -165,6 +192,40 @@ def _cases(wanted: list[str] | None, device: str) -> list[AnyCase]:
         if device not in case.devices:
             raise Refusal(f"--case {case.name} is for {' or '.join(case.devices)}, and this is {device}")
     return cases
+
+
+def _default_names(args: argparse.Namespace, device: str) -> list[str] | None:
+    """Of the cases that are timed where none is named; None: all."""
+    if device == CPU and args.quick:
+        return [name for name in QUICK if name in CASES or args.backend is None]
+    return [name for name, case in CASES.items() if device in case.by_default] if args.backend else None
+
+
+def _check_backend(args: argparse.Namespace, cases: list[AnyCase]) -> None:
+    """Refuse a backend where it would not be used, or cannot be."""
+    if args.backend is None:
+        return
+    others = [case.name for case in cases if isinstance(case, TrainingCase)]
+    others += [name for name in (HOST, KERNELS) if name in (args.case or ())]
+    if others:
+        raise Refusal(f"--backend is for steps of the optimizer alone: leave out --case {others[0]}")
+    try:
+        select(args.backend, [torch.device(args.device)])
+    except (ValueError, RuntimeError) as error:
+        raise Refusal(str(error)) from error
+
+
+def _with_peers(case: AnyCase, results: Results) -> AnyCase:
+    """Beside those of other packages that are installed; the others are left out, which is said once."""
+    if not isinstance(case, Case) or case.mode or case.average or case.dtype != FLOAT32:
+        return case
+    reasons = {name: peers.unavailable(name) for name in OTHERS}
+    for name, reason in reasons.items():
+        left_out = LeftOut("all", "all", name, reason or "", failed=False)
+        if reason is not None and left_out not in results.left_out:
+            results.left_out.append(left_out)
+            print(table.left_out_line(left_out), flush=True)
+    return replace(case, peers=(*case.peers, *(name for name, reason in reasons.items() if reason is None)))
 
 
 def _check_outputs(args: argparse.Namespace) -> None:

@@ -22,11 +22,12 @@ NORM, PROLOGUE, UPDATE = "norm", "prologue", "update"  # a step's kernels
 FUSED, FOREACH, FOR_LOOP = "fused", "foreach", "for-loop"  # ways to run torch.optim.AdamW
 CAPTURABLE = "fused, capturable"  # and a rate that is a tensor
 NEXUS_TRITON = "nexus in Triton"
-OPTIMI, TORCHAO, APEX = "torch-optimi", "torchao", "apex"
+OPTIMI, TORCHAO, APEX, BITSANDBYTES_FLOAT32 = "torch-optimi", "torchao", "apex", "bitsandbytes"
 NO_AVERAGE, SEPARATE_AVERAGE = "nexus, no average", "nexus and _foreach_lerp_"
 NEXUS_FLOAT32, FUSED_FLOAT32 = "nexus in float32", "fused, float32"
 OPTIMI_KAHAN, TORCHAO_8_BIT, BITSANDBYTES = "torch-optimi, Kahan", "torchao, 8 bit", "bitsandbytes, 8 bit"
 DEEPSPEED, DEEPSPEED_BFLOAT16 = "DeepSpeed", "DeepSpeed, bfloat16"  # of the latter the moments, too
+OTHERS = (OPTIMI, DEEPSPEED, TORCHAO, BITSANDBYTES_FLOAT32)  # of other packages, on a CPU and in float32
 COPY = "copy"  # that reads and writes as many bytes: what memory alone takes
 TORCH_LOOP, TORCH_FUSED_LOOP, TORCH_GRAPH = "torch loop", "torch loop, fused", "torch in a CUDA graph"
 NEXUS_EAGER = "nexus, not captured"
@@ -244,6 +245,8 @@ CASES = {
         ),
     )
 }
+QUICK = ("tiny", "gpt", "groups", "train-mlp")
+"""The cases of a quick run: each takes seconds."""
 TRAINING_CASES = {
     case.name: case
     for case in (

@@ -12,6 +12,7 @@ from benchmarks.cases import BFLOAT16, BITSANDBYTES, CUDA, TORCHAO_8_BIT, AnyCas
 from benchmarks.report import Comparison, LeftOut, Row
 from benchmarks.timing import PROCESSOR, Call, Device, Sample, interleaved, microseconds
 
+QUICK_LIMIT_S = 0.8
 CPU_LIMIT_S = 8.0  # of training; a busy machine makes the many small operations of a step very slow
 BFLOAT16_REPEATS = 30
 """At most: 150 steps. From step 256 on a bfloat16 second moment grows no more, and the two sides part."""
@@ -24,19 +25,23 @@ class Disagreement(Exception):
     """Two sides that were timed have not done the same."""
 
 
-def measure(case: AnyCase, repeats: int, device: Device = PROCESSOR) -> Iterator[Row | LeftOut]:
-    """Time a case: every job, beside every peer, at most `repeats` pairs each.
+def measure(
+    case: AnyCase, repeats: int, device: Device = PROCESSOR, backend: str = "auto", limit_s: float | None = None
+) -> Iterator[Row | LeftOut]:
+    """Time a case: every job, beside every peer, at most `repeats` pairs each, and about `limit_s` seconds.
 
-    Whatever one of them ends in, the others go on.
+    Whatever one of them ends in, the others go on. `backend` is nexus's, but in training.
     """
     repeats = min(repeats, BFLOAT16_REPEATS) if case.dtype == BFLOAT16 else repeats
     for job, name in case.comparisons(device.kind):
         pairs = min(repeats, SLOW_REPEATS) if name in SLOW_PEERS else repeats
-        yield _row_or_reason(case, job, name, pairs, device)
+        yield _row_or_reason(case, job, name, pairs, device, backend, limit_s)
         device.settle()
 
 
-def _row_or_reason(case: AnyCase, job: str, name: str, repeats: int, device: Device) -> Row | LeftOut:
+def _row_or_reason(
+    case: AnyCase, job: str, name: str, repeats: int, device: Device, backend: str, limit_s: float | None
+) -> Row | LeftOut:
     left_out = partial(LeftOut, case.name, job, name)
     reason = peers.unavailable(name)
     if reason is not None:
@@ -49,7 +54,9 @@ def _row_or_reason(case: AnyCase, job: str, name: str, repeats: int, device: Dev
     except Exception as error:
         return left_out(described(error), failed=False)
     try:
-        return _beside(case, job, name, sides.nexus(case, job, device), theirs, repeats, device)
+        in_backend = () if isinstance(case, TrainingCase) else (backend,)
+        ours = sides.nexus(case, job, device, *in_backend)
+        return _beside(case, job, name, ours, theirs, repeats, device, limit_s)
     except Exception as error:  # of whatever kind: kernels run here that nobody may have run before
         return left_out(described(error), failed=True)
 
@@ -60,9 +67,18 @@ def described(error: Exception) -> str:
     return f"{type(error).__name__}: {words[:300]}"
 
 
-def _beside(case: AnyCase, job: str, name: str, ours: Side, theirs: Side, repeats: int, device: Device) -> Row:
+def _beside(
+    case: AnyCase,
+    job: str,
+    name: str,
+    ours: Side,
+    theirs: Side,
+    repeats: int,
+    device: Device,
+    limit_s: float | None = None,
+) -> Row:
     ours.prepare()
-    limit_s = device.limit_s or (CPU_LIMIT_S if isinstance(case, TrainingCase) else None)
+    limit_s = limit_s or device.limit_s or (CPU_LIMIT_S if isinstance(case, TrainingCase) else None)
     time, host, pairs = _timed(ours.call, theirs.call, repeats, device, limit_s, theirs.restore)
     row = Row(
         case=case.name,

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from benchmarks.cases import (
     APEX,
     BITSANDBYTES,
+    BITSANDBYTES_FLOAT32,
     CAPTURABLE,
     DEEPSPEED,
     DEEPSPEED_BFLOAT16,
@@ -79,6 +80,7 @@ PEERS = {
     DEEPSPEED_BFLOAT16: Peer({"adamw_mode": True, "fp32_optimizer_states": False}, *_DEEPSPEED),
     OPTIMI_KAHAN: Peer({"kahan_sum": True}, "optimi", "AdamW", "torch-optimi", overwrites_gradients=True),
     TORCHAO_8_BIT: Peer({}, "torchao.optim", "AdamW8bit", "torchao"),
+    BITSANDBYTES_FLOAT32: Peer({}, "bitsandbytes.optim", "AdamW", "bitsandbytes"),
     BITSANDBYTES: Peer({}, "bitsandbytes.optim", "AdamW8bit", "bitsandbytes"),
     APEX: Peer({"adam_w_mode": True}, "apex.optimizers", "FusedAdam", "apex"),
 }

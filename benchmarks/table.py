@@ -81,10 +81,12 @@ def headline(data: dict[str, Any]) -> str:
     """Two lines of the metadata, and a third where the times will not mean much."""
     source = f" ({data['commit']})" if data["commit"] else ""
     busy = data["load_average"][0] > 0.5 * (data["cores"] or 1)
+    core = data.get("busy_core")
+    beside = "" if core is None else f"\nAnother process keeps core {core} busy on purpose."
     warning = "\nThis machine is busy with something else: do not rely on the figures below." if busy else ""
     return (
         f"nexus {data['nexus']}{source}, torch {data['torch']}, Python {data['python']}\n"
-        f"{conditions(data)}; load average {data['load_average'][0]:.2f}{warning}"
+        f"{conditions(data)}; load average {data['load_average'][0]:.2f}{warning}{beside}"
     )
 
 

@@ -77,13 +77,11 @@ def select(name: str, devices: list[torch.device]) -> Backend:
     if reasons:
         raise RuntimeError(
             f"no kernels for parameters on {_listed(types)}. {'. '.join(reasons)}. backend='reference' runs "
-            "anywhere in plain PyTorch, slowly"
+            "anywhere, in plain PyTorch"
         )
     if len(types) > 1:
         raise ValueError(f"parameters are on {_listed(types)}; make an optimizer for each of them")
-    raise ValueError(
-        f"nexus has no kernels for {_listed(types)}; backend='reference' runs there in plain PyTorch, slowly"
-    )
+    raise ValueError(f"nexus has no kernels for {_listed(types)}; backend='reference' runs there, in plain PyTorch")
 
 
 @functools.cache

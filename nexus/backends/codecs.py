@@ -6,7 +6,9 @@ All tensors here are flat, in the order of the memory; see `flat`.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+import importlib
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -62,20 +64,40 @@ def encoded(moment: Tensor, dtype: torch.dtype, chance: Tensor | None = None) ->
         stored = moment.to(dtype) if chance is None or dtype != torch.bfloat16 else bfloat16_by_chance(moment, chance)
         return stored, None
     most = 127 if dtype == torch.int8 else 255
-    magnitude = (moment if dtype == torch.int8 else _root(moment)).abs()
+    magnitude = (moment if dtype == torch.int8 else root(moment)).abs()
     scale = _scales(magnitude, dtype)
     squared = torch.full_like(scale, most * most) / scale
     squared = (_bits(squared) + 1).view(torch.float32)  # so that the largest has all steps at least
-    steps = _root(magnitude * squared.repeat_interleave(SCALE_BLOCK)[: len(moment)])
+    steps = root(magnitude * squared.repeat_interleave(SCALE_BLOCK)[: len(moment)])
     steps = steps + (128.5 if chance is None else 128.0 + chance.float() * 2.0**-16)
     code = torch.where(steps < 128.0 + most, steps, 128.0 + most).int() - 128  # all of them where it is NaN
     code = torch.where(moment < 0.0, -code, code) if dtype == torch.int8 else code.clamp(min=2)
     return code.to(dtype), scale
 
 
-def _root(value: Tensor) -> Tensor:
-    """In float64, since torch's float32 root may be off by one in its last place."""
-    return value.double().sqrt().float()
+def root(value: Tensor) -> Tensor:
+    """The square root, rounded once, in a new tensor.
+
+    torch's own float32 root may be off by one in its last place: this is NumPy's where that is there, else float64's.
+    """
+    numpy = _numpy()
+    plain = value.dtype == torch.float32 and value.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
+    if numpy is None or not plain:
+        return value.double().sqrt().to(value.dtype)
+    result = torch.empty_like(value)
+    with numpy.errstate(invalid="ignore"):
+        numpy.sqrt(value.numpy(), out=result.numpy())
+    return result
+
+
+@functools.cache
+def _numpy() -> Any:
+    """NumPy, if torch can use it here."""
+    try:
+        torch.empty(0, device="cpu").numpy()
+        return importlib.import_module("numpy")
+    except (ImportError, RuntimeError):
+        return None
 
 
 def _bits(value: Tensor) -> Tensor:

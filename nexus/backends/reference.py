@@ -1,24 +1,27 @@
-"""The update in plain PyTorch, to be read beside the papers; the second oracle, and the backend of last resort.
+"""AdamW in plain PyTorch: the backend of last resort, and the oracle of the others.
 
-Loshchilov & Hutter 2019, arXiv:1711.05101, algorithm 2; AMSGrad: Reddi et al. 2018, arXiv:1904.09237. It runs
-on any device, a tensor at a time, without reading anything back to the host.
+It runs on any device, without reading anything back to the host. Rates are in `reference_rates.py`, the update
+itself in `reference_update.py`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from nexus.backends import codecs, sharding
-from nexus.backends.interface import RATES, DevicePlan, Plan, Rate, Ring, Runner, TensorEntry
+from nexus.backends import sharding
+from nexus.backends.interface import RATES, Change, DevicePlan, Plan, Ring, Runner
+from nexus.backends.reference_rates import GroupRates, evaluate
+from nexus.backends.reference_update import coefficients, shares
 from nexus.backends.sharding import total_everywhere
-from nexus.schedules.curves import LARGEST, NEVER, Curve, Op
+from nexus.backends.snapshot import Snapshot
+
+__all__ = ["DEVICE_TYPES", "NAME", "ReferenceRunner", "detail", "evaluate", "runner", "unavailable"]
 
 NAME = "reference"
 DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
@@ -31,297 +34,163 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
 
 def detail() -> str:
     """In words."""
-    return "any device of PyTorch, one tensor at a time; slow, for comparison"
+    return "any device of PyTorch, in plain PyTorch"
 
 
 def runner(setting_names: tuple[str, ...]) -> ReferenceRunner:
     """One for an optimizer."""
-    return ReferenceRunner()
-
-
-def evaluate(table: Tensor, steps: Tensor) -> Tensor:
-    """A schedule's values at `steps` (int64, any shape), from its table (`nexus.schedules.table`) on their device."""
-    value = torch.zeros(steps.shape, dtype=torch.float64, device=steps.device)
-    for layer in table:
-        own = _layer_value(layer, steps)
-        op = layer[0, 0]
-        folds = {
-            Op.FIRST: own,
-            Op.TIMES: _bounded(value * own),
-            Op.PLUS: _bounded(value + own),
-            Op.MIN: torch.where(own < value, own, value),
-            Op.MAX: torch.where(own > value, own, value),
-        }
-        for each, folded in folds.items():
-            value = torch.where(op == each, folded, value)
-    return value
-
-
-def _layer_value(layer: Tensor, steps: Tensor) -> Tensor:
-    count, repeat_start, repeat_length = layer[0, 1:4].to(torch.int64).unbind()
-    repeated = repeat_start + (steps - repeat_start) % repeat_length
-    steps = torch.where(steps >= repeat_start, repeated, steps).contiguous()
-    rows = layer[1:]
-    places = torch.arange(len(rows), device=layer.device)
-    starts = torch.where(places < count, rows[:, 1].to(torch.int64), NEVER)
-    found = torch.searchsorted(starts, steps, right=True) - 1  # the last segment with start <= step
-    # Not rows[found], which reads a 0-dim row on the host.
-    row = rows.index_select(0, found.flatten()).view(*found.shape, rows.shape[1])
-    curve, start, period, offset, span, high, low, k, q = row.unbind(-1)
-    position = (steps - start.to(torch.int64)) % period.to(torch.int64)
-    p = (position.to(torch.float64) + offset) / span
-    powered = _power(p, k)
-    weights = {
-        Curve.CONSTANT: torch.ones_like(p),
-        Curve.RISE: p,
-        Curve.LINEAR: 1.0 - p,
-        Curve.COSINE: _power(torch.cos(0.5 * math.pi * powered).square(), q),
-        Curve.SQRT: 1.0 - torch.sqrt(p),
-        Curve.POWER: _power(1.0 - powered, q),
-        Curve.EXPONENTIAL: (_power(q, p) - k) / (1.0 - k),
-        Curve.STAIRCASE: _power(q, p.floor()),
-        Curve.INVERSE: 1.0 / _power(1.0 + p, q),
-        Curve.LOG: k * torch.log(p),
-        Curve.TANH: 0.5 * (1.0 - torch.tanh(k * (1.0 - p) + q * p)),
-        Curve.SAMPLED: _sampled(layer.flatten(), k, q, p),
-    }
-    weight = torch.full_like(p, math.nan)
-    for each, values in weights.items():
-        weight = torch.where(curve == each, values, weight)
-    return _bounded(low + weight * (high - low))
-
-
-def _bounded(rates: Tensor) -> Tensor:
-    """The rates; the largest number that there is for higher ones: infinity times 0 would be NaN."""
-    return rates.clamp(max=LARGEST)
-
-
-def _power(x: Tensor, k: Tensor) -> Tensor:
-    """x**k, without the math library where IEEE operations give it."""
-    result = torch.where(k == 0.5, x.sqrt(), x.pow(k))
-    return torch.where(k == 1.0, x, torch.where(k == 2.0, x * x, result))
-
-
-def _sampled(numbers: Tensor, first: Tensor, count: Tensor, p: Tensor) -> Tensor:
-    """The values at places p of `count` samples, of which the last stays; any number where there are none."""
-    last = count - 1.0
-    place = torch.minimum(p.floor().clamp(min=0.0), last)
-    at = [(first + torch.minimum(place + more, last)).clamp(0, len(numbers) - 1).to(torch.int64) for more in (0, 1)]
-    value, following = (numbers.index_select(0, each.flatten()).view(p.shape) for each in at)
-    rest = p - place
-    return torch.where((rest > 0.0) & (rest < 1.0), value + rest * (following - value), value)
+    return ReferenceRunner(setting_names)
 
 
 class ReferenceRunner(Runner):
-    """Runs steps over the entries of the last plan. It caches nothing, so it has nothing to watch."""
+    """Runs steps over the entries of the last plan, which stays as long as a `Snapshot` sees no change."""
 
-    def __init__(self) -> None:
+    def __init__(self, setting_names: tuple[str, ...]) -> None:
+        self._setting_names = setting_names
         self._plan = Plan([], {})
+        self._works: list[_Work] = []
+        self._snapshot: Snapshot | None = None
+
+    def changed(self, attributes: dict[str, Any]) -> int:
+        return Change.TENSORS if self._snapshot is None else self._snapshot.change(attributes)
+
+    def forget(self) -> None:
+        self._snapshot = None
 
     def release_state(self) -> None:
+        self._snapshot, self._works = None, []
         for plan in self._plan.devices.values():
             for entry in plan.entries:
                 entry.state = None
 
     def bind(self, plan: Plan, attributes: dict[str, Any]) -> None:
         self._plan = plan
+        self._snapshot = None
+        # Of FakeTensors, who estimate memory, copies are all of a step: the kernels allocate nothing.
+        estimates = any(isinstance(param, FakeTensor) for param, _ in plan.parameters)
+        self._works = [] if estimates else [_Work(each) for each in plan.devices.values()]
+        self._snapshot = Snapshot.of(plan, attributes, self._setting_names)
+
+    def update_settings(self) -> None:
+        for work in self._works:
+            work.take_settings()
+        if self._snapshot is not None:
+            self._snapshot.take_settings(self._plan)
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         entries = [entry for plan in self._plan.devices.values() for entry in plan.entries]
-        for entry in entries:
+        staged = [entry for entry in entries if entry.staged]
+        for entry in staged:
             entry.fetch()
-        # Of FakeTensors, who estimate memory, these copies are all: the kernels allocate nothing.
-        if not any(isinstance(param, FakeTensor) for param, _ in self._plan.parameters):
-            _step(self._plan, grad_scale, found_inf)
-        for entry in entries:
+        gradients = [work.gradients() for work in self._works]
+        measured = [work.plan.state.sum_of_squares for work in self._works if work.plan.measures_norm]
+        for work, grads in zip(self._works, gradients, strict=True):
+            if work.plan.measures_norm:
+                work.plan.state.sum_of_squares.copy_(_sum_of_squares(grads, work.plan.state.device))
+        if self._works:
+            found_inf = total_everywhere(measured, self._plan.norm_parts, found_inf)
+        for work, grads in zip(self._works, gradients, strict=True):
+            work.step(grads, grad_scale, found_inf)
+        for entry in staged:
             entry.put_back()
+        for entry in entries:
             if sharding.is_spread(entry.original):  # its part knows nothing of the versions of the whole
                 torch.autograd.graph.increment_version(entry.original.detach())
 
 
-def _step(plan: Plan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    plans = list(plan.devices.values())
-    measured = [each.state.sum_of_squares for each in plans if each.measures_norm]
-    for each in plans:
-        if each.measures_norm:
-            each.state.sum_of_squares.copy_(_sum_of_squares(each.entries, each.state.device))
-    found_inf = total_everywhere(measured, plan.norm_parts, found_inf)
-    for each in plans:
-        _step_device(each, grad_scale, found_inf)
-
-
-def _sum_of_squares(entries: list[TensorEntry], device: torch.device) -> Tensor:
-    squares = [entry.grad.double().square().sum() for entry in entries if entry.grad is not None]
+def _sum_of_squares(gradients: list[list[Tensor]], device: torch.device) -> Tensor:
+    squares = [grad.double().square().sum() for each in gradients for grad in each]
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
 
 
-def _step_device(plan: DevicePlan, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-    state = plan.state
-    scale = torch.ones((), dtype=torch.float64, device=state.device)
-    if grad_scale is not None:
-        scale = sharding.brought(grad_scale, state.device).double().reshape(())
-    skip: Tensor | None = None
-    if found_inf is not None:
-        skip = sharding.brought(found_inf, state.device).reshape(()) != 0
-    if plan.measures_norm:
-        state.grad_norm.copy_(state.sum_of_squares.sqrt() / scale)
-        if state.skip_nonfinite:
-            nonfinite = ~torch.isfinite(state.sum_of_squares)
-            skip = nonfinite if skip is None else skip | nonfinite
+class _Work:
+    """A step on one device, and what of it stays from step to step."""
 
-    rows, recorded = [], []
-    for group in plan.groups:
-        rates = {name: _rate(group[name], state.completed) for name in RATES}
-        if group["lr"].table is not None:
-            rates["lr"] = rates["lr_scale"] * rates["lr"]
-        for name, value in rates.items():
-            if group[name].last is not None:
-                _assign(group[name].last.data, value, skip)  # as the kernels, which count no version
-        clip, limit = torch.ones_like(scale), rates["max_grad_norm"]
-        if group["max_grad_norm"].value != math.inf:  # the coefficient of torch.nn.utils.clip_grad_norm_
-            clip = torch.where(limit.isinf(), clip, torch.clamp(limit / (state.grad_norm + 1e-6), max=1.0))
-        recorded += [rates["lr"], clip]
-        multiplier = 1.0 / scale * clip
-        rows.append((rates, -multiplier if group["maximize"] else multiplier))
-    for entry in plan.entries:
-        grad = entry.grad
-        if grad is not None:
-            _update(entry, grad, *rows[entry.group], skip, state.seed)
-    if plan.history is not None:
-        grad_norm = state.grad_norm if plan.measures_norm else torch.full_like(scale, math.nan)
-        skipped = torch.zeros_like(scale) if skip is None else skip.to(torch.float64)
-        _record(plan.history, [state.completed.to(torch.float64), skipped, grad_norm, *recorded])
-    if plan.advances:
-        state.completed.add_(1 if skip is None else ~skip)
-        if skip is not None:
-            state.skipped.add_(skip)
+    def __init__(self, plan: DevicePlan) -> None:
+        self.plan = plan
+        entries = [entry for entry in plan.entries if entry.grad is not None]
+        states = [entry.state for entry in entries if entry.state is not None]
+        self._shares = shares(entries, plan.state.seed)
+        self._counts = [state.step for state in states]
+        self._owners = torch.tensor([entry.group for entry in entries], dtype=torch.int64, device=plan.state.device)
+        never = torch.full((3,), math.nan, dtype=torch.float64, device=plan.state.device)
+        kept = [state.beta_products for state in states]
+        self._kept = [place for place, products in enumerate(kept) if products is not None]
+        self._products = [never if products is None else products for products in kept]
+        self.take_settings()
+
+    def take_settings(self) -> None:
+        """Take over the hyperparameters of the plan's groups."""
+        self._rates = GroupRates(self.plan.groups, self.plan.state)
+
+    def gradients(self) -> list[list[Tensor]]:
+        """Of each share."""
+        return [share.gradients() for share in self._shares]
+
+    def step(self, gradients: list[list[Tensor]], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
+        """Update everything once; the gradients' squares have been added up over all devices and processes."""
+        plan, state = self.plan, self.plan.state
+        scale = torch.ones((), dtype=torch.float64, device=state.device)
+        if grad_scale is not None:
+            scale = sharding.brought(grad_scale, state.device).double().reshape(())
+        skip: Tensor | None = None
+        if found_inf is not None:
+            skip = sharding.brought(found_inf, state.device).reshape(()) != 0
+        if plan.measures_norm:
+            state.grad_norm.copy_(state.sum_of_squares.sqrt() / scale)
+            if state.skip_nonfinite:
+                nonfinite = ~torch.isfinite(state.sum_of_squares)
+                skip = nonfinite if skip is None else skip | nonfinite
+
+        rates = self._rates.coming(skip)
+        limit = rates[RATES.index("max_grad_norm")]
+        # The coefficient of torch.nn.utils.clip_grad_norm_.
+        clip = torch.where(limit.isinf(), 1.0, torch.clamp(limit / (state.grad_norm + 1e-6), max=1.0))
+        multiplier = 1.0 / scale * clip * self._rates.signs
+        if self._shares:
+            self._update(gradients, rates, multiplier, skip)
+        if plan.history is not None:
+            grad_norm = state.grad_norm if plan.measures_norm else torch.full_like(scale, math.nan)
+            skipped = torch.zeros_like(scale) if skip is None else skip.to(torch.float64)
+            by_group = torch.stack([rates[0], clip], dim=1).flatten()
+            row = torch.stack([state.completed.to(torch.float64), skipped, grad_norm])
+            _record(plan.history, torch.cat([row, by_group]))
+        if plan.advances:
+            state.completed.add_(1 if skip is None else ~skip)
+            if skip is not None:
+                state.skipped.add_(skip)
+
+    def _update(self, gradients: list[list[Tensor]], rates: Tensor, multiplier: Tensor, skip: Tensor | None) -> None:
+        before = torch.stack(self._counts)
+        t = before + 1.0
+        of_each = rates.index_select(1, self._owners)
+        products = _beta_products(of_each, t, torch.stack(self._products, dim=1) if self._kept else None)
+        table = coefficients(of_each, multiplier[self._owners], t, products)
+        tables = {dtype: table.to(dtype) for dtype in {share.dtype for share in self._shares}}  # rounded once
+        for share, grads in zip(self._shares, gradients, strict=True):
+            share.update(grads, tables[share.dtype], t, skip)
+        torch._foreach_copy_(self._counts, (t if skip is None else torch.where(skip, before, t)).unbind())
+        if self._kept:
+            after = torch.stack([*products, t], dim=1)
+            after = after if skip is None else torch.where(skip, torch.stack(self._products), after)
+            rows = after.unbind()
+            torch._foreach_copy_([self._products[at] for at in self._kept], [rows[at] for at in self._kept])
 
 
-def _record(ring: Ring, row: list[Tensor]) -> None:
-    """Leave a row: 0-dim float64 each."""
-    ring.rows.index_copy_(0, ring.count % ring.slots, torch.stack(row).unsqueeze(0))
+def _record(ring: Ring, row: Tensor) -> None:
+    """Leave a row."""
+    ring.rows.index_copy_(0, ring.count % ring.slots, row.unsqueeze(0))
     ring.count.add_(1)
 
 
-def _rate(rate: Rate, completed: Tensor) -> Tensor:
-    """The rate of the update that comes after `completed` ones: 0-dim float64."""
-    if rate.table is not None:
-        return evaluate(rate.table, completed if rate.clock is None else rate.clock)
-    if rate.tensor is not None:
-        tensor = rate.tensor if rate.host is None else rate.host
-        return sharding.brought(tensor, completed.device).double().reshape(())
-    return torch.full((), rate.value, dtype=torch.float64, device=completed.device)
-
-
-def _assign(target: Tensor, value: Tensor, skip: Tensor | None) -> None:
-    target.copy_(value if skip is None else torch.where(skip, target, value))
-
-
-def _update(
-    entry: TensorEntry,
-    grad: Tensor,
-    rates: dict[str, Tensor],
-    multiplier: Tensor,
-    skip: Tensor | None,
-    seed: int,
-) -> None:
-    state = entry.state
-    assert state is not None
-    param = entry.param
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32  # of the arithmetic
-    t = state.step + 1
-    products = _beta_products(rates, t, state.beta_products)
-    if state.beta_products is not None:
-        _assign(state.beta_products, torch.stack([*products, t]), skip)
-    # Scalars are computed in float64 and rounded once.
-    scalars = {
-        "step size": rates["lr"] / (1.0 - products[0]),
-        "1 / sqrt(bias2)": 1.0 / (1.0 - products[1]).sqrt(),
-        "decay": rates["lr"] * rates["weight_decay"],
-        "1 - beta1": 1.0 - rates["beta1"],
-        "1 - beta2": 1.0 - rates["beta2"],
-    }
-    step_size, inv_sqrt_bias2, decay, new1, new2 = (scalar.to(dtype) for scalar in scalars.values())
-    g_scale, beta2, eps = (scalar.to(dtype) for scalar in (multiplier, rates["beta2"], rates["eps"]))
-    chance = codecs.Chance(seed, entry.ordinal, t, entry.first)
-    streams = _Streams(entry, skip, chance)
-    g = codecs.flat(grad).to(dtype) * g_scale
-    m = streams.moment("exp_avg")
-    m = m + new1 * (g - m)
-    v = beta2 * streams.moment("exp_avg_sq") + new2 * g * g
-    largest_v = v
-    if state.max_exp_avg_sq is not None:
-        largest_v = torch.maximum(streams.moment("max_exp_avg_sq"), v)
-        streams.put_moment("max_exp_avg_sq", largest_v)
-    # In float64, since torch's float32 root may be off by one in its last place.
-    denominator = largest_v.double().sqrt().to(dtype) * inv_sqrt_bias2 + eps
-    weight = streams.weight(dtype)
-    # Not (1 - decay) * weight: rounded to float32, that factor is off the same way in every step.
-    decayed = torch.where(weight.isfinite(), decay * weight, 0.0)  # an infinite parameter stays what it is
-    weight = weight - (decayed + step_size * m / denominator)
-    streams.put_weight(weight)
-    if state.average is not None:
-        # A parameter's first update copies it, as torch.optim.swa_utils.AveragedModel does.
-        share = torch.where(t == 1.0, 1.0, 1.0 - rates["average_decay"]).to(dtype)
-        average = streams.moment("average")
-        streams.put_moment("average", torch.where(share == 1.0, weight, average + share * (weight - average)))
-    streams.put_moment("exp_avg", m)
-    streams.put_moment("exp_avg_sq", v)
-    state.step.add_(1 if skip is None else ~skip)
-
-
-def _beta_products(rates: dict[str, Tensor], t: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
+def _beta_products(rates: Tensor, t: Tensor, before: Tensor | None) -> tuple[Tensor, Tensor]:
     """The products of the betas of updates 1 to `t`: beta**t, unless those of the updates before are kept."""
-    beta1, beta2 = rates["beta1"], rates["beta2"]
-    powers = beta1**t, beta2**t
+    beta1, beta2 = rates[RATES.index("beta1")], rates[RATES.index("beta2")]
+    # With a stride of 2: of what is dense, torch computes powers in vectors, which are an ulp off now and then.
+    strided = torch.stack([t, t], dim=1)[:, 0]
+    powers = beta1**strided, beta2**strided
     if before is None:
         return powers
-    kept = before[2] == t - 1
+    kept = before[2] == t - 1.0
     return torch.where(kept, before[0] * beta1, powers[0]), torch.where(kept, before[1] * beta2, powers[1])
-
-
-class _Streams:
-    """The streams of one parameter, decoded and encoded (codecs.py), each flat in the order of its memory."""
-
-    def __init__(self, entry: TensorEntry, skip: Tensor | None, chance: codecs.Chance) -> None:
-        assert entry.state is not None
-        self._state = entry.state._asdict()
-        self._param = codecs.flat(entry.param)
-        self._skip = skip
-        self._chance = chance
-        self._stochastic = entry.stochastic_rounding
-
-    def moment(self, name: str) -> Tensor:
-        return codecs.decoded(codecs.flat(self._state[name]), self._state.get(f"{name}_scale"))
-
-    def put_moment(self, name: str, value: Tensor) -> None:
-        stored = codecs.flat(self._state[name])
-        # To nearest, an average of squares would follow no small change (in bfloat16 with a beta2 above 0.996), and
-        # a first moment in 8 bits would not come to rest, and move the weight for ever, where gradients are 0.
-        frozen = stored.dtype in codecs.SCALED or (stored.dtype == torch.bfloat16 and name != "exp_avg")
-        by_chance = frozen or (self._stochastic and stored.dtype == torch.bfloat16)
-        codes, scale = codecs.encoded(value, stored.dtype, self._numbers if by_chance else None)
-        _assign(stored, codes, self._skip)
-        if scale is not None:
-            _assign(self._state[f"{name}_scale"], scale, self._skip)
-
-    def weight(self, dtype: torch.dtype) -> Tensor:
-        low = self._state["master_low"]
-        return self._param.to(dtype) if low is None else codecs.master(self._param, codecs.flat(low))
-
-    def put_weight(self, value: Tensor) -> None:
-        low = self._state["master_low"]
-        if low is not None:
-            by_chance = self._stochastic and low.dtype == torch.uint8
-            upper, lower = codecs.split(value, low.dtype, codecs.swapped(self._numbers) if by_chance else None)
-            _assign(codecs.flat(low), lower, self._skip)
-        else:
-            by_chance = self._stochastic and self._param.dtype == torch.bfloat16
-            chance = codecs.swapped(self._numbers) if by_chance else None
-            upper, _ = codecs.encoded(value, self._param.dtype, chance)
-        _assign(self._param, upper, self._skip)
-
-    @cached_property
-    def _numbers(self) -> Tensor:
-        return self._chance.of(len(self._param))

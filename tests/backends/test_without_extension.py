@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
+
+import pytest
+
+from nexus.backends import extension
 
 WITHOUT_EXTENSION = """
 import sys, warnings
@@ -33,7 +38,24 @@ def test_without_the_extension_the_reference_runs_and_says_why_once() -> None:
     assert result.returncode == 0, result.stderr
     ran, warned, refused = result.stdout.splitlines()
     assert ran == "reference [-0.5, -0.5, -0.5]"
-    assert warned.startswith("RuntimeWarning nexus runs its slow 'reference' backend")
+    assert warned.startswith("RuntimeWarning nexus runs in plain PyTorch (backend 'reference')")
     assert refused.startswith("backend='native' cannot run here")
     for line in (warned, refused):
         assert "the extension cannot be imported: import of nexus._native halted" in line
+
+
+@pytest.mark.parametrize(("in_clone", "what"), [(False, "nexus-optim"), (True, "-e .")])
+def test_the_remedy_installs_what_pip_has_not_kept(
+    in_clone: bool, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = tmp_path / "nexus"
+    package.mkdir()
+    (package / "_native_build_failure.txt").write_text("no working C++ compiler: set CXX.\n")
+    if in_clone:
+        (tmp_path / "setup.py").touch()
+    monkeypatch.setattr(extension, "extension", None)
+    monkeypatch.setattr(extension, "__file__", str(package / "backends" / "extension.py"))
+    reason = extension.unavailable()
+    assert reason is not None
+    assert reason.startswith("the extension was not built: no working C++ compiler: set CXX. With a C++ compiler")
+    assert f"run 'pip install --no-cache-dir --force-reinstall --no-deps {what}'" in reason

@@ -40,7 +40,7 @@ def test_one_address_everywhere():
     text = (ROOT / "pyproject.toml").read_text()
     assert re.findall(r'^Source = "(.*)"$', text, re.MULTILINE) == [SOURCE]
     (site,) = re.findall(r'^Documentation = "(.*)"$', text, re.MULTILINE)
-    files = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "pyproject.toml", "mkdocs.yml")]
+    files = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "CITATION.cff", "mkdocs.yml")]
     files += [*(ROOT / "docs").rglob("*.md"), *(ROOT / "nexus").rglob("*.py"), *(ROOT / ".github").rglob("*.yml")]
     for file in files:
         for address in re.findall(r"https?://[\w./-]*nexus-optim[\w./-]*", file.read_text("utf-8")):

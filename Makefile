@@ -84,7 +84,7 @@ package: build .venv/.package ## check what would be published: metadata, sdist,
 	$(BIN)/pyroma --min=10 --skip-tests=CheckManifest .
 	$(BIN)/check-manifest --no-build-isolation
 	rm -rf build/package build/lib*  # setuptools would ship modules that are no more
-	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/package >build/package.log || { cat build/package.log; false; }
+	$(BIN)/python -m build --no-isolation --sdist --wheel --outdir build/package >build/package.log 2>&1 || { cat build/package.log; false; }
 	$(BIN)/twine check --strict build/package/*
 	$(BIN)/auditwheel show build/package/*.whl
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from nexus.backends import sharding
-from nexus.backends.interface import RATES, Change, DevicePlan, Plan, Ring, Runner
+from nexus.backends.interface import RATES, Change, DevicePlan, Plan, Ring, Runner, TensorEntry
 from nexus.backends.reference_rates import GroupRates, evaluate
 from nexus.backends.reference_update import coefficients, shares
 from nexus.backends.sharding import total_everywhere
@@ -24,6 +24,7 @@ from nexus.backends.snapshot import Snapshot
 __all__ = ["DEVICE_TYPES", "NAME", "ReferenceRunner", "detail", "evaluate", "runner", "unavailable"]
 
 NAME = "reference"
+SUMMED = 1 << 14
 DEVICE_TYPES = frozenset({"cpu", "cuda", "mps", "xpu", "hpu", "mtia", "privateuseone"})
 
 
@@ -49,6 +50,8 @@ class ReferenceRunner(Runner):
         self._setting_names = setting_names
         self._plan = Plan([], {})
         self._works: list[_Work] = []
+        self._staged: list[TensorEntry] = []
+        self._spread: list[Tensor] = []
         self._snapshot: Snapshot | None = None
 
     def changed(self, attributes: dict[str, Any]) -> int:
@@ -69,6 +72,9 @@ class ReferenceRunner(Runner):
         # Of FakeTensors, who estimate memory, copies are all of a step: the kernels allocate nothing.
         estimates = any(isinstance(param, FakeTensor) for param, _ in plan.parameters)
         self._works = [] if estimates else [_Work(each) for each in plan.devices.values()]
+        entries = [entry for each in plan.devices.values() for entry in each.entries]
+        self._staged = [entry for entry in entries if entry.staged]
+        self._spread = [entry.original for entry in entries if sharding.is_spread(entry.original)]
         self._snapshot = Snapshot.of(plan, attributes, self._setting_names)
 
     def update_settings(self) -> None:
@@ -79,9 +85,7 @@ class ReferenceRunner(Runner):
 
     @torch.no_grad()
     def step(self, grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
-        entries = [entry for plan in self._plan.devices.values() for entry in plan.entries]
-        staged = [entry for entry in entries if entry.staged]
-        for entry in staged:
+        for entry in self._staged:
             entry.fetch()
         gradients = [work.gradients() for work in self._works]
         measured = [work.plan.state.sum_of_squares for work in self._works if work.plan.measures_norm]
@@ -92,15 +96,16 @@ class ReferenceRunner(Runner):
             found_inf = total_everywhere(measured, self._plan.norm_parts, found_inf)
         for work, grads in zip(self._works, gradients, strict=True):
             work.step(grads, grad_scale, found_inf)
-        for entry in staged:
+        for entry in self._staged:
             entry.put_back()
-        for entry in entries:
-            if sharding.is_spread(entry.original):  # its part knows nothing of the versions of the whole
-                torch.autograd.graph.increment_version(entry.original.detach())
+        for param in self._spread:  # whose parts know nothing of the versions of the whole
+            torch.autograd.graph.increment_version(param.detach())
 
 
 def _sum_of_squares(gradients: list[list[Tensor]], device: torch.device) -> Tensor:
-    squares = [grad.double().square().sum() for each in gradients for grad in each]
+    # In pieces that one thread adds up, so that the sum is the same by any number of threads.
+    pieces = [piece for each in gradients for grad in each for piece in torch.split(grad, SUMMED)]
+    squares = [piece.double().square().sum() for piece in pieces]
     return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
 
 
@@ -111,8 +116,8 @@ class _Work:
         self.plan = plan
         entries = [entry for entry in plan.entries if entry.grad is not None]
         states = [entry.state for entry in entries if entry.state is not None]
-        self._shares = shares(entries, plan.state.seed)
-        self._counts = [state.step for state in states]
+        self._shares = shares(entries, plan.state.seed, plan.state.device)
+        self._counts = [state.step.data for state in states]  # so that the version counts what others write
         self._owners = torch.tensor([entry.group for entry in entries], dtype=torch.int64, device=plan.state.device)
         never = torch.full((3,), math.nan, dtype=torch.float64, device=plan.state.device)
         kept = [state.beta_products for state in states]

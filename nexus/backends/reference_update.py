@@ -16,13 +16,11 @@ from torch import Tensor
 from nexus.backends import codecs, sharding
 from nexus.backends.interface import RATES, TensorEntry
 
-STRETCH = {"cpu": 1 << 14}
+STRETCH = {"cpu": 1 << 16}
 """Elements that are updated at once, by type of device: on the CPU, what stays in a core's cache."""
 LONGEST_STRETCH = 1 << 24
-SMALL = 1 << 12
+SMALL = 1 << 15
 """Tensors with fewer elements are updated together: they cost more by the call than by the element."""
-TOGETHER = 1 << 14
-"""Elements of such tensors at once."""
 
 _PER_ELEMENT = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "average", "master_low")
 _SCALES = ("exp_avg_scale", "exp_avg_sq_scale", "max_exp_avg_sq_scale")
@@ -31,15 +29,20 @@ _SCALES = ("exp_avg_scale", "exp_avg_sq_scale", "max_exp_avg_sq_scale")
 class Coefficients(NamedTuple):
     """What the update needs beside the streams, as csrc/adamw.h has it: each one number, or one for each element."""
 
+    # One for all tensors of a group:
     grad_multiplier: Tensor  # clip coefficient / gradient scale; negative to maximize
     decay: Tensor  # lr * weight_decay
     one_minus_beta1: Tensor
     beta2: Tensor
     one_minus_beta2: Tensor
+    eps: Tensor
+    # By the count of a tensor's updates:
     step_size: Tensor  # lr / (1 - product of every beta1)
     inv_sqrt_bias2: Tensor  # 1 / sqrt(1 - product of every beta2)
-    eps: Tensor
     average_weight: Tensor  # of the new parameter in its average
+
+
+_OF_GROUP = Coefficients._fields.index("step_size")  # so many of them
 
 
 def update(block: Block, grad: Tensor, c: Coefficients) -> None:
@@ -84,9 +87,9 @@ def coefficients(rates: Tensor, multiplier: Tensor, t: Tensor, products: tuple[T
             one_minus_beta1=1.0 - rate["beta1"],
             beta2=rate["beta2"],
             one_minus_beta2=1.0 - rate["beta2"],
+            eps=rate["eps"],
             step_size=rate["lr"] / (1.0 - products[0]),
             inv_sqrt_bias2=1.0 / (1.0 - products[1]).sqrt(),
-            eps=rate["eps"],
             # A parameter's first update copies it, as torch.optim.swa_utils.AveragedModel does.
             average_weight=torch.where(t == 1.0, 1.0, 1.0 - rate["average_decay"]),
         )
@@ -162,13 +165,15 @@ class Block:
 
 
 class Share:
-    """Of the tensors of a device with a gradient, one, or many small ones: what its updates need of one another.
+    """Of the tensors of a device with a gradient, one, or many small ones: what their updates have in common.
 
     Args:
         entries: each with its place among the tensors of the device.
+        seed: of stochastic rounding.
+        same_count: whether all have had as many updates.
     """
 
-    def __init__(self, entries: list[tuple[int, TensorEntry]], seed: int) -> None:
+    def __init__(self, entries: list[tuple[int, TensorEntry]], seed: int, same_count: bool) -> None:
         self._entries = [entry for _, entry in entries]
         self._seed = seed
         states = [entry.state for entry in self._entries if entry.state is not None]
@@ -180,15 +185,14 @@ class Share:
         first = self._entries[0].param
         self._sizes = [entry.param.numel() for entry in self._entries]
         self.dtype = torch.float64 if first.dtype == torch.float64 else torch.float32  # of the arithmetic
-        device = first.device
-        self._stretch = STRETCH.get(device.type, LONGEST_STRETCH)
+        self._stretch = stretch_on(first.device)
         self._place = entries[0][0]
-        if len(entries) > 1:  # of each element, the place of its tensor
-            owners = [place for place, _ in entries]
-            self._owners = torch.tensor(owners, dtype=torch.int32, device="cpu").repeat_interleave(
-                torch.tensor(self._sizes, device="cpu")
-            )
-            self._owners = self._owners.to(device)
+        same_group = len({entry.group for entry in self._entries}) == 1
+        self._same = (len(Coefficients._fields) if same_count else _OF_GROUP) if same_group else 0
+        if self._same < len(Coefficients._fields):  # of each element, the place of its tensor
+            places = torch.tensor([place for place, _ in entries], dtype=torch.int32, device="cpu")
+            owners = places.repeat_interleave(torch.tensor(self._sizes, device="cpu"))
+            self._owners = owners.to(first.device)
 
     def gradients(self) -> list[Tensor]:
         """What they have now, in stretches."""
@@ -199,29 +203,27 @@ class Share:
         assert grad is not None
         return list(torch.split(codecs.flat(grad), self._stretch))
 
-    def _streams_now(self) -> dict[str, list[Tensor]]:
-        """Of the parameters no view is kept, so that memory which they leave is freed."""
-        if len(self._entries) == 1:
-            return {"param": [codecs.flat(self._entries[0].param)], **self._streams}
-        params = [entry.original for entry in self._entries]
-        return {"param": [param if param.dim() == 1 else param.view(-1) for param in params], **self._streams}
-
     def update(self, gradients: list[Tensor], table: Tensor, t: Tensor, skip: Tensor | None) -> None:
         """Update all; `table` has the coefficients of each tensor of the device, `t` the counts of their updates."""
-        if len(self._sizes) > 1:
-            c = Coefficients(*(row.index_select(0, self._owners) for row in table))
-            update(Block(self._streams_now(), self._sizes, skip), gradients[0], c)
-            return
-        c = Coefficients(*table[:, self._place].unbind())
+        numbers = table[:, self._place].unbind()
+        by_element = [row.index_select(0, self._owners) for row in table[self._same :]]
+        c = Coefficients(*numbers[: self._same], *by_element)
         for block, grad in zip(self._blocks(t[self._place], skip), gradients, strict=True):
             update(block, grad, c)
 
     def _blocks(self, t: Tensor, skip: Tensor | None) -> Iterator[Block]:
+        # Of the parameters no view is kept, so that memory which they leave is freed.
+        if len(self._entries) > 1:
+            params = [entry.original for entry in self._entries]
+            flat = [param if param.dim() == 1 else param.view(-1) for param in params]
+            yield Block({"param": flat, **self._streams}, self._sizes, skip)
+            return
         (entry,) = self._entries
+        whole = {"param": [codecs.flat(entry.param)], **self._streams}
         scales_each = self._stretch // codecs.SCALE_BLOCK
         cut = {
             name: torch.split(pieces[0], scales_each if name in _SCALES else self._stretch)
-            for name, pieces in self._streams_now().items()
+            for name, pieces in whole.items()
         }
         for index, param in enumerate(cut["param"]):
             streams = {name: [pieces[index].detach()] for name, pieces in cut.items()}  # as codecs.flat does
@@ -230,21 +232,27 @@ class Share:
             yield Block(streams, [len(param)], skip, entry.stochastic_rounding, chance)
 
 
-def shares(entries: list[TensorEntry], seed: int) -> list[Share]:
+def stretch_on(device: torch.device) -> int:
+    """How many elements are updated at once."""
+    return STRETCH.get(device.type, LONGEST_STRETCH)
+
+
+def shares(entries: list[TensorEntry], seed: int, device: torch.device) -> list[Share]:
     """Those of some entries that have gradients, in which small tensors that are stored alike are together."""
+    reads_counts = device.type == "cpu" and not torch._C._len_torch_dispatch_stack()  # elsewhere it would wait
     alike: dict[object, list[tuple[int, TensorEntry]]] = {}
     filled: dict[object, int] = {}  # elements so far
     for place, entry in enumerate(entries):
-        kind, numel = _likeness(entry), entry.param.numel()
+        kind, numel = _likeness(entry, reads_counts), entry.param.numel()
         if kind is None or numel >= SMALL:
             alike[place] = [(place, entry)]
             continue
         filled[kind] = filled.get(kind, 0) + numel
-        alike.setdefault((kind, filled[kind] // TOGETHER), []).append((place, entry))
-    return [Share(each, seed) for each in alike.values()]
+        alike.setdefault((kind, filled[kind] // stretch_on(device)), []).append((place, entry))
+    return [Share(each, seed, reads_counts or len(each) == 1) for each in alike.values()]
 
 
-def _likeness(entry: TensorEntry) -> object:
+def _likeness(entry: TensorEntry, with_count: bool) -> object:
     """Equal for two tensors that may be updated together; None for what is updated by itself, as it is rounded."""
     state, param = entry.state, entry.original
     assert state is not None
@@ -254,4 +262,6 @@ def _likeness(entry: TensorEntry) -> object:
         return None
     streams = {name: getattr(state, name) for name in (*_PER_ELEMENT, *_SCALES)}
     dtypes = {name: stream.dtype for name, stream in streams.items() if stream is not None}
-    return (param.dtype, *dtypes.items()) if set(dtypes.values()) <= {torch.float32, torch.float64} else None
+    if not set(dtypes.values()) <= {torch.float32, torch.float64}:
+        return None
+    return (float(state.step) if with_count else None, param.dtype, *dtypes.items())

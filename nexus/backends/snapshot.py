@@ -21,6 +21,7 @@ class Snapshot:
         self._others = [param for param, entry in plan.parameters if entry is None]
         self._objects = _objects(attributes)
         states = [attributes["state"][param] for param in self._stepped]
+        self._counts = [state["step"] for state in states]
         self._state = [value for each in states for value in each.values() if isinstance(value, Tensor)]
         self._layouts = self._layouts_now()
         self.take_settings(plan)
@@ -83,6 +84,7 @@ class Snapshot:
             _kinds(self._stepped),
             [grad.data_ptr() != 0 for grad in present],
             _kinds(present),
+            [count._version for count in self._counts],  # as above
             [tensor.data_ptr() for tensor in self._state],
             [tensor.shape for tensor in self._state],
             [tensor.stride() for tensor in self._state],

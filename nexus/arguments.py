@@ -59,18 +59,19 @@ def refuse_unnamed(kind: type, arguments: Sequence[object]) -> None:
 
     >>> class Line:
     ...     def __init__(self, *, slope: float, start: float = 0.0) -> None: ...
-    >>> refuse_unnamed(Line, [1.0])
+    >>> refuse_unnamed(Line, [1.0])  # doctest: +ELLIPSIS
     Traceback (most recent call last):
-    TypeError: Line takes its arguments by name, as they are easy to swap: Line(slope=..., start=0.0), got Line(1.0)
+    TypeError: Line takes its arguments by name, as they are easy to swap: Line(slope=..., start=0.0), got 1.0 w...
     """
     if not arguments:
         return
     parameters = _parameters(kind)
     most = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
     if len(arguments) > most and all(each.kind is not each.VAR_POSITIONAL for each in parameters):
-        given = f"{kind.__name__}({', '.join(map(reprlib.repr, arguments))})"
+        given = ", ".join(map(reprlib.repr, arguments[most:]))
         raise TypeError(
-            f"{kind.__name__} takes its arguments by name, as they are easy to swap: {call_of(kind)}, got {given}"
+            f"{kind.__name__} takes its arguments by name, as they are easy to swap: {call_of(kind)}, got {given} "
+            "without a name"
         )
 
 

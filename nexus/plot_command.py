@@ -49,6 +49,8 @@ KINDS: dict[str, Schedule] = {
     "wsds": WSDS(warmup_steps=1000, cycle_length=3000, decay_steps=600, peak_lr=1e-3),
 }
 """What `plot KIND` draws where nothing else is said."""
+ALIASES = {"sgdr": ("cosine-restarts",)}
+"""The names of the classes, where the command's are others."""
 HELP = {
     "base_lr": "the rate between the peaks",
     "cycle_decay": "what each peak is multiplied by for the next",
@@ -139,7 +141,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     kinds = parser.add_subparsers(dest="which", required=True, metavar="{" + ",".join(KINDS) + "}")
     for kind, schedule in KINDS.items():
         name = type(schedule).__name__
-        options = kinds.add_parser(kind, help=name, description=f"draw {name}", allow_abbrev=False)
+        options = kinds.add_parser(
+            kind, aliases=ALIASES.get(kind, ()), help=name, description=f"draw {name}", allow_abbrev=False
+        )
+        options.set_defaults(which=kind)  # also under another name
         for field in fields(schedule):
             options.add_argument(
                 "--" + field.name.replace("_", "-"),

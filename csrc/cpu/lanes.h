@@ -45,7 +45,8 @@ void mix(Draws& x, const Key& key) {
 }
 
 void store(const Draws& x, uint16_t* to) {
-  vst4q_u32(reinterpret_cast<uint32_t*>(to), uint32x4x4_t{{x.a, x.b, x.c, x.d}});
+  const uint32x4x4_t words = {{x.a, x.b, x.c, x.d}};
+  vst4q_u32(reinterpret_cast<uint32_t*>(to), words);  // draw by draw
 }
 
 #else

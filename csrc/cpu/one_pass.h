@@ -7,6 +7,7 @@
 
 #include "../adamw.h"
 #include "../codec.h"
+#include "kernels.h"
 #include "numbers.h"
 
 namespace nexus::cpu::NEXUS_ISA {
@@ -27,7 +28,7 @@ struct OnePass {
     Low* __restrict__ low = static_cast<Low*>(tensor.master_low) + (kHasLow ? begin : 0);
     Moment* __restrict__ exp_avg = static_cast<Moment*>(tensor.exp_avg) + begin;
     Moment* __restrict__ exp_avg_sq = static_cast<Moment*>(tensor.exp_avg_sq) + begin;
-#pragma GCC ivdep
+    NEXUS_INDEPENDENT
     for (int64_t i = 0; i < n; ++i) {
       const uint32_t number = kChanceOfWeight || kNarrowMoments ? numbers[i] : 0;
       float m = decoded(exp_avg[i]);

@@ -13,8 +13,10 @@
 #include <string>
 #include <thread>
 #include <vector>
-#ifdef __linux__
+#if defined(__linux__)
 #include <link.h>
+#elif defined(__APPLE__)
+#include <mach-o/dyld.h>
 #endif
 
 namespace nexus::cpu {
@@ -33,38 +35,53 @@ std::atomic<bool> forked{false};
 // From the time this module is loaded: torch may have used the pool before nexus does.
 [[maybe_unused]] const int watches_forks = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 
-#ifdef __linux__
-// Prefers the runtime in torch's own folder to any other that the process has loaded.
-int find_openmp(dl_phdr_info* info, size_t, void* found) {
-  auto& path = *static_cast<std::string*>(found);
-  const std::string candidate = info->dlpi_name;
-  const std::string file = candidate.substr(candidate.rfind('/') + 1);
-  if (file.rfind("libgomp", 0) == 0 || file.rfind("libomp", 0) == 0 || file.rfind("libiomp", 0) == 0) {
-    if (path.empty() || candidate.find("/torch") != std::string::npos) {
-      path = candidate;
+std::vector<std::string> loaded_libraries() {
+  std::vector<std::string> paths;
+#if defined(__linux__)
+  const auto add = [](dl_phdr_info* info, size_t, void* to) {
+    static_cast<std::vector<std::string>*>(to)->emplace_back(info->dlpi_name);
+    return 0;
+  };
+  dl_iterate_phdr(add, &paths);
+#elif defined(__APPLE__)
+  for (uint32_t i = 0; i < _dyld_image_count(); ++i) {
+    if (const char* path = _dyld_get_image_name(i)) {  // null once it is unloaded
+      paths.emplace_back(path);
     }
   }
-  return 0;
-}
 #endif
+  return paths;
+}
 
-Runtime find_runtime() {
-  Runtime runtime;
-#ifdef __linux__
-  std::string path;
-  dl_iterate_phdr(find_openmp, &path);
-  if (!path.empty()) {
-    if (void* library = dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD)) {
-      void* enter = dlsym(library, "GOMP_parallel");
-      void* thread_number = dlsym(library, "omp_get_thread_num");
-      if (enter != nullptr && thread_number != nullptr) {
-        runtime.enter = reinterpret_cast<Region>(enter);
-        runtime.thread_number = reinterpret_cast<int (*)()>(thread_number);
-        runtime.name = path.substr(path.rfind('/') + 1);
+std::string file_name(const std::string& path) { return path.substr(path.rfind('/') + 1); }
+
+// Prefers the runtime in torch's own folder to any other that the process has loaded.
+std::string find_openmp() {
+  std::string found;
+  for (const std::string& path : loaded_libraries()) {
+    const std::string file = file_name(path);
+    if (file.rfind("libgomp", 0) == 0 || file.rfind("libomp", 0) == 0 || file.rfind("libiomp", 0) == 0) {
+      if (found.empty() || path.find("/torch") != std::string::npos) {
+        found = path;
       }
     }
   }
-#endif
+  return found;
+}
+
+Runtime find_runtime() {
+  Runtime runtime;
+  const std::string path = find_openmp();
+  void* library = path.empty() ? nullptr : dlopen(path.c_str(), RTLD_LAZY | RTLD_NOLOAD);
+  if (library != nullptr) {
+    void* enter = dlsym(library, "GOMP_parallel");
+    void* thread_number = dlsym(library, "omp_get_thread_num");
+    if (enter != nullptr && thread_number != nullptr) {
+      runtime.enter = reinterpret_cast<Region>(enter);
+      runtime.thread_number = reinterpret_cast<int (*)()>(thread_number);
+      runtime.name = file_name(path);
+    }
+  }
   return runtime;
 }
 

@@ -13,7 +13,7 @@ template <bool kAmsgrad, bool kAveraged, bool kLeavesRoots, class T>
 void update_each(T* __restrict__ param, const T* __restrict__ grad, T* __restrict__ exp_avg,
                  T* __restrict__ exp_avg_sq, T* __restrict__ max_exp_avg_sq, T* __restrict__ average,
                  int64_t n, const Coefficients<T> c) {
-#pragma GCC ivdep
+  NEXUS_INDEPENDENT
   for (int64_t i = 0; i < n; ++i) {
     if constexpr (kAmsgrad) {
       adamw<true>(param[i], grad[i], exp_avg[i], exp_avg_sq[i], max_exp_avg_sq[i], c);

@@ -85,3 +85,13 @@ def on_page_content(content: str, page: Any, config: Any, files: Any) -> str:
 def _formula(tex: str) -> str:
     mathml = re.sub(r'columnalign="(\w+)"', r'style="text-align: \1"', convert(tex, display="block"))
     return f'<div class="formula">{mathml}</div>'
+
+
+def on_post_page(output: str, page: Any, config: Any) -> str:
+    """Everything that a page needs is on the site itself."""
+    source = r'<(?:script|img)[^>]* src="https?:[^>]*>'
+    sheet = r'<link[^>]*"(?:stylesheet|preconnect)"[^>]*https?:[^>]*>'
+    found = re.search(f"{source}|{sheet}", output)
+    if found:
+        raise ValueError(f"{page.file.src_uri} fetches something from elsewhere: {found[0]}")
+    return output

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, devices_of, engine_of
-from nexus.optim.groups import BETAS
+from nexus.optim.settings import BETAS
 from nexus.schedules import Schedule
 
 try:

@@ -24,10 +24,11 @@ from nexus.backends.sharding import is_spread
 from nexus.optim.averages import saved_average, warn_of_difference
 from nexus.optim.engine import Engine, attributes_of, devices_of, engine_of
 from nexus.optim.foreign import as_torch_saves
-from nexus.optim.groups import BETAS, SCHEDULABLE, SETTINGS, ParamGroup, shown_name
+from nexus.optim.groups import ParamGroup, shown_name
 from nexus.optim.parameters import is_trained, named_parameters
 from nexus.optim.saved import SAVED_NAMES, check_saved, has_codes, loaded, saved_state
 from nexus.optim.saved_groups import FORMAT, SCHEDULE_KEYS, checked_groups, loaded_settings, saved_rate
+from nexus.optim.settings import BETAS, SCHEDULABLE, SETTINGS
 from nexus.optim.state import check_unshared
 from nexus.optim.storage import STORAGE_DEFAULTS, Storage, keeps_products, storage_of
 from nexus.schedules import Schedule

@@ -30,18 +30,17 @@ from nexus.backends.sharding import norm_parts
 from nexus.integrations import distributed_checkpoint
 from nexus.optim import onlookers, parameters
 from nexus.optim.device_memory import DeviceMemory
-from nexus.optim.groups import (
+from nexus.optim.groups import ParamGroup, settings_of
+from nexus.optim.history import History
+from nexus.optim.settings import (
     NEWER_SETTINGS,
     SCHEDULABLE,
     STATE_OPTIONS,
     WATCHED_NAMES,
-    ParamGroup,
     checked_settings,
     in_state,
     is_limited,
-    settings_of,
 )
-from nexus.optim.history import History
 from nexus.optim.state import check_streams, complete_states, is_complete, is_idle, make_entry
 from nexus.optim.storage import STORAGE_DEFAULTS, keeps_products, storage_of
 from nexus.schedules import Schedule

@@ -21,10 +21,11 @@ from nexus.optim import checkpoint, master, onlookers, parameters, remedies
 from nexus.optim.averages import Average
 from nexus.optim.averaging import Averaged
 from nexus.optim.engine import Engine, attributes_of, devices_of
-from nexus.optim.groups import ParamGroup, checked_settings
+from nexus.optim.groups import ParamGroup
 from nexus.optim.history import History
 from nexus.optim.listening import Listening
 from nexus.optim.scheduled import Scheduled
+from nexus.optim.settings import checked_settings
 from nexus.optim.storage import average_bytes, check_seed, trained_storages
 from nexus.optim.torch_options import check_torch_options
 from nexus.schedules import Schedule
@@ -152,7 +153,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
             "weight_decay_schedule": None,
         }
         checked_settings(defaults)
-        remedies.refuse_modules(params)
+        remedies.check_params(params)
         if not isinstance(skip_nonfinite, bool):
             raise TypeError(f"skip_nonfinite must be a bool, got {shown(skip_nonfinite)}")
         if not isinstance(backend, str):

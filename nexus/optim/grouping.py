@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from nexus.arguments import check_fraction, check_number, shown
+from nexus.schedules import Schedule
 
 NO_DECAY = ("bias", "norm", "embedding")
 
@@ -89,6 +90,8 @@ def param_groups(
         raise TypeError(f"model must be an nn.Module, got {shown(model)}")
     weight_decay = check_number("weight_decay", weight_decay)
     layer_decay = check_fraction("layer_decay", layer_decay, positive=True)
+    if isinstance(lr, Schedule):
+        raise TypeError(f"lr must be a number or None, got {shown(lr)}; give the Schedule to FusedAdamW, as lr")
     lr = None if lr is None else check_number("lr", lr)
     if isinstance(no_decay, str) or not set(no_decay) <= set(NO_DECAY):
         raise ValueError(f"no_decay must be a tuple of some of {NO_DECAY}, got {shown(no_decay)}")

@@ -14,7 +14,7 @@ from nexus.arguments import shown
 from nexus.backends import sharding
 from nexus.backends.records import FLOAT_DTYPES
 from nexus.backends.sharding import is_spread, local
-from nexus.optim.remedies import refuse_modules
+from nexus.optim.remedies import check_params
 
 
 def is_trained(param: Tensor) -> bool:
@@ -156,7 +156,7 @@ def listed_parameters(param_group: object) -> tuple[list[Any], list[Any]]:
     if "params" not in param_group:
         raise ValueError(f"param_group must have the key 'params', got {sorted(map(str, param_group))}")
     params = param_group["params"]
-    refuse_modules(params)
+    check_params(params)
     params = [params] if isinstance(params, Tensor) else params
     if isinstance(params, set) or not isinstance(params, Iterable):
         raise TypeError(f"params must be a tensor or an ordered iterable of tensors, got {shown(params)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any
 
@@ -55,12 +56,17 @@ def _of_text(text: str) -> str:
         )
 
 
-def refuse_modules(params: object) -> None:
-    """Refuse a module where its parameters belong.
+def check_params(params: object) -> None:
+    """Refuse what is nearly parameters: a module, its method, a state dict, a group.
 
     Raises:
-        TypeError: naming `parameters()`.
+        TypeError: saying what to give.
     """
+    if isinstance(params, Mapping):
+        remedy = "a list of groups: [{'params': ...}]" if "params" in params else "model.parameters()"
+        raise TypeError(f"params must be parameters, got a {type(params).__name__}: give {remedy}")
+    if inspect.ismethod(params):
+        raise TypeError(f"params must be parameters, got the method {params.__name__}: call it, {params.__name__}()")
     for each in params if isinstance(params, (list, tuple)) else (params,):
         if isinstance(each, nn.Module) and not isinstance(each, nn.ParameterList):
             raise TypeError(

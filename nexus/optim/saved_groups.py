@@ -8,7 +8,8 @@ from torch import Tensor
 
 from nexus.arguments import shown
 from nexus.backends.interface import RATES
-from nexus.optim.groups import BETAS, OF_ALL, SETTINGS, ParamGroup, checked_settings
+from nexus.optim.groups import ParamGroup
+from nexus.optim.settings import BETAS, OF_ALL, SETTINGS, checked_settings
 from nexus.optim.state import MOMENTS, scale_name
 from nexus.optim.storage import STORAGE_DEFAULTS
 from nexus.schedules import Schedule

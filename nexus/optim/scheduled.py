@@ -13,7 +13,8 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from nexus.arguments import check_choice, check_count, check_number, shown
 from nexus.optim.engine import Engine, attributes_of, devices_of
-from nexus.optim.groups import ParamGroup, checked_settings
+from nexus.optim.groups import ParamGroup
+from nexus.optim.settings import checked_settings
 from nexus.optim.timed import Timed
 from nexus.schedules import WSD, ReduceOnPlateau, Schedule, betas_from_torch, from_torch
 from nexus.schedules.clock import Clocked

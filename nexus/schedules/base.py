@@ -59,7 +59,7 @@ class Schedule(ABC):
         return value_of(layers_of(self), check_count("step", step))
 
     @staticmethod
-    def from_function(fn: Callable[[int], float], steps: int, every: int = 1) -> Sampled:
+    def from_function(fn: Callable[[int], float], steps: int, *, every: int = 1) -> Sampled:
         """Any function of the step, as a table of its rates.
 
         Args:

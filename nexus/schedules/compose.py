@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import TypeVar
 
-from nexus.arguments import MAX_STEP, check_choice, check_count, check_number, shown
+from nexus.arguments import MAX_STEP, call_of, check_choice, check_count, check_number, shown
 from nexus.schedules.base import MAX_DEPTH, TOO_DEEP, Schedule, layers_of
 from nexus.schedules.clock import Clocked
 from nexus.schedules.constant import Constant
@@ -353,9 +353,7 @@ def checked_part(name: str, value: object) -> Schedule:
         TypeError: it is no schedule, or one that is a part of none.
     """
     if not isinstance(value, Schedule):
-        is_torchs = hasattr(value, "get_last_lr")
-        remedy = "from_torch makes one of a torch scheduler" if is_torchs else "Constant(lr) makes one of a number"
-        raise TypeError(f"{name} must be a nexus Schedule, got {shown(value)}; {remedy}")
+        raise TypeError(f"{name} must be a nexus Schedule, got {shown(value)}; {_remedy(value)}")
     if isinstance(value, Clocked):
         raise TypeError(f"{name} must be at no clock, got {value!r}; put the whole at its clock: (...).at(clock)")
     if value.is_outermost:
@@ -364,6 +362,16 @@ def checked_part(name: str, value: object) -> Schedule:
             f"{name} must not be a {kind}, which is the outermost: make {kind}(...) of the composed schedule"
         )
     return value
+
+
+def _remedy(value: object) -> str:
+    if isinstance(value, type) and issubclass(value, Schedule):
+        return f"that is a class: write {call_of(value)}"
+    if hasattr(value, "get_last_lr"):
+        return "from_torch makes one of a torch scheduler"
+    return (
+        "Schedule.from_function makes one of a function" if callable(value) else "Constant(lr) makes one of a number"
+    )
 
 
 def check_whole(schedule: Schedule) -> None:

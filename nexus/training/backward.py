@@ -16,7 +16,8 @@ from nexus.arguments import shown
 from nexus.backends.interface import LAST_WRITE, RATES, DevicePlan, StepState
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import Attributes, Engine, attributes_of, engine_of
-from nexus.optim.groups import SETTINGS, ParamGroup
+from nexus.optim.groups import ParamGroup
+from nexus.optim.settings import SETTINGS
 from nexus.schedules import Schedule
 from nexus.schedules.table import ScheduleTable
 

@@ -70,8 +70,6 @@ class ScheduleLR(LRScheduler, Generic[S]):
     def __init__(self, optimizer: Optimizer, schedule: S, *, last_epoch: int = -1) -> None:
         if not isinstance(optimizer, Optimizer):
             raise TypeError(f"optimizer must be a torch.optim.Optimizer, got {shown(optimizer)}")
-        if not isinstance(schedule, Schedule):
-            raise TypeError(f"schedule must be a nexus Schedule, as WSD or Cosine, got {shown(schedule)}")
         if isinstance(schedule, Clocked):
             raise TypeError(f"a scheduler counts its own steps, got {schedule!r}; give it to FusedAdamW as lr")
         checked_part("schedule", schedule)

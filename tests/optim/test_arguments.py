@@ -69,9 +69,14 @@ BAD: Bad = [
         "max_grad_norm",
         (Linear(start_lr=0.0, end_lr=1.0, total_steps=10),),
         ValueError,
-        "max_grad_norm must stay above 0, .* is 0.0 at step 0",
+        "max_grad_norm must stay above 0, .* is 0.0 at step 0.*; the number 0, or None, does not clip",
     ),
-    ("max_grad_norm", (torch.zeros(()),), ValueError, "max_grad_norm must be a finite number > 0"),
+    (
+        "max_grad_norm",
+        (torch.zeros(()),),
+        ValueError,
+        "max_grad_norm must be a finite number > 0.*; the number 0, or None",
+    ),
     ("eps", (torch.tensor(-1.0),), ValueError, f"eps {NUMBER}"),
 ]
 OF_THE_CONSTRUCTOR: Bad = [
@@ -280,6 +285,17 @@ def test_a_module_is_no_parameter(params: Callable[[torch.nn.Sequential], Any]) 
     assert len(optimizer.param_groups[0]["params"]) == 4
     with pytest.raises(TypeError, match=words):
         optimizer.add_param_group({"params": model})
+
+
+def test_what_is_nearly_parameters_has_a_remedy() -> None:
+    model: Any = torch.nn.Linear(2, 2)
+    for wrong, words in (
+        (model.parameters, r"got the method parameters: call it, parameters\(\)"),
+        (model.state_dict(), r"got a OrderedDict: give model.parameters\(\)"),
+        ({"params": model.parameters()}, r"got a dict: give a list of groups: \[{'params'"),
+    ):
+        with pytest.raises(TypeError, match=f"params must be parameters, {words}"):
+            FusedAdamW(wrong)
 
 
 @pytest.mark.parametrize("off", [0, 0.0, -0.0, None, numpy.float32(0.0)])

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from nexus.optim import FusedAdamW, param_groups
-from nexus.schedules import Cosine
+from nexus.schedules import Constant, Cosine
 
 SIZES = {"vocab_size": 50, "bos_token_id": None, "eos_token_id": None, "pad_token_id": 0}
 
@@ -193,6 +193,8 @@ def test_bad_arguments_are_named(arguments: dict[str, Any], words: str) -> None:
 def test_what_is_no_model_or_has_nothing_to_train_is_refused() -> None:
     with pytest.raises(TypeError, match=r"model must be an nn\.Module"):
         param_groups(list(nn.Linear(2, 2).parameters()))  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"lr must be a number or None, .*give the Schedule to FusedAdamW, as lr"):
+        param_groups(nn.Linear(2, 2), lr=Constant(1e-3))
     with pytest.raises(ValueError, match="nothing to optimize"):
         param_groups(nn.Linear(2, 2).requires_grad_(False))
 

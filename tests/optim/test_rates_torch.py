@@ -125,7 +125,7 @@ def test_every_hyperparameter_may_change(backend: str) -> None:
         ("betas", 0.9),
         ("amsgrad", 1),
         ("maximize", None),
-        ("max_grad_norm", 0.0),
+        ("max_grad_norm", -1.0),
         ("max_grad_norm", "1"),
         ("lr_schedule", 0.1),
         ("weight_decay_schedule", "cosine"),

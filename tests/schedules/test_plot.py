@@ -87,7 +87,7 @@ def test_chart_draws_the_rates_and_names_what_fits() -> None:
 
 def test_terminal_that_knows_ascii_alone(capsys, monkeypatch) -> None:
     monkeypatch.setattr(plot_command, "_prints_blocks", lambda: False)
-    assert main(["plot", "sgdr"]) == 0
+    assert main(["plot", "cosine-restarts"]) == 0
     assert capsys.readouterr().out.isascii()
 
 

@@ -90,10 +90,16 @@ peaks, shares, counts = st.floats(1e-12, 1e3), st.floats(0, 1), st.integers(0, 6
 lengths = st.integers(1, 60) | st.integers(1, MAX_STEP)
 halves = st.integers(0, 60) | st.integers(0, 2**52 - 1)  # of MAX_STEP
 wsd = st.builds(
-    lambda w, s, d, peak, share, decay: WSD(
-        warmup_steps=w, stable_steps=s, decay_steps=d, peak_lr=peak, min_lr=peak * share, decay_type=decay
+    lambda w, s, d, peak, share, decay, first: WSD(
+        warmup_steps=w,
+        stable_steps=s,
+        decay_steps=d,
+        peak_lr=peak,
+        min_lr=peak * share,
+        decay_type=decay,
+        warmup_start_lr=None if first is None else peak * first,
     ),
-    *(counts, st.none() | counts, lengths, peaks, shares, st.sampled_from(list(DECAYS))),
+    *(counts, st.none() | counts, lengths, peaks, shares, st.sampled_from(list(DECAYS)), st.none() | shares),
 )
 restarts = st.builds(
     lambda peak, share, length, mult, w: CosineRestarts(
@@ -102,11 +108,14 @@ restarts = st.builds(
     *(peaks, shares, lengths, st.just(1.0) | st.floats(1.01, 4) | st.floats(1.01, 1e308), counts),
 )
 cosine = st.builds(
-    lambda peak, share, w, rest: Cosine(peak_lr=peak, total_steps=w + rest + 1, min_lr=peak * share, warmup_steps=w),
-    peaks,
-    shares,
-    halves,
-    halves,
+    lambda peak, share, w, rest, first: Cosine(
+        peak_lr=peak,
+        total_steps=w + rest + 1,
+        min_lr=peak * share,
+        warmup_steps=w,
+        warmup_start_lr=None if first is None else peak * first,
+    ),
+    *(peaks, shares, halves, halves, st.none() | shares),
 )
 schedules = wsd | restarts | cosine
 
@@ -125,10 +134,11 @@ def test_any_schedule_equals_its_lowering_and_stays_in_range(schedule, steps) ->
     assert_equal_to_oracle(schedule, steps)
     # low + 1 * (high - low) may round one unit away from high.
     top = math.nextafter(schedule.peak_lr, math.inf)
+    least = min(schedule.min_lr, schedule.min_lr if schedule.warmup_start_lr is None else schedule.warmup_start_lr)
     for step in steps:
         rate = schedule(step)
         assert rate == interpret(segments, step), step
-        assert schedule.min_lr <= rate <= top, step
+        assert least <= rate <= top, step
 
 
 @settings(max_examples=100, deadline=None)

@@ -113,14 +113,14 @@ RESTARTS = (
     ("kind", "arguments", "words"),
     [
         (CosineRestarts, (1000, 1e-3), RESTARTS),
-        (CosineRestarts, (1000, 1e-3), "got CosineRestarts(1000, 0.001)"),
+        (CosineRestarts, (1000, 1e-3), "got 1000, 0.001 without a name"),
         (Cosine, (1e-3,), "Cosine(peak_lr=..., total_steps=..., min_lr=0.0, warmup_steps=0"),
-        (Linear, (1.0, 0.0, 5), "Linear(start_lr=..., end_lr=..., total_steps=...), got Linear(1.0, 0.0, 5)"),
-        (Sampled, ([1.0], 2), "Sampled(rates, every=1, error=0.0)"),
+        (Linear, (1.0, 0.0, 5), "Linear(start_lr=..., end_lr=..., total_steps=...), got 1.0, 0.0, 5 without a name"),
+        (Sampled, ([1.0], 2), "Sampled(rates, every=1, error=0.0), got 2 without"),
         (Piecewise, ([(0, 1.0)], "linear"), "Piecewise(points, kind='constant')"),
         (Arc, ("cosine", 1.0, 0.0, 5.0), "Arc(curve, high=..., low=..., span=..., shift=0.0, k=1.0, q=1.0)"),
         (ReduceOnPlateau, (Constant(1.0), "max"), "ReduceOnPlateau(schedule, mode='min', "),
-        (Constant, (1.0, 2.0), "Constant(lr), got Constant(1.0, 2.0)"),
+        (Constant, (1.0, 2.0), "Constant(lr), got 2.0 without a name"),
     ],
 )
 def test_arguments_that_are_easy_to_swap_need_their_names(kind, arguments, words) -> None:

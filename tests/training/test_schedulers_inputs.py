@@ -160,9 +160,18 @@ def test_a_bad_scale_is_named(kind: str) -> None:
 
 
 @both
-@pytest.mark.parametrize("wrong", [None, 1e-3, Cosine, torchs], ids=["None", "a rate", "a class", "a function"])
-def test_a_schedule_is_asked_for_by_name(kind: str, wrong: object) -> None:
+@pytest.mark.parametrize(
+    ("wrong", "remedy"),
+    [
+        (None, r"Constant\(lr\) makes one of a number"),
+        (1e-3, r"Constant\(lr\) makes one of a number"),
+        (Cosine, r"that is a class: write Cosine\(peak_lr=\.\.\., total_steps=\.\.\., min_lr=0\.0, "),
+        (torchs, "Schedule.from_function makes one of a function"),
+    ],
+    ids=["None", "a rate", "a class", "a function"],
+)
+def test_a_schedule_is_asked_for_by_name(kind: str, wrong: object, remedy: str) -> None:
     optimizer = Run(kind, schedule=None).optimizer
-    with pytest.raises(TypeError, match="schedule must be a nexus Schedule, as WSD or Cosine, got "):
+    with pytest.raises(TypeError, match=f"schedule must be a nexus Schedule, got .*; {remedy}"):
         ScheduleLR(optimizer, wrong)  # type: ignore[type-var]
     assert optimizer.param_groups[0]["lr"] == 0.5

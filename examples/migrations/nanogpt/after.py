@@ -42,7 +42,7 @@ def get_batch() -> tuple[torch.Tensor, torch.Tensor]:
 torch.manual_seed(1337)
 model = GPT(len(vocabulary), block_size).to(device)
 decay = Cosine(peak_lr=learning_rate, total_steps=lr_decay_iters - warmup_iters, min_lr=min_lr)
-schedule = decay.warmup(warmup_iters, start=learning_rate / (warmup_iters + 1))
+schedule = decay.warmup(steps=warmup_iters, count="(t+1)/(W+1)")
 optim_groups = param_groups(model, weight_decay=weight_decay)
 optimizer = FusedAdamW(optim_groups, lr=schedule, betas=(beta1, beta2), max_grad_norm=grad_clip)
 

@@ -13,8 +13,8 @@ from nexus.arguments import shown
 from nexus.backends.sharding import local
 from nexus.optim import FusedAdamW
 from nexus.optim.engine import attributes_of, engine_of
-from nexus.optim.groups import STATE_OPTIONS, in_state
 from nexus.optim.parameters import named_parameters
+from nexus.optim.settings import STATE_OPTIONS, in_state
 from nexus.training.capture.device import Graph
 from nexus.training.capture.gradients import Gradients
 from nexus.training.capture.signature import Outputs

@@ -205,9 +205,10 @@ class Share:
 
     def update(self, gradients: list[Tensor], table: Tensor, t: Tensor, skip: Tensor | None) -> None:
         """Update all; `table` has the coefficients of each tensor of the device, `t` the counts of their updates."""
-        numbers = table[:, self._place].unbind()
-        by_element = [row.index_select(0, self._owners) for row in table[self._same :]]
-        c = Coefficients(*numbers[: self._same], *by_element)
+        numbers = list(table[:, self._place].unbind())
+        for index in range(self._same, len(numbers)):
+            numbers[index] = table[index].index_select(0, self._owners)
+        c = Coefficients(*numbers)
         for block, grad in zip(self._blocks(t[self._place], skip), gradients, strict=True):
             update(block, grad, c)
 
@@ -220,6 +221,10 @@ class Share:
             return
         (entry,) = self._entries
         whole = {"param": [codecs.flat(entry.param)], **self._streams}
+        if self._sizes[0] <= self._stretch:
+            chance = codecs.Chance(self._seed, entry.ordinal, t, entry.first)
+            yield Block(whole, self._sizes, skip, entry.stochastic_rounding, chance)
+            return
         scales_each = self._stretch // codecs.SCALE_BLOCK
         cut = {
             name: torch.split(pieces[0], scales_each if name in _SCALES else self._stretch)

@@ -5,7 +5,10 @@ No times are asserted: a test machine is never quiet.
 
 import json
 import math
+import os
 import re
+import subprocess
+import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,7 +18,7 @@ import torch
 from fake_gpu import quick_benchmark  # noqa: F401  # a fixture
 
 from benchmarks import __main__ as command
-from benchmarks import contestants, host, report
+from benchmarks import busy, contestants, host, report
 from benchmarks.__main__ import main
 from benchmarks.cases import (
     CASES,
@@ -27,13 +30,14 @@ from benchmarks.cases import (
     FOREACH,
     FUSED,
     NO_AVERAGE,
+    OTHERS,
     SEPARATE_AVERAGE,
     STEP,
     Case,
 )
 from benchmarks.contestants import factors, rate_scale
 from benchmarks.measure import measure
-from benchmarks.peers import MAX_GRAD_NORM, PEAK_LR, SCHEDULE
+from benchmarks.peers import MAX_GRAD_NORM, PEAK_LR, PEERS, SCHEDULE
 from benchmarks.report import LeftOut, Row, Spread
 from benchmarks.timing import PROCESSOR, Device, interleaved
 
@@ -271,6 +275,82 @@ def test_the_commit_is_that_of_this_checkout(monkeypatch: pytest.MonkeyPatch, tm
     monkeypatch.setattr(report, "ROOT", tmp_path)
     monkeypatch.setenv("NEXUS_COMMIT", "abc")
     assert report.commit() == "abc"
+
+
+def test_a_quick_run_is_of_few_cases_and_says_so(monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.setattr(command, "_measure", lambda case, args, device, results: print(f"[{case.name}]"))
+    monkeypatch.setattr(command, "measure_host", lambda repeats: [])
+    assert main(["--quick"]) == 0
+    out = capsys.readouterr().out
+    assert re.findall(r"^\[(.*)\]$", out, re.MULTILINE) == ["tiny", "gpt", "groups", "train-mlp"]
+    assert "\nLeft out to be quick: deep, gpt2, many, train-gpt, and most repeats.\n" in out
+
+
+def test_the_backend_that_is_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(CASES, "tiny", replace(CASES["tiny"], shapes=((64,),) * 3))
+    (row, *_) = measure(replace(SMALL, jobs=(STEP,)), 2, backend="reference")
+    assert (row.backend, row.difference < 1e-3) == ("reference", True)
+    assert main(["--backend", "reference", "--case", "tiny", "--repeats", "1"]) == 0
+    assert "host time" not in capsys.readouterr().out
+    for argv, words in (
+        (["--case", "train-mlp"], "leave out --case train-mlp"),
+        (["--case", "host"], "leave out --case host"),
+    ):
+        assert main(["--backend", "reference", *argv]) == 2
+        assert words in capsys.readouterr().err
+    assert main(["--backend", "cuda", "--case", "tiny"]) == 2
+    assert "backend='cuda' runs on cuda" in capsys.readouterr().err
+
+
+def test_a_busy_core_is_left_when_the_run_ends(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys) -> None:
+    started = []
+
+    class Noted(busy.subprocess.Popen):
+        def __init__(self, *args, **kwargs) -> None:
+            super().__init__(*args, **kwargs)
+            if busy._SPIN in args[0]:
+                started.append(self)
+
+    monkeypatch.setattr(busy.subprocess, "Popen", Noted)
+
+    def measured(*args) -> None:
+        (process,) = started
+        assert process.poll() is None
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(command, "_measure", measured)
+    assert main(["--busy", "--case", "tiny", "--out", str(tmp_path)]) == 130
+    assert started[0].poll() is not None
+    assert "Another process keeps core" in capsys.readouterr().out
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="only Linux tells")
+def test_a_busy_core_ends_with_its_parent() -> None:
+    with busy.busy_core() as core:
+        assert core in os.sched_getaffinity(0)
+    command = [sys.executable, "-c", busy._SPIN, str(core)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        process.stdout.readline()
+        assert os.sched_getaffinity(process.pid) == {core}
+        process.stdin.close()  # as the system does when the parent is gone
+        assert process.wait(timeout=60) == 0
+
+
+def test_other_packages_are_set_beside_it_and_the_missing_named_once(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    for name, peer in PEERS.items():
+        if name in OTHERS:
+            monkeypatch.setitem(sys.modules, peer.module, None)
+    for name in ("tiny", "gpt"):
+        monkeypatch.setitem(CASES, name, replace(CASES[name], shapes=((64,),) * 2, jobs=(STEP,), peers=(FUSED,)))
+    argv = ["--peers", "--case", "tiny", "--case", "gpt", "--repeats", "1", "--out", str(tmp_path / "rows.json")]
+    assert main(argv) == 0
+    out = capsys.readouterr().out
+    assert [out.count(f"{name}: left out, not installed") for name in OTHERS] == [1] * len(OTHERS)
+    monkeypatch.setattr(command.peers, "unavailable", lambda name: None)
+    assert command._with_peers(CASES["tiny"], report.Results({})).peers == (FUSED, *OTHERS)
+    assert command._with_peers(CASES["gpt2-1"], report.Results({})).peers == CASES["gpt2-1"].peers
 
 
 def test_file_names() -> None:

@@ -11,7 +11,7 @@ PIP := $(BIN)/python -m pip install --disable-pip-version-check --constraint con
 NEXUS := .venv/.nexus
 PEERS := tests/peers/requirements.txt
 # In CI no test is skipped because a package is missing: tests/conftest.py sees to it.
-TESTS := .venv/.test $(if $(CI),.venv/.trainers .venv/.peers)
+TESTS := .venv/.test $(if $(filter 1 true,$(CI)),.venv/.lint .venv/.trainers .venv/.peers)
 CSRC := $(shell find csrc tests/cuda_shim tests/aarch64 -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 # Here a missing extension is a mistake; only a user's install may go on without it.
@@ -20,11 +20,12 @@ export NEXUS_REQUIRE_NATIVE := 1
 export NEXUS_CUDA_ARCHS ?= sm_90
 
 .DEFAULT_GOAL := help
+.NOTPARALLEL:  # of pips that write to one environment
 .PHONY: help build trainers test fuzz parity lint format bench gpu docs package wheels demo clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z.]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
-	@echo 'PYTHON=python3.12 picks the interpreter, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, fuzz.py, bench or demo.'
+	@echo 'PYTHON=python3.12 picks the interpreter of a new .venv, GPU_PYTHON the one of make gpu, which has torch; ARGS="..." goes to pytest, fuzz.py, bench or demo.'
 
 $(NEXUS): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv .venv

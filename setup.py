@@ -177,6 +177,8 @@ def find_cuda() -> Cuda:
         run = subprocess.run([nvcc, "--list-gpu-code"], check=True, capture_output=True, text=True)
     except (OSError, subprocess.CalledProcessError) as error:
         raise CompileError(f"nvcc does not work: {error}. {getattr(error, 'stderr', '')}".strip()) from None
+    if " " in find_compiler()[0] and "SETUPTOOLS_EXT_SUFFIX" in os.environ:
+        raise CompileError("nvcc takes no CXX with arguments for another processor; put them in CXXFLAGS")
     offered = run.stdout.split()
     unknown = [arch for arch in archs if arch not in offered]
     if unknown:

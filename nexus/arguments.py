@@ -44,9 +44,10 @@ def check_count(
             count = int(operator.index(value))  # type: ignore[arg-type]
         except TypeError:
             if isinstance(value, numbers.Real) and math.isfinite(value):
-                is_ratio = 0.0 < float(value) < 1.0
-                ratio = f"; of a ratio of the run, give int({value} * total_steps){ratios}"
-                remedy = ratio if is_ratio else f"; write int({value})"
+                if 0.0 < float(value) < 1.0:
+                    remedy = f"; of a ratio of the run, give int({value} * total_steps){ratios}"
+                elif low <= float(value) <= high and value == math.floor(value):
+                    remedy = f"; write int({value})"
         else:
             if not low <= count <= high:
                 raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
@@ -67,7 +68,9 @@ def refuse_unnamed(kind: type, arguments: Sequence[object]) -> None:
         return
     parameters = _parameters(kind)
     most = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
-    if len(arguments) > most and all(each.kind is not each.VAR_POSITIONAL for each in parameters):
+    if len(arguments) > most and all(
+        each.kind is not each.VAR_POSITIONAL for each in parameters
+    ):
         given = ", ".join(map(reprlib.repr, arguments[most:]))
         raise TypeError(
             f"{kind.__name__} takes its arguments by name, as they are easy to swap: {call_of(kind)}, got {given} "

@@ -153,6 +153,7 @@ def main() -> None:
     parser.add_argument("--machine", nargs="+", default=MACHINES, choices=MACHINES)
     parser.add_argument("--out", type=Path, default=Path("dist"), help="folder of the wheels")
     options = parser.parse_args()
+    options.out = options.out.resolve()
     options.out.mkdir(parents=True, exist_ok=True)
     tools = ROOT / "build" / "release" / "tools"  # one place, so that Python's objects stay current, too
     options_of_pip = ("--quiet", "--disable-pip-version-check", "--constraint", "constraints.txt", "--upgrade")

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import logging
+import math
+import warnings
 from typing import Any
 
 from torch import Tensor
@@ -33,6 +36,8 @@ if not (hasattr(TransformersTrainer, "_clip_grad_norm") and hasattr(Transformers
         "optimizer_cls_and_kwargs=(FusedAdamW, {...})"
     )
 
+logger = logging.getLogger(__name__)
+
 ADAMW = ("adamw_torch", "adamw_torch_fused")
 DRIVEN_BY_A_METRIC = (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY)
 
@@ -46,15 +51,16 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]
     transformers, computed on the device; Trainer tells it the number of steps, also where it trains for epochs. Only
     `"reduce_lr_on_plateau"` and `"greedy"`, which follow a metric of the evaluation, stay transformers' schedulers.
 
-    Checkpoints are interchangeable with those of the `Trainer` of transformers with `torch.optim.AdamW`, both ways.
+    Checkpoints are interchangeable with those of the `Trainer` of transformers with `torch.optim.AdamW`, both ways,
+    where the arguments name the schedule.
 
     To add an option of `FusedAdamW`, give `optimizer_cls_and_kwargs=(FusedAdamW, {"skip_nonfinite": True})`: what is
     not there comes from the arguments. If `"lr"` is a `Schedule` there, the scheduler follows it. To combine this
     class with another Trainer, as in `class SFT(Trainer, SFTTrainer)`, put this one first.
 
     Raises:
-        ValueError: `optim` names no AdamW of torch's, DeepSpeed is to make the optimizer, or groups have rates of
-            their own in place of an `lr_scale`.
+        ValueError: `optim` names no AdamW of torch's, DeepSpeed is to make the optimizer, FSDP1 to shard it, or
+            groups have rates of their own in place of an `lr_scale`.
         TypeError: another optimizer was given.
 
     >>> from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
@@ -76,6 +82,12 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]
     def create_optimizer(self, model: Any = None) -> Optimizer:
         if self.is_deepspeed_enabled:
             raise ValueError("DeepSpeed makes optimizers of its own: use the Trainer of transformers with it")
+        plugin = getattr(self.accelerator.state, "fsdp_plugin", None)
+        if self.is_fsdp_enabled and plugin is not None and plugin.fsdp_version == 1:
+            raise ValueError(
+                "under FSDP1 each process would clip by the norm of its own part: use FSDP2 (fsdp_version: 2 in "
+                "fsdp_config), or the Trainer of transformers"
+            )
         given = self.optimizer_cls_and_kwargs
         if self.optimizer is None:
             self.optimizer_cls_and_kwargs = _asked_for(self.args, given)
@@ -94,13 +106,22 @@ class Trainer(TransformersTrainer):  # type: ignore[misc]
         return super().create_scheduler(num_training_steps, optimizer)  # type: ignore[no-any-return]
 
     def _clip_grad_norm(self, model: Any) -> Tensor:
-        norm = _unwrapped(self.optimizer).grad_norm
+        norm = self._norm_of_update()
         return super()._clip_grad_norm(model) if norm is None else norm
 
     def _get_grad_norm(self, model: Any, grad_norm: Any = None) -> Any:
-        """The norm in device memory, where the coming update writes it before Trainer reads it for its log."""
-        norm = _unwrapped(self.optimizer).grad_norm
+        norm = self._norm_of_update()
         return super()._get_grad_norm(model, grad_norm) if norm is None else norm
+
+    def _norm_of_update(self) -> Tensor | None:
+        """The norm in device memory, where the coming update writes it before Trainer reads it for its log.
+
+        None where Trainer is to clip, as the optimizer does not.
+        """
+        optimizer = _unwrapped(self.optimizer)
+        limits = [group["max_grad_norm"] for group in optimizer.param_groups]
+        clips = any(isinstance(each, (Tensor, Schedule)) or each not in (None, 0.0, math.inf) for each in limits)
+        return optimizer.grad_norm if clips or not _clips(self.args) else None
 
 
 class _TrainersScheduler(ScheduleLR[Schedule]):
@@ -115,10 +136,18 @@ class _TrainersScheduler(ScheduleLR[Schedule]):
         return {**super().state_dict(), "lr_lambdas": [None] * len(self.base_lrs)}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        said = []
         if "schedule" not in state_dict and "lr_lambdas" in state_dict:
             counts = {name: state_dict[name] for name in ("last_epoch", "_step_count")}
+            then, now = state_dict["base_lrs"], self.base_lrs
+            if list(then) != list(now):
+                said.append(f"learning_rate was {then[0]} and is {now[0]} now; the run goes on with the latter")
             state_dict = {**super().state_dict(), **counts}
-        super().load_state_dict(state_dict)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            super().load_state_dict(state_dict)
+        for words in (*said, *(str(warning.message) for warning in caught)):
+            logger.warning(words)  # Trainer would drop a warning
 
 
 def _asked_for(args: TrainingArguments, given: tuple[type, dict[str, Any]] | None) -> tuple[type, dict[str, Any]]:
@@ -135,14 +164,17 @@ def _asked_for(args: TrainingArguments, given: tuple[type, dict[str, Any]] | Non
             "this Trainer trains with FusedAdamW: give optimizer_cls_and_kwargs=(FusedAdamW, {...}), got "
             f"{shown(kind)}; for another optimizer, use the Trainer of transformers"
         )
-    clips = args.max_grad_norm is not None and args.max_grad_norm > 0
     from_arguments = {
         "lr": args.learning_rate,
         "betas": (args.adam_beta1, args.adam_beta2),
         "eps": args.adam_epsilon,
-        "max_grad_norm": args.max_grad_norm if clips else float("inf"),  # it measures the norm for the log
+        "max_grad_norm": args.max_grad_norm if _clips(args) else math.inf,  # it measures the norm for the log
     }
     return kind, {**from_arguments, **options}
+
+
+def _clips(args: TrainingArguments) -> bool:
+    return args.max_grad_norm is not None and args.max_grad_norm > 0
 
 
 def _scheduler(args: TrainingArguments, optimizer: FusedAdamW, steps: int) -> LRScheduler:

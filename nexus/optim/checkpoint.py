@@ -286,7 +286,9 @@ def _load_group(group: ParamGroup, saved: dict[str, Any], extra: dict[str, Any])
     for name in [name for name in group if name not in stay and name not in extra]:
         del group[name]  # of a range test, say, whose rates are not to come back
     for name, value in loaded_settings(saved).items():
-        if name == "betas":
+        if name == "max_grad_norm" and value == 0:
+            group[name] = None  # also in the place of a tensor, in which 0 is no limit that is off
+        elif name == "betas":
             three = zip(BETAS, group["betas"], value, strict=True)
             group["betas"] = tuple(_loaded_rate(group, beta, present, now) for beta, present, now in three)
         elif name in RATES:

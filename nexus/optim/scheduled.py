@@ -135,6 +135,7 @@ class Scheduled(Timed):
         >>> float(optimizer.param_groups[0]["lr"]), optimizer.next_lr(), optimizer.completed_steps
         (1.0, [0.75], 1)
         """
+        _refuse_capture(devices_of(attributes_of(self))[0])  # type: ignore[arg-type]
         return self._engine.next_lr(attributes_of(self))  # type: ignore[arg-type]  # this is a part of one
 
     @property
@@ -142,6 +143,7 @@ class Scheduled(Timed):
     def completed_steps(self) -> int:
         """How many updates have been completed: skipped ones do not count. Reads the device."""
         device = devices_of(attributes_of(self))[0]  # type: ignore[arg-type]
+        _refuse_capture(device)
         return int(self._engine.state_on(device).completed)
 
     @_disable_dynamo
@@ -319,8 +321,8 @@ class Scheduled(Timed):
 def _refuse_capture(device: torch.device) -> None:
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError(
-            "a step is being captured, and its graph would edit the schedule anew in each replay: call this between "
-            "steps, and the graph follows"
+            "a step is being captured, and its graph would do this anew in each replay: call this between steps, and "
+            "the graph follows"
         )
 
 

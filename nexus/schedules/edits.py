@@ -124,8 +124,15 @@ def edited(schedule: S, edits: dict[str, Any]) -> S:
         return schedule
     if "decay_start" in edits:
         start = edits["decay_start"]
-        warmup = min(schedule.warmup_steps, start)
-        return replace(schedule, warmup_steps=warmup, stable_steps=start - warmup, peak_lr=edits["decay_from"])
+        warmup, peak = min(schedule.warmup_steps, start), edits["decay_from"]
+        begin = schedule.warmup_start_lr
+        return replace(
+            schedule,
+            warmup_steps=warmup,
+            stable_steps=start - warmup,
+            peak_lr=peak,
+            warmup_start_lr=begin if begin is None else min(begin, peak),
+        )
     if "extended" in edits and schedule.stable_steps is not None:
         return replace(schedule, stable_steps=schedule.stable_steps + edits["extended"])
     return schedule

@@ -290,3 +290,13 @@ def test_every_difference_of_the_schedule_is_said(backend: str, lr: Any, said: l
     assert float(second.param_groups[0]["lr"]) == float(first.param_groups[0]["lr"])  # the rate last used
     train(second, 1)
     assert float(second.param_groups[0]["lr"]) == pytest.approx(rate, rel=1e-15)
+
+
+@pytest.mark.parametrize("limit", [1.0, torch.tensor(1.0)], ids=["a number", "a tensor"])
+def test_a_saved_limit_of_0_is_none(limit: Any) -> None:
+    saved = FusedAdamW([torch.zeros(2, requires_grad=True)], max_grad_norm=1.0).state_dict()
+    saved["param_groups"][0]["max_grad_norm"] = 0.0
+    optimizer = FusedAdamW([torch.zeros(2, requires_grad=True)], max_grad_norm=limit)
+    optimizer.load_state_dict(saved)
+    assert optimizer.param_groups[0]["max_grad_norm"] is None
+    assert float(limit) == 1.0

@@ -409,7 +409,7 @@ def test_edits_read_nothing_back() -> None:
 
 def test_an_edit_is_no_part_of_a_captured_step(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    with pytest.raises(RuntimeError, match="edit the schedule anew in each replay: call this between steps"):
+    with pytest.raises(RuntimeError, match="do this anew in each replay: call this between steps"):
         scheduled._refuse_capture(torch.device("cuda"))
 
 

@@ -195,3 +195,20 @@ def of_earlier_nanogpt(it: int) -> float:
 def test_nanogpt(get_lr: Callable[[int], float], first: float) -> None:
     schedule = Cosine(peak_lr=PEAK, total_steps=TOTAL, min_lr=LEAST, warmup_steps=WARMUP, warmup_start_lr=first)
     assert ulps(schedule, map(get_lr, range(2 * TOTAL))) <= 2
+
+
+def test_a_decay_that_began_below_where_another_warm_up_begins_goes_on() -> None:
+    """The warm-up is over, wherever it has begun."""
+    given = {"warmup_steps": 10, "stable_steps": 4, "decay_steps": 4, "peak_lr": 1.0}
+
+    def after(schedule: WSD, steps: int) -> FusedAdamW:
+        optimizer = FusedAdamW(make_params([3]), lr=schedule, backend="reference")
+        train(optimizer, steps)
+        return optimizer
+
+    began = after(WSD(**given), 2)
+    began.begin_decay()
+    resumed = after(WSD(**given, warmup_start_lr=0.5), 0)
+    with pytest.warns(UserWarning, match="warmup_start_lr was None"):
+        resumed.load_state_dict(began.state_dict())
+    assert [resumed.schedule(step) for step in range(2, 7)] == [began.schedule(step) for step in range(2, 7)]

@@ -8,7 +8,7 @@ import math
 import os
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -274,14 +274,28 @@ def test_groups_by_depth_scale_the_rate(tmp_path: Path) -> None:
     assert len(set(scales)) > 2
 
 
-@pytest.mark.parametrize("clip", [None, 0.4], ids=["Trainer clips", "FusedAdamW clips"])
-def test_an_optimizer_made_by_hand_is_taken(clip: float | None, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "clips",
+    [
+        {"max_grad_norm": None},
+        {"max_grad_norm": None, "skip_nonfinite": True},
+        {"max_grad_norm": math.inf},
+        {"max_grad_norm": 0.4},
+    ],
+    ids=[
+        "Trainer clips",
+        "Trainer clips, FusedAdamW skips",
+        "Trainer clips, FusedAdamW measures",
+        "FusedAdamW clips",
+    ],
+)
+def test_an_optimizer_made_by_hand_is_taken(clips: dict[str, Any], tmp_path: Path) -> None:
     runs = []
     for kind in (Trainer, transformers.Trainer):
         model = gpt2()
         options = {"lr": 1e-2, "betas": (0.9, 0.99), "eps": 1e-7, "weight_decay": 0.1}
         optimizer = (
-            FusedAdamW(model.parameters(), **options, max_grad_norm=clip)
+            FusedAdamW(model.parameters(), **options, **clips)
             if kind is Trainer
             else torch.optim.AdamW(model.parameters(), **options)
         )
@@ -289,10 +303,32 @@ def test_an_optimizer_made_by_hand_is_taken(clip: float | None, tmp_path: Path) 
     assert_same_runs(*runs)
 
 
+@pytest.mark.parametrize(
+    ("began", "words"),
+    [(transformers.Trainer, "learning_rate was 0.01 and is 0.02 now"), (Trainer, "end_lr was 0.01")],
+    ids=["transformers", "nexus"],
+)
+def test_another_rate_than_that_of_the_checkpoint_is_logged(
+    began: type[Any], words: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(make(began, tmp_path, **SAVING))
+    train(make(Trainer, tmp_path / "second", **SAVING, learning_rate=2e-2), tmp_path / "checkpoint-8")
+    assert words in "".join(caplog.messages)
+
+
 def test_what_cannot_be_is_refused_with_the_remedy(tmp_path: Path) -> None:
     def created(options: dict[str, Any] | None = None, **given: Any) -> Any:
         return make(Trainer, tmp_path, given=given, **(options or {})).create_optimizer_and_scheduler(10)
 
+    sharded = make(Trainer, tmp_path)
+    sharded.is_fsdp_enabled, sharded.accelerator = (
+        True,
+        SimpleNamespace(state=SimpleNamespace(fsdp_plugin=SimpleNamespace(fsdp_version=1))),
+    )
+    with pytest.raises(
+        ValueError, match="under FSDP1 each process would clip by the norm of its own part: use FSDP2"
+    ):
+        sharded.create_optimizer()
     with pytest.raises(ValueError, match="optim='adafactor' asks for another optimizer: leave it out"):
         created({"optim": "adafactor"})
     with pytest.raises(TypeError, match=r"give optimizer_cls_and_kwargs=\(FusedAdamW, \{\.\.\.\}\), got .*SGD"):

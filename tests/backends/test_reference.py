@@ -101,9 +101,11 @@ def test_a_plan_stays_until_something_changes(
     params = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(4, 3))]
     optimizer = FusedAdamW(params, lr=0.1, max_grad_norm=1.0, backend="reference")
     engine = engine_of(optimizer)
-    made = []
-    make_plan = engine.make_plan
+    made, filled = [], []
+    make_plan, fill_settings = engine.make_plan, engine.fill_settings
     monkeypatch.setattr(engine, "make_plan", lambda attributes: made.append(1) or make_plan(attributes))
+
+    monkeypatch.setattr(engine, "fill_settings", lambda *args: filled.append(1) or fill_settings(*args))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -113,10 +115,17 @@ def test_a_plan_stays_until_something_changes(
     step()
     kept = optimizer.state[params[0]]
     step()
-    made.clear()
-    for rate in (0.1, 0.2, 0.3):
+    made.clear(), filled.clear()
+    for rate in (0.5, 0.25, 0.125):  # as a scheduler of torch's
         optimizer.param_groups[0]["lr"] = rate
+        before = params[0].detach().clone()
         step()
+        assert torch.allclose(before - params[0], torch.full_like(before, rate), rtol=0.1)
+    assert not made
+    assert not filled
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    step()
+    assert filled
     assert not made
     count = float(kept["step"])
     change(optimizer, kept)

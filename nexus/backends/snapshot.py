@@ -35,11 +35,14 @@ class Snapshot:
         plain = all(type(param) in (Tensor, Parameter) for param, _ in plan.parameters)
         if not plain or any(entry.staged for entry in entries) or torch._C._len_torch_dispatch_stack():
             return None
-        return cls(plan, attributes, setting_names)
+        try:
+            return cls(plan, attributes, setting_names)
+        except RuntimeError:  # a tensor of inference mode counts no version
+            return None
 
     def take_settings(self, plan: Plan) -> None:
         """The hyperparameters of the groups are now those of the plan."""
-        self.took_rates = False  # since somebody set this to False
+        self.took_rates = False  # into the plan, and nobody has looked yet
         self._write = LAST_WRITE[0]
         self._settings = self._settings_now()
         self._groups = [each.groups for each in plan.devices.values()]

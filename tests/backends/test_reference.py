@@ -132,3 +132,15 @@ def test_a_plan_stays_until_something_changes(
     optimizer.step()
     assert made
     assert float(kept["step"]) == (8.0 if change is edit_count else count + 1.0)
+
+
+def test_a_state_of_inference_mode_is_stepped() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = FusedAdamW([param], lr=0.1, backend="reference")
+    param.grad = torch.ones(3)
+    optimizer.step()
+    with torch.inference_mode():
+        optimizer.state[param]["step"] = torch.tensor(1.0, dtype=torch.float64)
+    for _ in range(2):
+        optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 3.0

@@ -55,7 +55,15 @@ class ReferenceRunner(Runner):
         self._snapshot: Snapshot | None = None
 
     def changed(self, attributes: dict[str, Any]) -> int:
-        return Change.TENSORS if self._snapshot is None else self._snapshot.change(attributes)
+        snapshot = self._snapshot
+        if snapshot is None:
+            return Change.TENSORS
+        change = snapshot.change(attributes)
+        if snapshot.took_rates and not change:
+            snapshot.took_rates = False
+            for work in self._works:
+                work.rates.take_values()
+        return change
 
     def forget(self) -> None:
         self._snapshot = None
@@ -127,7 +135,7 @@ class _Work:
 
     def take_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups."""
-        self._rates = GroupRates(self.plan.groups, self.plan.state)
+        self.rates = GroupRates(self.plan.groups, self.plan.state)
 
     def gradients(self) -> list[list[Tensor]]:
         """Of each share."""
@@ -148,11 +156,11 @@ class _Work:
                 nonfinite = ~torch.isfinite(state.sum_of_squares)
                 skip = nonfinite if skip is None else skip | nonfinite
 
-        rates = self._rates.coming(skip)
+        rates = self.rates.coming(skip)
         limit = rates[RATES.index("max_grad_norm")]
         # The coefficient of torch.nn.utils.clip_grad_norm_.
         clip = torch.where(limit.isinf(), 1.0, torch.clamp(limit / (state.grad_norm + 1e-6), max=1.0))
-        multiplier = 1.0 / scale * clip * self._rates.signs
+        multiplier = 1.0 / scale * clip * self.rates.signs
         if self._shares:
             self._update(gradients, rates, multiplier, skip)
         if plan.history is not None:

@@ -96,7 +96,8 @@ class GroupRates:
     def __init__(self, groups: list[GroupSettings], state: StepState) -> None:
         self._state = state
         every: list[Rate] = [group[name] for name in RATES for group in groups]
-        self._fixed = self._numbers([rate.value for rate in every])
+        self._every = every
+        self.take_values()
         self.signs = self._numbers([-1.0 if group["maximize"] else 1.0 for group in groups])
         self._scheduled = self._numbers([group["lr"].table is not None for group in groups]).bool()
         self._schedules: dict[torch.Size, dict[tuple[int, int], Rate]] = {}  # groups may share them
@@ -116,6 +117,10 @@ class GroupRates:
         shown = [(place, rate.last) for place, rate in enumerate(every) if rate.last is not None]
         self._shown = [last for _, last in shown]
         self._shown_places = self._indices([place for place, _ in shown])
+
+    def take_values(self) -> None:
+        """Take over the numbers that are set."""
+        self._fixed = self._numbers([rate.value for rate in self._every])
 
     def coming(self, skip: Tensor | None) -> Tensor:
         """float64 (rates, groups). Schedules leave theirs where they are shown, unless the step is skipped."""

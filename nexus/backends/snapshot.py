@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from operator import is_
 from typing import Any
 
@@ -20,6 +21,7 @@ class Snapshot:
         self._stepped = [param for param, entry in plan.parameters if entry is not None]
         self._others = [param for param, entry in plan.parameters if entry is None]
         self._objects = _objects(attributes)
+        self._param_groups: list[dict[str, Any]] = list(attributes["param_groups"])
         states = [attributes["state"][param] for param in self._stepped]
         self._counts = [state["step"] for state in states]
         self._state = [value for each in states for value in each.values() if isinstance(value, Tensor)]
@@ -33,12 +35,17 @@ class Snapshot:
         plain = all(type(param) in (Tensor, Parameter) for param, _ in plan.parameters)
         if not plain or any(entry.staged for entry in entries) or torch._C._len_torch_dispatch_stack():
             return None
-        return cls(plan, attributes, setting_names)
+        try:
+            return cls(plan, attributes, setting_names)
+        except RuntimeError:  # a tensor of inference mode counts no version
+            return None
 
     def take_settings(self, plan: Plan) -> None:
         """The hyperparameters of the groups are now those of the plan."""
+        self.took_rates = False  # into the plan, and nobody has looked yet
         self._write = LAST_WRITE[0]
         self._settings = self._settings_now()
+        self._groups = [each.groups for each in plan.devices.values()]
         groups = [group for each in plan.devices.values() for group in each.groups]
         rates = [value for group in groups for value in group.values() if isinstance(value, Rate)]
         tensors = [each for rate in rates for each in (rate.tensor, rate.host, rate.table, rate.clock)]
@@ -58,14 +65,31 @@ class Snapshot:
         if self._places_now() != self._places:
             return Change.SETTINGS
         if LAST_WRITE[0] is not self._write:
-            if not _same(self._settings_now(), self._settings):
+            settings = self._settings_now()
+            if not self._take_rates(settings):
                 return Change.SETTINGS
-            self._write = LAST_WRITE[0]
+            self._settings, self._write = settings, LAST_WRITE[0]
         return Change.NONE
 
+    def _take_rates(self, settings: list[Any]) -> bool:
+        """Bring rates into the plan that are plain floats, as torch's schedulers write them; whether that is all."""
+        count = len(self._setting_names)
+        changed = [at for at, before in enumerate(self._settings) if settings[at] is not before]
+        taken: list[tuple[Rate, float]] = []
+        for at in changed:
+            value, name = settings[at], self._setting_names[at % count]
+            rates = [groups[at // count]["lr"] for groups in self._groups]
+            plain = all(rate.table is None and rate.tensor is None for rate in rates)
+            if name != "lr" or type(value) is not float or not (plain and 0.0 <= value < math.inf):
+                return False
+            taken += [(rate, value) for rate in rates]
+        for rate, value in taken:
+            rate.value = value
+            self.took_rates = True
+        return True
+
     def _settings_now(self) -> list[Any]:
-        groups = [each for each in self._objects if isinstance(each, dict) and "params" in each]
-        return [dict.get(group, name) for group in groups for name in self._setting_names]
+        return [dict.get(group, name) for group in self._param_groups for name in self._setting_names]
 
     def _places_now(self) -> list[Any]:
         return [

@@ -101,9 +101,11 @@ def test_a_plan_stays_until_something_changes(
     params = [torch.nn.Parameter(torch.zeros(5)), torch.nn.Parameter(torch.zeros(4, 3))]
     optimizer = FusedAdamW(params, lr=0.1, max_grad_norm=1.0, backend="reference")
     engine = engine_of(optimizer)
-    made = []
-    make_plan = engine.make_plan
+    made, filled = [], []
+    make_plan, fill_settings = engine.make_plan, engine.fill_settings
     monkeypatch.setattr(engine, "make_plan", lambda attributes: made.append(1) or make_plan(attributes))
+
+    monkeypatch.setattr(engine, "fill_settings", lambda *args: filled.append(1) or fill_settings(*args))
 
     def step() -> None:
         optimizer.zero_grad()
@@ -113,13 +115,32 @@ def test_a_plan_stays_until_something_changes(
     step()
     kept = optimizer.state[params[0]]
     step()
-    made.clear()
-    for rate in (0.1, 0.2, 0.3):
+    made.clear(), filled.clear()
+    for rate in (0.5, 0.25, 0.125):  # as a scheduler of torch's
         optimizer.param_groups[0]["lr"] = rate
+        before = params[0].detach().clone()
         step()
+        assert torch.allclose(before - params[0], torch.full_like(before, rate), rtol=0.1)
+    assert not made
+    assert not filled
+    optimizer.param_groups[0]["weight_decay"] = 0.5
+    step()
+    assert filled
     assert not made
     count = float(kept["step"])
     change(optimizer, kept)
     optimizer.step()
     assert made
     assert float(kept["step"]) == (8.0 if change is edit_count else count + 1.0)
+
+
+def test_a_state_of_inference_mode_is_stepped() -> None:
+    param = torch.nn.Parameter(torch.zeros(3))
+    optimizer = FusedAdamW([param], lr=0.1, backend="reference")
+    param.grad = torch.ones(3)
+    optimizer.step()
+    with torch.inference_mode():
+        optimizer.state[param]["step"] = torch.tensor(1.0, dtype=torch.float64)
+    for _ in range(2):
+        optimizer.step()
+    assert float(optimizer.state[param]["step"]) == 3.0

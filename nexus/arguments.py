@@ -68,9 +68,7 @@ def refuse_unnamed(kind: type, arguments: Sequence[object]) -> None:
         return
     parameters = _parameters(kind)
     most = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
-    if len(arguments) > most and all(
-        each.kind is not each.VAR_POSITIONAL for each in parameters
-    ):
+    if len(arguments) > most and all(each.kind is not each.VAR_POSITIONAL for each in parameters):
         given = ", ".join(map(reprlib.repr, arguments[most:]))
         raise TypeError(
             f"{kind.__name__} takes its arguments by name, as they are easy to swap: {call_of(kind)}, got {given} "

@@ -170,7 +170,7 @@ class Share:
     Args:
         entries: each with its place among the tensors of the device.
         seed: of stochastic rounding.
-        same_count: whether all have had as many updates.
+        same_count: whether all have had as many updates, and with the same betas.
     """
 
     def __init__(self, entries: list[tuple[int, TensorEntry]], seed: int, same_count: bool) -> None:
@@ -269,4 +269,7 @@ def _likeness(entry: TensorEntry, with_count: bool) -> object:
     dtypes = {name: stream.dtype for name, stream in streams.items() if stream is not None}
     if not set(dtypes.values()) <= {torch.float32, torch.float64}:
         return None
-    return (float(state.step) if with_count else None, param.dtype, *dtypes.items())
+    counts: list[float] = []
+    if with_count:
+        counts = [float(state.step), *([] if state.beta_products is None else state.beta_products.tolist())]
+    return (*counts, param.dtype, *dtypes.items())

@@ -12,7 +12,7 @@ from torch import Tensor
 from nexus.backends import codecs, reference_update
 from nexus.optim import EMA, FusedAdamW
 from nexus.optim.engine import engine_of
-from nexus.schedules import WSD
+from nexus.schedules import WSD, Linear
 
 SHAPES = [(5,), (7, 3), (1,), (0,), (), (300,), (128, 9), (64,)]
 DTYPES = (torch.float32, torch.float64, torch.bfloat16)
@@ -144,3 +144,27 @@ def test_a_state_of_inference_mode_is_stepped() -> None:
     for _ in range(2):
         optimizer.step()
     assert float(optimizer.state[param]["step"]) == 3.0
+
+
+@pytest.mark.parametrize("turns", ["aaabbbxxxx", "abxxx", "xxx1xx"])
+def test_tensors_that_differ_in_what_they_have_been_through_are_updated_alike(turns: str) -> None:
+    """In one group as in a group each: with gradients in turns, and where a count is changed by hand."""
+
+    def run(grouped: bool) -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        a, b = params = [torch.nn.Parameter(torch.randn(7, generator=generator)) for _ in range(2)]
+        groups: list[Any] = params if grouped else [{"params": [a]}, {"params": [b]}]
+        betas = [Linear(start_lr=low, end_lr=0.9, total_steps=6) for low in (0.1, 0.5)]
+        optimizer = FusedAdamW(groups, lr=0.01, betas=betas, backend="reference")
+        for turn in turns:
+            if turn == "1":
+                optimizer.state[b]["step"].fill_(1)
+                optimizer.state[b]["beta_products"].fill_(0.25)
+                continue
+            for name, param in zip("ab", params, strict=True):
+                grad = torch.randn(7, generator=generator)
+                param.grad = grad if turn in (name, "x") else None
+            optimizer.step()
+        return [a.detach(), b.detach()]
+
+    assert all(map(torch.equal, run(grouped=True), run(grouped=False)))

@@ -12,7 +12,7 @@ import operator
 import os
 import reprlib
 import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import NoReturn, cast
 
 MAX_STEP = 2**53
@@ -55,18 +55,22 @@ def check_count(
     raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
 
 
-def refuse_unnamed(kind: type, arguments: Sequence[object]) -> None:
-    """Refuse arguments without a name that a class takes by name alone; the error shows the call as it is to be.
+def refuse_unnamed(kind: type, arguments: Sequence[object], named: Mapping[str, object]) -> None:
+    """Refuse arguments without a name that a class takes by name alone, and names that it does not take.
+
+    The error shows the call as it is to be.
 
     >>> class Line:
     ...     def __init__(self, *, slope: float, start: float = 0.0) -> None: ...
-    >>> refuse_unnamed(Line, [1.0])  # doctest: +ELLIPSIS
+    >>> refuse_unnamed(Line, [1.0], {})  # doctest: +ELLIPSIS
     Traceback (most recent call last):
     TypeError: Line takes its arguments by name, as they are easy to swap: Line(slope=..., start=0.0), got 1.0 w...
     """
-    if not arguments:
-        return
     parameters = _parameters(kind)
+    known = {each.name for each in parameters}
+    unknown = [name for name in named if name not in known]
+    if unknown and all(each.kind is not each.VAR_KEYWORD for each in parameters):
+        raise TypeError(f"{kind.__name__} has no argument {unknown[0]!r}: {call_of(kind)}")
     most = sum(each.kind is not each.KEYWORD_ONLY for each in parameters)
     if len(arguments) > most and all(each.kind is not each.VAR_POSITIONAL for each in parameters):
         given = ", ".join(map(reprlib.repr, arguments[most:]))

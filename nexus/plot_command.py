@@ -152,7 +152,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
                 default=getattr(schedule, field.name),
                 help=f"{HELP[field.name]} (default: {_written(getattr(schedule, field.name))})",
             )
-        options.add_argument("--steps", type=int, help="updates to draw (default: the whole schedule)")
+        options.add_argument(
+            "--steps", type=int, help="updates to draw (default: the whole schedule, and a little more)"
+        )
         options.add_argument(
             "-o", "--output", help="the PNG, SVG or PDF to write; by default a chart in the terminal"
         )

@@ -362,7 +362,8 @@ def _checked_edits(group: ParamGroup, saved: dict[str, Any], index: int) -> dict
             warnings.warn(
                 f"the checkpoint's {setting} was driven by a schedule, {before.get('type')}; this optimizer has a "
                 f"fixed {setting}, which goes on from {saved_rate(saved, name)!r}. Give the constructor "
-                f"{setting}={before.get('type')}(...) to go on with a schedule.",
+                f"{setting}={before.get('type')}(...) to go on with a schedule, or write another number into the "
+                "groups now.",
                 stacklevel=4,
             )
             continue

@@ -67,7 +67,10 @@ class Scheduled(Timed):
         0.25
         """
         if getattr(scheduler, "optimizer", None) is not self:
-            raise ValueError(f"scheduler must be one of torch's over this optimizer, got {shown(scheduler)}")
+            raise ValueError(
+                f"scheduler must be one of torch's over this optimizer, got {shown(scheduler)}; of one over another "
+                "optimizer, from_torch(scheduler) makes a Schedule for each group"
+            )
         completed = step_of(scheduler)
         if any(_is_taken_over(group, scheduler) for group in self.param_groups):
             raise ValueError(

@@ -51,7 +51,7 @@ class Schedule(ABC):
         Schedule._types[cls.__name__] = cls
 
     def __new__(cls: type[_Self], *args: Any, **named: Any) -> _Self:
-        refuse_unnamed(cls, args)
+        refuse_unnamed(cls, args, named)
         return super().__new__(cls)
 
     def __call__(self, step: int) -> float:

@@ -63,7 +63,7 @@ class ScheduleLR(LRScheduler, Generic[S]):
     """
 
     def __new__(cls: type[_Self], *args: Any, **named: Any) -> _Self:
-        refuse_unnamed(cls, args)
+        refuse_unnamed(cls, args, named)
         made: _Self = super().__new__(cls)
         return made
 

@@ -25,6 +25,7 @@ from nexus.schedules import (
     Sampled,
     Schedule,
 )
+from nexus.training.schedulers import WSDScheduler
 
 GOOD = {
     WSD: {"warmup_steps": 10, "stable_steps": 20, "decay_steps": 30, "peak_lr": 1e-3, "min_lr": 1e-5},
@@ -126,6 +127,23 @@ RESTARTS = (
 def test_arguments_that_are_easy_to_swap_need_their_names(kind, arguments, words) -> None:
     with pytest.raises(TypeError, match=re.escape(words)):
         kind(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (
+            lambda: Cosine(peak_lr=1.0, T_max=5),
+            "Cosine has no argument 'T_max': Cosine(peak_lr=..., total_steps=..., ",
+        ),
+        (lambda: Constant(lr=1.0, lr_min=0.5), "Constant has no argument 'lr_min': Constant(lr)"),
+        (lambda: WSDScheduler(None, warmup=5), "WSDScheduler has no argument 'warmup': WSDScheduler(optimizer, "),
+    ],
+    ids=["Cosine", "Constant", "WSDScheduler"],
+)
+def test_an_argument_that_there_is_not_shows_those_that_there_are(make, words) -> None:
+    with pytest.raises(TypeError, match=re.escape(words)):
+        make()
 
 
 def test_a_subclass_may_take_arguments_as_it_likes() -> None:

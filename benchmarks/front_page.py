@@ -40,7 +40,7 @@ def _draw_speed(axes: Any, rows: list[dict[str, Any]], cpu: str) -> None:
         for row in rows
         if (row["job"], row["peer"]) == (CLIP_STEP_SCHEDULE, FUSED)
     }
-    bars = axes.barh([title.partition(",")[0] for title in ratios], ratios.values(), color=BLUE)
+    bars = axes.barh([title.partition(", ")[0] for title in ratios], ratios.values(), color=BLUE)
     axes.bar_label(bars, [f" {ratio:.2g}x" for ratio in ratios.values()], color=INK)
     axes.axvline(1, color=INK, linewidth=0.8)
     axes.invert_yaxis()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Callable, Iterator
 from importlib.util import find_spec
 
@@ -12,6 +13,10 @@ os.environ.setdefault("MKL_CBWR", "AUTO")
 
 import pytest
 import torch
+
+# Of a background job of a shell, SIGINT is ignored, and so it would be of the processes that tests interrupt.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 if not torch.cuda.is_available():  # before Triton is imported: without a GPU, its kernels run on the CPU
     os.environ.setdefault("TRITON_INTERPRET", "1")

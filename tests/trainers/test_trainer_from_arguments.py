@@ -54,7 +54,7 @@ KWARGS = {
     SchedulerType.COSINE_WARMUP_WITH_MIN_LR: {"min_lr_rate": 0.1, "warmup_lr_rate": 0.2},
     SchedulerType.WARMUP_STABLE_DECAY: {"num_decay_steps": 5, "decay_type": "1-sqrt"},
 }
-FOLLOW_A_METRIC = {SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY}
+FOLLOW_A_METRIC = [SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY]
 EPOCHS = {"num_train_epochs": 2.5, "max_steps": -1, "warmup_steps": 0.2}  # 15 updates, 3 of them warm-up
 SAVING = {"save_strategy": "steps", "save_steps": 8}  # in the middle of an epoch, which is 6 updates
 

@@ -24,7 +24,7 @@ THEME = "Arguments and errors"
     torch="`params, lr, betas, eps, weight_decay, amsgrad`, then by keyword `maximize, foreach, capturable, "
     "differentiable, fused`",
     nexus="the same, and by keyword `max_grad_norm, skip_nonfinite, backend, norm_group, master_weight_bits, "
-    "exp_avg_dtype, exp_avg_sq_dtype, stochastic_rounding, seed, bias_correction`",
+    "exp_avg_dtype, exp_avg_sq_dtype, stochastic_rounding, average, seed, bias_correction`",
     why="what torch does around the step is done within it, and the state may take fewer bytes",
     also=("test_torch_cases.py::test_every_error_input_is_an_error",),
 )
@@ -34,13 +34,14 @@ THEME = "Arguments and errors"
     nexus="a `torch.optim.Optimizer`, and no `torch.optim.AdamW`",
     why="what asks for `AdamW` may count on its kernels and its keys of a group",
 )
-def test_the_arguments_are_torchs_and_some_more() -> None:
+def test_the_arguments_are_torchs_and_some_more(request: pytest.FixtureRequest) -> None:
     both(lambda make: make([param(1)], 1e-3, (0.9, 0.999), 1e-8, 1e-2, False, maximize=False, foreach=None))
     torchs, ours = (inspect.signature(kind).parameters.values() for kind in (torch.optim.AdamW, FusedAdamW))
     shared = [(each.name, each.kind, each.default) for each in torchs]
     assert [(each.name, each.kind, each.default) for each in ours][: len(shared)] == shared
     own = ("max_grad_norm", "skip_nonfinite", "backend", "norm_group", *STORAGE_DEFAULTS, "seed", "bias_correction")
     assert tuple(each.name for each in ours)[len(shared) :] == own
+    assert any(f"`{', '.join(own)}`" in mark.kwargs["nexus"] for mark in request.node.iter_markers("parity"))
     peer, optimizer = both(lambda make: make([param(1)]))
     for name in ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize"):
         assert optimizer.defaults[name] == peer.defaults[name]

@@ -108,10 +108,10 @@ def test_the_range_in_the_profiler(make: Make) -> object:
     "the keys of a group",
     torch="also `foreach, capturable, differentiable, fused, decoupled_weight_decay`",
     nexus="also `max_grad_norm, lr_scale, lr_schedule, weight_decay_schedule, master_weight_bits, exp_avg_dtype, "
-    "exp_avg_sq_dtype, stochastic_rounding, bias_correction`, and none of those",
+    "exp_avg_sq_dtype, stochastic_rounding, average, bias_correction`, and none of those",
     why="they choose among torch's implementations, of which there is none here",
 )
-def test_repr_and_the_keys_of_a_group() -> None:
+def test_repr_and_the_keys_of_a_group(request: pytest.FixtureRequest) -> None:
     both_of = both(lambda make: make([param(1)], lr=0.25))
     for name, optimizer in zip(("AdamW", "FusedAdamW"), both_of, strict=True):
         (group,) = optimizer.param_groups
@@ -121,6 +121,8 @@ def test_repr_and_the_keys_of_a_group() -> None:
     assert first - second == {"foreach", "capturable", "differentiable", "fused", "decoupled_weight_decay"}
     own = {"max_grad_norm", "lr_scale", "lr_schedule", "weight_decay_schedule", "bias_correction", *STORAGE_DEFAULTS}
     assert second - first == own
+    said = next(mark.kwargs["nexus"] for mark in request.node.iter_markers("parity") if "keys" in mark.args[-1])
+    assert set(said.split("`")[1].split(", ")) == own
 
 
 @pytest.mark.parity(

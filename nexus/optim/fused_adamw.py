@@ -79,7 +79,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
             in proportion: bfloat16 parameters and first moments. The other moments in fewer bits always are.
         average: an `EMA` or a `Mean` of the parameters, which the same pass updates; see `averaged`. None: none.
         seed: of that chance, an int in [0, 2**63). The same seed gives the same bits, on any device, by any number
-            of threads or processes.
+            of threads, and of processes where tensors are sharded by rows of a multiple of 128 elements.
         bias_correction: where a beta is a tensor or a `Schedule`, the bias of the moments is 1 minus the product of
             all betas so far (`"product"`), or 1 - beta**t as in torch (`"power"`).
 
@@ -305,8 +305,8 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
 
         Args:
             compact: leave moments and master weights as they are stored, so that the checkpoint is as large as the
-                state; `load_state_dict` alone reads it. Else moments are float32, and a master weight is there as
-                `master_param`, float32 too.
+                state; `load_state_dict` alone reads it. Else moments are float32 (float64 of a float64 parameter), and a
+                master weight is there as `master_param`, float32.
         """
         return checkpoint.state_dict(self, compact=compact)
 

@@ -65,11 +65,11 @@ def find_lr(
     r"""Train for a few steps at rates that rise from `low` to `high`, and put everything back.
 
     Step i of N uses the rate :math:`low \cdot (high / low)^{i / (N - 1)}` in every group (times its `lr_scale`),
-    evaluated on the device. The losses stay there, and are read ten times in all, the mean of each tenth then: the
-    sweep ends early where it is no finite number, or above four times the least so far.
+    evaluated on the device. The losses stay there, and are read after each tenth of the steps, at least five at once:
+    the sweep ends early where their mean is no finite number, or above four times the least so far.
 
     Put back, bit for bit, are: parameters and gradients; buffers of `model`; the optimizer's state, counters,
-    settings, schedules with their edits, and clocks; random numbers of torch, Python and NumPy. What else a train
+    settings, schedules with their edits, clocks and history; random numbers of torch, Python and NumPy. What else a train
     step changes, such as a `GradScaler` or a scheduler, is yours to put back; it must not set the rate.
 
     Args:

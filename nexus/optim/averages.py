@@ -45,8 +45,8 @@ class EMA(Average):
     Args:
         decay: from 0 to less than 1; or a `Schedule` of values from 0 to 1, at the optimizer's count of updates.
         dtype: `torch.float32`, 4 bytes a parameter; or `torch.bfloat16`, 2 bytes, always rounded by chance, since to
-            nearest it would soon stand still. float64 parameters have float64 averages, and tensors of fewer than
-            4,096 elements no narrower ones than float32.
+            nearest it would soon stand still. float64 parameters have float64 averages, and never bfloat16 ones;
+            tensors of fewer than 4,096 elements have float32 ones.
 
     Raises:
         TypeError, ValueError: a decay out of range, or another dtype.

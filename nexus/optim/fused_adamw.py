@@ -376,7 +376,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
 
     @property
     def evaluator(self) -> Backend:
-        """The backend, for who wants schedules evaluated as the step evaluates them."""
+        """The backend, for those who want schedules evaluated as a step evaluates them."""
         return self._engine.backend
 
     @property

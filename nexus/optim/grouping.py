@@ -55,9 +55,9 @@ def param_groups(
             multiplied by :math:`d^{L + 1 - i}`; that of what comes before the first block (embeddings) by
             :math:`d^{L + 1}`, and that of what comes after the last one (the head) by 1. Blocks are the modules of
             one class in a row, in an `nn.ModuleList` or `nn.Sequential`; where these hold such rows themselves, as
-            the stages of Swin or ResNet do, those of all. An encoder and a decoder are counted on. What lies between
-            two blocks belongs to the first of them. Source: Clark et
-            al. 2020, ELECTRA, arXiv:2003.10555; Bao et al. 2022, BEiT, arXiv:2106.08254.
+            the stages of Swin or ResNet do, those of all. The blocks of a decoder are counted on from those of its
+            encoder. What lies between two blocks belongs to the first of them. Source: Clark et al. 2020, ELECTRA,
+            arXiv:2003.10555; Bao et al. 2022, BEiT, arXiv:2106.08254.
         overrides: options for the parameters whose name matches a pattern, as in `{"head.*": {"lr_scale": 10.0}}`;
             of several that match, the last one counts. An `lr` or `lr_scale` here is not multiplied by anything.
 

@@ -1,6 +1,7 @@
 """State dicts of other libraries' AdamW, which hold the same numbers under other names or in other places.
 
-The count in the group: apex, TransformerEngine and DeepSpeed. `state1` and `state2` for the moments: bitsandbytes.
+The count in the group: apex, TransformerEngine and DeepSpeed. `state1` and `state2` for the moments, in newer releases
+in a dict of their own: bitsandbytes.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from nexus.arguments import shown
 from nexus.backends.sharding import local
 
 _BITSANDBYTES = {"state1": "exp_avg", "state2": "exp_avg_sq"}
+_BITSANDBYTES_OWN = "__bnb_optimizer_quant_state__"
+"""Where newer releases of bitsandbytes save what no wrapper is to cast: the moments, too."""
 
 
 def as_torch_saves(state_dict: dict[str, Any]) -> dict[str, Any]:
@@ -46,6 +49,9 @@ def _translated(group: Any, states: dict[Any, Any], where: str) -> Any:
         state = states.get(key) if isinstance(key, (int, str)) else None  # what else it is, is refused later
         if not isinstance(state, dict) or not state:
             continue
+        if isinstance(state.get(_BITSANDBYTES_OWN), dict):
+            own = state[_BITSANDBYTES_OWN]
+            state = {name: value for name, value in (state | own).items() if name != _BITSANDBYTES_OWN}
         _check_codes(state, f"state[{key!r}] of the loaded state dict")
         renamed = {_BITSANDBYTES.get(name, name): value for name, value in state.items()}
         if renamed.keys() != state.keys():

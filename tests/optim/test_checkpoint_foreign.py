@@ -61,6 +61,13 @@ def bitsandbytes_32_bits(saved: dict[str, Any]) -> None:
         state.update(step=int(state["step"]), state1=state.pop("exp_avg"), state2=state.pop("exp_avg_sq"))
 
 
+def bitsandbytes_of_today(saved: dict[str, Any]) -> None:
+    """As release 0.50 saves it, so that FSDP casts no moment."""
+    bitsandbytes_32_bits(saved)
+    for state in saved["state"].values():
+        state["__bnb_optimizer_quant_state__"] = {name: state.pop(name) for name in ("state1", "state2")}
+
+
 def counts(changed: Callable[[torch.Tensor], Any]) -> Callable[[dict[str, Any]], None]:
     def change(saved: dict[str, Any]) -> None:
         for state in saved["state"].values():
@@ -73,6 +80,7 @@ FOREIGN: dict[str, Callable[[dict[str, Any]], None]] = {
     "a count in the group": count_in_the_group(int),
     "a count in the group, a tensor": count_in_the_group(lambda n: torch.tensor([n], dtype=torch.int32)),
     "bitsandbytes in 32 bits": bitsandbytes_32_bits,
+    "bitsandbytes in 32 bits, moments in a dict of their own": bitsandbytes_of_today,
     "counts that are averages": counts(lambda count: (count + 4.0) / 2),
     "counts that are numbers, as older versions of torch have them": counts(float),
     "empty entries": lambda saved: saved["state"].update({2: {}}),

@@ -1,7 +1,7 @@
 """State dicts of other libraries' AdamW, which hold the same numbers under other names or in other places.
 
-The count in the group: apex, TransformerEngine and DeepSpeed. `state1` and `state2` for the moments, in newer releases
-in a dict of their own: bitsandbytes.
+The count in the group: apex, TransformerEngine and DeepSpeed. `state1` and `state2` for the moments, of newer
+releases in a dict of their own: bitsandbytes.
 """
 
 from __future__ import annotations

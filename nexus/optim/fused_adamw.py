@@ -305,8 +305,8 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
 
         Args:
             compact: leave moments and master weights as they are stored, so that the checkpoint is as large as the
-                state; `load_state_dict` alone reads it. Else moments are float32 (float64 of a float64 parameter), and a
-                master weight is there as `master_param`, float32.
+                state; `load_state_dict` alone reads it. Else moments are float32 (float64 of a float64 parameter), and
+                a master weight is there as `master_param`, float32.
         """
         return checkpoint.state_dict(self, compact=compact)
 

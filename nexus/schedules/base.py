@@ -130,8 +130,8 @@ class Schedule(ABC):
     def to_dict(self) -> dict[str, Any]:
         """The schedule in plain types, for a checkpoint or a JSON file; `from_dict` reads it.
 
-        A field that earlier versions did not have is left out where it has its default. So a checkpoint of one version
-        loads in another, also by torch.distributed.checkpoint, which refuses a checkpoint without an entry.
+        A field that earlier versions did not have is left out where it has its default. So a checkpoint of one
+        version loads in another, also by torch.distributed.checkpoint, which refuses one that lacks an entry.
         """
         values = {each.name: getattr(self, each.name) for each in fields(self)}
         later = self.later_fields(type(self).__name__)

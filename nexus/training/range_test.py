@@ -69,8 +69,8 @@ def find_lr(
     the sweep ends early where their mean is no finite number, or above four times the least so far.
 
     Put back, bit for bit, are: parameters and gradients; buffers of `model`; the optimizer's state, counters,
-    settings, schedules with their edits, clocks and history; random numbers of torch, Python and NumPy. What else a train
-    step changes, such as a `GradScaler` or a scheduler, is yours to put back; it must not set the rate.
+    settings, schedules with their edits, clocks and history; random numbers of torch, Python and NumPy. What else a
+    train step changes, such as a `GradScaler` or a scheduler, is yours to put back; it must not set the rate.
 
     Args:
         train_step: makes one whole training step on a batch, and returns the loss: a 0-dim tensor. What

@@ -305,7 +305,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
 
         Args:
             compact: leave moments and master weights as they are stored, so that the checkpoint is as large as the
-                state; `load_state_dict` alone reads it. Else moments are float32 (float64 of a float64 parameter), and
+                state; `load_state_dict` alone reads it. Else moments are float32 (float64 of float64 parameters), and
                 a master weight is there as `master_param`, float32.
         """
         return checkpoint.state_dict(self, compact=compact)

@@ -1,0 +1,256 @@
+"""AdamW by torch's own fused kernel: what runs on a CPU where nothing is compiled.
+
+One call updates all tensors of a group. Everything around it, and what that kernel cannot take, is the reference's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from nexus.backends import codecs
+from nexus.backends.interface import RATES, DevicePlan, TensorEntry
+from nexus.backends.reference import ReferenceRunner, Work
+from nexus.backends.reference_rates import evaluate
+
+__all__ = ["DEVICE_TYPES", "NAME", "TorchRunner", "detail", "evaluate", "runner", "unavailable"]
+
+NAME = "torch"
+DEVICE_TYPES = frozenset({"cpu"})
+PIECE = 1 << 20
+"""Elements of which copies are made at once: few enough for a cache, and many for the threads to share."""
+SMALL = 1 << 14
+"""Tensors of fewer elements share a piece: they cost more by the call than by the element."""
+SUMMED = 1 << 16
+"""Squares that are added up in float32, to within 1e-6 of their sum."""
+TINY = 1e-10
+"""Norms of gradients below it are summed in float64, since squares of float32 may vanish."""
+
+
+def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
+    """PyTorch is always there."""
+    return None
+
+
+def detail() -> str:
+    """In words."""
+    return f"CPU, in plain PyTorch: its own fused kernel, {torch.get_num_threads()} threads"
+
+
+def runner(setting_names: tuple[str, ...]) -> TorchRunner:
+    """One for an optimizer."""
+    return TorchRunner(setting_names)
+
+
+class TorchRunner(ReferenceRunner):
+    """The reference's, whose work is torch's kernel's where that can do it."""
+
+    def work(self, plan: DevicePlan) -> Work:
+        return TorchWork(plan, sums_exactly=bool(self._plan.norm_parts))
+
+
+class TorchWork(Work):
+    """A step on the CPU.
+
+    Args:
+        plan: of all tensors there.
+        sums_exactly: whether squares are summed in float64, since sums of others are subtracted from their sum.
+    """
+
+    def __init__(self, plan: DevicePlan, sums_exactly: bool) -> None:
+        self._sums_exactly = sums_exactly
+        self._batches: list[Batch] = []
+        super().__init__(plan)
+
+    def take(self, entries: list[TensorEntry]) -> list[TensorEntry]:
+        alike: dict[object, list[TensorEntry]] = {}
+        for entry in entries:
+            alike.setdefault(_likeness(entry), []).append(entry)
+        others = alike.pop(None, [])
+        self._batches = [Batch(each) for each in alike.values()]
+        return others
+
+    def gradients(self) -> list[list[Tensor]]:
+        """Of each share, in stretches, and of each batch, whole."""
+        return [*super().gradients(), *(batch.gradients() for batch in self._batches)]
+
+    def sum_of_squares(self, gradients: list[list[Tensor]]) -> Tensor:
+        others, own = self._divided(gradients)
+        if own and not self._sums_exactly:
+            sums = [batch.sum_of_squares(grads) for batch, grads in zip(self._batches, own, strict=True)]
+            total = torch.stack(sums).sum()
+            if TINY**2 < float(total) < math.inf:  # else a square may be out of the range of float32
+                return super().sum_of_squares(others) + total
+        return super().sum_of_squares([*others, *([codecs.flat(grad) for grad in grads] for grads in own)])
+
+    def update(self, gradients: list[list[Tensor]], rates: Tensor, multiplier: Tensor, skip: Tensor | None) -> None:
+        if skip is not None and bool(skip):
+            return
+        others, own = self._divided(gradients)
+        super().update(others, rates, multiplier, None)
+        of_groups = [dict(zip(RATES, each, strict=True)) for each in rates.t().tolist()]
+        multipliers = multiplier.tolist()
+        for batch, grads in zip(self._batches, own, strict=True):
+            batch.update(grads, of_groups[batch.group], multipliers[batch.group])
+
+    def _divided(self, gradients: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Those of the shares, and those of the batches."""
+        shares = len(gradients) - len(self._batches)
+        return gradients[:shares], gradients[shares:]
+
+
+class Batch:
+    """Tensors of a group that are updated together, as they are or, where that must be, in copies of their elements.
+
+    Copies are made of gradients that are multiplied, by a clip coefficient or for a gradient scaler, and of gradients
+    and parameters of another type than the arithmetic's. They are made piece by piece.
+    """
+
+    def __init__(self, entries: list[TensorEntry]) -> None:
+        entries = sorted(entries, key=lambda entry: entry.original.numel() >= SMALL)  # small ones side by side
+        self.group = entries[0].group
+        self._params = [entry.original for entry in entries]
+        states = [entry.state for entry in entries if entry.state is not None]
+        self._amsgrad = states[0].max_exp_avg_sq is not None
+        self._moments = [[state.exp_avg for state in states], [state.exp_avg_sq for state in states]]
+        self._moments.append([state.max_exp_avg_sq for state in states if state.max_exp_avg_sq is not None])
+        self._counts = [state.step.data for state in states]  # so that the version counts what others write
+        self._ones = [torch.ones((), dtype=torch.float64, device="cpu")] * len(entries)
+        dtype = states[0].exp_avg.dtype  # of the arithmetic
+        self._copies_params = self._params[0].dtype != dtype
+        self._copies_grads = entries[0].grad is not None and entries[0].grad.dtype != dtype
+        self._pieces = _cut(self._params, PIECE)
+        longest = max(piece.numel for piece in self._pieces)
+        with torch.inference_mode(False):  # they may outlive a mode in which they are made
+            self._memory = torch.empty(longest, dtype=dtype, device="cpu")  # of copies of gradients
+            self._grads = [piece.views(self._memory) for piece in self._pieces]
+            memory = torch.empty(longest if self._copies_params else 0, dtype=dtype, device="cpu")
+            self._weights = [piece.views(memory) if self._copies_params else [] for piece in self._pieces]
+        self._copied: Piece | None = None  # whose gradients are in that memory
+
+    def gradients(self) -> list[Tensor]:
+        """What the tensors have now."""
+        self._copied = None
+        return [grad for grad in (param.grad for param in self._params) if grad is not None]
+
+    def sum_of_squares(self, grads: list[Tensor]) -> Tensor:
+        """Of the gradients, in float64 from the norms of their stretches."""
+        norms: list[Tensor] = []
+        for piece, copies in zip(self._pieces, self._grads, strict=True):
+            if self._copies_grads or piece.is_shared:
+                flat = self._copied_grads(grads, piece, copies)
+            else:
+                flat = codecs.flat(piece.of(grads)[0])
+            norms += torch._foreach_norm(torch.split(flat, SUMMED))
+        return torch.stack(norms).double().square().sum()
+
+    def update(self, grads: list[Tensor], rates: dict[str, float], multiplier: float) -> None:
+        """Update all tensors once, with the rates of their group and a multiplier of their gradients."""
+        torch._foreach_add_(self._counts, self._ones)
+        rate = {name: rates[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")}
+        options: dict[str, Any] = {**rate, "amsgrad": self._amsgrad, "maximize": multiplier < 0.0}
+        if abs(multiplier) == 1.0 and not (self._copies_params or self._copies_grads):
+            torch._fused_adamw_(self._params, grads, *self._moments, self._counts, **options)
+            return
+        for piece, copies, weights in zip(self._pieces, self._grads, self._weights, strict=True):
+            params = piece.of(self._params)
+            moments = [piece.of(each) for each in self._moments]
+            self._multiply(grads, piece, copies, abs(multiplier))
+            if weights:
+                torch._foreach_copy_(weights, params)
+            torch._fused_adamw_(weights or params, copies, *moments, self._counts[piece.tensors], **options)
+            if weights:
+                torch._foreach_copy_(params, weights)
+        self._copied = None
+
+    def _copied_grads(self, grads: list[Tensor], piece: Piece, copies: list[Tensor]) -> Tensor:
+        """Those of a piece, flat."""
+        if self._copied is not piece:
+            torch._foreach_copy_(copies, piece.of(grads))
+            self._copied = piece
+        return self._memory[: piece.numel]
+
+    def _multiply(self, grads: list[Tensor], piece: Piece, copies: list[Tensor], by: float) -> None:
+        if not self._copies_grads and not piece.is_shared:
+            torch.mul(piece.of(grads)[0], by, out=copies[0])
+            return
+        flat = self._copied_grads(grads, piece, copies)
+        if by != 1.0:
+            flat.mul_(by)
+
+
+class Piece:
+    """Elements of which copies are made at once: several tensors, one, or a stretch of one.
+
+    Args:
+        tensors: their places in the batch.
+        params: themselves.
+        elements: of the one tensor; None for all.
+    """
+
+    def __init__(self, tensors: slice, params: list[Tensor], elements: slice | None = None) -> None:
+        self.tensors = tensors
+        self.is_shared = len(params) > 1
+        self._elements = elements
+        sizes = [param.numel() for param in params]
+        self.numel = sum(sizes) if elements is None else elements.stop - elements.start
+        self._layouts: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        if elements is not None:
+            self._layouts.append(((self.numel,), (1,), 0))
+            return
+        offset = 0
+        for param, size in zip(params, sizes, strict=True):
+            self._layouts.append((param.shape, param.stride(), offset))
+            offset += size
+
+    def of(self, tensors: list[Tensor]) -> list[Tensor]:
+        """The piece of parameters, gradients or a moment, all tensors of which are given, or none."""
+        here = tensors[self.tensors]
+        return here if self._elements is None else [codecs.flat(each)[self._elements] for each in here]
+
+    def views(self, memory: Tensor) -> list[Tensor]:
+        """Views of memory for copies, each as the tensor is."""
+        return [memory.as_strided(*layout) for layout in self._layouts]
+
+
+def _cut(params: list[Tensor], longest: int) -> list[Piece]:
+    """Cut a batch, in which the small tensors come first."""
+    pieces: list[Piece] = []
+    first, filled = 0, 0
+    small = sum(param.numel() < SMALL for param in params)
+    for place, param in enumerate(params[:small]):
+        if filled + param.numel() > longest:
+            pieces.append(Piece(slice(first, place), params[first:place]))
+            first, filled = place, 0
+        filled += param.numel()
+    if small:
+        pieces.append(Piece(slice(first, small), params[first:small]))
+    for place in range(small, len(params)):
+        tensor, numel = slice(place, place + 1), params[place].numel()
+        if numel <= longest:
+            pieces.append(Piece(tensor, [params[place]]))
+            continue
+        for start in range(0, numel, longest):
+            pieces.append(Piece(tensor, [params[place]], slice(start, min(start + longest, numel))))
+    return pieces
+
+
+def _likeness(entry: TensorEntry) -> object:
+    """Equal for tensors that one call may update; None for what torch's kernel cannot take."""
+    state, param, grad = entry.state, entry.original, entry.grad
+    assert state is not None
+    assert grad is not None
+    if entry.staged or entry.stochastic_rounding or type(param) not in (Tensor, Parameter) or param.is_inference():
+        return None
+    moments = [state.exp_avg, state.exp_avg_sq]
+    moments += [] if state.max_exp_avg_sq is None else [state.max_exp_avg_sq]
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    kept = (state.master_low, state.average, state.beta_products)
+    if any(each is not None for each in kept) or any(moment.dtype != dtype for moment in moments):
+        return None
+    return entry.group, param.dtype, grad.dtype, len(moments)

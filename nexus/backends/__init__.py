@@ -6,7 +6,7 @@ import functools
 import warnings
 from typing import NamedTuple, cast
 
-from torch import Tensor, int64
+from torch import Tensor, int64  # not torch itself: here, that name is the backend's
 from torch import device as Device
 
 from nexus.arguments import MAX_STEP

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -59,8 +59,8 @@ class TorchWork(Work):
 
     Args:
         plan: of all tensors there.
-        sums_exactly: whether all squares are summed in float64, since other sums are subtracted from theirs. They
-            are, too, beside gradients of float64.
+        sums_exactly: whether all squares are summed in float64, since sums of some are subtracted from that of all.
+            They also are where some parameters are float64, whose update is to be as exact as it can be.
     """
 
     def __init__(self, plan: DevicePlan, sums_exactly: bool) -> None:
@@ -124,29 +124,28 @@ class Batch:
         self._moments.append([state.max_exp_avg_sq for state in states if state.max_exp_avg_sq is not None])
         self._counts = [state.step.data for state in states]  # so that the version counts what others write
         self._ones = [torch.ones((), dtype=torch.float64, device="cpu")] * len(entries)
-        dtype = states[0].exp_avg.dtype  # of the arithmetic
-        self._copies_params = self._params[0].dtype != dtype
-        self._copies_grads = entries[0].grad is not None and entries[0].grad.dtype != dtype
-        self._pieces = _cut(self._params, PIECE)
-        longest = max(piece.numel for piece in self._pieces)
+        self._dtype = states[0].exp_avg.dtype  # of the arithmetic
+        self._copies_params = self._params[0].dtype != self._dtype
+        self._copies_grads = entries[0].grad is not None and entries[0].grad.dtype != self._dtype
+        self._pieces = _cut(self._params)
+        self._longest = max((piece.numel for piece in self._pieces if not piece.is_shared), default=0)
         with torch.inference_mode(False):  # they may outlive a mode in which they are made
-            self._memory = torch.empty(longest, dtype=dtype, device="cpu")  # of copies of gradients
-            self._grads = [piece.views(self._memory) for piece in self._pieces]
-            memory = torch.empty(longest if self._copies_params else 0, dtype=dtype, device="cpu")
-            self._weights = [piece.views(memory) if self._copies_params else [] for piece in self._pieces]
-        self._copied: Piece | None = None  # whose gradients are in that memory
+            for piece in self._pieces:
+                piece.keep_copies(self._dtype, self._copies_params)
 
     def gradients(self) -> list[Tensor]:
         """What the tensors have now."""
-        self._copied = None
+        for piece in self._pieces:
+            piece.has_grads = False
         return [grad for grad in (param.grad for param in self._params) if grad is not None]
 
     def sum_of_squares(self, grads: list[Tensor]) -> Tensor:
         """Of the gradients, in float64 from the norms of their stretches."""
         norms: list[Tensor] = []
-        for piece, copies in zip(self._pieces, self._grads, strict=True):
-            if self._copies_grads or piece.is_shared:
-                flat = self._copied_grads(grads, piece, copies)
+        memory = self._memory()
+        for piece in self._pieces:
+            if piece.is_shared or self._copies_grads:
+                flat = piece.copied_grads(grads, memory).flat
             else:
                 flat = codecs.flat(piece.of(grads)[0])
             norms += torch._foreach_norm(torch.split(flat, SUMMED))
@@ -164,35 +163,39 @@ class Batch:
         torch.autograd.graph.increment_version(self._params)  # which torch's kernel does not
 
     def _update_in_pieces(self, grads: list[Tensor], multiplier: float, options: dict[str, Any]) -> None:
-        for piece, copies, weights in zip(self._pieces, self._grads, self._weights, strict=True):
-            params = piece.of(self._params)
-            moments = [piece.of(each) for each in self._moments]
-            self._multiply(grads, piece, copies, multiplier)
-            if weights:
+        memory = self._memory()
+        param_memory = self._memory() if self._copies_params else memory
+        for piece in self._pieces:
+            if piece.is_shared or self._copies_grads:
+                copies = piece.copied_grads(grads, memory)
+                if multiplier != 1.0:
+                    copies.flat.mul_(multiplier)
+            else:
+                copies = piece.copies(memory)
+                torch.mul(piece.of(grads)[0], multiplier, out=copies.views[0])
+            weights = params = piece.of(self._params)
+            if self._copies_params:
+                weights = (piece.kept_params or piece.copies(param_memory)).views
                 torch._foreach_copy_(weights, params)
-            _run(weights or params, copies, moments, self._counts[piece.tensors], options)
-            if weights:
+            moments = [piece.of(each) for each in self._moments]
+            _run(weights, copies.views, moments, self._counts[piece.tensors], options)
+            if self._copies_params:
                 torch._foreach_copy_(params, weights)
-        self._copied = None
 
-    def _copied_grads(self, grads: list[Tensor], piece: Piece, copies: list[Tensor]) -> Tensor:
-        """Those of a piece, flat."""
-        if self._copied is not piece:
-            torch._foreach_copy_(copies, piece.of(grads))
-            self._copied = piece
-        return self._memory[: piece.numel]
+    def _memory(self) -> Tensor:
+        """For copies of a piece that keeps none."""
+        return torch.empty(self._longest, dtype=self._dtype, device="cpu")
 
-    def _multiply(self, grads: list[Tensor], piece: Piece, copies: list[Tensor], by: float) -> None:
-        if not self._copies_grads and not piece.is_shared:
-            torch.mul(piece.of(grads)[0], by, out=copies[0])
-            return
-        flat = self._copied_grads(grads, piece, copies)
-        if by != 1.0:
-            flat.mul_(by)
+
+class Copies(NamedTuple):
+    """Of the elements of a piece."""
+
+    flat: Tensor
+    views: list[Tensor]  # of it, each laid out as the tensor is
 
 
 class Piece:
-    """Elements of which copies are made at once: several tensors, one, or a stretch of one.
+    """Elements of which copies are made at once: several small tensors, one tensor, or a stretch of one.
 
     Args:
         tensors: their places in the batch.
@@ -203,35 +206,51 @@ class Piece:
     def __init__(self, tensors: slice, params: list[Tensor], elements: slice | None = None) -> None:
         self.tensors = tensors
         self.is_shared = len(params) > 1
+        self.has_grads = False  # whether the copies that it keeps are those of this step's gradients
+        self.kept_params: Copies | None = None
+        self._kept_grads: Copies | None = None
         self._elements = elements
-        sizes = [param.numel() for param in params]
-        self.numel = sum(sizes) if elements is None else elements.stop - elements.start
         self._layouts: list[tuple[tuple[int, ...], tuple[int, ...], int]] = []
+        self.numel = 0 if elements is None else elements.stop - elements.start
         if elements is not None:
             self._layouts.append(((self.numel,), (1,), 0))
             return
-        offset = 0
-        for param, size in zip(params, sizes, strict=True):
-            self._layouts.append((param.shape, param.stride(), offset))
-            offset += size
+        for param in params:
+            self._layouts.append((param.shape, param.stride(), self.numel))
+            self.numel += param.numel()
 
     def of(self, tensors: list[Tensor]) -> list[Tensor]:
         """The piece of parameters, gradients or a moment, all tensors of which are given, or none."""
         here = tensors[self.tensors]
         return here if self._elements is None else [codecs.flat(each)[self._elements] for each in here]
 
-    def views(self, memory: Tensor) -> list[Tensor]:
-        """Views of memory for copies, each as the tensor is."""
-        return [memory.as_strided(*layout) for layout in self._layouts]
+    def copies(self, memory: Tensor) -> Copies:
+        """Room for them at the beginning of some memory."""
+        return Copies(memory[: self.numel], [memory.as_strided(*layout) for layout in self._layouts])
+
+    def keep_copies(self, dtype: torch.dtype, of_params: bool) -> None:
+        """Have memory of its own, if many tensors share it: to make views of it takes long, and it is small."""
+        if self.is_shared:
+            self._kept_grads = self.copies(torch.empty(self.numel, dtype=dtype, device="cpu"))
+            if of_params:
+                self.kept_params = self.copies(torch.empty(self.numel, dtype=dtype, device="cpu"))
+
+    def copied_grads(self, grads: list[Tensor], memory: Tensor) -> Copies:
+        """Those of the piece, in its own memory if it has some."""
+        copies = self._kept_grads or self.copies(memory)
+        if not (self._kept_grads and self.has_grads):
+            torch._foreach_copy_(copies.views, self.of(grads))
+            self.has_grads = True
+        return copies
 
 
-def _cut(params: list[Tensor], longest: int) -> list[Piece]:
+def _cut(params: list[Tensor]) -> list[Piece]:
     """Cut a batch, in which the small tensors come first."""
     pieces: list[Piece] = []
     first, filled = 0, 0
     small = sum(param.numel() < SMALL for param in params)
     for place, param in enumerate(params[:small]):
-        if filled + param.numel() > longest:
+        if filled + param.numel() > PIECE:
             pieces.append(Piece(slice(first, place), params[first:place]))
             first, filled = place, 0
         filled += param.numel()
@@ -239,11 +258,11 @@ def _cut(params: list[Tensor], longest: int) -> list[Piece]:
         pieces.append(Piece(slice(first, small), params[first:small]))
     for place in range(small, len(params)):
         tensor, numel = slice(place, place + 1), params[place].numel()
-        if numel <= longest:
+        if numel <= PIECE:
             pieces.append(Piece(tensor, [params[place]]))
             continue
-        for start in range(0, numel, longest):
-            pieces.append(Piece(tensor, [params[place]], slice(start, min(start + longest, numel))))
+        for start in range(0, numel, PIECE):
+            pieces.append(Piece(tensor, [params[place]], slice(start, min(start + PIECE, numel))))
     return pieces
 
 

@@ -29,6 +29,20 @@ def shown(value: object) -> str:
         return f"a very large {type(value).__name__}"
 
 
+def in_a_string(value: object) -> str:
+    """What to write in the place of a number in a string, for the end of an error message; "" of all else."""
+    if not isinstance(value, str):
+        return ""
+    try:
+        number = float(value)
+    except ValueError:
+        return ""
+    if not math.isfinite(number):
+        return ""
+    meant = int(number) if number.is_integer() and "." not in value and "e" not in value.lower() else number
+    return f"; that is a string (YAML reads 1e-3 as one, and 1.0e-3 as a number): write {meant!r}"
+
+
 def check_count(
     name: str, value: object, *, low: int = 0, high: int = MAX_STEP, also: str = "", ratios: str = ""
 ) -> int:
@@ -38,7 +52,7 @@ def check_count(
     """
     top = "2**53" if high == MAX_STEP else str(high)
     allowed = f"an int from {low} to {top}{f' or {also}' if also else ''}"
-    remedy = ""
+    remedy = in_a_string(value)
     if not isinstance(value, bool):
         try:
             count = int(operator.index(value))  # type: ignore[arg-type]
@@ -117,7 +131,7 @@ def check_number(name: str, value: object, *, low: float = 0.0, positive: bool =
     allowed = f"a finite number{bound}"
     real = as_real(value)
     if real is None:
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value)}")
     try:
         number = float(real) + 0.0
     except OverflowError:
@@ -132,7 +146,7 @@ def check_fraction(name: str, value: object, *, positive: bool = False) -> float
     allowed = f"a number {'above 0 and at most 1' if positive else 'from 0 to 1'}"
     real = as_real(value)
     if real is None:
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}")
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value)}")
     if not 0 <= real <= 1 or (positive and real == 0):
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return float(real) + 0.0

@@ -25,7 +25,7 @@ from nexus.optim.groups import ParamGroup
 from nexus.optim.history import History
 from nexus.optim.listening import Listening
 from nexus.optim.scheduled import Scheduled
-from nexus.optim.settings import checked_settings
+from nexus.optim.settings import SETTINGS, checked_settings
 from nexus.optim.storage import average_bytes, check_seed, trained_storages
 from nexus.optim.torch_options import check_torch_options
 from nexus.schedules import Schedule
@@ -262,6 +262,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
             TypeError, ValueError: as the constructor. The optimizer stays as it was.
         """
         params, tensors = parameters.listed_parameters(param_group)
+        remedies.warn_of_misspelt(param_group, SETTINGS, stacklevel=5 if self._new_params is None else 9)
         if self._new_params is None:
             checked_settings({**self.defaults, **param_group})
         groups, count = self.param_groups, len(self.param_groups)

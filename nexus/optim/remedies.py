@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import difflib
 import inspect
-from collections.abc import Mapping
+import warnings
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from nexus.arguments import call_of
+from nexus.arguments import call_of, in_a_string
 from nexus.schedules import Schedule
 
 
@@ -21,8 +23,11 @@ def remedy(name: str, value: Any) -> str:
         return _of_scheduler(name, value)
     if type(value).__module__.startswith("timm."):
         return "; from_timm(scheduler) makes a Schedule for each group"
-    if isinstance(value, str):
-        return _of_text(value)
+    if isinstance(value, str) and not in_a_string(value):  # which the check of a number has said
+        return (
+            "; that is a string: write the Schedule, such as Cosine(peak_lr=1e-3, total_steps=1000), or "
+            "from_transformers(name, lr, ...) for transformers' names"
+        )
     if isinstance(value, Mapping):
         is_saved = "type" in value
         return "; Schedule.from_dict makes a Schedule of what to_dict() wrote" if is_saved else _for_each_group(name)
@@ -46,16 +51,6 @@ def _of_scheduler(name: str, scheduler: LRScheduler) -> str:
     )
 
 
-def _of_text(text: str) -> str:
-    try:
-        return f"; that is a string (YAML reads 1e-3 as one, and 1.0e-3 as a number): write {float(text)!r}"
-    except ValueError:
-        return (
-            "; that is a string: write the Schedule, such as Cosine(peak_lr=1e-3, total_steps=1000), or "
-            "from_transformers(name, lr, ...) for transformers' names"
-        )
-
-
 def check_params(params: object) -> None:
     """Refuse what is nearly parameters: a module, its method, a state dict, a group.
 
@@ -72,4 +67,14 @@ def check_params(params: object) -> None:
             raise TypeError(
                 f"params must be parameters, got the module {type(each).__name__}: give model.parameters(); or "
                 "nexus.optim.param_groups(model), which leaves biases and norms without weight decay"
+            )
+
+
+def warn_of_misspelt(group: Mapping[str, Any], settings: Collection[str], stacklevel: int) -> None:
+    """Warn of what is nearly the name of a setting. A group may have keys of its user's, as in torch."""
+    for key in group:
+        meant = [] if key in settings else difflib.get_close_matches(str(key), settings, n=1, cutoff=0.85)
+        if meant:
+            warnings.warn(
+                f"a group has {key!r}, which no step reads; did you mean {meant[0]!r}?", stacklevel=stacklevel
             )

@@ -8,6 +8,7 @@ from collections import UserList
 from collections.abc import Callable
 from decimal import Decimal
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy
@@ -262,6 +263,20 @@ def test_what_is_nearly_a_rate_has_a_remedy(name: str, wrong: Callable[[], objec
     groups = [{"params": make_params([(3,)]), name: value}]
     with pytest.raises(TypeError, match=rf"{name}.* must be .*, got .*; .*{remedy}"):
         FusedAdamW(groups)
+
+
+@pytest.mark.parametrize("adds", [False, True])
+def test_a_key_that_is_nearly_a_setting_is_warned_of_where_it_was_given(adds: bool) -> None:
+    def group(**keys: object) -> dict[str, Any]:
+        return {"params": make_params([(3,)]), **keys}
+
+    FusedAdamW([group(name="head", lr_mult=0.1, weight_decay_mult=0.0, initial_lr=1.0, layer_id=3, fused=None)])
+    optimizer = FusedAdamW([group()])
+    give = optimizer.add_param_group if adds else lambda group: FusedAdamW([group])
+    words = r"a group has 'weight_decy', which no step reads; did you mean 'weight_decay'\?"
+    with pytest.warns(UserWarning, match=words) as said:
+        give(group(weight_decy=0.0))
+    assert [Path(each.filename) for each in said] == [Path(__file__)]
 
 
 @pytest.mark.parametrize(

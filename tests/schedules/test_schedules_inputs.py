@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from dataclasses import FrozenInstanceError, dataclass, replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -308,3 +309,20 @@ def test_a_rate_or_a_share_where_a_count_belongs() -> None:
             replace(SHORT, **{name: share})
     with pytest.raises(TypeError, match=r"steps must be an int .*; write int\(10.0\)"):
         Constant(1.0).warmup(10.0)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "meant"),
+    [
+        ("peak_lr", "1e-3", "0.001"),
+        ("total_steps", "1_000", "1000"),
+        ("warmup_steps", "10.0", "10.0"),
+        ("peak_lr", "nan", None),
+        ("peak_lr", "fast", None),
+    ],
+)
+def test_a_number_in_a_string_is_to_be_one(name: str, text: str, meant: str | None) -> None:
+    remedy = "" if meant is None else rf"; that is a string \(YAML .*\): write {re.escape(meant)}"
+    given: dict[str, Any] = {"peak_lr": 1.0, "total_steps": 1000, name: text}
+    with pytest.raises(TypeError, match=rf"{name} must be .*, got '{text}' \(str\){remedy}$"):
+        Cosine(**given)

@@ -14,7 +14,7 @@ import time
 from typing import Any
 
 import torch
-from references import BACKENDS, LAYOUTS, Float64AdamW, assert_same_parameter, set_grads
+from references import BACKENDS, LAYOUTS, Float64AdamW, assert_same_parameter, norm_rtol, set_grads
 from torch import Tensor
 
 from nexus.optim import FusedAdamW
@@ -124,7 +124,9 @@ class Case:
         if self.limit is not None and not spoils:
             norm = self.optimizer.grad_norm
             assert norm is not None
-            torch.testing.assert_close(norm, self.reference.grad_norm, rtol=1e-12, atol=0.0, check_dtype=False)
+            torch.testing.assert_close(
+                norm, self.reference.grad_norm, rtol=norm_rtol(self.backend), atol=0.0, check_dtype=False
+            )
 
     # What users do between two steps.
 

@@ -18,7 +18,8 @@ from torch import Tensor
 from nexus.optim import FusedAdamW
 from nexus.schedules import Schedule
 
-BACKENDS = ("native", "reference", "cuda on cpu")  # on the CPU; the last is the CUDA backend, see cuda_on_cpu.py
+# On the CPU. "torch" has roundings of its own; the last is the CUDA backend, see cuda_on_cpu.py.
+BACKENDS = ("native", "torch", "reference", "cuda on cpu")
 GPU_BACKENDS = ("cuda", "triton")
 EVERY_BACKEND = [*BACKENDS, *(pytest.param(name, marks=pytest.mark.gpu) for name in GPU_BACKENDS)]
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
@@ -73,6 +74,15 @@ PARAMS = {
     torch.bfloat16: Tolerance(rtol=2**-7, atol=2**-8, unequal=3e-3),
     torch.float16: Tolerance(rtol=2**-10, atol=2**-11, unequal=3e-3),
 }
+# Of the backend "torch", whose kernel multiplies a parameter by 1 - lr * weight_decay in every step.
+PARAMS_OF_TORCH = {
+    torch.float64: PARAMS[torch.float64],
+    # That factor is rounded to float32, the same way in every step. Measured: 1.8e-6 of the value and 1 more.
+    torch.float32: Tolerance(rtol=3e-6, atol=3e-6),
+    # As above, but a parameter that went on one unit apart may do so twice. Measured: shares of 1e-3 and 2.3e-3.
+    torch.bfloat16: Tolerance(rtol=2**-7, atol=2**-7, unequal=5e-3),
+    torch.float16: Tolerance(rtol=2**-10, atol=2**-10, unequal=5e-3),
+}
 # Of moments, which do not depend on the parameters, and are float32 for half precision.
 MOMENT = {
     # Measured: 4e-16.
@@ -80,6 +90,15 @@ MOMENT = {
     # Measured: 3e-7.
     torch.float32: Tolerance(rtol=5e-7, atol=5e-7),
 }
+
+
+def params_tolerance(backend: str, dtype: torch.dtype) -> Tolerance:
+    return (PARAMS_OF_TORCH if backend == "torch" else PARAMS)[dtype]
+
+
+def norm_rtol(backend: str, exact: float = 1e-12) -> float:
+    """Of the norm of all gradients: `exact`, but where "torch" sums stretches in float32. Measured: 2e-6."""
+    return 5e-6 if backend == "torch" else exact
 
 
 def moment_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -170,9 +189,10 @@ def assert_same_parameter(
 ) -> None:
     where = f"{what} parameter {index} {tuple(param.shape)} {param.dtype}"
     expected = reference.params[index]
-    assert_close(param, expected, PARAMS[param.dtype], where)
+    tolerance = params_tolerance(optimizer.backend, param.dtype)
+    assert_close(param, expected, tolerance, where)
     unequal = int((param.double() != expected).sum())
-    assert unequal <= max(2, PARAMS[param.dtype].unequal * param.numel()), f"{where}: {unequal} differ"
+    assert unequal <= max(2, tolerance.unequal * param.numel()), f"{where}: {unequal} differ"
     state, expected_state = optimizer.state.get(param, {}), reference.state(index)
     assert set(state) - {"beta_products"} == set(expected_state), where
     for name in MOMENTS:

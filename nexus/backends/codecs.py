@@ -84,9 +84,10 @@ def root(value: Tensor) -> Tensor:
     plain = value.dtype == torch.float32 and value.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()
     if numpy is None or not plain:
         return value.double().sqrt().to(value.dtype)
-    result = torch.empty_like(value)
+    result = value.clone()  # memory that NumPy has seen can no longer be resized
+    array = result.numpy()
     with numpy.errstate(invalid="ignore"):
-        numpy.sqrt(value.numpy(), out=result.numpy())
+        numpy.sqrt(array, out=array)
     return result
 
 

@@ -1,4 +1,4 @@
-"""AdamW in plain PyTorch: the backend of last resort, and the oracle of the others.
+"""AdamW in plain PyTorch: the oracle of the other backends.
 
 It runs on any device, without reading anything back to the host. Rates are in `reference_rates.py`, the update
 itself in `reference_update.py`.
@@ -17,11 +17,11 @@ from torch._subclasses import FakeTensor
 from nexus.backends import sharding
 from nexus.backends.interface import RATES, Change, DevicePlan, Plan, Ring, Runner, TensorEntry
 from nexus.backends.reference_rates import GroupRates, evaluate
-from nexus.backends.reference_update import coefficients, shares
+from nexus.backends.reference_update import Share, coefficients
 from nexus.backends.sharding import total_everywhere
 from nexus.backends.snapshot import Snapshot
 
-__all__ = ["DEVICE_TYPES", "NAME", "ReferenceRunner", "detail", "evaluate", "runner", "unavailable"]
+__all__ = ["DEVICE_TYPES", "NAME", "ReferenceRunner", "Work", "detail", "evaluate", "runner", "unavailable"]
 
 NAME = "reference"
 SUMMED = 1 << 14
@@ -49,10 +49,14 @@ class ReferenceRunner(Runner):
     def __init__(self, setting_names: tuple[str, ...]) -> None:
         self._setting_names = setting_names
         self._plan = Plan([], {})
-        self._works: list[_Work] = []
+        self._works: list[Work] = []
         self._staged: list[TensorEntry] = []
         self._spread: list[Tensor] = []
         self._snapshot: Snapshot | None = None
+
+    def work(self, plan: DevicePlan) -> Work:
+        """What steps on one device."""
+        return Work(plan)
 
     def changed(self, attributes: dict[str, Any]) -> int:
         snapshot = self._snapshot
@@ -79,7 +83,7 @@ class ReferenceRunner(Runner):
         self._snapshot = None
         # Of FakeTensors, who estimate memory, copies are all of a step: the kernels allocate nothing.
         estimates = any(isinstance(param, FakeTensor) for param, _ in plan.parameters)
-        self._works = [] if estimates else [_Work(each) for each in plan.devices.values()]
+        self._works = [] if estimates else [self.work(each) for each in plan.devices.values()]
         entries = [entry for each in plan.devices.values() for entry in each.entries]
         self._staged = [entry for entry in entries if entry.staged]
         self._spread = [entry.original for entry in entries if sharding.is_spread(entry.original)]
@@ -99,7 +103,7 @@ class ReferenceRunner(Runner):
         measured = [work.plan.state.sum_of_squares for work in self._works if work.plan.measures_norm]
         for work, grads in zip(self._works, gradients, strict=True):
             if work.plan.measures_norm:
-                work.plan.state.sum_of_squares.copy_(_sum_of_squares(grads, work.plan.state.device))
+                work.plan.state.sum_of_squares.copy_(work.sum_of_squares(grads))
         if self._works:
             found_inf = total_everywhere(measured, self._plan.norm_parts, found_inf)
         for work, grads in zip(self._works, gradients, strict=True):
@@ -110,21 +114,14 @@ class ReferenceRunner(Runner):
             torch.autograd.graph.increment_version(param.detach())
 
 
-def _sum_of_squares(gradients: list[list[Tensor]], device: torch.device) -> Tensor:
-    # In pieces that one thread adds up, so that the sum is the same by any number of threads.
-    pieces = [piece for each in gradients for grad in each for piece in torch.split(grad, SUMMED)]
-    squares = [piece.double().square().sum() for piece in pieces]
-    return torch.stack(squares).sum() if squares else torch.zeros((), dtype=torch.float64, device=device)
-
-
-class _Work:
+class Work:
     """A step on one device, and what of it stays from step to step."""
 
     def __init__(self, plan: DevicePlan) -> None:
         self.plan = plan
-        entries = [entry for entry in plan.entries if entry.grad is not None]
+        entries = self.take([entry for entry in plan.entries if entry.grad is not None])
         states = [entry.state for entry in entries if entry.state is not None]
-        self._shares = shares(entries, plan.state.seed, plan.state.device)
+        self._shares = [Share(entry, place, plan.state.seed) for place, entry in enumerate(entries)]
         self._counts = [state.step.data for state in states]  # so that the version counts what others write
         self._owners = torch.tensor([entry.group for entry in entries], dtype=torch.int64, device=plan.state.device)
         never = torch.full((3,), math.nan, dtype=torch.float64, device=plan.state.device)
@@ -133,13 +130,24 @@ class _Work:
         self._products = [never if products is None else products for products in kept]
         self.take_settings()
 
+    def take(self, entries: list[TensorEntry]) -> list[TensorEntry]:
+        """Which of the entries, all with gradients, are updated tensor by tensor."""
+        return entries
+
     def take_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups."""
         self.rates = GroupRates(self.plan.groups, self.plan.state)
 
     def gradients(self) -> list[list[Tensor]]:
-        """Of each share."""
+        """Of each share, in stretches."""
         return [share.gradients() for share in self._shares]
+
+    def sum_of_squares(self, gradients: list[list[Tensor]]) -> Tensor:
+        """Of all gradients, in float64."""
+        # In pieces that one thread adds up, so that the sum is the same by any number of threads.
+        pieces = [piece for each in gradients for grad in each for piece in torch.split(grad, SUMMED)]
+        squares = [piece.double().square().sum() for piece in pieces]
+        return torch.stack(squares).sum() if squares else torch.zeros_like(self.plan.state.sum_of_squares)
 
     def step(self, gradients: list[list[Tensor]], grad_scale: Tensor | None, found_inf: Tensor | None) -> None:
         """Update everything once; the gradients' squares have been added up over all devices and processes."""
@@ -161,8 +169,7 @@ class _Work:
         # The coefficient of torch.nn.utils.clip_grad_norm_.
         clip = torch.where(limit.isinf(), 1.0, torch.clamp(limit / (state.grad_norm + 1e-6), max=1.0))
         multiplier = 1.0 / scale * clip * self.rates.signs
-        if self._shares:
-            self._update(gradients, rates, multiplier, skip)
+        self.update(gradients, rates, multiplier, skip)
         if plan.history is not None:
             grad_norm = state.grad_norm if plan.measures_norm else torch.full_like(scale, math.nan)
             skipped = torch.zeros_like(scale) if skip is None else skip.to(torch.float64)
@@ -174,7 +181,10 @@ class _Work:
             if skip is not None:
                 state.skipped.add_(skip)
 
-    def _update(self, gradients: list[list[Tensor]], rates: Tensor, multiplier: Tensor, skip: Tensor | None) -> None:
+    def update(self, gradients: list[list[Tensor]], rates: Tensor, multiplier: Tensor, skip: Tensor | None) -> None:
+        """Update every tensor; rates and multipliers of the gradients are by group."""
+        if not self._shares:
+            return
         before = torch.stack(self._counts)
         t = before + 1.0
         of_each = rates.index_select(1, self._owners)

@@ -12,7 +12,7 @@ __all__ = ["EMA", "FusedAdamW", "History", "HistoryRows", "Mean", "param_groups"
 
 if (_reason := native.unavailable()) is not None:
     warnings.warn(
-        f"nexus runs in plain PyTorch (backend 'reference'), without its compiled kernels: {_reason}",
+        f"nexus runs in plain PyTorch (backend 'torch'), without its compiled kernels: {_reason}",
         RuntimeWarning,
         stacklevel=2,
     )

@@ -66,7 +66,7 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
             its opposite: these stay above 0); `math.inf`: only measure it.
         skip_nonfinite: let a step whose gradients hold an infinity or a NaN change nothing but `skipped_steps`.
         backend: `"auto"`, or one of `"native"` (compiled, CPU), `"cuda"` (compiled, NVIDIA), `"triton"` (where
-            Triton runs) and `"reference"` (plain PyTorch, any device).
+            Triton runs), `"torch"` (PyTorch's own fused kernel, CPU) and `"reference"` (plain PyTorch, any device).
         norm_group: processes whose optimizers have other parameters of the same model, each its own: the gradient
             norm is that of all of them, and what one skips, all skip. DTensors need none, nor does DDP.
         master_weight_bits: of bfloat16 parameters, keep the low bits of a float32 master weight, so that it has 24

@@ -66,10 +66,11 @@ def test_without_kernels_for_a_gpu_the_error_says_how_to_get_them(there: Any) ->
         ("cuda", [CPU], "backend='cuda' runs on cuda, but the tensors are on cpu"),
         ("triton", [CPU], "backend='triton' runs on cuda, but the tensors are on cpu"),
         ("native", [GPU], "backend='native' runs on cpu, but the tensors are on cuda"),
+        ("torch", [GPU], "backend='torch' runs on cpu, but the tensors are on cuda"),
         ("cuda", [CPU, GPU], "backend='cuda' runs on cuda, but the tensors are on cpu and cuda"),
         ("auto", [CPU, GPU], "parameters are on cpu and cuda; make an optimizer for each of them"),
         ("auto", [torch.device("mps")], "no kernels for mps; backend='reference' runs there"),
-        ("gpu", [GPU], "backend must be one of .*'native', 'cuda', 'triton', 'reference'.*got 'gpu'"),
+        ("gpu", [GPU], "backend must be one of .*'native', 'cuda', 'triton', 'torch', 'reference'.*got 'gpu'"),
     ],
 )
 def test_what_cannot_be_is_refused(there: Any, name: str, devices: list[torch.device], words: str) -> None:

@@ -75,7 +75,7 @@ def test_fsdp_follows_float64_torch_on_the_same_gradients(backend: str, steps: i
             optimizer.step()
         reference.step(grads)
         plans.append(engine_of(optimizer).plan)
-    if backend != "reference":
+    if backend not in ("torch", "reference"):
         assert all(plan is plans[-1] for plan in plans[1:])  # once it runs, a step makes no other
     assert_follows(optimizer, reference)
     for param in params:  # offloaded moments are where their parts are

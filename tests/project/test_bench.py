@@ -100,7 +100,7 @@ def test_rows(case: Case) -> None:
         for spread in (row.time.nexus, row.time.peer, row.time.ratio):
             assert 0 < spread.p20 <= spread.median <= spread.p80 < math.inf
         assert row.peer == COPY or row.difference < 1e-3
-        assert row.backend in ("native", "reference")
+        assert row.backend in ("native", "torch")
 
 
 @pytest.mark.parametrize("job", [STEP, CLIP_STEP_SCHEDULE])
@@ -288,15 +288,16 @@ def test_a_quick_run_is_of_few_cases_and_says_so(monkeypatch: pytest.MonkeyPatch
 
 def test_the_backend_that_is_timed(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(CASES, "tiny", replace(CASES["tiny"], shapes=((64,),) * 3))
-    (row, *_) = measure(replace(SMALL, jobs=(STEP,)), 2, backend="reference")
-    assert (row.backend, row.difference < 1e-3) == ("reference", True)
-    assert main(["--backend", "reference", "--case", "tiny", "--repeats", "1"]) == 0
+    for backend in ("torch", "reference"):
+        (row, *_) = measure(replace(SMALL, jobs=(STEP,)), 2, backend=backend)
+        assert (row.backend, row.difference < 1e-3) == (backend, True)
+    assert main(["--backend", "torch", "--case", "tiny", "--repeats", "1"]) == 0
     assert "host time" not in capsys.readouterr().out
     for argv, words in (
         (["--case", "train-mlp"], "leave out --case train-mlp"),
         (["--case", "host"], "leave out --case host"),
     ):
-        assert main(["--backend", "reference", *argv]) == 2
+        assert main(["--backend", "torch", *argv]) == 2
         assert words in capsys.readouterr().err
     assert main(["--backend", "cuda", "--case", "tiny"]) == 2
     assert "backend='cuda' runs on cuda" in capsys.readouterr().err

@@ -305,7 +305,7 @@ def test_without_torch(tmp_path: Path) -> None:
 
 
 def test_rates_that_differ_are_counted(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("native", "reference")
+    names = ("native", "torch", "reference")
     assert gpu_checks.rates(2000, names) == {name: {"steps": 14_000, "unequal": 0} for name in names}
     right = reference.evaluate
     monkeypatch.setattr(reference, "evaluate", lambda table, steps: right(table, steps) * (1 + 1e-6))

@@ -38,7 +38,7 @@ def test_captured_steps_of_triton_equal_plain_ones(name: str, graphs: Graphs) ->
     assert "replay" in graphs.events
 
 
-@pytest.mark.parametrize("backend", ["native", "reference"])
+@pytest.mark.parametrize("backend", ["native", "torch", "reference"])
 @pytest.mark.parametrize("name", LOOPS)
 def test_eager_steps_equal_plain_ones(name: str, backend: str) -> None:
     plain, eager = (run(name, World(backend, captured)) for captured in (False, True))

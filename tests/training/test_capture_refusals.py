@@ -229,6 +229,7 @@ AT_ONCE: dict[str, tuple[Callable[[], World], str]] = {
         r"group 0 has the rate 0\.01 \(float\), a number, and a scheduler of torch.*Give FusedAdamW a Schedule",
     ),
     "native": (lambda: World("native", captured=True), NO_GRAPHS.format("native")),
+    "torch": (lambda: World("torch", captured=True), NO_GRAPHS.format("torch")),
     "reference": (lambda: World("reference", captured=True), NO_GRAPHS.format("reference")),
     "AdamW": (lambda: of_torch(torch.optim.AdamW), NOT_CAPTURABLE.format("AdamW")),
     "SGD": (lambda: of_torch(torch.optim.SGD), NOT_CAPTURABLE.format("SGD")),

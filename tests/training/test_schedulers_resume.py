@@ -12,7 +12,7 @@ from test_schedulers import GIVEN, Run, same, through_a_file
 from nexus.optim import FusedAdamW
 from nexus.schedules import WSD, Cosine, CosineRestarts, Schedule
 
-KINDS = ("SGD", "FusedAdamW", "reference")
+KINDS = ("SGD", "FusedAdamW", "torch", "reference")
 each_kind = pytest.mark.parametrize("kind", KINDS)
 each_pair = pytest.mark.parametrize(("saving", "loading"), list(itertools.product(KINDS[:2], KINDS)))
 WITHOUT = {"extended": None, "decay_start": None, "decay_from": None}

@@ -15,7 +15,7 @@ from nexus.optim import FusedAdamW
 from nexus.optim.parameters import named_parameters
 from nexus.training.schedulers import ScheduleLR
 
-_EAGER_BACKENDS = ("native", "reference")
+_EAGER_BACKENDS = ("native", "torch", "reference")
 
 
 def check_capturable(optimizer: Optimizer, device: torch.device) -> None:

@@ -6,11 +6,11 @@ import functools
 import warnings
 from typing import NamedTuple, cast
 
-from torch import Tensor, int64  # not torch itself: here, that name is the backend's
-from torch import device as Device
+import torch
+from torch import Tensor
 
 from nexus.arguments import MAX_STEP
-from nexus.backends import cuda, native, reference, torch, triton
+from nexus.backends import cuda, native, reference, torch_fused, triton
 from nexus.backends.interface import Backend
 from nexus.schedules import Schedule
 from nexus.schedules.table import lower
@@ -18,7 +18,7 @@ from nexus.schedules.table import lower
 __all__ = ["BackendInfo", "describe", "evaluate", "select"]
 
 _FUSED = tuple(cast(Backend, module) for module in (native, cuda, triton))  # in the order of preference
-_PLAIN = tuple(cast(Backend, module) for module in (torch, reference))  # of PyTorch's operations
+_PLAIN = tuple(cast(Backend, module) for module in (torch_fused, reference))  # of PyTorch's operations
 _BACKENDS = {backend.NAME: backend for backend in (*_FUSED, *_PLAIN)}
 
 
@@ -39,7 +39,7 @@ def describe() -> list[BackendInfo]:
     ]
 
 
-def select(name: str, devices: list[Device]) -> Backend:
+def select(name: str, devices: list[torch.device]) -> Backend:
     """The backend called `name`, or the best one for tensors on these devices if `name` is `"auto"`.
 
     Raises:
@@ -65,7 +65,7 @@ def select(name: str, devices: list[Device]) -> Backend:
 
     if types <= {"cpu"}:
         # torch's own kernel, if it must be: nexus.optim has warned. Not Triton's interpreter, which is for tests.
-        return _BACKENDS[native.NAME if native.unavailable() is None else torch.NAME]
+        return _BACKENDS[native.NAME if native.unavailable() is None else torch_fused.NAME]
     reasons: list[str] = []
     for backend in _FUSED:
         if types <= backend.DEVICE_TYPES:
@@ -90,11 +90,13 @@ def say_once(words: str) -> None:
     warnings.warn(f"nexus: {words}", RuntimeWarning, stacklevel=2)
 
 
-def evaluate(schedule: Schedule, steps: Tensor, device: Device | str | None = None, name: str = "auto") -> Tensor:
+def evaluate(
+    schedule: Schedule, steps: Tensor, device: torch.device | str | None = None, name: str = "auto"
+) -> Tensor:
     """See `nexus.schedules.evaluate`."""
     if not isinstance(schedule, Schedule):
         raise TypeError(f"schedule must be a nexus Schedule, got {type(schedule).__name__}")
-    if not isinstance(steps, Tensor) or steps.dtype != int64:
+    if not isinstance(steps, Tensor) or steps.dtype != torch.int64:
         given = steps.dtype if isinstance(steps, Tensor) else type(steps).__name__
         raise TypeError(f"steps must be a tensor of int64, got {given}")
     if steps.numel() and (int(steps.min()) < 0 or int(steps.max()) > MAX_STEP):

@@ -27,7 +27,7 @@ from references import (
 )
 from torch import Tensor
 
-from nexus.backends import torch as torch_backend
+from nexus.backends import torch_fused
 from nexus.optim import EMA, FusedAdamW
 from nexus.optim.engine import engine_of
 from nexus.schedules import Linear
@@ -37,14 +37,14 @@ SHAPES = [(), (0,), (1,), (7,), (13, 17), (300,), (64, 9), (20_000,), (5_003,)]
 SCHEDULE = Linear(start_lr=1e-2, end_lr=1e-3, total_steps=STEPS)
 DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 dtypes = pytest.mark.parametrize("dtype", DTYPES, ids=str)
-PIECES = {"whole": {}, "in pieces": {"PIECE": 1024, "SMALL": 400, "SUMMED": 128}}
+PIECES = {"whole": {}, "in pieces": {"STRETCH": 1024, "SMALL": 400, "SUMMED": 128}}
 
 
 @pytest.fixture(params=PIECES.values(), ids=list(PIECES))
 def pieces(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Cuts that are made of large models, and of small ones here, too."""
     for name, value in request.param.items():
-        monkeypatch.setattr(torch_backend, name, value)
+        monkeypatch.setattr(torch_fused, name, value)
 
 
 def kernel_calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:

@@ -6,7 +6,7 @@ One call updates all tensors of a group. Everything around it, and what that ker
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -87,8 +87,8 @@ class TorchWork(Work):
     def sum_of_squares(self, gradients: list[list[Tensor]]) -> Tensor:
         others, own = self._divided(gradients)
         if own and not self._sums_exactly:
-            sums = [batch.sum_of_squares(grads) for batch, grads in zip(self._batches, own, strict=True)]
-            total = torch.stack(sums).sum()
+            norms = [norm for batch, grads in zip(self._batches, own, strict=True) for norm in batch.norms(grads)]
+            total = torch.stack(norms).double().square().sum()
             if TINY**2 < float(total) < math.inf:  # else a square may be out of the range of float32
                 return super().sum_of_squares(others) + total
         return super().sum_of_squares([*others, *([codecs.flat(grad) for grad in grads] for grads in own)])
@@ -134,12 +134,11 @@ class Batch:
         self._has_copies = False
         return [grad for grad in (param.grad for param in self._params) if grad is not None]
 
-    def sum_of_squares(self, grads: list[Tensor]) -> Tensor:
-        """Of the gradients, in float64 from the norms of their stretches."""
+    def norms(self, grads: list[Tensor]) -> Sequence[Tensor]:
+        """Of stretches of the gradients."""
         flat = [self._copied(grads), *map(codecs.flat, grads[self._small :])]
         stretches = [stretch for each in flat for stretch in torch.split(each, SUMMED)]
-        dtype = torch.promote_types(grads[0].dtype, self._dtype)
-        return torch.stack(torch._foreach_norm(stretches, 2, dtype=dtype)).double().square().sum()
+        return torch._foreach_norm(stretches, 2, dtype=torch.promote_types(grads[0].dtype, self._dtype))
 
     def update(self, grads: list[Tensor], rates: dict[str, float], multiplier: float) -> None:
         """Update all tensors once, with the rates of their group and a multiplier of their gradients."""

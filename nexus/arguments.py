@@ -29,18 +29,23 @@ def shown(value: object) -> str:
         return f"a very large {type(value).__name__}"
 
 
-def in_a_string(value: object) -> str:
-    """What to write in the place of a number in a string, for the end of an error message; "" of all else."""
-    if not isinstance(value, str):
+def number_in(text: object) -> float | None:
+    """The finite number that a string holds, as an int where it is written as one; None of all else."""
+    for kind in (int, float):
+        try:
+            number = kind(text) if isinstance(text, str) else math.inf
+        except ValueError:
+            continue
+        return number if math.isfinite(number) else None
+    return None
+
+
+def in_a_string(value: object, meant: float | None) -> str:
+    """What to write in the place of a string, for the end of an error message; "" where no number is meant."""
+    if not isinstance(value, str) or meant is None:
         return ""
-    try:
-        number = float(value)
-    except ValueError:
-        return ""
-    if not math.isfinite(number):
-        return ""
-    meant = int(number) if number.is_integer() and "." not in value and "e" not in value.lower() else number
-    return f"; that is a string (YAML reads 1e-3 as one, and 1.0e-3 as a number): write {meant!r}"
+    why = "" if "." in value or "e" not in value.lower() else " (YAML reads 1e-3 as one, and 1.0e-3 as a number)"
+    return f"; that is a string{why}: write {meant!r}"
 
 
 def check_count(
@@ -52,7 +57,9 @@ def check_count(
     """
     top = "2**53" if high == MAX_STEP else str(high)
     allowed = f"an int from {low} to {top}{f' or {also}' if also else ''}"
-    remedy = in_a_string(value)
+    meant = number_in(value)
+    whole = int(meant) if meant is not None and low <= meant <= high and meant == math.floor(meant) else None
+    remedy = in_a_string(value, whole)
     if not isinstance(value, bool):
         try:
             count = int(operator.index(value))  # type: ignore[arg-type]
@@ -131,7 +138,9 @@ def check_number(name: str, value: object, *, low: float = 0.0, positive: bool =
     allowed = f"a finite number{bound}"
     real = as_real(value)
     if real is None:
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value)}")
+        meant = number_in(value)
+        fits = meant is not None and meant >= low and (meant > 0.0 or not positive)
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value, meant if fits else None)}")
     try:
         number = float(real) + 0.0
     except OverflowError:
@@ -146,7 +155,9 @@ def check_fraction(name: str, value: object, *, positive: bool = False) -> float
     allowed = f"a number {'above 0 and at most 1' if positive else 'from 0 to 1'}"
     real = as_real(value)
     if real is None:
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value)}")
+        meant = number_in(value)
+        fits = meant is not None and 0 <= meant <= 1 and (meant > 0 or not positive)
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value, meant if fits else None)}")
     if not 0 <= real <= 1 or (positive and real == 0):
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return float(real) + 0.0

@@ -80,8 +80,9 @@ PARAMS_OF_TORCH = {
     # That factor is rounded to float32, the same way in every step. Measured: 1.8e-6 of the value and 1 more.
     torch.float32: Tolerance(rtol=3e-6, atol=3e-6),
     # As above, but a parameter that went on one unit apart may do so twice. Measured: shares of 1e-3 and 2.3e-3.
-    torch.bfloat16: Tolerance(rtol=2**-7, atol=2**-7, unequal=5e-3),
-    torch.float16: Tolerance(rtol=2**-10, atol=2**-10, unequal=5e-3),
+    # Two units are 2**-6 and 2**-9 of a value just above a power of 2: fuzz.py --seed 81570 has such.
+    torch.bfloat16: Tolerance(rtol=2**-6, atol=2**-7, unequal=5e-3),
+    torch.float16: Tolerance(rtol=2**-9, atol=2**-10, unequal=5e-3),
 }
 # Of moments, which do not depend on the parameters, and are float32 for half precision.
 MOMENT = {

@@ -27,7 +27,7 @@ def unavailable(devices: Iterable[torch.device] = ()) -> str | None:
     failure = Path(__file__).parents[1] / "_native_build_failure.txt"
     clone = Path(__file__).parents[2]
     in_clone = (clone / "setup.py").is_file()
-    install = f"pip install --no-cache-dir --force-reinstall --no-deps {'-e .' if in_clone else 'nexus-optim'}"
+    install = f"pip install --no-cache-dir --force-reinstall --no-deps {f'-e {clone}' if in_clone else 'nexus-optim'}"
     if failure.is_file():
         words = failure.read_text().strip().removesuffix(".")
         return (

@@ -117,6 +117,8 @@ class ReferenceRunner(Runner):
 class Work:
     """A step on one device, and what of it stays from step to step."""
 
+    rates_type = GroupRates
+
     def __init__(self, plan: DevicePlan) -> None:
         self.plan = plan
         entries = self.take([entry for entry in plan.entries if entry.grad is not None])
@@ -136,7 +138,7 @@ class Work:
 
     def take_settings(self) -> None:
         """Take over the hyperparameters of the plan's groups."""
-        self.rates = GroupRates(self.plan.groups, self.plan.state)
+        self.rates = self.rates_type(self.plan.groups, self.plan.state)
 
     def gradients(self) -> list[list[Tensor]]:
         """Of each share, in stretches."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -48,26 +47,24 @@ def _layer_values(layer: Tensor, steps: Tensor) -> Tensor:
     curve, start, period, offset, span, high, low, k, q = row.unbind(-1)
     position = (steps - start.to(torch.int64)) % period.to(torch.int64)
     p = (position.to(torch.float64) + offset) / span
-    weights: dict[Curve, Callable[[], Tensor]] = {
-        Curve.CONSTANT: lambda: torch.ones_like(p),
-        Curve.RISE: lambda: p,
-        Curve.LINEAR: lambda: 1.0 - p,
-        Curve.COSINE: lambda: _power(torch.cos(0.5 * math.pi * _power(p, k)).square(), q),
-        Curve.SQRT: lambda: 1.0 - torch.sqrt(p),
-        Curve.POWER: lambda: _power(1.0 - _power(p, k), q),
-        Curve.EXPONENTIAL: lambda: (_power(q, p) - k) / (1.0 - k),
-        Curve.STAIRCASE: lambda: _power(q, p.floor()),
-        Curve.INVERSE: lambda: 1.0 / _power(1.0 + p, q),
-        Curve.LOG: lambda: k * torch.log(p),
-        Curve.TANH: lambda: 0.5 * (1.0 - torch.tanh(k * (1.0 - p) + q * p)),
-        Curve.SAMPLED: lambda: _sampled(layer.flatten(1), k, q, p),
+    powered = _power(p, k)
+    weights = {
+        Curve.CONSTANT: torch.ones_like(p),
+        Curve.RISE: p,
+        Curve.LINEAR: 1.0 - p,
+        Curve.COSINE: _power(torch.cos(0.5 * math.pi * powered).square(), q),
+        Curve.SQRT: 1.0 - torch.sqrt(p),
+        Curve.POWER: _power(1.0 - powered, q),
+        Curve.EXPONENTIAL: (_power(q, p) - k) / (1.0 - k),
+        Curve.STAIRCASE: _power(q, p.floor()),
+        Curve.INVERSE: 1.0 / _power(1.0 + p, q),
+        Curve.LOG: k * torch.log(p),
+        Curve.TANH: 0.5 * (1.0 - torch.tanh(k * (1.0 - p) + q * p)),
+        Curve.SAMPLED: _sampled(layer.flatten(1), k, q, p),
     }
     weight = torch.full_like(p, math.nan)
-    readable = curve.device.type == "cpu" and not torch._C._len_torch_dispatch_stack()  # without waiting
-    here: set[float] = set(curve.flatten().tolist() if readable else weights)
-    for each, weigh in weights.items():
-        if each in here:
-            weight = torch.where(curve == each, weigh(), weight)
+    for each, values in weights.items():
+        weight = torch.where(curve == each, values, weight)
     return _bounded(low + weight * (high - low))
 
 
@@ -130,9 +127,9 @@ class GroupRates:
         completed = self._state.completed
         moving = []
         for alike in self._schedules.values():
-            tables = torch.stack([rate.table for rate in alike.values() if rate.table is not None])
+            tables = [rate.table for rate in alike.values() if rate.table is not None]
             clocks = [completed if rate.clock is None else rate.clock for rate in alike.values()]
-            moving.append(_evaluated(tables, torch.stack(clocks).unsqueeze(1)).flatten())
+            moving.append(self.evaluate(tables, clocks))
         for rate in self._tensors:
             tensor = rate.tensor if rate.host is None else rate.host
             assert tensor is not None
@@ -146,6 +143,10 @@ class GroupRates:
         if self._shown:
             self._show(numbers[self._shown_places], skip)
         return rates
+
+    def evaluate(self, tables: list[Tensor], clocks: list[Tensor]) -> Tensor:
+        """The values of schedules, from tables of one size, each at a count."""
+        return _evaluated(torch.stack(tables), torch.stack(clocks).unsqueeze(1)).flatten()
 
     def _show(self, numbers: Tensor, skip: Tensor | None) -> None:
         shown = [last.data for last in self._shown]  # as the kernels, which count no version

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import Parameter
 
 from nexus.backends import codecs
-from nexus.backends.interface import RATES, DevicePlan, TensorEntry
+from nexus.backends.interface import RATES, DevicePlan, GroupSettings, StepState, TensorEntry
 from nexus.backends.reference import ReferenceRunner, Work
-from nexus.backends.reference_rates import evaluate
+from nexus.backends.reference_rates import GroupRates, evaluate
+from nexus.schedules.curves import Layer, value_of
+from nexus.schedules.table import layers_in
 
 __all__ = ["DEVICE_TYPES", "NAME", "TorchRunner", "detail", "evaluate", "runner", "unavailable"]
 
@@ -28,8 +30,8 @@ STRETCH = 1 << 20
 """Elements of which copies are made at once: few enough for a cache, and many for the threads to share."""
 SMALL = 1 << 17
 """Tensors of fewer elements are copied together: they cost more by the call than by the element."""
-SUMMED = 1 << 16
-"""Gradients whose squares are added up in float32: their norm is right to within 2e-5, and mostly to 1e-6."""
+SUMMED = 1 << 14
+"""Gradients whose squares are added up in float32: their norm is right to within 5e-5, and mostly to 1e-6."""
 TINY = 1e-10
 """Norms of gradients below it are summed in float64, since squares of float32 may vanish."""
 
@@ -56,14 +58,36 @@ class TorchRunner(ReferenceRunner):
         return TorchWork(plan, sums_exactly=bool(self._plan.norm_parts))
 
 
+class HostRates(GroupRates):
+    """Rates whose schedules the oracle evaluates: on the CPU, a table can be read."""
+
+    def __init__(self, groups: list[GroupSettings], state: StepState) -> None:
+        super().__init__(groups, state)
+        self._read: dict[int, tuple[int, list[Layer]]] = {}  # of a table: the version that was read, and its layers
+
+    def evaluate(self, tables: list[Tensor], clocks: list[Tensor]) -> Tensor:
+        values = [value_of(self._layers(table), int(clock)) for table, clock in zip(tables, clocks, strict=True)]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+    def _layers(self, table: Tensor) -> list[Layer]:
+        version, layers = self._read.get(id(table), (-1, []))
+        if version != table._version:
+            layers = layers_in(table)
+            self._read[id(table)] = table._version, layers
+        return layers
+
+
 class TorchWork(Work):
     """A step on the CPU.
 
     Args:
         plan: of all tensors there.
         sums_exactly: whether all squares are summed in float64, since sums of some are subtracted from that of all.
-            They also are where some parameters are float64, whose update is to be as exact as it can be.
+            They also are beside float64 parameters and what the reference updates, which is to have the bits that it
+            has there.
     """
+
+    rates_type = HostRates
 
     def __init__(self, plan: DevicePlan, sums_exactly: bool) -> None:
         self._sums_exactly = sums_exactly
@@ -77,7 +101,7 @@ class TorchWork(Work):
         others = alike.pop(None, [])
         self._batches = [Batch(each) for each in alike.values()]
         dtypes = {entry.param.dtype == torch.float64 for entry in entries}
-        self._sums_exactly = self._sums_exactly or len(dtypes) > 1
+        self._sums_exactly = self._sums_exactly or len(dtypes) > 1 or len(others) > 0
         return others
 
     def gradients(self) -> list[list[Tensor]]:
@@ -121,9 +145,14 @@ class Batch:
         self.group = entries[0].group
         self._params = [entry.original for entry in entries]
         states = [entry.state for entry in entries if entry.state is not None]
-        maxima = [state.max_exp_avg_sq for state in states if state.max_exp_avg_sq is not None]
-        self._moments = [state.exp_avg for state in states], [state.exp_avg_sq for state in states], maxima
-        self._counts = [state.step.data for state in states]  # so that the version counts what others write
+        streams = (
+            [state.exp_avg for state in states],
+            [state.exp_avg_sq for state in states],
+            [state.max_exp_avg_sq for state in states if state.max_exp_avg_sq is not None],
+            [state.average for state in states if state.average is not None],
+        )
+        counts = [state.step.data for state in states]  # so that the version counts what others write
+        self._whole = Part(self._params, [], *streams, counts)
         self._ones = [torch.ones((), dtype=torch.float64, device="cpu")] * len(entries)
         self._dtype = states[0].exp_avg.dtype  # of the arithmetic
         self._small = sum(param.numel() < SMALL for param in self._params)  # so many of the tensors
@@ -142,17 +171,22 @@ class Batch:
 
     def update(self, grads: list[Tensor], rates: dict[str, float], multiplier: float) -> None:
         """Update all tensors once, with the rates of their group and a multiplier of their gradients."""
-        torch._foreach_add_(self._counts, self._ones)
+        whole = self._whole._replace(grads=grads)
+        torch._foreach_add_(whole.counts, self._ones)
         by, rate = abs(multiplier), {name: rates[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")}
-        options: dict[str, Any] = {**rate, "amsgrad": len(self._moments[2]) > 0, "maximize": multiplier < 0.0}
-        whole = Part(self._params, grads, *self._moments, self._counts)
+        options: dict[str, Any] = {**rate, "amsgrad": bool(whole.max_exp_avg_sqs), "maximize": multiplier < 0.0}
         is_plain = by == 1.0 and self._params[0].dtype == grads[0].dtype == self._dtype
         for part in [whole] if is_plain else self._cut(whole, by):
             params = self._converted(part.params)
-            torch._fused_adamw_(*part._replace(params=params), **options)
+            moments = part.exp_avgs, part.exp_avg_sqs, part.max_exp_avg_sqs
+            torch._fused_adamw_(params, part.grads, *moments, part.counts, **options)
+            if part.averages:
+                _average(part.averages, params, part.counts, rates["average_decay"])
             if params is not part.params:
                 torch._foreach_copy_(part.params, params)
         torch.autograd.graph.increment_version(self._params)  # which torch's kernel does not
+        if self._small and len(self._copies[0]) > STRETCH:
+            del self._copies  # or much memory stays taken from step to step
 
     def _cut(self, whole: Part, by: float) -> Iterator[Part]:
         """Parts whose gradients are of the arithmetic's type, and multiplied."""
@@ -161,10 +195,9 @@ class Batch:
             yield Part._make(each[: self._small] for each in whole)._replace(grads=self._copies[1])
         for place in range(self._small, len(self._params)):
             *streams, count = (each[place : place + 1] for each in whole)
-            cut = [torch.split(codecs.flat(each), STRETCH) for stream in streams for each in stream]
-            for stretches in zip(*cut, strict=True):
-                present = [[stretch] for stretch in stretches]
-                part = Part._make([*present, *([[]] * (len(streams) - len(present))), count])
+            cut = [[torch.split(codecs.flat(each), STRETCH) for each in stream] for stream in streams]
+            for k in range(len(cut[0][0])):
+                part = Part._make([*([pieces[k] for pieces in stream] for stream in cut), count])
                 yield part._replace(grads=[grad * by for grad in self._converted(part.grads)])
 
     def _copied(self, grads: list[Tensor]) -> Tensor:
@@ -190,14 +223,25 @@ class Batch:
 
 
 class Part(NamedTuple):
-    """What one call updates, as torch's kernel takes it."""
+    """What one call updates: a list of each stream."""
 
     params: list[Tensor]
     grads: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     max_exp_avg_sqs: list[Tensor]  # none without amsgrad
+    averages: list[Tensor]  # as above
     counts: list[Tensor]
+
+
+def _average(averages: list[Tensor], params: list[Tensor], counts: list[Tensor], decay: float) -> None:
+    # A parameter's first update copies it, as torch.optim.swa_utils.AveragedModel does.
+    weights = [1.0 if count == 1.0 else 1.0 - decay for count in torch.stack(counts).tolist()]
+    if len(set(weights)) == 1:
+        torch._foreach_lerp_(averages, params, weights[0])
+        return
+    for average, param, weight in zip(averages, params, weights, strict=True):
+        average.lerp_(param, weight)
 
 
 def _likeness(entry: TensorEntry) -> object:
@@ -208,9 +252,10 @@ def _likeness(entry: TensorEntry) -> object:
     if entry.staged or entry.stochastic_rounding or type(param) not in (Tensor, Parameter) or param.is_inference():
         return None
     moments = [state.exp_avg, state.exp_avg_sq]
-    moments += [] if state.max_exp_avg_sq is None else [state.max_exp_avg_sq]
+    kept = [each for each in (state.max_exp_avg_sq, state.average) if each is not None]
     dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
-    kept = (state.master_low, state.average, state.beta_products)
-    if any(each is not None for each in kept) or any(moment.dtype != dtype for moment in moments):
+    if state.master_low is not None or state.beta_products is not None:
         return None
-    return entry.group, param.dtype, grad.dtype, len(moments)
+    if any(each.dtype != dtype for each in (*moments, *kept)):
+        return None
+    return entry.group, param.dtype, grad.dtype, state.max_exp_avg_sq is None, state.average is None

@@ -158,6 +158,10 @@ class FusedAdamW(Scheduled, Listening, Averaged, Optimizer):
             raise TypeError(f"skip_nonfinite must be a bool, got {shown(skip_nonfinite)}")
         if not isinstance(backend, str):
             raise TypeError(f"backend must be a string, got {shown(backend)}")
+        if norm_group is not None and not hasattr(norm_group, "allreduce"):
+            raise TypeError(
+                f"norm_group must be a ProcessGroup of torch.distributed or None, got {shown(norm_group)}"
+            )
         check_seed(seed)
         self._engine = Engine(backend, skip_nonfinite=skip_nonfinite, norm_group=norm_group, seed=seed)
         self._new_params: set[int] | None = set()  # of the groups so far, while they are made

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from torch.optim.lr_scheduler import LRScheduler
 
-from nexus.arguments import call_of, in_a_string
+from nexus.arguments import call_of, number_in
 from nexus.schedules import Schedule
 
 
@@ -23,7 +23,11 @@ def remedy(name: str, value: Any) -> str:
         return _of_scheduler(name, value)
     if type(value).__module__.startswith("timm."):
         return "; from_timm(scheduler) makes a Schedule for each group"
-    if isinstance(value, str) and not in_a_string(value):  # which the check of a number has said
+    if isinstance(value, str):
+        if number_in(value) is not None:  # the check of a number has said what to write
+            return ""
+        if value.strip().lower() in ("none", "null", "auto", ""):
+            return "; that is a string: leave it out, or write None where that is allowed"
         return (
             "; that is a string: write the Schedule, such as Cosine(peak_lr=1e-3, total_steps=1000), or "
             "from_transformers(name, lr, ...) for transformers' names"
@@ -74,7 +78,7 @@ def warn_of_misspelt(group: Mapping[str, Any], settings: Collection[str], stackl
     """Warn of what is nearly the name of a setting. A group may have keys of its user's, as in torch."""
     for key in group:
         meant = [] if key in settings else difflib.get_close_matches(str(key), settings, n=1, cutoff=0.85)
-        if meant:
+        if meant and meant[0] not in str(key):  # as in eps2 and no_weight_decay
             warnings.warn(
                 f"a group has {key!r}, which no step reads; did you mean {meant[0]!r}?", stacklevel=stacklevel
             )

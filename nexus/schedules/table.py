@@ -90,6 +90,20 @@ def _rows(layer: Layer) -> list[Sequence[float]]:
     return [header, *placed, *(kept[i : i + _COLUMNS] for i in range(0, len(kept), _COLUMNS))]
 
 
+def layers_in(rows: Tensor) -> list[Layer]:
+    """The layers of a table, for the oracle. Reads the device."""
+    layers: list[Layer] = []
+    for (op, count, repeat_start, repeat_length, *_), *others in rows.tolist():
+        segments = tuple(
+            Segment(Curve(int(curve)), int(start), int(period), *numbers)
+            for curve, start, period, *numbers in others[: int(count)]
+        )
+        has_samples = any(row.curve == Curve.SAMPLED for row in segments)  # at places in all numbers of the layer
+        samples = tuple(rows[len(layers)].flatten().tolist()) if has_samples else ()
+        layers.append(Layer(segments, Op(int(op)), int(repeat_start), int(repeat_length), samples))
+    return layers
+
+
 class Edit(NamedTuple):
     """What has been put in force in the run."""
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
 import math
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -214,13 +216,35 @@ def test_squares_beyond_float32_are_summed_all_the_same(size: float) -> None:
     assert not same_bits(snapshot(optimizer), before)
 
 
-def test_the_norm_of_a_large_tensor_is_near_the_exact_one() -> None:
-    param = torch.nn.Parameter(torch.zeros(4_000_000))
-    param.grad = torch.randn(4_000_000)
+@pytest.mark.parametrize("numel", [torch_fused.SMALL - 1, 4_000_000])
+@pytest.mark.parametrize(
+    ("make", "rtol"),
+    [
+        (torch.randn, 5e-6),
+        # The worst that are known for sums of float32 in a few lanes. Measured: 1.5e-5 and 4.3e-5.
+        (lambda numel: torch.full((numel,), 1.1), 5e-5),
+        (lambda numel: torch.where(torch.arange(numel) % torch_fused.SUMMED < 8, 1.0, 1e-3), 5e-5),
+    ],
+    ids=["random", "equal", "few large"],
+)
+def test_norms_are_near_the_exact_one(numel: int, make: Callable[[int], Tensor], rtol: float) -> None:
+    param = torch.nn.Parameter(torch.zeros(numel))
+    param.grad = make(numel)
     optimizer = FusedAdamW([param], max_grad_norm=1.0, backend="torch")
     optimizer.step()
     exact = param.grad.double().square().sum().sqrt()
-    torch.testing.assert_close(optimizer.grad_norm, exact, rtol=norm_rtol("torch"), atol=0.0)
+    torch.testing.assert_close(optimizer.grad_norm, exact, rtol=rtol, atol=0.0)
+
+
+@pytest.mark.parametrize(("stretch", "held"), [(601, 1), (600, 0)])
+def test_much_memory_is_not_held_from_step_to_step(stretch: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch_fused, "STRETCH", stretch)
+    params = make_params([(300,), (301,)])
+    optimizer = FusedAdamW(params, max_grad_norm=0.1, backend="torch")
+    for _ in range(2):
+        set_grads(params, make_grads(params))
+        optimizer.step()
+        assert sum(type(each) is Tensor and each.numel() == 601 for each in gc.get_objects()) == held
 
 
 # Together in one optimizer.
@@ -246,7 +270,7 @@ def test_groups_and_counts_that_differ() -> None:
 
 
 LEFT: dict[str, dict[str, Any]] = {
-    "average": {"average": EMA(0.9)},
+    "average in 16 bits": {"average": EMA(0.9, dtype=torch.bfloat16)},
     "moving betas": {"betas": (torch.tensor(0.8), torch.tensor(0.99))},
     "moments in 16 bits": {"exp_avg_dtype": torch.bfloat16, "exp_avg_sq_dtype": torch.bfloat16},
     "moments in 8 bits": {"exp_avg_dtype": torch.int8, "exp_avg_sq_dtype": torch.uint8},

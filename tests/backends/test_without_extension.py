@@ -44,7 +44,7 @@ def test_without_the_extension_torchs_own_kernel_runs_and_nexus_says_why_once() 
         assert "the extension cannot be imported: import of nexus._native halted" in line
 
 
-@pytest.mark.parametrize(("in_clone", "what"), [(False, "nexus-optim"), (True, "-e .")])
+@pytest.mark.parametrize(("in_clone", "what"), [(False, "nexus-optim"), (True, "-e {}")])
 def test_the_remedy_installs_what_pip_has_not_kept(
     in_clone: bool, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,4 +58,4 @@ def test_the_remedy_installs_what_pip_has_not_kept(
     reason = extension.unavailable()
     assert reason is not None
     assert reason.startswith("the extension was not built: no working C++ compiler: set CXX. With a C++ compiler")
-    assert f"run 'pip install --no-cache-dir --force-reinstall --no-deps {what}'" in reason
+    assert f"run 'pip install --no-cache-dir --force-reinstall --no-deps {what.format(tmp_path)}'" in reason

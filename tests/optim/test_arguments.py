@@ -85,6 +85,7 @@ OF_THE_CONSTRUCTOR: Bad = [
     ("skip_nonfinite", (1, None), TypeError, f"skip_nonfinite {BOOL}"),
     ("backend", ("gpu",), ValueError, r"backend must be one of \('auto', 'native', 'cuda', .*\), got 'gpu'"),
     ("backend", ("cuda",), ValueError, r"backend='cuda' runs on cuda, but the tensors are on cpu"),
+    ("norm_group", ("world", 3, [0, 1]), TypeError, "norm_group must be a ProcessGroup of torch.distributed or None"),
     ("backend", (None,), TypeError, r"backend must be a string, got None \(NoneType\)"),
     ("fused", (1,), TypeError, r"fused must be a bool or None, got 1 \(int\)"),
     ("foreach", ("yes",), TypeError, "foreach must be a bool or None, got 'yes'"),
@@ -249,11 +250,24 @@ def test_a_name_is_used_in_errors() -> None:
             "give its Schedule: scheduler.schedule",
         ),
         (lambda: "1e-3", r"that is a string \(YAML reads 1e-3 as one.*: write 0.001"),
+        (lambda: "none", "that is a string: leave it out, or write None where that is allowed"),
         (lambda: "cosine", r"that is a string: write the Schedule, such as Cosine\(.*from_transformers\("),
         (lambda: Constant(1.0).to_dict(), "Schedule.from_dict makes a Schedule"),
         (lambda: {"head": 1.0}, "give each group its own"),
     ],
-    ids=["scheduler", "list", "class", "torch's class", "function", "nexus's", "number", "name", "saved", "dict"],
+    ids=[
+        "scheduler",
+        "list",
+        "class",
+        "torch's class",
+        "function",
+        "nexus's",
+        "number",
+        "none",
+        "name",
+        "saved",
+        "dict",
+    ],
 )
 @pytest.mark.parametrize("name", ["lr", "weight_decay", "eps", "max_grad_norm", "lr_scale", "betas"])
 def test_what_is_nearly_a_rate_has_a_remedy(name: str, wrong: Callable[[], object], remedy: str) -> None:
@@ -270,7 +284,20 @@ def test_a_key_that_is_nearly_a_setting_is_warned_of_where_it_was_given(adds: bo
     def group(**keys: object) -> dict[str, Any]:
         return {"params": make_params([(3,)]), **keys}
 
-    FusedAdamW([group(name="head", lr_mult=0.1, weight_decay_mult=0.0, initial_lr=1.0, layer_id=3, fused=None)])
+    FusedAdamW(
+        [
+            group(
+                name="head",
+                lr_mult=0.1,
+                weight_decay_mult=0.0,
+                initial_lr=1.0,
+                layer_id=3,
+                fused=None,
+                eps2=1.0,
+                no_weight_decay=True,
+            )
+        ]
+    )
     optimizer = FusedAdamW([group()])
     give = optimizer.add_param_group if adds else lambda group: FusedAdamW([group])
     words = r"a group has 'weight_decy', which no step reads; did you mean 'weight_decay'\?"

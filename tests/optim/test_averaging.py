@@ -12,7 +12,19 @@ import torch
 from cuda_on_cpu import NAME
 from graphs_on_cpu import Graphs
 from low_memory_cases import MODES
-from references import LAYOUTS, make_grads, make_params, params_of, same_bits, set_grads, snapshot, through_a_file
+from references import (
+    LAYOUTS,
+    Tolerance,
+    assert_close,
+    make_grads,
+    make_params,
+    params_of,
+    params_tolerance,
+    same_bits,
+    set_grads,
+    snapshot,
+    through_a_file,
+)
 from torch import Tensor
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
@@ -95,11 +107,14 @@ def test_parameters_of_any_layout(layout: str, backend: str) -> None:
         param.grad, twin.grad = grad.clone(), grad
         for optimizer in optimizers:
             optimizer.step()
+    # PyTorch's kernel takes no tensor that is laid out otherwise: the reference does.
+    tolerance = params_tolerance(backend, torch.float32) if backend == "torch" else Tolerance(0.0, 0.0)
     for one, other in zip(*(each.state.values() for each in optimizers), strict=True):
-        assert torch.equal(one["average"], other["average"])
+        assert_close(one["average"], other["average"], tolerance)
+    average = optimizers[0].state[param]["average"].clone()
     with optimizers[0].averaged():
-        assert torch.equal(param.detach(), optimizers[1].state[twin]["average"])
-    assert torch.equal(param.detach(), twin.detach())
+        assert torch.equal(param.detach(), average)
+    assert_close(param, twin, tolerance)
 
 
 def test_what_has_no_average_stays() -> None:

@@ -314,15 +314,21 @@ def test_a_rate_or_a_share_where_a_count_belongs() -> None:
 @pytest.mark.parametrize(
     ("name", "text", "meant"),
     [
-        ("peak_lr", "1e-3", "0.001"),
-        ("total_steps", "1_000", "1000"),
-        ("warmup_steps", "10.0", "10.0"),
+        ("peak_lr", "1e-3", " (YAML reads 1e-3 as one, and 1.0e-3 as a number): write 0.001"),
+        ("peak_lr", "0.5", ": write 0.5"),
+        ("total_steps", "1_000", ": write 1000"),
+        ("total_steps", "1e3", " (YAML reads 1e-3 as one, and 1.0e-3 as a number): write 1000"),
+        ("warmup_steps", "10.0", ": write 10"),
+        ("warmup_steps", "-5", None),
+        ("warmup_steps", "0.5", None),
+        ("total_steps", "9007199254740993", None),
+        ("peak_lr", "-1e-3", None),
         ("peak_lr", "nan", None),
         ("peak_lr", "fast", None),
     ],
 )
 def test_a_number_in_a_string_is_to_be_one(name: str, text: str, meant: str | None) -> None:
-    remedy = "" if meant is None else rf"; that is a string \(YAML .*\): write {re.escape(meant)}"
+    remedy = "" if meant is None else re.escape(f"; that is a string{meant}")
     given: dict[str, Any] = {"peak_lr": 1.0, "total_steps": 1000, name: text}
     with pytest.raises(TypeError, match=rf"{name} must be .*, got '{text}' \(str\){remedy}$"):
         Cosine(**given)

@@ -110,11 +110,11 @@ class TorchWork(Work):
 
     def sum_of_squares(self, gradients: list[list[Tensor]]) -> Tensor:
         others, own = self._divided(gradients)
-        if own and not self._sums_exactly:
+        if own and not self._sums_exactly:  # so all are in batches
             norms = [norm for batch, grads in zip(self._batches, own, strict=True) for norm in batch.norms(grads)]
             total = torch.stack(norms).double().square().sum()
             if TINY**2 < float(total) < math.inf:  # else a square may be out of the range of float32
-                return super().sum_of_squares(others) + total
+                return total
         return super().sum_of_squares([*others, *([codecs.flat(grad) for grad in grads] for grads in own)])
 
     def update(self, gradients: list[list[Tensor]], rates: Tensor, multiplier: Tensor, skip: Tensor | None) -> None:
@@ -185,7 +185,7 @@ class Batch:
             if params is not part.params:
                 torch._foreach_copy_(part.params, params)
         torch.autograd.graph.increment_version(self._params)  # which torch's kernel does not
-        if self._small and len(self._copies[0]) > STRETCH:
+        if "_copies" in self.__dict__ and len(self._copies[0]) > STRETCH:
             del self._copies  # or much memory stays taken from step to step
 
     def _cut(self, whole: Part, by: float) -> Iterator[Part]:

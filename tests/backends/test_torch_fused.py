@@ -236,11 +236,13 @@ def test_norms_are_near_the_exact_one(numel: int, make: Callable[[int], Tensor],
     torch.testing.assert_close(optimizer.grad_norm, exact, rtol=rtol, atol=0.0)
 
 
-@pytest.mark.parametrize(("stretch", "held"), [(601, 1), (600, 0)])
-def test_much_memory_is_not_held_from_step_to_step(stretch: int, held: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("stretch", "limit", "held"), [(601, 0.1, 1), (600, 0.1, 0), (601, None, 0)])
+def test_memory_for_copies_is_held_where_it_is_little_and_used(
+    stretch: int, limit: float | None, held: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(torch_fused, "STRETCH", stretch)
     params = make_params([(300,), (301,)])
-    optimizer = FusedAdamW(params, max_grad_norm=0.1, backend="torch")
+    optimizer = FusedAdamW(params, max_grad_norm=limit, backend="torch")
     for _ in range(2):
         set_grads(params, make_grads(params))
         optimizer.step()

@@ -186,6 +186,7 @@ class Engine(DeviceMemory):
             onlookers.refuse_traces()  # of an estimate, too: it has no update
             backend = cast(Backend, reference)  # which estimates
         else:
+            onlookers.refuse_fake_mode()
             backend = backends.select(self.requested_backend, devices_of(attributes))
         if self.runner is None or backend is not self.backend:
             self.backend, self.plan = backend, None

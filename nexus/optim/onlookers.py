@@ -89,6 +89,19 @@ def refuse_traces() -> None:
         )
 
 
+def refuse_fake_mode() -> None:
+    """Raise where state would have no memory and parameters have some: kernels would write to none.
+
+    Raises:
+        RuntimeError: with the remedy.
+    """
+    if torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None:
+        raise RuntimeError(
+            "FusedAdamW would make its state under FakeTensorMode, for parameters that were made outside of it. Step "
+            "outside of the mode; or make the model and the optimizer within it, to estimate memory"
+        )
+
+
 def step_outside(optimizer: FusedAdamW, closure: Callable[[], Any] | None) -> Any:
     """A step that a compiled function makes; see `mark_for_dynamo`."""
     return optimizer.step(closure)

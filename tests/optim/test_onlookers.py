@@ -228,6 +228,17 @@ def test_a_trace_of_an_estimate_is_refused() -> None:
             train(optimizer, 1)
 
 
+def test_state_without_memory_is_not_made_for_parameters_with_some(backend: str) -> None:
+    weight = param(3)
+    optimizer = FusedAdamW([weight], lr=0.1, backend=backend)
+    weight.grad = torch.ones_like(weight)
+    with FakeTensorMode(allow_non_fake_inputs=True), pytest.raises(RuntimeError, match="under FakeTensorMode"):
+        optimizer.step()
+    assert not optimizer.state
+    optimizer.step()
+    assert weight.tolist() != param(3).tolist()
+
+
 # Estimates of memory.
 
 

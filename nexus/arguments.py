@@ -40,10 +40,12 @@ def number_in(text: object) -> float | None:
     return None
 
 
-def in_a_string(value: object, meant: float | None) -> str:
-    """What to write in the place of a string, for the end of an error message; "" where no number is meant."""
-    if not isinstance(value, str) or meant is None:
+def in_a_string(value: object, fits: Callable[[float], bool] = math.isfinite, kind: type[float] = float) -> str:
+    """What to write in the place of a string, for the end of an error message, if it holds a number that fits."""
+    meant = number_in(value)
+    if not isinstance(value, str) or meant is None or not fits(meant):
         return ""
+    meant = kind(meant)
     why = "" if "." in value or "e" not in value.lower() else " (YAML reads 1e-3 as one, and 1.0e-3 as a number)"
     return f"; that is a string{why}: write {meant!r}"
 
@@ -57,9 +59,7 @@ def check_count(
     """
     top = "2**53" if high == MAX_STEP else str(high)
     allowed = f"an int from {low} to {top}{f' or {also}' if also else ''}"
-    meant = number_in(value)
-    whole = int(meant) if meant is not None and low <= meant <= high and meant == math.floor(meant) else None
-    remedy = in_a_string(value, whole)
+    remedy = ""
     if not isinstance(value, bool):
         try:
             count = int(operator.index(value))  # type: ignore[arg-type]
@@ -73,6 +73,7 @@ def check_count(
             if not low <= count <= high:
                 raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
             return count
+    remedy = remedy or in_a_string(value, lambda number: low <= number <= high and number == math.floor(number), int)
     raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
 
 
@@ -138,9 +139,8 @@ def check_number(name: str, value: object, *, low: float = 0.0, positive: bool =
     allowed = f"a finite number{bound}"
     real = as_real(value)
     if real is None:
-        meant = number_in(value)
-        fits = meant is not None and meant >= low and (meant > 0.0 or not positive)
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value, meant if fits else None)}")
+        remedy = in_a_string(value, lambda number: number >= low and (number > 0.0 or not positive))
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
     try:
         number = float(real) + 0.0
     except OverflowError:
@@ -155,9 +155,8 @@ def check_fraction(name: str, value: object, *, positive: bool = False) -> float
     allowed = f"a number {'above 0 and at most 1' if positive else 'from 0 to 1'}"
     real = as_real(value)
     if real is None:
-        meant = number_in(value)
-        fits = meant is not None and 0 <= meant <= 1 and (meant > 0 or not positive)
-        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{in_a_string(value, meant if fits else None)}")
+        remedy = in_a_string(value, lambda number: 0 <= number <= 1 and (number > 0 or not positive))
+        raise TypeError(f"{name} must be {allowed}, got {shown(value)}{remedy}")
     if not 0 <= real <= 1 or (positive and real == 0):
         raise ValueError(f"{name} must be {allowed}, got {shown(value)}")
     return float(real) + 0.0

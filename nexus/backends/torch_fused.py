@@ -109,7 +109,7 @@ class TorchWork(Work):
         return [*super().gradients(), *(batch.gradients() for batch in self._batches)]
 
     def sum_of_squares(self, gradients: list[list[Tensor]]) -> Tensor:
-        others, own = self._divided(gradients)
+        others, own = gradients[: len(self._shares)], gradients[len(self._shares) :]
         if own and not self._sums_exactly:  # so all are in batches
             norms = [norm for batch, grads in zip(self._batches, own, strict=True) for norm in batch.norms(grads)]
             total = torch.stack(norms).double().square().sum()
@@ -120,17 +120,12 @@ class TorchWork(Work):
     def update(self, gradients: list[list[Tensor]], rates: Tensor, multiplier: Tensor, skip: Tensor | None) -> None:
         if skip is not None and bool(skip):
             return
-        others, own = self._divided(gradients)
+        others, own = gradients[: len(self._shares)], gradients[len(self._shares) :]
         super().update(others, rates, multiplier, None)
         of_groups = [dict(zip(RATES, each, strict=True)) for each in rates.t().tolist()]
         multipliers = multiplier.tolist()
         for batch, grads in zip(self._batches, own, strict=True):
             batch.update(grads, of_groups[batch.group], multipliers[batch.group])
-
-    def _divided(self, gradients: list[list[Tensor]]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
-        """Those of the shares, and those of the batches."""
-        shares = len(gradients) - len(self._batches)
-        return gradients[:shares], gradients[shares:]
 
 
 class Batch:
@@ -143,7 +138,7 @@ class Batch:
     def __init__(self, entries: list[TensorEntry]) -> None:
         entries = sorted(entries, key=lambda entry: entry.original.numel() >= SMALL)
         self.group = entries[0].group
-        self._params = [entry.original for entry in entries]
+        params = [entry.original for entry in entries]
         states = [entry.state for entry in entries if entry.state is not None]
         streams = (
             [state.exp_avg for state in states],
@@ -152,16 +147,16 @@ class Batch:
             [state.average for state in states if state.average is not None],
         )
         counts = [state.step.data for state in states]  # so that the version counts what others write
-        self._whole = Part(self._params, [], *streams, counts)
+        self._whole = Part(params, [], *streams, counts)
         self._ones = [torch.ones((), dtype=torch.float64, device="cpu")] * len(entries)
         self._dtype = states[0].exp_avg.dtype  # of the arithmetic
-        self._small = sum(param.numel() < SMALL for param in self._params)  # so many of the tensors
+        self._small = sum(param.numel() < SMALL for param in params)  # so many of the tensors
         self._has_copies = False  # of this step's gradients
 
     def gradients(self) -> list[Tensor]:
         """What the tensors have now."""
         self._has_copies = False
-        return [grad for grad in (param.grad for param in self._params) if grad is not None]
+        return [grad for grad in (param.grad for param in self._whole.params) if grad is not None]
 
     def norms(self, grads: list[Tensor]) -> Sequence[Tensor]:
         """Of stretches of the gradients."""
@@ -175,7 +170,7 @@ class Batch:
         torch._foreach_add_(whole.counts, self._ones)
         by, rate = abs(multiplier), {name: rates[name] for name in ("lr", "beta1", "beta2", "weight_decay", "eps")}
         options: dict[str, Any] = {**rate, "amsgrad": bool(whole.max_exp_avg_sqs), "maximize": multiplier < 0.0}
-        is_plain = by == 1.0 and self._params[0].dtype == grads[0].dtype == self._dtype
+        is_plain = by == 1.0 and self._whole.params[0].dtype == grads[0].dtype == self._dtype
         for part in [whole] if is_plain else self._cut(whole, by):
             params = self._converted(part.params)
             moments = part.exp_avgs, part.exp_avg_sqs, part.max_exp_avg_sqs
@@ -184,7 +179,7 @@ class Batch:
                 _average(part.averages, params, part.counts, rates["average_decay"])
             if params is not part.params:
                 torch._foreach_copy_(part.params, params)
-        torch.autograd.graph.increment_version(self._params)  # which torch's kernel does not
+        torch.autograd.graph.increment_version(self._whole.params)  # which torch's kernel does not
         if "_copies" in self.__dict__ and len(self._copies[0]) > STRETCH:
             del self._copies  # or much memory stays taken from step to step
 
@@ -193,7 +188,7 @@ class Batch:
         if self._small:
             self._copied(whole.grads).mul_(by)
             yield Part._make(each[: self._small] for each in whole)._replace(grads=self._copies[1])
-        for place in range(self._small, len(self._params)):
+        for place in range(self._small, len(self._whole.params)):
             *streams, count = (each[place : place + 1] for each in whole)
             cut = [[torch.split(codecs.flat(each), STRETCH) for each in stream] for stream in streams]
             for k in range(len(cut[0][0])):
@@ -212,7 +207,7 @@ class Batch:
     @torch.inference_mode(False)  # it outlives a mode in which it may be made
     def _copies(self) -> tuple[Tensor, list[Tensor]]:
         """Memory for them, and each of them in it, laid out as its parameter."""
-        params = self._params[: self._small]
+        params = self._whole.params[: self._small]
         *places, end = accumulate([param.numel() for param in params], initial=0)
         flat = torch.empty(end, dtype=self._dtype, device="cpu")
         return flat, [flat.as_strided(p.shape, p.stride(), at) for p, at in zip(params, places, strict=True)]
@@ -251,11 +246,10 @@ def _likeness(entry: TensorEntry) -> object:
     assert grad is not None
     if entry.staged or entry.stochastic_rounding or type(param) not in (Tensor, Parameter) or param.is_inference():
         return None
-    moments = [state.exp_avg, state.exp_avg_sq]
-    kept = [each for each in (state.max_exp_avg_sq, state.average) if each is not None]
-    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
     if state.master_low is not None or state.beta_products is not None:
         return None
-    if any(each.dtype != dtype for each in (*moments, *kept)):
+    dtype = torch.float64 if param.dtype == torch.float64 else torch.float32
+    streams = (state.exp_avg, state.exp_avg_sq, state.max_exp_avg_sq, state.average)
+    if any(each is not None and each.dtype != dtype for each in streams):
         return None
     return entry.group, param.dtype, grad.dtype, state.max_exp_avg_sq is None, state.average is None

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from nexus.arguments import as_real, check_number, in_a_string, number_in, shown
+from nexus.arguments import as_real, check_number, in_a_string, shown
 from nexus.arguments import check_choice as argument_choice
 from nexus.optim.averages import Average, check_average
 from nexus.optim.remedies import remedy
@@ -48,7 +48,7 @@ def _rate(name: str, value: Any, *, below: float = math.inf, positive: bool = Fa
     if isinstance(value, Schedule):
         return _bounded(name, value, below, positive)
     if as_real(value) is None:
-        given = f"{shown(value)}{in_a_string(value, number_in(value))}{remedy(name, value)}"
+        given = f"{shown(value)}{in_a_string(value)}{remedy(name, value)}"
         raise TypeError(f"{name} must be a number >= 0, a one-element tensor or a Schedule, got {given}")
     return _number(name, value)
 

@@ -271,6 +271,26 @@ def test_groups_and_counts_that_differ() -> None:
     assert [float(optimizer.state[param]["step"]) for param in params] == [12.0, 8.0, 12.0, 4.0, 12.0]
 
 
+@dtypes
+@pytest.mark.usefixtures("pieces")
+def test_averages_are_those_of_the_reference(dtype: torch.dtype) -> None:
+    params = make_params([(7,), (1500,), (70_001,)], dtype)
+    runs = [
+        FusedAdamW(copies(params), lr=SCHEDULE, max_grad_norm=1.0, average=EMA(0.9), backend=name)
+        for name in ("torch", "reference")
+    ]
+    for step in range(20):
+        grads: list[Tensor | None] = [*make_grads(params)]
+        grads[1] = None if step < 4 else grads[1]  # its average begins later
+        for optimizer in runs:
+            set_grads(params_of(optimizer), copy.deepcopy(grads))
+            optimizer.step()
+    for one, other in zip(*map(params_of, runs), strict=True):
+        ours, theirs = (run.state[param]["average"] for run, param in zip(runs, (one, other), strict=True))
+        assert_close(ours, theirs, params_tolerance("torch", dtype))  # as near as the parameters are to each other
+        assert not torch.equal(ours, one.to(ours.dtype))
+
+
 LEFT: dict[str, dict[str, Any]] = {
     "average in 16 bits": {"average": EMA(0.9, dtype=torch.bfloat16)},
     "moving betas": {"betas": (torch.tensor(0.8), torch.tensor(0.99))},

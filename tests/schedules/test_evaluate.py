@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from references import BACKENDS
-from schedule_cases import CURVES, WHOLE, assert_equal_to_oracle, assert_within_rounding
+from schedule_cases import CURVES, FAMILIES, WHOLE, assert_equal_to_oracle, assert_within_rounding
 
 from nexus import backends
 from nexus.schedules import (
@@ -35,7 +35,7 @@ from nexus.schedules.curves import (
     segment,
     value_of,
 )
-from nexus.schedules.table import lower
+from nexus.schedules.table import layers_in, lower
 from nexus.schedules.wsd import WSD_DECAYS as DECAYS
 
 
@@ -225,3 +225,14 @@ def test_steps_of_any_shape_and_layout_are_evaluated_where_they_are(backend: str
 def test_bad_arguments_are_named(arguments: tuple[object, ...], error: type[Exception], words: str) -> None:
     with pytest.raises(error, match=words):
         evaluate(*arguments)
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [*FAMILIES, Linear(start_lr=1.0, end_lr=0.5, total_steps=40).then(FAMILIES[-1]) * FAMILIES[0]],
+    ids=repr,
+)
+def test_layers_read_from_a_table_are_those_that_were_put_there(schedule: Schedule) -> None:
+    layers = layers_in(lower(schedule, torch.device("cpu")))
+    for step in (*range(130), 999, 1000, 1001, 2**40, 2**53):
+        assert value_of(layers, step) == schedule(step)

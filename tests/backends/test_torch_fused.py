@@ -131,7 +131,7 @@ def test_where_nothing_clips_the_bits_are_those_of_torchs_fused_adamw(
         return
     for one, other in zip(found, wanted, strict=True):  # the norms differ in their last bits
         for a, b in zip(one, other, strict=True):
-            torch.testing.assert_close(a, b, rtol=2e-5, atol=2e-6)
+            torch.testing.assert_close(a, b, rtol=2e-6, atol=5e-7)  # measured: 1.1e-7
 
 
 # What is given is only read.
